@@ -1,0 +1,99 @@
+"""Phase 2: base + scarce task data + init -> adapter."""
+
+from dataclasses import dataclass
+
+from peft import PeftModel
+
+from d2lora.artifacts import Adapter, Ancestor
+from d2lora.console import Reporter
+from d2lora.encode import Encoder
+from d2lora.errors import WarmStartError
+from d2lora.inits import LoraShape, attach_fresh
+from d2lora.models import Base, load_base
+from d2lora.phase import prepare_rows, run_phase
+from d2lora.runs import RunFolder
+from d2lora.settings import AdaptSettings
+from d2lora.train import seed_of
+from d2lora.warmstart import WarmStart
+
+FRESH = "fresh"
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    model: PeftModel
+    shape: LoraShape
+    lineage: tuple[Ancestor, ...]
+
+
+def adapt(settings: AdaptSettings, base: Base | None = None) -> Adapter:
+    """Fine-tune an adapter on a scarce task, from fresh LoRA or from a warm start.
+
+    Optimizer, schedule and step count start anew: only weights, shape and chat format are
+    inherited (D2LoRA, arXiv 2503.18089, phase 2).
+
+    Args:
+        settings: The run's settings.
+        base: The base already loaded as the settings say, when many runs share it.
+
+    Raises:
+        D2LoraError: One of its kinds, for settings, data, a base or a warm start that cannot be
+            used.
+    """
+    reporter = Reporter(quiet=settings.quiet)
+    warm_start = None if settings.init == FRESH else WarmStart.load(settings.init)
+    chat_format = _inherited_format(settings, warm_start)
+    run = RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume)
+    base = base or load_base(settings)
+    encoder = Encoder.of(base, chat_format)
+    rows = prepare_rows(settings, settings.n, encoder, reporter)
+    beginning = _begin(settings, warm_start, base, reporter)
+    run_phase(
+        settings,
+        base,
+        beginning.model,
+        beginning.shape,
+        rows,
+        encoder,
+        beginning.lineage,
+        run,
+        reporter,
+    )
+    return Adapter.load(settings.out)
+
+
+def _begin(
+    settings: AdaptSettings, warm_start: WarmStart | None, base: Base, reporter: Reporter
+) -> _Beginning:
+    if warm_start is None:
+        shape = LoraShape.fresh(settings)
+        model = attach_fresh(base.model, shape, seed_of(settings, "init"))
+        reporter.say(f"begins from fresh LoRA: rank {shape.rank}, alpha {shape.alpha:g}")
+        return _Beginning(model, shape, ())
+    shape = warm_start.inherited_shape(settings)
+    model = warm_start.apply_to(base.model, dropout=settings.dropout)
+    reporter.say(
+        f"begins from the warm start {warm_start.path}; inherited: rank {shape.rank}, alpha "
+        f"{shape.alpha:g}, targets {' '.join(shape.targets)}, chat format "
+        f"{warm_start.manifest.chat_format}"
+    )
+    return _Beginning(model, shape, (*warm_start.manifest.lineage, warm_start.ancestor()))
+
+
+def _inherited_format(settings: AdaptSettings, warm_start: WarmStart | None) -> str | None:
+    """Return the chat format to use; a warm start's own cannot be contradicted."""
+    wanted = settings.chat_format
+    if warm_start is None:
+        return wanted
+    own = warm_start.manifest.chat_format
+    if wanted not in (None, "auto", own):
+        raise WarmStartError(
+            f"--chat-format {wanted} contradicts the warm start {warm_start.path}, made with "
+            f"{own}; leave it out to inherit"
+        )
+    return own
+
+
+def command(settings: AdaptSettings) -> None:
+    """Run `d2lora adapt`."""
+    adapt(settings)

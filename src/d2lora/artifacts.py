@@ -1,0 +1,212 @@
+"""What a run leaves: a plain PEFT adapter, a manifest that says how it came about, a card.
+
+    adapter_config.json, adapter_model.safetensors   PEFT's own format, loadable without d2lora
+    warm_start.json or adapter.json                  the manifest
+    README.md                                        the model card
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from peft import PeftModel
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from d2lora.errors import ModelError
+from d2lora.inits import LoraShape
+from d2lora.models import EMBEDDED, Base
+from d2lora.runs import read_json, write_json, write_text
+
+FORMAT_VERSION = 1
+MANIFESTS = {"warm start": "warm_start.json", "adapter": "adapter.json"}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseRecord(_Part):
+    """Which base an adapter belongs to."""
+
+    id: str
+    revision: str | None
+    fingerprint: str
+
+
+class LoraRecord(_Part):
+    """The adapter's shape."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+
+
+class Ancestor(_Part):
+    """The warm start that an adapter began from."""
+
+    path: str
+    data: list[dict[str, Any]]
+    fingerprint: str
+
+
+class Manifest(_Part):
+    """How an adapter came about."""
+
+    format_version: int
+    kind: Literal["warm start", "adapter"]
+    base: BaseRecord
+    objective: str
+    chat_format: Literal["template", "plain"]
+    lora: LoraRecord
+    data: list[dict[str, Any]]
+    n_examples: int
+    selection: str
+    settings: dict[str, Any]
+    cost: dict[str, Any]
+    validation_loss_before: float | None
+    validation_loss_after: float | None
+    lineage: list[Ancestor]
+    adapter_fingerprint: str
+    provenance: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the manifest of an adapter folder.
+
+        Raises:
+            ModelError: If there is none, or it is not one of ours.
+        """
+        for name in MANIFESTS.values():
+            if (folder / name).is_file():
+                return cls._parse(folder / name)
+        raise ModelError(f"{folder}: no manifest ({' or '.join(MANIFESTS.values())})")
+
+    @classmethod
+    def _parse(cls, path: Path) -> Self:
+        values = read_json(path)
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if version != FORMAT_VERSION:
+            raise ModelError(
+                f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}; it was "
+                "written by another version of d2lora"
+            )
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ModelError(f"{path}: `{place}`: {first['msg']}") from None
+
+    @property
+    def shape(self) -> LoraShape:
+        """The adapter's shape."""
+        lora = self.lora
+        return LoraShape(lora.rank, lora.alpha, lora.dropout, lora.targets)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A finished adapter on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Open an adapter folder made by d2lora; the weights are read when it is attached."""
+        folder = Path(path)
+        return cls(folder, Manifest.read(folder))
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write an adapter in PEFT's format. Only the LoRA weights are written."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    readme = folder / "README.md"
+    readme.unlink(missing_ok=True)  # PEFT's empty template; ours follows
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write the manifest and the card beside the adapter."""
+    write_text(folder / "README.md", card(manifest))
+    write_json(folder / MANIFESTS[manifest.kind], manifest.model_dump(mode="json"))
+
+
+def base_record(base: Base) -> BaseRecord:
+    """Return what a manifest says of a base."""
+    return BaseRecord(id=base.name, revision=base.revision, fingerprint=base.fingerprint)
+
+
+def card(manifest: Manifest) -> str:
+    """Return the model card, in Markdown with the hub's metadata."""
+    base, lora, cost = manifest.base, manifest.lora, manifest.cost
+    hub_id = base.id if base.id != EMBEDDED else "d2lora/embedded"
+    rows: dict[str, Any] = {
+        "base": f"`{base.id}`" + (f" at {base.revision}" if base.revision else ""),
+        "base fingerprint": f"`{base.fingerprint}`",
+        "began from": _began(manifest),
+        "objective": manifest.objective.upper(),
+        "chat format": manifest.chat_format,
+        "rank, alpha": f"{lora.rank}, {lora.alpha:g}",
+        "targets": ", ".join(lora.targets),
+        "training rows": f"{manifest.n_examples:,} ({manifest.selection})",
+        "steps, tokens": f"{cost['n_steps']:,}, {cost['n_tokens']:,}",
+        "time": f"{cost['elapsed_s']:.0f} s",
+        "held-out loss": _losses(manifest),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    data = "\n".join(f"- `{d['file']}`, {d['rows']:,} rows, sha256 `{d['sha256']}`" for d in manifest.data)
+    return CARD.format(kind=manifest.kind, base=hub_id, table=table, data=data)
+
+
+def _began(manifest: Manifest) -> str:
+    if not manifest.lineage:
+        return "fresh LoRA"
+    return f"warm start `{manifest.lineage[-1].path}`"
+
+
+def _losses(manifest: Manifest) -> str:
+    before, after = manifest.validation_loss_before, manifest.validation_loss_after
+    if before is None or after is None:
+        return "not measured"
+    return f"{before:.4f} before, {after:.4f} after"
+
+
+CARD = """---
+library_name: peft
+base_model: {base}
+pipeline_tag: text-generation
+tags:
+- lora
+- d2lora
+---
+
+# A LoRA {kind} made by d2lora
+
+| | |
+|---|---|
+{table}
+
+Data:
+
+{data}
+
+It loads with PEFT alone, on the base named above:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder")
+```
+"""
+
+
+def differences(wanted: Mapping[str, Any], present: LoraShape) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that contradict an adapter's shape: name -> (wanted, present)."""
+    have = {"rank": present.rank, "alpha": present.alpha, "targets": present.targets}
+    return {
+        name: (wanted[name], value)
+        for name, value in have.items()
+        if wanted[name] is not None and wanted[name] != value
+    }

@@ -1,0 +1,116 @@
+"""The command line: a thin layer over the functions of the same names.
+
+Nothing heavy is imported before a command is known, so `d2lora --help` answers in a blink.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from d2lora.errors import D2LoraError, did_you_mean
+
+if TYPE_CHECKING:
+    from d2lora.settings import Settings
+
+COMMANDS = {
+    "demo": "the whole story on the embedded base, offline, on a CPU",
+    "warmup": "base + general data -> warm start",
+    "adapt": "base + task data + init -> adapter",
+    "evaluate": "base + adapters + task -> scores, records, forgetting",
+    "generate": "try an adapter on a prompt or a file of prompts",
+}
+
+HELP = """usage: d2lora COMMAND [SETTINGS.yaml] [--setting value ...]
+
+Data-driven LoRA initialization for scarce tasks: warm an adapter up once on
+general data, then begin every scarce task from it.
+
+commands:
+{commands}
+
+Settings come from a YAML file, from options, or both; options win.
+`d2lora COMMAND --help` lists the settings of a command.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit code: 0 done, 2 a mistake of the user's, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(help_text())
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        sys.stdout.write(f"d2lora {version('d2lora')}\n")
+        return 0
+    try:
+        _run(words[0], words[1:])
+    except D2LoraError as error:
+        sys.stderr.write(f"d2lora: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("d2lora: interrupted\n")
+        return 130
+    return 0
+
+
+def help_text() -> str:
+    """Return the help of the program."""
+    lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
+    return HELP.format(commands="\n".join(lines))
+
+
+def _run(command: str, words: list[str]) -> None:
+    from d2lora import settings
+
+    kinds: dict[str, type[Settings]] = {
+        "demo": settings.DemoSettings,
+        "warmup": settings.WarmupSettings,
+        "adapt": settings.AdaptSettings,
+        "evaluate": settings.EvaluateSettings,
+        "generate": settings.GenerateSettings,
+    }
+    if command not in kinds:
+        from d2lora.errors import SettingsError
+
+        raise SettingsError(
+            f"unknown command `{command}`.{did_you_mean(command, kinds)} "
+            "`d2lora --help` lists the commands"
+        )
+    chosen = _parse(kinds[command], command, words)
+    _quiet_libraries()
+    import_module(f"d2lora.{command}").command(chosen)
+
+
+def _parse(kind: "type[Settings]", command: str, words: list[str]) -> "Settings":
+    from pathlib import Path
+
+    import tyro
+
+    from d2lora.settings import read_settings_file
+
+    given: dict[str, object] = {}
+    if words and not words[0].startswith("-"):
+        given = read_settings_file(kind, Path(words.pop(0)))
+    defaults = {
+        name: given.get(name, tyro.MISSING if field.is_required() else field.default)
+        for name, field in kind.model_fields.items()
+    }
+    return tyro.cli(
+        kind,
+        prog=f"d2lora {command} [SETTINGS.yaml]",
+        args=words,
+        default=kind.model_construct(**defaults),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _quiet_libraries() -> None:
+    """Leave the terminal to our own messages."""
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,61 @@
+"""What the user sees while a command runs: messages and a progress bar, or nothing."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Bar:
+    """A running progress bar; `update` moves it on and shows a note such as the loss."""
+
+    def __init__(self, progress: Progress | None, task_id: int = 0) -> None:
+        """Wrap a rich progress; None shows nothing."""
+        self._progress, self._task_id = progress, task_id
+
+    def update(self, completed: int, note: str = "") -> None:
+        """Set how much is done."""
+        if self._progress is not None:
+            task = self._progress.task_ids[self._task_id]
+            self._progress.update(task, completed=completed, note=note)
+
+
+class Reporter:
+    """Speaks to the user on standard error, so that standard output stays for results."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        """Make a reporter; a quiet one says nothing."""
+        self._console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
+        self._quiet = quiet
+
+    def say(self, text: str) -> None:
+        """Print one line of plain text."""
+        self._console.print(text, markup=False)
+
+    @contextmanager
+    def bar(self, description: str, total: int, completed: int = 0) -> Iterator[Bar]:
+        """Show a progress bar inside the block."""
+        if self._quiet or not self._console.is_terminal:
+            yield Bar(None)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self._console) as progress:
+            progress.add_task(description, total=total, completed=completed, note="")
+            yield Bar(progress)

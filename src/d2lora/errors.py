@@ -1,0 +1,58 @@
+"""The errors of d2lora: one small tree.
+
+    D2LoraError
+    ├── SettingsError   (ValueError)    a setting is unknown, out of range or contradicts another
+    ├── DataError       (ValueError)    a data file cannot be used; every fault is listed at once
+    ├── ModelError      (ValueError)    a base or an adapter cannot be loaded or does not fit
+    │   └── WarmStartError              a folder is no warm start, or not one for this base
+    ├── TrainingError   (RuntimeError)  training cannot begin or has gone wrong
+    └── RunError        (RuntimeError)  a run folder is in use, incomplete or of other settings
+
+A message says what was expected, what was found and what to do. The command line prints the
+message alone and ends with exit code 2; a traceback means a bug of ours.
+"""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class D2LoraError(Exception):
+    """Base of every error that a user of d2lora can cause."""
+
+
+class SettingsError(D2LoraError, ValueError):
+    """A setting is unknown, out of range or contradicts another."""
+
+
+class DataError(D2LoraError, ValueError):
+    """A data file cannot be used."""
+
+
+class ModelError(D2LoraError, ValueError):
+    """A base or an adapter cannot be loaded or does not fit."""
+
+
+class WarmStartError(ModelError):
+    """A folder is no warm start, or not one for this base or these settings."""
+
+
+class TrainingError(D2LoraError, RuntimeError):
+    """Training cannot begin or has gone wrong."""
+
+
+class RunError(D2LoraError, RuntimeError):
+    """A run folder is in use, incomplete or belongs to other settings."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean `x`?" for the nearest known name, or an empty string."""
+    nearest = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean `{nearest[0]}`?" if nearest else ""
+
+
+def listed(faults: Sequence[str], *, shown: int = 20) -> str:
+    """Join faults one a line, saying how many are left out beyond the first `shown`."""
+    lines = [f"  - {fault}" for fault in faults[:shown]]
+    if len(faults) > shown:
+        lines.append(f"  - ... and {len(faults) - shown} more")
+    return "\n".join(lines)

@@ -1,0 +1,319 @@
+"""base + adapters + task -> per-example records, scores with intervals, forgetting.
+
+    records.parquet, records.jsonl   one row per adapter and test row
+    summary.json                     scores, paired differences, forgetting
+    done.json                        the marker of completion
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from d2lora.console import Reporter
+from d2lora.encode import Encoded, Encoder, encode_all
+from d2lora.errors import DataError, SettingsError
+from d2lora.generate import Decoder, chat_format_of, decode
+from d2lora.metrics import SCORERS
+from d2lora.models import Base, attach_adapter, detach_adapter, load_base, merged
+from d2lora.runs import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
+from d2lora.scorer import TokenScorer, log_probabilities, mean_loss
+from d2lora.settings import EvaluateSettings
+from d2lora.stats import Difference, Interval, mean_interval, paired_difference
+from d2lora.tasks import Choice, Example, Message, TaskData, read_choices, read_task
+
+BASE = "base"
+MAX_TOKENS = 8192
+"""Padded tokens in one scoring pass."""
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What an adapter lost of the base's general ability; changes are adapter minus base."""
+
+    general_loss: float | None
+    general_loss_change: float | None
+    choice_accuracy: Interval | None
+    choice_accuracy_change: Difference | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Records of every adapter, and what follows from them."""
+
+    records: pd.DataFrame
+    scores: dict[str, dict[str, Interval]]
+    """Adapter -> score -> mean and interval."""
+    differences: dict[str, dict[str, Difference]]
+    """Adapter -> score -> paired difference to the first adapter named."""
+    forgetting: dict[str, Forgetting]
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything but the records as plain values."""
+        return {
+            "scores": _plain(self.scores),
+            "differences_to_first": _plain(self.differences),
+            "forgetting": {name: asdict(f) for name, f in self.forgetting.items()},
+        }
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """What is measured of one adapter."""
+
+    records: list[dict[str, Any]]
+    general_loss: float | None
+    right: np.ndarray[tuple[int], np.dtype[np.float64]] | None
+
+
+def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation:
+    """Score adapters on a task and measure what they forgot.
+
+    Forgetting is measured against the base with adapters off: the change of loss on held-out
+    general text and of multiple-choice accuracy (length-normalised log-probabilities).
+
+    Args:
+        settings: What to score and on what.
+        base: The base already loaded as the settings say, when many evaluations share it.
+
+    Raises:
+        D2LoraError: One of its kinds, for settings, data, a base or an adapter that cannot be
+            used.
+    """
+    reporter = Reporter(quiet=settings.quiet)
+    names = _names(settings)
+    RunFolder.open(settings.out, "")
+    task = read_task(settings.data, settings.task) if settings.data else None
+    if task is not None and task.task.score not in SCORERS:
+        raise DataError(f"task {task.task.name} has no scored output; give it as --general-text")
+    general = read_task(settings.general_text, "auto").examples if settings.general_text else []
+    choices = read_choices(settings.choices) if settings.choices else []
+    base = base or load_base(settings)
+    measured: dict[str, _Raw] = {}
+    for name in names:
+        scored = task if name in settings.adapters or not settings.adapters else None
+        reporter.say(f"evaluating {name}")
+        with _adapted(base, name) as model:
+            path = None if name == BASE else Path(name)
+            encoder = Encoder.of(base, chat_format_of(path, settings.chat_format))
+            measured[name] = _Raw(
+                _score_task(model, base, encoder, name, scored, settings, reporter),
+                _general_loss(model, base, encoder, general, settings),
+                _right_choices(model, base, encoder, choices),
+            )
+    evaluation = _evaluated(measured, task, list(settings.adapters) or [BASE])
+    _write(evaluation, settings)
+    return evaluation
+
+
+def _names(settings: EvaluateSettings) -> list[str]:
+    """Return what to measure; the base comes first where forgetting needs it."""
+    if not (settings.data or settings.general_text or settings.choices):
+        raise SettingsError("nothing to evaluate on: give --data, --general-text or --choices")
+    names = list(dict.fromkeys(settings.adapters)) or [BASE]
+    forgetting = settings.general_text or settings.choices
+    return [BASE, *names] if forgetting and BASE not in names else names
+
+
+@contextmanager
+def _adapted(base: Base, name: str) -> Iterator[nn.Module]:
+    if name == BASE:
+        yield base.model
+        return
+    model = attach_adapter(base.model, Path(name), trainable=False)
+    try:
+        with merged(model):
+            yield model
+    finally:
+        detach_adapter(model)
+
+
+def _score_task(
+    model: nn.Module,
+    base: Base,
+    encoder: Encoder,
+    name: str,
+    data: TaskData | None,
+    settings: EvaluateSettings,
+    reporter: Reporter,
+) -> list[dict[str, Any]]:
+    if data is None:
+        return []
+    examples = data.examples[: settings.limit]
+    scorer = SCORERS[data.task.score]
+    decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size)
+    prompts = [encoder.prompt_ids(example.prompt) for example in examples]
+    records: dict[int, dict[str, Any]] = {}
+    with reporter.bar("generating", len(prompts)) as bar:
+        for index, ids in decoder.complete(prompts):
+            records[index] = _record(name, index, examples[index], decode(base, ids), len(ids), scorer)
+            bar.update(len(records))
+    return [records[index] for index in range(len(examples))]
+
+
+def _record(
+    name: str,
+    index: int,
+    example: Example,
+    output: str,
+    n_tokens: int,
+    scorer: Callable[[str, str], dict[str, float]],
+) -> dict[str, Any]:
+    return {
+        "adapter": name,
+        "row": index,
+        "prompt": example.prompt[-1].content,
+        "target": example.completion,
+        "output": output,
+        "n_output_tokens": n_tokens,
+        **scorer(output, example.completion),
+    }
+
+
+def _general_loss(
+    model: nn.Module,
+    base: Base,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    settings: EvaluateSettings,
+) -> float | None:
+    if not examples:
+        return None
+    encoded = encode_all(encoder, examples, settings.max_length, settings.overlong)
+    return mean_loss(TokenScorer(model).eval(), encoded.items, base.pad_id, MAX_TOKENS)
+
+
+def _right_choices(
+    model: nn.Module, base: Base, encoder: Encoder, questions: Sequence[Choice]
+) -> np.ndarray[tuple[int], np.dtype[np.float64]] | None:
+    """Return 1 for each question whose right choice is likeliest per character, else 0.
+
+    Normalised as `acc_norm` of lm-evaluation-harness: log-probability over characters.
+    """
+    if not questions:
+        return None
+    items: list[Encoded] = []
+    for question in questions:
+        prompt = (Message("user", question.prompt),)
+        for choice in question.choices:
+            whole = encoder.encode(Example(prompt, choice))
+            items.append(Encoded(whole.ids[:-1], whole.n_prompt))
+    log_probability = iter(
+        log_probabilities(TokenScorer(model).eval(), items, base.pad_id, MAX_TOKENS)
+    )
+    right: list[float] = []
+    for question in questions:
+        scores = [next(log_probability) / len(choice) for choice in question.choices]
+        right.append(float(int(np.argmax(scores)) == question.answer))
+    return np.array(right)
+
+
+def _evaluated(
+    measured: dict[str, _Raw], task: TaskData | None, named: Sequence[str]
+) -> Evaluation:
+    records = pd.DataFrame([record for raw in measured.values() for record in raw.records])
+    scores: dict[str, dict[str, Interval]] = {}
+    differences: dict[str, dict[str, Difference]] = {}
+    if task is not None:
+        columns = list(SCORERS[task.task.score]("", "0"))
+        table = {name: pd.DataFrame(measured[name].records)[columns] for name in named}
+        for name in table:
+            scores[name] = {c: mean_interval(table[name][c].to_numpy()) for c in columns}
+        first = table[named[0]]
+        for name in list(table)[1:]:
+            differences[name] = {
+                c: paired_difference(first[c].to_numpy()[None], table[name][c].to_numpy()[None])
+                for c in columns
+            }
+    reference = measured.get(BASE)
+    forgetting = {name: _forgetting(raw, reference) for name, raw in measured.items()}
+    return Evaluation(records, scores, differences, forgetting)
+
+
+def _forgetting(raw: _Raw, base: _Raw | None) -> Forgetting:
+    loss_change = accuracy_change = None
+    if base is not None and base is not raw:
+        if raw.general_loss is not None and base.general_loss is not None:
+            loss_change = raw.general_loss - base.general_loss
+        if raw.right is not None and base.right is not None:
+            accuracy_change = paired_difference(base.right[None], raw.right[None])
+    accuracy = None if raw.right is None else mean_interval(raw.right)
+    return Forgetting(raw.general_loss, loss_change, accuracy, accuracy_change)
+
+
+def _write(evaluation: Evaluation, settings: EvaluateSettings) -> None:
+    with new_folder(settings.out) as folder:
+        if len(evaluation.records):
+            evaluation.records.to_parquet(folder / "records.parquet", index=False)
+            rows = evaluation.records.to_dict(orient="records")
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_text(folder / "records.jsonl", lines)
+        write_text(folder / SETTINGS, settings.to_yaml())
+        write_json(folder / "provenance.json", provenance())
+        write_json(folder / "summary.json", evaluation.summary())
+        RunFolder(folder).finish({"kind": "evaluation"})
+
+
+def _plain(values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {key: asdict(v) for key, v in inner.items()} for name, inner in values.items()}
+
+
+def score_table(evaluation: Evaluation) -> Table:
+    """Return the scores in percent, with intervals, as a table for the terminal."""
+    columns = list(next(iter(evaluation.scores.values())))
+    table = Table(title="scores, % (95 % interval)")
+    table.add_column("adapter")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, scores in evaluation.scores.items():
+        cells = [_percent(scores[column]) for column in columns]
+        table.add_row(name, *cells)
+    for name, by_score in evaluation.differences.items():
+        first = next(iter(evaluation.scores))
+        table.add_row(f"{name} - {first}", *(_points(by_score[column]) for column in columns))
+    return table
+
+
+def forgetting_table(evaluation: Evaluation) -> Table:
+    """Return general loss and multiple-choice accuracy beside their change from the base."""
+    table = Table(title="forgetting, against the base with adapters off")
+    for column in ("adapter", "general loss", "change", "choice accuracy, %", "change, points"):
+        table.add_column(column, justify="left" if column == "adapter" else "right")
+    for name, f in evaluation.forgetting.items():
+        table.add_row(
+            name,
+            "-" if f.general_loss is None else f"{f.general_loss:.4f}",
+            "-" if f.general_loss_change is None else f"{f.general_loss_change:+.4f}",
+            "-" if f.choice_accuracy is None else _percent(f.choice_accuracy),
+            "-" if f.choice_accuracy_change is None else _points(f.choice_accuracy_change),
+        )
+    return table
+
+
+def _percent(interval: Interval) -> str:
+    low, mean, high = (100 * value for value in (interval.low, interval.mean, interval.high))
+    return f"{mean:.1f} ({low:.1f} to {high:.1f})"
+
+
+def _points(difference: Difference) -> str:
+    low, mean, high = (100 * v for v in (difference.low, difference.mean, difference.high))
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def command(settings: EvaluateSettings) -> None:
+    """Run `d2lora evaluate`."""
+    evaluation = evaluate(settings)
+    console = Console(soft_wrap=True)
+    if evaluation.scores:
+        console.print(score_table(evaluation))
+    if settings.general_text or settings.choices:
+        console.print(forgetting_table(evaluation))
+    Reporter(quiet=settings.quiet).say(f"records and summary written to {settings.out}")

@@ -1,0 +1,281 @@
+"""The base: a frozen causal language model with its tokenizer, known by a fingerprint.
+
+Weights come from safetensors only and no code of a model repository is ever run.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from d2lora.errors import ModelError
+from d2lora.settings import BaseSettings
+
+EMBEDDED = "embedded"
+ADAPTER_CONFIG = "adapter_config.json"
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_CHUNKS, _CHUNK_BYTES = 16, 4096
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, ready to compute."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str | None
+    fingerprint: str
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a completion."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def pad_id(self) -> int:
+        """A token for padding that is not EOS, so that EOS stays supervised (trl#1623)."""
+        tokenizer = self.tokenizer
+        for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
+            if candidate is not None and candidate != self.eos_id:
+                return int(candidate)
+        return 0 if self.eos_id != 0 else 1
+
+
+def load_base(settings: BaseSettings) -> Base:
+    """Load the base that the settings name, in evaluation mode and frozen.
+
+    Raises:
+        ModelError: If it cannot be found, is not a causal language model, has no safetensors or
+            no EOS token, or the device is not there.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = device_of(settings.device)
+    folder = base_folder(settings.base, settings.revision)
+    fingerprint = fingerprint_of(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype_of(settings.dtype, device), use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{settings.base}: not a causal language model: {reason}") from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{settings.base}: the tokenizer has no EOS token, so completions could not end; set "
+            "`eos_token` in its tokenizer_config.json"
+        )
+    model.requires_grad_(False)
+    model.to(device).eval()
+    return Base(model, tokenizer, settings.base, settings.revision, fingerprint)
+
+
+def base_folder(name: str, revision: str | None = None) -> Path:
+    """Return the local folder of a base, fetching a hub model's files where needed.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    if name == EMBEDDED:
+        return Path(str(resources.files("d2lora") / "embedded" / "base"))
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name}: no model folder: it has no config.json")
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"{name}: no such folder; a base is `embedded`, a local folder or a hub id (owner/name)"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{name}: no local folder of this name, and the hub gave none: {reason}"
+        ) from None
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Return a fingerprint of a model's weights, whatever its sharding.
+
+    It covers every tensor's name, type and shape and up to 16 evenly spaced pieces of 4 KiB of
+    its bytes: full-model training or a merge changes it, and a base of 8 B parameters takes
+    well under a second.
+
+    Raises:
+        ModelError: If there are no safetensors files, or one is cut off.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"{folder}: no *.safetensors; d2lora loads no pickled weights. Convert them with "
+            "`model.save_pretrained(folder)`"
+        )
+    pieces = sorted(piece for file in files for piece in _tensor_digests(file))
+    return hashlib.sha256("\n".join(pieces).encode()).hexdigest()
+
+
+def _tensor_digests(file: Path) -> Iterator[str]:
+    with file.open("rb") as handle:
+        try:
+            (header_length,) = struct.unpack("<Q", handle.read(8))
+            header: dict[str, Any] = json.loads(handle.read(header_length))
+        except (struct.error, ValueError, MemoryError, OverflowError):
+            raise ModelError(f"{file}: not a safetensors file, or cut off") from None
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            digest = hashlib.sha256(f"{name} {entry['dtype']} {entry['shape']}".encode())
+            stride = max(_CHUNK_BYTES, (end - begin) // _CHUNKS)
+            for offset in range(begin, end, stride):
+                handle.seek(8 + header_length + offset)
+                digest.update(handle.read(min(_CHUNK_BYTES, end - offset)))
+            yield f"{name} {digest.hexdigest()}"
+
+
+def fingerprint_of_model(model: PreTrainedModel) -> str | None:
+    """Return the fingerprint of the files that a model was loaded from; None where unknown."""
+    folder = Path(model.config.name_or_path)
+    return fingerprint_of(folder) if (folder / "config.json").is_file() else None
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device named; `auto` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        ModelError: If it is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    n_cuda = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= n_cuda:
+        raise ModelError(f"--device {name}: torch sees {n_cuda} CUDA device(s); use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("--device mps: torch sees no MPS device; use --device cpu")
+    return device
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """Return the number format named; `auto` is bfloat16 on CUDA and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """Read the LoRA configuration of an adapter folder.
+
+    Raises:
+        ModelError: If the folder is no LoRA adapter, or its weights are missing.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{folder}: no adapter: it has no {ADAPTER_CONFIG}")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder}: the adapter has no adapter_model.safetensors")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{folder}: expected a LoRA adapter, found {config.peft_type}")
+    return config
+
+
+def attach_adapter(
+    model: PreTrainedModel, folder: Path, *, trainable: bool, dropout: float | None = None
+) -> PeftModel:
+    """Put a saved adapter on a model, with another dropout where one is given.
+
+    A trainable one has its LoRA weights, and nothing else, open to gradients: PEFT loads
+    adapters frozen by default (peft#282).
+
+    Raises:
+        ModelError: If it is no LoRA adapter or does not fit the model.
+    """
+    config = read_adapter_config(folder)
+    config.inference_mode = not trainable
+    if dropout is not None:
+        config.lora_dropout = dropout
+    try:
+        attached = PeftModel.from_pretrained(
+            model, str(folder), is_trainable=trainable, config=config
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder}: the adapter does not fit the base: {reason}") from None
+    if not trainable:
+        attached.requires_grad_(False)
+    return attached.eval()
+
+
+def detach_adapter(model: PeftModel) -> PreTrainedModel:
+    """Take the adapter off again; the base is as it was before, bit for bit."""
+    return model.unload()
+
+
+@contextmanager
+def merged(model: PeftModel) -> Iterator[None]:
+    """Fold the adapter into the base's weights inside the block, for faster scoring.
+
+    Only for float32 bases, where folding costs no precision that matters; for others the block
+    runs unfolded. Leaving it restores the base's weights bit for bit.
+    """
+    if next(model.parameters()).dtype != torch.float32:
+        yield
+        return
+    layers = [m for m in model.modules() if hasattr(m, "base_layer")]
+    kept = [layer.base_layer.weight.detach().clone() for layer in layers]
+    model.merge_adapter()
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()
+        with torch.no_grad():
+            for layer, weight in zip(layers, kept, strict=True):
+                layer.base_layer.weight.copy_(weight)
+
+
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """Return the causal language model inside a PEFT model, adapters in place."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def n_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
+    """Count parameters, each shared one once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def linear_names(model: nn.Module) -> Sequence[str]:
+    """Return the distinct last names of a model's linear layers, for messages."""
+    names = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return sorted(names - {"lm_head"})
+
+
+def model_type(folder: Path) -> str:
+    """Return a model folder's architecture name."""
+    return str(AutoConfig.from_pretrained(folder).model_type)

@@ -1,0 +1,171 @@
+"""What warm-up and adaptation have in common: everything but how the adapter begins.
+
+base, rows, adapter -> train -> folder with adapter, manifest, card and marker of completion.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peft import PeftModel
+
+from d2lora import checkpoint
+from d2lora.artifacts import (
+    FORMAT_VERSION,
+    Ancestor,
+    LoraRecord,
+    Manifest,
+    base_record,
+    save_adapter,
+    write_manifest,
+)
+from d2lora.console import Reporter
+from d2lora.data import Fault, nested_order, split_validation
+from d2lora.encode import Encoded, Encoder, encode_all
+from d2lora.errors import DataError
+from d2lora.inits import LoraShape
+from d2lora.models import Base, detach_adapter
+from d2lora.objectives import SFT
+from d2lora.runs import RunFolder, new_folder, provenance, write_json, write_text
+from d2lora.settings import AdaptSettings, PhaseSettings, WarmupSettings
+from d2lora.tasks import read_task
+from d2lora.train import Trained, seed_of, train
+from d2lora.warmstart import fingerprint_of_adapter
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded training and validation rows, and where they come from."""
+
+    train: list[Encoded]
+    valid: list[Encoded]
+    sources: list[dict[str, object]]
+    selection: str
+    faults: list[Fault]
+
+
+def prepare_rows(
+    settings: PhaseSettings, n: int | None, encoder: Encoder, reporter: Reporter
+) -> Rows:
+    """Read, choose, encode and split the rows of a phase.
+
+    Subsets of one seed nest, and the validation rows are part of the n.
+
+    Raises:
+        DataError: If there are fewer than n rows, or rows are bad or too long.
+    """
+    data = read_task(settings.data, settings.task, skip_bad=settings.skip_bad_rows)
+    if n is not None and n > len(data.examples):
+        raise DataError(f"{n} rows are asked for, but the data has {len(data.examples)}")
+    chosen = nested_order(len(data.examples), seed_of(settings, "subset"))[:n]
+    examples = [data.examples[index] for index in chosen]
+    encoded = encode_all(encoder, examples, settings.max_length, settings.overlong)
+    _report(encoded.report(settings.max_length), reporter)
+    fraction = 0.0 if settings.validation_data else settings.validation_fraction
+    train_rows, valid_rows = split_validation(range(len(encoded.items)), fraction)
+    items = encoded.items
+    valid = [items[index] for index in valid_rows]
+    if settings.validation_data:
+        held_out = read_task(settings.validation_data, data.task.name)
+        more = encode_all(encoder, held_out.examples, settings.max_length, settings.overlong)
+        _report(more.report(settings.max_length), reporter)
+        valid = more.items
+    total = len(data.examples)
+    selection = "all rows" if len(chosen) == total else f"a seeded choice of {total:,}"
+    reporter.say(
+        f"rows: {len(train_rows):,} for training, {len(valid):,} for validation ({selection}; "
+        f"task {data.task.name}, chat format {encoder.format})"
+    )
+    return Rows([items[index] for index in train_rows], valid, data.sources, selection, data.faults)
+
+
+def run_phase(
+    settings: WarmupSettings | AdaptSettings,
+    base: Base,
+    model: PeftModel,
+    shape: LoraShape,
+    rows: Rows,
+    encoder: Encoder,
+    lineage: Sequence[Ancestor],
+    run: RunFolder,
+    reporter: Reporter,
+) -> Manifest:
+    """Train the adapter on `model`, write it with its manifest, and take it off the base."""
+    run.begin(settings.to_yaml())
+    _set_aside(rows.faults, run, reporter)
+    trained = train(
+        model,
+        rows.train,
+        rows.valid,
+        SFT(),
+        settings,
+        run,
+        reporter,
+        pad_id=base.pad_id,
+        resume=settings.resume,
+    )
+    with new_folder(run.path / "adapter") as folder:
+        save_adapter(model, folder)
+    for file in (run.path / "adapter").iterdir():
+        file.replace(run.path / file.name)
+    (run.path / "adapter").rmdir()
+    detach_adapter(model)
+    manifest = _manifest(settings, base, shape, rows, encoder, lineage, trained, run)
+    write_manifest(manifest, run.path)
+    write_json(run.path / "provenance.json", {**manifest.provenance, "data": rows.sources})
+    run.finish({"kind": manifest.kind, "cost": manifest.cost})
+    shutil.rmtree(run.path / checkpoint.FOLDER, ignore_errors=True)
+    cost = trained.cost
+    reporter.say(
+        f"{manifest.kind} written to {run.path} ({cost.n_steps:,} steps, {cost.n_tokens:,} tokens, "
+        f"{cost.elapsed_s:.0f} s)"
+    )
+    return manifest
+
+
+def _manifest(
+    settings: WarmupSettings | AdaptSettings,
+    base: Base,
+    shape: LoraShape,
+    rows: Rows,
+    encoder: Encoder,
+    lineage: Sequence[Ancestor],
+    trained: Trained,
+    run: RunFolder,
+) -> Manifest:
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        kind="warm start" if isinstance(settings, WarmupSettings) else "adapter",
+        base=base_record(base),
+        objective="sft",
+        chat_format=encoder.format,
+        lora=LoraRecord(
+            rank=shape.rank, alpha=shape.alpha, dropout=shape.dropout, targets=shape.targets
+        ),
+        data=[dict(source) for source in rows.sources],
+        n_examples=len(rows.train) + (0 if settings.validation_data else len(rows.valid)),
+        selection=rows.selection,
+        settings=settings.model_dump(mode="json"),
+        cost=trained.cost.to_json(),
+        validation_loss_before=trained.progress.validation_before,
+        validation_loss_after=trained.progress.validation_after,
+        lineage=list(lineage),
+        adapter_fingerprint=fingerprint_of_adapter(run.path),
+        provenance=provenance(),
+    )
+
+
+def _set_aside(faults: Sequence[Fault], run: RunFolder, reporter: Reporter) -> None:
+    if faults:
+        lines = [
+            json.dumps({"file": f.file, "line": f.line, "reason": f.reason, "row": f.text})
+            for f in faults
+        ]
+        write_text(run.path / "bad_rows.jsonl", "\n".join(lines) + "\n")
+        reporter.say(f"set aside {len(faults)} bad row(s) in {run.path / 'bad_rows.jsonl'}")
+
+
+def _report(text: str | None, reporter: Reporter) -> None:
+    if text is not None:
+        reporter.say(text)

@@ -1,0 +1,181 @@
+"""The run folder: what a run writes, and the promise that nothing in it is half-written.
+
+    settings.yaml      the resolved settings
+    provenance.json    versions, device, data fingerprints, commit
+    metrics.jsonl      one line per logged step
+    checkpoint/        only while training; a killed run resumes from it
+    done.json          the marker of completion, written last, with the run's summary
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from d2lora.errors import RunError
+
+DONE = "done.json"
+SETTINGS = "settings.yaml"
+METRICS = "metrics.jsonl"
+LIBRARIES = ("d2lora", "torch", "transformers", "peft", "accelerate", "tokenizers", "datasets")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, flush it to the disk and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(temporary).chmod(0o644)
+    Path(temporary).replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that d2lora wrote.
+
+    Raises:
+        RunError: If it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: not a JSON file ({error}); was it edited or cut off?") from None
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of `path` when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        temporary.chmod(0o755)
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class RunFolder:
+    """A run's folder, opened for writing."""
+
+    def __init__(self, path: Path) -> None:
+        """Wrap a folder; `open` checks it first."""
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path, settings_yaml: str, *, resume: bool = False) -> "RunFolder":
+        """Check that a folder can take a run, or holds the one to resume; writes nothing.
+
+        Raises:
+            RunError: If it holds a finished run, one of other settings, an unfinished one that
+                was not asked to be resumed, or files of something else.
+        """
+        run = cls(path)
+        if path.is_file():
+            raise RunError(f"{path} is a file; give --out a folder")
+        if (path / DONE).exists():
+            raise RunError(f"{path} holds a finished run; choose another --out or remove it")
+        present = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+        if resume and not present:
+            raise RunError(f"{path}: there is no run to resume; leave out --resume")
+        if present and SETTINGS not in present:
+            raise RunError(f"{path} holds other files ({present[0]}, ...); choose another --out")
+        if present and not resume:
+            raise RunError(
+                f"{path} holds an unfinished run; continue it with --resume, or remove it"
+            )
+        if resume:
+            run._check_same(settings_yaml)
+        return run
+
+    def begin(self, settings_yaml: str) -> None:
+        """Write the settings; from here on the folder holds a run, until then nothing."""
+        write_text(self.path / SETTINGS, settings_yaml)
+
+    def _check_same(self, settings_yaml: str) -> None:
+        old = _comparable((self.path / SETTINGS).read_text(encoding="utf-8"))
+        new = _comparable(settings_yaml)
+        changed = sorted({line.split(":")[0] for line in old ^ new if line[:1].isalpha()})
+        if old != new:
+            names = ", ".join(changed) or "a list"
+            raise RunError(
+                f"{self.path} was begun with other settings ({names}); a resumed run keeps them. "
+                "Set them back, or begin anew in another --out"
+            )
+
+    def log(self, **values: Any) -> None:
+        """Append a line to metrics.jsonl."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def cut_log(self, step: int) -> None:
+        """Drop the logged lines after `step`, as a run resumed there will write them again."""
+        path = self.path / METRICS
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            whole = [line for line in lines if line.endswith("}")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the marker of completion, with the run's summary."""
+        write_json(self.path / DONE, summary)
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a number must be traced to: versions, platform, date."""
+    versions: dict[str, str] = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _comparable(settings_yaml: str) -> set[str]:
+    """Lines of settings that decide the result; how it is shown or reached does not."""
+    free = ("out:", "resume:", "quiet:", "threads:", "checkpoint_every:")
+    return {line for line in settings_yaml.splitlines() if not line.startswith(free)}
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,55 @@
+"""Which rows each optimizer step sees, and at what learning rate. Pure functions of the step."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from d2lora.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The course of a run, known before it begins, so that it can be resumed at any step."""
+
+    n_rows: int
+    batch_size: int
+    n_steps: int
+    order_seed: int
+
+    @classmethod
+    def of(cls, n_rows: int, settings: TrainSettings, order_seed: int) -> "Plan":
+        """Lay out the steps for a number of training rows."""
+        batch_size = min(settings.batch_size, n_rows)
+        steps = settings.max_steps
+        if steps is None:
+            steps = max(1, math.ceil(settings.epochs * math.ceil(n_rows / batch_size)))
+        return cls(n_rows, batch_size, steps, order_seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass; the last batch of a pass may be smaller."""
+        return math.ceil(self.n_rows / self.batch_size)
+
+    def batch(self, step: int) -> list[int]:
+        """Return the rows of optimizer step `step` (from 0): one seeded shuffle per pass."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.order_seed, epoch)).permutation(self.n_rows)
+        begin = position * self.batch_size
+        return order[begin : begin + self.batch_size].tolist()
+
+
+def learning_rate(step: int, n_steps: int, settings: TrainSettings) -> float:
+    """Return the learning rate of optimizer step `step` (from 0) out of `n_steps`.
+
+    Rises linearly over the warm-up steps, then falls to zero linearly or along half a cosine. No
+    step has rate zero: with 12 steps to take, none is given away.
+    """
+    n_warmup = math.ceil(settings.warmup_fraction * n_steps)
+    if step < n_warmup:
+        return settings.learning_rate * (step + 1) / (n_warmup + 1)
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = (step - n_warmup) / max(1, n_steps - n_warmup)
+    share = 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return settings.learning_rate * share

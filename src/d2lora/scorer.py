@@ -1,0 +1,108 @@
+"""Log-probabilities of chosen tokens, at the price of those tokens only.
+
+A language model's head is its largest matrix product, and fine-tuning needs it at supervised
+positions alone. `TokenScorer` runs the decoder, picks those hidden states and applies the head
+to them. Shapes: B rows, T tokens, P chosen positions, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from d2lora.encode import Batch, Encoded, collate, micro_batches
+from d2lora.models import causal_model
+
+
+class TokenScorer(nn.Module):
+    """Scores the supervised tokens of a batch; the one forward pass of training and scoring.
+
+    It is what gets wrapped for several devices, so gradients are synchronised by its `forward`.
+    Models that change logits after the head (soft caps, scaling) are found out by a comparison
+    on the first batch and take the model's own forward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Wrap a causal language model, with or without adapters."""
+        super().__init__()
+        self.model = model
+        self._plain_head: bool | None = None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the log-probabilities of `batch.targets_P`, float32, shape (P,)."""
+        logits_PV = self._logits(batch).float()
+        return -functional.cross_entropy(logits_PV, batch.targets_P, reduction="none")
+
+    def _logits(self, batch: Batch) -> Tensor:
+        if self._plain_head is None:
+            self._plain_head = self._compare(batch)
+        if self._plain_head:
+            return self._head_at_positions(batch)
+        return self._whole_forward(batch)
+
+    def _head_at_positions(self, batch: Batch) -> Tensor:
+        causal = causal_model(self.model)
+        decoder = getattr(causal, causal.base_model_prefix)
+        hidden_BTD = decoder(
+            input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False
+        ).last_hidden_state
+        head = causal.get_output_embeddings()
+        assert head is not None
+        return head(hidden_BTD[batch.rows_P, batch.columns_P])
+
+    def _whole_forward(self, batch: Batch) -> Tensor:
+        output = causal_model(self.model)(
+            input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False
+        )
+        return output.logits[batch.rows_P, batch.columns_P]
+
+    @torch.no_grad()
+    def _compare(self, batch: Batch) -> bool:
+        causal = causal_model(self.model)
+        if causal.get_output_embeddings() is None:
+            return False
+        training = self.model.training
+        self.model.eval()
+        last = int(batch.mask_BT[0].sum())
+        row = Batch(
+            batch.ids_BT[:1, :last],
+            batch.mask_BT[:1, :last],
+            torch.zeros(1, dtype=torch.long, device=batch.ids_BT.device),
+            torch.full((1,), last - 1, device=batch.ids_BT.device),
+            batch.ids_BT[0, :1],
+        )
+        same = torch.allclose(
+            self._head_at_positions(row).float(), self._whole_forward(row).float(), atol=1e-2
+        )
+        self.model.train(training)
+        return same
+
+
+def sum_by_row(values_P: Tensor, batch: Batch) -> Tensor:
+    """Return the sum of values over each row's positions, shape (B,)."""
+    total_B = torch.zeros(len(batch.ids_BT), dtype=values_P.dtype, device=values_P.device)
+    return total_B.index_add(0, batch.rows_P, values_P)
+
+
+@torch.no_grad()
+def log_probabilities(
+    scorer: nn.Module, items: Sequence[Encoded], pad_id: int, max_tokens: int
+) -> list[float]:
+    """Return the summed log-probability of each item's supervised tokens, in the given order."""
+    device = next(scorer.parameters()).device
+    order = sorted(range(len(items)), key=lambda index: -len(items[index].ids))
+    scores: dict[int, float] = {}
+    done = 0
+    for group in micro_batches([items[index] for index in order], max_tokens):
+        batch = collate(group, pad_id).to(device)
+        sums = sum_by_row(scorer(batch), batch).tolist()
+        scores |= dict(zip(order[done : done + len(group)], sums, strict=True))
+        done += len(group)
+    return [scores[index] for index in range(len(items))]
+
+
+def mean_loss(scorer: nn.Module, items: Sequence[Encoded], pad_id: int, max_tokens: int) -> float:
+    """Return the mean negative log-probability, in nats, over all supervised tokens."""
+    total = -sum(log_probabilities(scorer, items, pad_id, max_tokens))
+    return total / sum(item.n_supervised for item in items)

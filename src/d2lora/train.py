@@ -1,0 +1,244 @@
+"""The training loop, one for both phases.
+
+Arms of a comparison differ only in how the adapter begins: the optimizer, the schedule and the
+step count start anew here. A run is a pure function of its beginning, rows and seeds, and can be
+killed at any moment and resumed to the same result.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from d2lora import checkpoint
+from d2lora.console import Reporter
+from d2lora.cost import Cost, peak_memory_bytes
+from d2lora.data import stream_seed
+from d2lora.encode import Encoded, micro_batches
+from d2lora.errors import TrainingError
+from d2lora.objectives import Objective
+from d2lora.runs import RunFolder
+from d2lora.schedule import Plan, learning_rate
+from d2lora.scorer import TokenScorer, mean_loss
+from d2lora.settings import TrainSettings
+
+
+@dataclass
+class Progress:
+    """How far a run is; together with weights and moments, all that a resumed run needs."""
+
+    step: int = 0
+    n_tokens: int = 0
+    n_supervised_tokens: int = 0
+    elapsed_s: float = 0.0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    validation_before: float | None = None
+    validation_after: float | None = None
+    best_step: int | None = None
+    best_validation: float = math.inf
+    n_worse: int = 0
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The outcome of a run."""
+
+    progress: Progress
+    cost: Cost
+
+
+@dataclass
+class _State:
+    """What a step changes."""
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: AdamW
+    progress: Progress = field(default_factory=Progress)
+    best: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+def train(
+    model: nn.Module,
+    train_set: Sequence[Encoded],
+    valid_set: Sequence[Encoded],
+    objective: Objective,
+    settings: TrainSettings,
+    run: RunFolder,
+    reporter: Reporter,
+    *,
+    pad_id: int,
+    resume: bool = False,
+) -> Trained:
+    """Train the parameters of `model` that require a gradient.
+
+    Args:
+        model: A causal language model with an adapter; changed in place.
+        train_set: Examples to learn.
+        valid_set: Examples for validation loss; may be empty.
+        objective: What is minimised.
+        settings: The loop's settings.
+        run: Where metrics and checkpoints go.
+        reporter: Where progress is shown.
+        pad_id: Token id for padding.
+        resume: Continue from the folder's checkpoint where it has one.
+
+    Raises:
+        TrainingError: If nothing is trainable, or the loss or its gradient is not finite.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise TrainingError(
+            "nothing is trainable: the adapter was loaded frozen, as PEFT does by default; load "
+            "it with is_trainable=True"
+        )
+    device = next(iter(parameters.values())).device
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    scorer = accelerator.prepare(TokenScorer(model))
+    optimizer = AdamW(
+        parameters.values(), lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+    plan = Plan.of(len(train_set), settings, seed_of(settings, "order"))
+    state = _State(parameters, optimizer)
+
+    def validate() -> float:
+        model.eval()
+        return mean_loss(scorer, valid_set, pad_id, settings.micro_batch_tokens)
+
+    began = time.perf_counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(settings, "dropout"))
+        if resume and checkpoint.exists(run.path):
+            state.progress = Progress(**checkpoint.load(run.path, parameters, optimizer, state.best))
+            run.cut_log(state.progress.step)
+            reporter.say(f"resumed at step {state.progress.step} of {plan.n_steps}")
+        elif valid_set:
+            state.progress.validation_before = state.progress.validation_after = validate()
+            run.log(step=0, validation_loss=state.progress.validation_before)
+        began -= state.progress.elapsed_s
+        progress = state.progress
+        tokens_before, resumed_at = progress.n_tokens, time.perf_counter()
+        with reporter.bar("training", plan.n_steps, progress.step) as bar:
+            while progress.step < plan.n_steps and not progress.stopped:
+                items = [train_set[index] for index in plan.batch(progress.step)]
+                rate = learning_rate(progress.step, plan.n_steps, settings)
+                model.train()
+                loss, norm = _step(accelerator, scorer, items, objective, settings, state, rate, pad_id)
+                progress.elapsed_s = time.perf_counter() - began
+                run.log(
+                    step=progress.step,
+                    epoch=round(progress.step / plan.steps_per_epoch, 4),
+                    loss=loss,
+                    learning_rate=rate,
+                    grad_norm=norm,
+                    n_tokens=progress.n_tokens,
+                    elapsed_s=round(progress.elapsed_s, 3),
+                )
+                speed = (progress.n_tokens - tokens_before) / (time.perf_counter() - resumed_at)
+                bar.update(progress.step, f"loss {loss:.3f}  {speed:,.0f} tokens/s")
+                if valid_set and _due(progress.step, settings.eval_every or plan.steps_per_epoch, plan):
+                    _judge(validate(), state, settings.patience, run, reporter)
+                every = settings.checkpoint_every
+                if every and progress.step % every == 0 and accelerator.is_main_process:
+                    checkpoint.save(run.path, asdict(progress), parameters, optimizer, state.best)
+    if settings.patience and state.best:
+        with torch.no_grad():
+            for name, value in state.best.items():
+                parameters[name].copy_(value)
+        progress.validation_after = progress.best_validation
+    model.eval()
+    return Trained(progress, _cost(progress, parameters, device))
+
+
+def seed_of(settings: TrainSettings, stream: str) -> int:
+    """Return the seed of one source of randomness: its own setting, or split off the root."""
+    own: int | None = getattr(settings, f"seed_{stream}")
+    return stream_seed(settings.seed, stream) if own is None else own
+
+
+def _step(
+    accelerator: Accelerator,
+    scorer: nn.Module,
+    items: Sequence[Encoded],
+    objective: Objective,
+    settings: TrainSettings,
+    state: _State,
+    rate: float,
+    pad_id: int,
+) -> tuple[float, float]:
+    """Take one optimizer step; return the batch's loss and the norm of its gradient."""
+    weight = objective.weight(items)
+    world = accelerator.num_processes
+    # A process without a share still has to take part in the synchronisation: with weight 0.
+    mine = items[accelerator.process_index :: world] or items[:1]
+    share = world if len(items) > accelerator.process_index else 0
+    groups = micro_batches(mine, settings.micro_batch_tokens, settings.micro_batch_size)
+    total = torch.zeros((), device=accelerator.device)
+    for number, group in enumerate(groups, 1):
+        with accelerator.accumulate(scorer) if number == len(groups) else accelerator.no_sync(scorer):
+            loss = objective.loss_sum(scorer, group, pad_id) / weight * share
+            accelerator.backward(loss)
+        total += loss.detach()
+    mean = float(accelerator.reduce(total, "mean"))
+    progress = state.progress
+    limit = settings.max_grad_norm or math.inf
+    norm = float(nn.utils.clip_grad_norm_(list(state.parameters.values()), limit))
+    if not math.isfinite(mean) or not math.isfinite(norm):
+        raise TrainingError(
+            f"the loss became {mean} and its gradient {norm} at step {progress.step + 1}; lower "
+            f"--learning-rate (now {settings.learning_rate:g}), or use --dtype float32"
+        )
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    progress.step += 1
+    progress.n_tokens += sum(len(item.ids) for item in items)
+    progress.n_supervised_tokens += sum(item.n_supervised for item in items)
+    progress.first_loss = mean if progress.first_loss is None else progress.first_loss
+    progress.last_loss = mean
+    return mean, norm
+
+
+def _due(step: int, every: int, plan: Plan) -> bool:
+    return step % every == 0 or step == plan.n_steps
+
+
+def _judge(
+    loss: float, state: _State, patience: int, run: RunFolder, reporter: Reporter
+) -> None:
+    """Take note of a validation loss, and stop after `patience` without a better one."""
+    progress = state.progress
+    progress.validation_after = loss
+    run.log(step=progress.step, validation_loss=loss)
+    reporter.say(
+        f"step {progress.step}: loss {progress.last_loss:.4f}, validation loss {loss:.4f}"
+    )
+    if loss < progress.best_validation:
+        progress.best_validation, progress.best_step, progress.n_worse = loss, progress.step, 0
+        if patience:
+            state.best = {name: p.detach().clone() for name, p in state.parameters.items()}
+        return
+    progress.n_worse += 1
+    if patience and progress.n_worse >= patience:
+        progress.stopped = True
+        reporter.say(f"stopped early; the best was at step {progress.best_step}")
+
+
+def _cost(
+    progress: Progress, parameters: Mapping[str, nn.Parameter], device: torch.device
+) -> Cost:
+    return Cost(
+        n_steps=progress.step,
+        n_tokens=progress.n_tokens,
+        n_supervised_tokens=progress.n_supervised_tokens,
+        elapsed_s=round(progress.elapsed_s, 3),
+        peak_memory_bytes=peak_memory_bytes(device),
+        n_trainable_parameters=sum(p.numel() for p in parameters.values()),
+    )

@@ -1,0 +1,125 @@
+"""The warm start: the one thing that passes from the warm-up to the tasks.
+
+D2LoRA (Seraj, Mohajeri, Dousti, arXiv 2503.18089) trains an adapter once on general data and
+begins every scarce task from its weights. A `WarmStart` is that adapter with its manifest. It can
+be put on a model by hand, too:
+
+    model = WarmStart.load("warm").apply_to(AutoModelForCausalLM.from_pretrained(base))
+"""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+from warnings import warn
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from d2lora.artifacts import Adapter, Ancestor, Manifest, differences
+from d2lora.errors import WarmStartError
+from d2lora.inits import ALL_LINEAR, LoraShape
+from d2lora.models import attach_adapter, fingerprint_of_model, read_adapter_config
+from d2lora.runs import DONE
+from d2lora.settings import LoraSettings
+
+
+class WarmStart(Adapter):
+    """An adapter warmed up on general data, from which tasks begin."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Open a warm start's folder.
+
+        Raises:
+            WarmStartError: If it is not a finished warm start.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise WarmStartError(f"{folder}: no such folder; make a warm start with d2lora warmup")
+        if not (folder / "warm_start.json").is_file():
+            if (folder / "settings.yaml").is_file() and not (folder / DONE).is_file():
+                raise WarmStartError(
+                    f"{folder}: the warm-up is unfinished; continue it with d2lora warmup --resume"
+                )
+            raise WarmStartError(f"{folder}: no warm start: it has no warm_start.json")
+        read_adapter_config(folder)
+        return cls(folder, Manifest.read(folder))
+
+    def apply_to(self, model: PreTrainedModel, *, dropout: float | None = None) -> PeftModel:
+        """Put the warm start on a model, ready to train.
+
+        The model's own weights stay as they are and frozen; the LoRA weights, and nothing else,
+        require a gradient (PEFT loads an adapter frozen by default, peft#282).
+
+        Args:
+            model: The warm start's base, loaded in any number format.
+            dropout: Dropout on the adapter's input. None: the warm start's own.
+
+        Raises:
+            WarmStartError: If the model was loaded from other weights than the warm start's base.
+        """
+        found = fingerprint_of_model(model)
+        if found is None:
+            warn("the model's files are not at hand, so its weights were not checked", stacklevel=2)
+        else:
+            self._check_base(found, str(model.config.name_or_path))
+        return attach_adapter(model, self.path, trainable=True, dropout=dropout)
+
+    def _check_base(self, fingerprint: str, name: str) -> None:
+        own = self.manifest.base
+        if own.fingerprint != fingerprint:
+            raise WarmStartError(
+                f"{self.path} was made on {own.id} (fingerprint {own.fingerprint[:12]}), but "
+                f"{name} has other weights ({fingerprint[:12]}); give --base {own.id}, or warm up "
+                "on this base"
+            )
+
+    def inherited_shape(self, settings: LoraSettings) -> LoraShape:
+        """Return the warm start's shape; what the settings say must agree with it.
+
+        Raises:
+            WarmStartError: If they do not, with the fix.
+        """
+        shape = self.manifest.shape
+        config = read_adapter_config(self.path)
+        wanted = dict(settings)
+        if wanted["targets"] in ((ALL_LINEAR,), None) and shape.targets == (ALL_LINEAR,):
+            wanted["targets"] = None
+        elif wanted["targets"] is not None:
+            wanted["targets"] = tuple(sorted(wanted["targets"]))
+            shape = LoraShape(shape.rank, shape.alpha, shape.dropout, tuple(sorted(shape.targets)))
+        clashes = differences(wanted, shape)
+        if clashes:
+            told = "; ".join(
+                f"--{name} {_shown(asked)}, but it has {_shown(have)}"
+                for name, (asked, have) in clashes.items()
+            )
+            options = " ".join(f"--{name}" for name in clashes)
+            raise WarmStartError(
+                f"the settings contradict the warm start {self.path}: {told}. Leave out {options} "
+                "to inherit, or warm up anew with these values"
+            )
+        if (config.r, float(config.lora_alpha)) != (shape.rank, shape.alpha):
+            raise WarmStartError(
+                f"{self.path}: adapter_config.json (rank {config.r}, alpha {config.lora_alpha}) and "
+                f"warm_start.json (rank {shape.rank}, alpha {shape.alpha:g}) disagree; one of them "
+                "was edited. Restore it, or warm up anew"
+            )
+        return shape if settings.dropout is None else replace(shape, dropout=settings.dropout)
+
+    def ancestor(self) -> Ancestor:
+        """Return what an adapter that begins here says of it."""
+        manifest = self.manifest
+        return Ancestor(
+            path=str(self.path), data=manifest.data, fingerprint=manifest.adapter_fingerprint
+        )
+
+
+def fingerprint_of_adapter(folder: Path) -> str:
+    """Return the SHA-256 of an adapter's weights file."""
+    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
