@@ -31,8 +31,6 @@ from d2lora.stats import Difference, Interval, mean_interval, paired_difference
 from d2lora.tasks import Choice, Example, Message, TaskData, read_choices, read_task
 
 BASE = "base"
-MAX_TOKENS = 8192
-"""Padded tokens in one scoring pass."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def _general_loss(
     if not examples:
         return None
     encoded = encode_all(encoder, examples, settings.max_length, settings.overlong)
-    return mean_loss(TokenScorer(model).eval(), encoded.items, base.pad_id, MAX_TOKENS)
+    return mean_loss(TokenScorer(model).eval(), encoded.items, base.pad_id)
 
 
 def _right_choices(
@@ -206,9 +204,7 @@ def _right_choices(
         for choice in question.choices:
             whole = encoder.encode(Example(prompt, choice))
             items.append(Encoded(whole.ids[:-1], whole.n_prompt))
-    log_probability = iter(
-        log_probabilities(TokenScorer(model).eval(), items, base.pad_id, MAX_TOKENS)
-    )
+    log_probability = iter(log_probabilities(TokenScorer(model).eval(), items, base.pad_id))
     right: list[float] = []
     for question in questions:
         scores = [next(log_probability) / len(choice) for choice in question.choices]

@@ -111,11 +111,13 @@ class TrainSettings(Settings):
     """Optimizer steps. None: from epochs. 0: save the beginning untrained."""
     batch_size: int = Field(default=16, ge=1)
     """Examples per optimizer step, over all devices."""
-    micro_batch_tokens: int = Field(default=8192, ge=1)
+    micro_batch_tokens: int = Field(default=0, ge=0)
     """Most tokens, padding included, in one forward pass; a batch is cut into as many as needed
-    (gradient accumulation). The result does not depend on it."""
+    (gradient accumulation). The result does not depend on it. 0: 1024 on a CPU, 8192 elsewhere."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Most examples in one forward pass. None: only micro_batch_tokens counts."""
+    lean: bool = True
+    """Use the faster pass through LoRA layers where it is equal to PEFT's."""
     schedule: Schedule = "linear"
     """Learning rate after the warm-up steps: linear or cosine to zero, or constant."""
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)

@@ -8,6 +8,7 @@ killed at any moment and resumed to the same result.
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -21,10 +22,11 @@ from d2lora.cost import Cost, peak_memory_bytes
 from d2lora.data import stream_seed
 from d2lora.encode import Encoded, micro_batches
 from d2lora.errors import TrainingError
+from d2lora.lean import lean_layers
 from d2lora.objectives import Objective
 from d2lora.runs import RunFolder
 from d2lora.schedule import Plan, learning_rate
-from d2lora.scorer import TokenScorer, mean_loss
+from d2lora.scorer import TokenScorer, mean_loss, pass_tokens
 from d2lora.settings import TrainSettings
 
 
@@ -112,7 +114,8 @@ def train(
         return mean_loss(scorer, valid_set, pad_id, settings.micro_batch_tokens)
 
     began = time.perf_counter()
-    with torch.random.fork_rng():
+    lean = lean_layers(model) if settings.lean else nullcontext()
+    with lean, torch.random.fork_rng():
         torch.manual_seed(seed_of(settings, "dropout"))
         if resume and checkpoint.exists(run.path):
             state.progress = Progress(**checkpoint.load(run.path, parameters, optimizer, state.best))
@@ -178,7 +181,8 @@ def _step(
     # A process without a share still has to take part in the synchronisation: with weight 0.
     mine = items[accelerator.process_index :: world] or items[:1]
     share = world if len(items) > accelerator.process_index else 0
-    groups = micro_batches(mine, settings.micro_batch_tokens, settings.micro_batch_size)
+    limit = pass_tokens(accelerator.device, settings.micro_batch_tokens)
+    groups = micro_batches(mine, limit, settings.micro_batch_size)
     total = torch.zeros((), device=accelerator.device)
     for number, group in enumerate(groups, 1):
         with accelerator.accumulate(scorer) if number == len(groups) else accelerator.no_sync(scorer):
@@ -187,8 +191,8 @@ def _step(
         total += loss.detach()
     mean = float(accelerator.reduce(total, "mean"))
     progress = state.progress
-    limit = settings.max_grad_norm or math.inf
-    norm = float(nn.utils.clip_grad_norm_(list(state.parameters.values()), limit))
+    largest = settings.max_grad_norm or math.inf
+    norm = float(nn.utils.clip_grad_norm_(list(state.parameters.values()), largest))
     if not math.isfinite(mean) or not math.isfinite(norm):
         raise TrainingError(
             f"the loss became {mean} and its gradient {norm} at step {progress.step + 1}; lower "

@@ -1,0 +1,49 @@
+# make demo and make test are all that a newcomer needs; both set the environment up first.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+# A stamp is written last, so a half-made environment is never taken for a whole one.
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing pinned dependencies (some minutes the first time)"
+	@$(PIP) torch==2.13.0
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.base  ## the whole story on the embedded base: warm-up, two tasks, comparison
+	$(BIN)/d2lora demo
+
+# In CI every test runs; elsewhere the slow ones wait for make test-all.
+test: $(VENV)/.test  ## the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(if $(CI),,-m 'not slow')
+
+test-all: $(VENV)/.test  ## the tests, slow ones too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev  ## style, types, import order, dependencies, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	$(BIN)/deptry src
+	$(BIN)/codespell src tests docs scripts plans README.md CHANGELOG.md CONTRIBUTING.md
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) demo-out build dist
