@@ -1,1 +1,80 @@
-"""d2lora."""
+"""d2lora: warm a LoRA adapter up once on general data, begin every scarce task from it.
+
+    from pathlib import Path
+    from d2lora import AdaptSettings, WarmupSettings, adapt, warm_up
+
+    warm_up(WarmupSettings(base="model", data=("general.jsonl",), out=Path("warm")))
+    adapt(AdaptSettings(base="model", data=("task.jsonl",), init="warm", out=Path("adapter")))
+
+Names are imported on first use, so that `import d2lora` is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from d2lora.adaptation import adapt
+    from d2lora.artifacts import Adapter
+    from d2lora.errors import (
+        D2LoraError,
+        DataError,
+        ModelError,
+        RunError,
+        SettingsError,
+        TrainingError,
+        WarmStartError,
+    )
+    from d2lora.evaluation import Evaluation, evaluate
+    from d2lora.generation import generate
+    from d2lora.settings import AdaptSettings, EvaluateSettings, GenerateSettings, WarmupSettings
+    from d2lora.warmstart import WarmStart
+    from d2lora.warmup import warm_up
+
+_HOMES = {
+    "adapt": "adaptation",
+    "Adapter": "artifacts",
+    "D2LoraError": "errors",
+    "DataError": "errors",
+    "ModelError": "errors",
+    "RunError": "errors",
+    "SettingsError": "errors",
+    "TrainingError": "errors",
+    "WarmStartError": "errors",
+    "Evaluation": "evaluation",
+    "evaluate": "evaluation",
+    "generate": "generation",
+    "AdaptSettings": "settings",
+    "EvaluateSettings": "settings",
+    "GenerateSettings": "settings",
+    "WarmupSettings": "settings",
+    "WarmStart": "warmstart",
+    "warm_up": "warmup",
+}
+
+__all__ = [
+    "AdaptSettings",
+    "Adapter",
+    "D2LoraError",
+    "DataError",
+    "EvaluateSettings",
+    "Evaluation",
+    "GenerateSettings",
+    "ModelError",
+    "RunError",
+    "SettingsError",
+    "TrainingError",
+    "WarmStart",
+    "WarmStartError",
+    "WarmupSettings",
+    "adapt",
+    "evaluate",
+    "generate",
+    "warm_up",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'd2lora' has no attribute {name!r}")
+    return getattr(import_module(f"d2lora.{_HOMES[name]}"), name)

@@ -62,8 +62,8 @@ class CellResult:
 
 def run_cell(cell: Cell) -> CellResult:
     """Adapt and evaluate. Heavy imports happen here, in the worker."""
-    from d2lora.adapt import adapt
-    from d2lora.evaluate import evaluate
+    from d2lora.adaptation import adapt
+    from d2lora.evaluation import evaluate
     from d2lora.metrics import SCORERS
     from d2lora.tasks import TASKS
 

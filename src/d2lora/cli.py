@@ -65,23 +65,24 @@ def help_text() -> str:
 def _run(command: str, words: list[str]) -> None:
     from d2lora import settings
 
-    kinds: dict[str, type[Settings]] = {
-        "demo": settings.DemoSettings,
-        "warmup": settings.WarmupSettings,
-        "adapt": settings.AdaptSettings,
-        "evaluate": settings.EvaluateSettings,
-        "generate": settings.GenerateSettings,
+    homes: dict[str, tuple[str, type[Settings]]] = {
+        "demo": ("demo", settings.DemoSettings),
+        "warmup": ("warmup", settings.WarmupSettings),
+        "adapt": ("adaptation", settings.AdaptSettings),
+        "evaluate": ("evaluation", settings.EvaluateSettings),
+        "generate": ("generation", settings.GenerateSettings),
     }
-    if command not in kinds:
+    if command not in homes:
         from d2lora.errors import SettingsError
 
         raise SettingsError(
-            f"unknown command `{command}`.{did_you_mean(command, kinds)} "
+            f"unknown command `{command}`.{did_you_mean(command, homes)} "
             "`d2lora --help` lists the commands"
         )
-    chosen = _parse(kinds[command], command, words)
+    module, kind = homes[command]
+    chosen = _parse(kind, command, words)
     _quiet_libraries()
-    import_module(f"d2lora.{command}").command(chosen)
+    import_module(f"d2lora.{module}").command(chosen)
 
 
 def _parse(kind: "type[Settings]", command: str, words: list[str]) -> "Settings":

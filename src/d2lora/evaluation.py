@@ -21,7 +21,7 @@ from torch import nn
 from d2lora.console import Reporter
 from d2lora.encode import Encoded, Encoder, encode_all
 from d2lora.errors import DataError, SettingsError
-from d2lora.generate import Decoder, chat_format_of, decode
+from d2lora.generation import Decoder, chat_format_of, decode
 from d2lora.metrics import SCORERS
 from d2lora.models import Base, attach_adapter, detach_adapter, load_base, merged
 from d2lora.runs import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text

@@ -1,0 +1,210 @@
+"""Laws of the loop: equal work gives equal adapters, whatever the way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import read_rows
+from transformers import AutoModelForCausalLM
+
+from d2lora import AdaptSettings, Adapter, TrainingError, WarmStart, WarmupSettings, adapt, warm_up
+from d2lora.models import fingerprint_of
+
+Weights = dict[str, torch.Tensor]
+
+
+def run(out: Path, base: str, data: str, **changes: Any) -> Adapter:
+    settings = {"epochs": 2, "batch_size": 8, "rank": 4, "quiet": True, **changes}
+    return adapt(AdaptSettings(base=base, data=(data,), out=out, **settings))
+
+
+def weights(adapter: Adapter) -> Weights:
+    return load_file(adapter.path / "adapter_model.safetensors")
+
+
+def assert_same(first: Weights, second: Weights, *, tolerance: float = 0.0) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def warm_start(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, general: str) -> WarmStart:
+    out = tmp_path_factory.mktemp("warm") / "start"
+    return warm_up(
+        WarmupSettings(
+            base=tiny_base, data=(general,), out=out, max_steps=6, rank=4, batch_size=8,
+            learning_rate=1e-2, quiet=True,
+        )
+    )  # fmt: skip
+
+
+def test_the_same_seed_gives_the_same_adapter_bit_for_bit(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    first = run(tmp_path / "1", tiny_base, problems, seed=7, dropout=0.1)
+    second = run(tmp_path / "2", tiny_base, problems, seed=7, dropout=0.1)
+    assert_same(weights(first), weights(second))
+
+
+@pytest.mark.parametrize("stream", ["subset", "order", "init", "dropout"])
+def test_each_seed_moves_the_result_by_itself(
+    tmp_path: Path, tiny_base: str, problems: str, stream: str
+) -> None:
+    common = {"n": 24, "dropout": 0.1, "max_steps": 4}
+    first = run(tmp_path / "1", tiny_base, problems, **common)
+    second = run(tmp_path / "2", tiny_base, problems, **common, **{f"seed_{stream}": 99})
+    pairs = zip(weights(first).values(), weights(second).values(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_one_micro_batch_of_eight_equals_eight_of_one(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    whole = run(tmp_path / "1", tiny_base, problems, micro_batch_tokens=100_000)
+    parts = run(tmp_path / "2", tiny_base, problems, micro_batch_size=1)
+    # Adam divides by tiny second moments early on, so rounding shows in the last digits.
+    assert_same(weights(whole), weights(parts), tolerance=2e-4)
+    losses = [
+        [row["loss"] for row in read_rows(a.path / "metrics.jsonl")] for a in (whole, parts)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_lean_pass_trains_the_same_adapter_as_peft_s_own(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    lean = run(tmp_path / "1", tiny_base, problems, lean=True)
+    plain = run(tmp_path / "2", tiny_base, problems, lean=False)
+    assert_same(weights(lean), weights(plain), tolerance=2e-4)
+
+
+def test_zero_warm_up_steps_equal_a_fresh_adapter(
+    tmp_path: Path, tiny_base: str, general: str, problems: str
+) -> None:
+    common = {"base": tiny_base, "rank": 4, "seed_init": 5, "quiet": True}
+    unwarmed = warm_up(
+        WarmupSettings(data=(general,), out=tmp_path / "w", max_steps=0, **common)
+    )
+    fresh = adapt(AdaptSettings(data=(problems,), out=tmp_path / "f", max_steps=0, **common))
+    assert_same(weights(unwarmed), weights(fresh))
+    assert all(not value.any() for name, value in weights(fresh).items() if "lora_B" in name)
+    from_unwarmed = run(tmp_path / "1", tiny_base, problems, init=str(tmp_path / "w"), rank=None)
+    from_fresh = run(tmp_path / "2", tiny_base, problems, seed_init=5)
+    assert_same(weights(from_unwarmed), weights(from_fresh))
+
+
+def test_only_lora_weights_move_and_the_base_keeps_every_bit(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    before = fingerprint_of(Path(tiny_base))
+    adapter = run(tmp_path / "1", tiny_base, problems)
+    assert fingerprint_of(Path(tiny_base)) == before
+    trained = weights(adapter)
+    assert trained
+    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
+    layers = AutoModelForCausalLM.from_pretrained(tiny_base).config.num_hidden_layers
+    assert len(trained) == layers * 7 * 2
+
+
+def test_adaptation_begins_at_the_warm_start_s_weights(
+    tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart
+) -> None:
+    untrained = run(
+        tmp_path / "1", tiny_base, problems, init=str(warm_start.path), rank=None, max_steps=0
+    )
+    assert_same(weights(untrained), weights(warm_start))
+    assert untrained.manifest.chat_format == warm_start.manifest.chat_format
+    assert untrained.manifest.lineage[-1].fingerprint == warm_start.manifest.adapter_fingerprint
+
+
+def test_a_killed_run_resumes_to_the_same_adapter(
+    tmp_path: Path, tiny_base: str, problems: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {
+        "dropout": 0.1, "validation_fraction": 0.2, "eval_every": 2, "patience": 3,
+        "checkpoint_every": 3, "epochs": 3,
+    }  # fmt: skip
+    whole = run(tmp_path / "whole", tiny_base, problems, **common)
+    taken = 0
+
+    class Killed(BaseException):
+        pass
+
+    def dying_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == 6:
+            raise Killed
+        return step(*args, **kwargs)
+
+    from d2lora import train
+
+    step = train._step
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "_step", dying_step)
+        run(tmp_path / "killed", tiny_base, problems, **common)
+    assert not (tmp_path / "killed" / "done.json").exists()
+    resumed = run(tmp_path / "killed", tiny_base, problems, **common, resume=True)
+    assert_same(weights(whole), weights(resumed))
+    timeless = [
+        [{k: v for k, v in row.items() if k != "elapsed_s"} for row in read_rows(path)]
+        for path in (whole.path / "metrics.jsonl", resumed.path / "metrics.jsonl")
+    ]
+    assert timeless[0] == timeless[1]
+    assert not (resumed.path / "checkpoint").exists()
+
+
+def test_early_stopping_keeps_the_adapter_of_the_best_validation_loss(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    adapter = run(
+        tmp_path / "1", tiny_base, problems, learning_rate=0.3, validation_fraction=0.5,
+        eval_every=1, patience=2, epochs=20,
+    )  # fmt: skip
+    losses = [
+        row["validation_loss"]
+        for row in read_rows(adapter.path / "metrics.jsonl")
+        if "validation_loss" in row
+    ]
+    assert len(losses) < 20 * 3
+    assert adapter.manifest.validation_loss_after == min(losses[1:])
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_with_advice(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    with pytest.raises(TrainingError, match=r"lower --learning-rate"):
+        run(
+            tmp_path / "1", tiny_base, problems, learning_rate=1e30, warmup_fraction=0,
+            max_grad_norm=0, epochs=5,
+        )  # fmt: skip
+
+
+def test_a_frozen_adapter_is_an_error_before_the_first_step(tmp_path: Path, tiny_base: str) -> None:
+    from d2lora.console import Reporter
+    from d2lora.objectives import SFT
+    from d2lora.runs import RunFolder
+    from d2lora.settings import TrainSettings
+    from d2lora.train import train
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base).requires_grad_(requires_grad=False)
+    with pytest.raises(TrainingError, match="nothing is trainable"):
+        train(
+            model, [], [], SFT(), TrainSettings(), RunFolder(tmp_path), Reporter(quiet=True),
+            pad_id=0,
+        )  # fmt: skip
+
+
+def test_the_manifest_tells_what_was_done(warm_start: WarmStart, general: str) -> None:
+    manifest = json.loads((warm_start.path / "warm_start.json").read_text())
+    assert manifest["data"][0]["file"] == general
+    assert manifest["data"][0]["rows"] == 60
+    assert manifest["cost"]["n_steps"] == 6
+    assert manifest["validation_loss_after"] < manifest["validation_loss_before"]
+    assert manifest["settings"]["learning_rate"] == 1e-2
+    assert "fingerprint" in manifest["base"]
+    assert manifest["base"]["fingerprint"] in (warm_start.path / "README.md").read_text()
