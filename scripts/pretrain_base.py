@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from d2lora.embedded.documents import documents, sum_of
-from d2lora.embedded.splits import chance_for, split_of
+from d2lora.embedded.documents import documents
+from d2lora.embedded.splits import chance_for
+from d2lora.embedded.sums import sum_of
 from d2lora.embedded.tokenizer import train_tokenizer
 
 VOCABULARY = 2048
-SEQUENCE = 256
-BATCH = 16
+SEQUENCE, LONG_SEQUENCE = 256, 512  # the second while the rate falls
+BATCH_TOKENS = 4096
 HELD_OUT_ROWS = 400
 SHAPE = {
     "hidden_size": 192,
@@ -67,10 +68,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, default=Path("pretraining"))
     parser.add_argument("--english", type=Path, help="folder with train.jsonl and valid.jsonl")
     parser.add_argument("--english-share", type=float, default=0.2, help="share of the characters")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=7300)
     parser.add_argument("--million-tokens", type=float, default=40.0, help="distinct text to make")
     parser.add_argument("--decay-share", type=float, default=0.4, help="steps of falling rate")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=6e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--machine", default="a CPU", help="what the card says of the machine")
@@ -111,7 +112,9 @@ def prepared_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str] | list[str]) -> Tensor:
+def encode_documents(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterator[str] | list[str]
+) -> Tensor:
     """Return documents as one stream of ids, each ending in EOS."""
     ids: list[int] = []
     batch = list(texts)
@@ -129,7 +132,9 @@ def prepared_tokens(
     if not path.exists():
         texts, parts, total = mixed(args), list[np.ndarray](), 0
         while total < args.million_tokens * 1e6:
-            parts.append(encode_documents(tokenizer, islice(texts, 20_000)).numpy().astype("uint16"))
+            parts.append(
+                encode_documents(tokenizer, islice(texts, 20_000)).numpy().astype("uint16")
+            )
             total += len(parts[-1])
         np.save(path, np.concatenate(parts))
     return np.load(path, mmap_mode="r")
@@ -154,10 +159,17 @@ def rate_at(step: int, args: argparse.Namespace) -> float:
     return min(1.0, (step + 1) / rise, (args.steps - step) / fall)
 
 
-def batch_at(tokens: np.ndarray, step: int) -> Tensor:
-    """Return the ids of a step, shape (BATCH, SEQUENCE + 1), at seeded places of the stream."""
-    places = np.random.default_rng((1, step)).integers(0, len(tokens) - SEQUENCE - 1, BATCH)
-    rows = [tokens[place : place + SEQUENCE + 1].astype("int64") for place in places]
+def length_at(step: int, args: argparse.Namespace) -> int:
+    """Return the sequence length of a step: longer ones come last, when they cost less."""
+    falling = step >= args.steps * (1 - args.decay_share)
+    return LONG_SEQUENCE if falling else SEQUENCE
+
+
+def batch_at(tokens: np.ndarray, step: int, length: int) -> Tensor:
+    """Return the ids of a step, shape (rows, length + 1), at seeded places of the stream."""
+    n_rows = BATCH_TOKENS // length
+    places = np.random.default_rng((1, step)).integers(0, len(tokens) - length - 1, n_rows)
+    rows = [tokens[place : place + length + 1].astype("int64") for place in places]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -171,15 +183,18 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def held_out_loss(model: nn.Module, stream: Tensor, device: str) -> float | None:
     """Return the mean loss over a held-out stream; None where there is none."""
-    n_rows = len(stream) // (SEQUENCE + 1)
+    n_rows = len(stream) // (LONG_SEQUENCE + 1)
     if n_rows == 0:
         return None
-    rows = stream[: n_rows * (SEQUENCE + 1)].view(n_rows, SEQUENCE + 1).to(device)
-    return float(np.mean([float(loss_of(model, part)) for part in rows.split(BATCH)[:-1]]))
+    rows = stream[: n_rows * (LONG_SEQUENCE + 1)].view(n_rows, LONG_SEQUENCE + 1).to(device)
+    return float(np.mean([float(loss_of(model, row[None])) for row in rows]))
 
 
 def train(
-    model: LlamaForCausalLM, tokens: np.ndarray, held_out: dict[str, Tensor], args: argparse.Namespace
+    model: LlamaForCausalLM,
+    tokens: np.ndarray,
+    held_out: dict[str, Tensor],
+    args: argparse.Namespace,
 ) -> dict[str, object]:
     """Train with Muon on the hidden matrices and AdamW on the rest; return what was measured."""
     model.to(args.device)
@@ -197,13 +212,13 @@ def train(
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         begin, elapsed = state["step"], state["elapsed_s"]
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, dynamic=False)
     started, losses = time.perf_counter() - elapsed, dict[str, float | None]()
     for step in range(begin, args.steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * rate_at(step, args)
-        loss = loss_of(compiled, batch_at(tokens, step).to(args.device))
+        loss = loss_of(compiled, batch_at(tokens, step, length_at(step, args)).to(args.device))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -225,23 +240,24 @@ def train(
             checkpoint.with_suffix(".new").replace(checkpoint)
     return {
         "steps": args.steps,
-        "n_tokens": args.steps * BATCH * SEQUENCE,
+        "n_tokens": args.steps * BATCH_TOKENS,
         "elapsed_s": round(elapsed),
         "held_out_loss": losses,
     }
 
 
 @torch.no_grad()
-def arithmetic_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+def arithmetic_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, float]:
     """Return, by sign, how many of 200 calculations each the base completes rightly."""
     right: dict[str, list[bool]] = {sign: [] for sign in "+-*/"}
     chance = chance_for("arithmetic probe")
     while min(len(results) for results in right.values()) < 200:
         left, sign, number, result = sum_of(chance)
-        text = f"{left} {sign} {number} ="
-        if split_of(text) == "train" or len(right[sign]) >= 200:
+        if len(right[sign]) >= 200:
             continue
-        ids = torch.tensor([tokenizer(f"5 + 3 = 8\n{text}")["input_ids"]])
+        ids = torch.tensor([tokenizer(f"5 + 3 = 8\n{left} {sign} {number} =")["input_ids"]])
         out = model.generate(
             ids, max_new_tokens=5, do_sample=False, attention_mask=torch.ones_like(ids)
         )

@@ -26,4 +26,5 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read JSONL rows."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

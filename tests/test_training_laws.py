@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from support import read_rows
 from transformers import AutoModelForCausalLM
 
-from d2lora import AdaptSettings, Adapter, TrainingError, WarmStart, WarmupSettings, adapt, warm_up
+from d2lora import Adapter, AdaptSettings, TrainingError, WarmStart, WarmupSettings, adapt, warm_up
 from d2lora.models import fingerprint_of
 
 Weights = dict[str, torch.Tensor]
@@ -68,9 +68,7 @@ def test_one_micro_batch_of_eight_equals_eight_of_one(
     parts = run(tmp_path / "2", tiny_base, problems, micro_batch_size=1)
     # Adam divides by tiny second moments early on, so rounding shows in the last digits.
     assert_same(weights(whole), weights(parts), tolerance=2e-4)
-    losses = [
-        [row["loss"] for row in read_rows(a.path / "metrics.jsonl")] for a in (whole, parts)
-    ]
+    losses = [[row["loss"] for row in read_rows(a.path / "metrics.jsonl")] for a in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -86,9 +84,7 @@ def test_zero_warm_up_steps_equal_a_fresh_adapter(
     tmp_path: Path, tiny_base: str, general: str, problems: str
 ) -> None:
     common = {"base": tiny_base, "rank": 4, "seed_init": 5, "quiet": True}
-    unwarmed = warm_up(
-        WarmupSettings(data=(general,), out=tmp_path / "w", max_steps=0, **common)
-    )
+    unwarmed = warm_up(WarmupSettings(data=(general,), out=tmp_path / "w", max_steps=0, **common))
     fresh = adapt(AdaptSettings(data=(problems,), out=tmp_path / "f", max_steps=0, **common))
     assert_same(weights(unwarmed), weights(fresh))
     assert all(not value.any() for name, value in weights(fresh).items() if "lora_B" in name)
@@ -144,9 +140,10 @@ def test_a_killed_run_resumes_to_the_same_adapter(
     from d2lora import train
 
     step = train._step
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(train, "_step", dying_step)
-        run(tmp_path / "killed", tiny_base, problems, **common)
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", tiny_base, problems, **common)
     assert not (tmp_path / "killed" / "done.json").exists()
     resumed = run(tmp_path / "killed", tiny_base, problems, **common, resume=True)
     assert_same(weights(whole), weights(resumed))

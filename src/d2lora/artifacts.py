@@ -1,8 +1,8 @@
 """What a run leaves: a plain PEFT adapter, a manifest that says how it came about, a card.
 
-    adapter_config.json, adapter_model.safetensors   PEFT's own format, loadable without d2lora
-    warm_start.json or adapter.json                  the manifest
-    README.md                                        the model card
+adapter_config.json, adapter_model.safetensors   PEFT's own format, loadable without d2lora
+warm_start.json or adapter.json                  the manifest
+README.md                                        the model card
 """
 
 from collections.abc import Mapping
@@ -156,7 +156,9 @@ def card(manifest: Manifest) -> str:
         "held-out loss": _losses(manifest),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    data = "\n".join(f"- `{d['file']}`, {d['rows']:,} rows, sha256 `{d['sha256']}`" for d in manifest.data)
+    data = "\n".join(
+        f"- `{d['file']}`, {d['rows']:,} rows, sha256 `{d['sha256']}`" for d in manifest.data
+    )
     return CARD.format(kind=manifest.kind, base=hub_id, table=table, data=data)
 
 

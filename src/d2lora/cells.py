@@ -5,7 +5,7 @@ Cells run in worker processes of one thread each, which keep the base loaded bet
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,7 +123,7 @@ def n_cores() -> int:
 
 
 @contextmanager
-def workers(number: int) -> Iterator[ProcessPoolExecutor]:
+def workers(number: int) -> Generator[ProcessPoolExecutor]:
     """Yield a pool of fresh processes of one thread each."""
     # Set before torch is loaded in the workers: two OpenMP teams on the same cores slow each other.
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -64,9 +64,7 @@ def load(
         with torch.no_grad():
             parameter.copy_(tensors[f"weight/{name}"])
         optimizer.state[parameter] = {
-            moment: tensors[f"{moment}/{name}"].to(
-                parameter.device if moment != "step" else "cpu"
-            )
+            moment: tensors[f"{moment}/{name}"].to(parameter.device if moment != "step" else "cpu")
             for moment in _MOMENTS
         }
     for name, value in tensors.items():

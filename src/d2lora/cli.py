@@ -6,7 +6,7 @@ Nothing heavy is imported before a command is known, so `d2lora --help` answers 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from d2lora.errors import D2LoraError, did_you_mean
 
@@ -92,10 +92,10 @@ def _parse(kind: "type[Settings]", command: str, words: list[str]) -> "Settings"
 
     from d2lora.settings import read_settings_file
 
-    given: dict[str, object] = {}
+    given: dict[str, Any] = {}
     if words and not words[0].startswith("-"):
         given = read_settings_file(kind, Path(words.pop(0)))
-    defaults = {
+    defaults: dict[str, Any] = {
         name: given.get(name, tyro.MISSING if field.is_required() else field.default)
         for name, field in kind.model_fields.items()
     }

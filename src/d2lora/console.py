@@ -1,7 +1,7 @@
 """What the user sees while a command runs: messages and a progress bar, or nothing."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -42,7 +42,7 @@ class Reporter:
         self._console.print(text, markup=False)
 
     @contextmanager
-    def bar(self, description: str, total: int, completed: int = 0) -> Iterator[Bar]:
+    def bar(self, description: str, total: int, completed: int = 0) -> Generator[Bar]:
         """Show a progress bar inside the block."""
         if self._quiet or not self._console.is_terminal:
             yield Bar(None)

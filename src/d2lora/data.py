@@ -144,12 +144,12 @@ def _csv(path: Path) -> Iterator[Row | Fault]:
 
 
 def _parquet(path: Path) -> Iterator[Row | Fault]:
-    import pyarrow
+    import pyarrow as pa
     from pyarrow import parquet
 
     try:
         table = parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
+    except pa.ArrowInvalid as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from None
     for number, row in enumerate(table.to_pylist(), 1):
         yield Row(row, str(path), number)

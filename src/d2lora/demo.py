@@ -58,7 +58,11 @@ def recipe() -> dict[str, Any]:
 def warmup_settings(out: Path, data: Path) -> WarmupSettings:
     """Return the settings of the demo's warm-up."""
     return WarmupSettings(
-        **recipe()["warmup"], data=(str(data / "general-train.jsonl"),), out=out, threads=1, quiet=True
+        **recipe()["warmup"],
+        data=(str(data / "general-train.jsonl"),),
+        out=out,
+        threads=1,
+        quiet=True,
     )
 
 
@@ -139,7 +143,9 @@ def _run_all(
     pool: ProcessPoolExecutor, settings: DemoSettings, reporter: Reporter, n_cells: int
 ) -> tuple[list[CellResult], dict[str, Any]]:
     """Warm up in one process while the fresh arm's cells begin in the others."""
-    warming = pool.submit(run_warmup, warmup_settings(settings.out / "warm-start", settings.out / "data"))
+    warming = pool.submit(
+        run_warmup, warmup_settings(settings.out / "warm-start", settings.out / "data")
+    )
     futures: list[Future[CellResult]] = _submit(pool, FRESH, settings)
     results: list[CellResult] = []
     with reporter.bar("adapters", n_cells) as bar:
@@ -155,7 +161,9 @@ def _run_all(
     return results, manifest
 
 
-def _submit(pool: ProcessPoolExecutor, arm: str, settings: DemoSettings) -> list[Future[CellResult]]:
+def _submit(
+    pool: ProcessPoolExecutor, arm: str, settings: DemoSettings
+) -> list[Future[CellResult]]:
     """Submit an arm's cells, the longest first."""
     out = settings.out
     rates = recipe()["adapt"]["learning_rates"]
@@ -163,9 +171,16 @@ def _submit(pool: ProcessPoolExecutor, arm: str, settings: DemoSettings) -> list
         pool.submit(
             run_cell,
             cell_of(
-                arm, task, n, seed, rate_for(rates[task.files][arm], n), out / "data",
-                out / "adapters", out / "warm-start", n_test=settings.n_test,
-            ),  # fmt: skip
+                arm,
+                task,
+                n,
+                seed,
+                rate_for(rates[task.files][arm], n),
+                out / "data",
+                out / "adapters",
+                out / "warm-start",
+                n_test=settings.n_test,
+            ),
         )
         for n in sorted(settings.sizes, reverse=True)
         for task in TASKS

@@ -104,6 +104,7 @@ class Encoder:
         else:
             completion = self._ids((" " if example.prompt else "") + example.completion)
         eos_id = self.tokenizer.eos_token_id
+        assert isinstance(eos_id, int)
         if completion[-1] != eos_id:
             completion.append(eos_id)
         return Encoded((*prompt, *completion), len(prompt))
@@ -152,7 +153,9 @@ class EncodedSet:
             return None
         what = f"dropped {self.n_dropped}" if self.n_dropped else f"truncated {self.n_truncated}"
         total = len(self.items) + self.n_dropped
-        return f"{what} of {total} examples longer than {max_length} tokens (longest {self.longest})"
+        return (
+            f"{what} of {total} examples longer than {max_length} tokens (longest {self.longest})"
+        )
 
 
 def encode_all(

@@ -1,12 +1,12 @@
 """base + adapters + task -> per-example records, scores with intervals, forgetting.
 
-    records.parquet, records.jsonl   one row per adapter and test row
-    summary.json                     scores, paired differences, forgetting
-    done.json                        the marker of completion
+records.parquet, records.jsonl   one row per adapter and test row
+summary.json                     scores, paired differences, forgetting
+done.json                        the marker of completion
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,7 +122,7 @@ def _names(settings: EvaluateSettings) -> list[str]:
 
 
 @contextmanager
-def _adapted(base: Base, name: str) -> Iterator[nn.Module]:
+def _adapted(base: Base, name: str) -> Generator[nn.Module]:
     if name == BASE:
         yield base.model
         return
@@ -152,7 +152,9 @@ def _score_task(
     records: dict[int, dict[str, Any]] = {}
     with reporter.bar("generating", len(prompts)) as bar:
         for index, ids in decoder.complete(prompts):
-            records[index] = _record(name, index, examples[index], decode(base, ids), len(ids), scorer)
+            records[index] = _record(
+                name, index, examples[index], decode(base, ids), len(ids), scorer
+            )
             bar.update(len(records))
     return [records[index] for index in range(len(examples))]
 
@@ -220,14 +222,16 @@ def _evaluated(
     differences: dict[str, dict[str, Difference]] = {}
     if task is not None:
         columns = list(SCORERS[task.task.score]("", "0"))
-        table = {name: pd.DataFrame(measured[name].records)[columns] for name in named}
+        table = {
+            name: {c: np.array([record[c] for record in measured[name].records]) for c in columns}
+            for name in named
+        }
         for name in table:
-            scores[name] = {c: mean_interval(table[name][c].to_numpy()) for c in columns}
+            scores[name] = {c: mean_interval(table[name][c]) for c in columns}
         first = table[named[0]]
         for name in list(table)[1:]:
             differences[name] = {
-                c: paired_difference(first[c].to_numpy()[None], table[name][c].to_numpy()[None])
-                for c in columns
+                c: paired_difference(first[c][None], table[name][c][None]) for c in columns
             }
     reference = measured.get(BASE)
     forgetting = {name: _forgetting(raw, reference) for name, raw in measured.items()}

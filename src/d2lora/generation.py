@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from d2lora.artifacts import MANIFESTS, Manifest
 from d2lora.encode import Encoder
 from d2lora.errors import DataError, SettingsError
-from d2lora.models import Base, attach_adapter, causal_model, load_base, merged
+from d2lora.models import Base, attach_adapter, causal_model, load_base
 from d2lora.runs import write_text
 from d2lora.settings import GenerateSettings
 from d2lora.tasks import Message, read_task

@@ -9,7 +9,7 @@ PEFT's own pass.
     dx = g W + (s g B) A             dB = s g' (x A')
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -36,9 +36,11 @@ class _LeanLora(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low = ctx.saved_tensors
-        g = gradients[0]
+        g = grad_outputs[0]
         low_gradient = (g @ b).mul_(ctx.scale)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -69,11 +71,15 @@ def _fits(layer: nn.Module) -> bool:
     if len(names) != 1 or layer.lora_variant or layer.fan_in_fan_out:
         return False
     dropout, b = layer.lora_dropout[names[0]], layer.lora_B[names[0]]
-    return isinstance(dropout, nn.Identity) and isinstance(b, nn.Linear) and b.bias is None
+    return (
+        isinstance(dropout, nn.Identity)
+        and isinstance(b, nn.Linear)
+        and not b.state_dict().keys() - {"weight"}
+    )
 
 
 @contextmanager
-def lean_layers(model: nn.Module) -> Iterator[int]:
+def lean_layers(model: nn.Module) -> Generator[int]:
     """Give the LoRA layers of a model the lean pass inside the block; yield how many took it."""
     layers = [layer for layer in model.modules() if _fits(layer)]
     for layer in layers:

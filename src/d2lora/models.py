@@ -6,7 +6,7 @@ Weights come from safetensors only and no code of a model repository is ever run
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -46,7 +46,7 @@ class Base:
     @property
     def eos_id(self) -> int:
         """The token that ends a completion."""
-        return int(self.tokenizer.eos_token_id)
+        return _token_id(self.tokenizer.eos_token_id)
 
     @property
     def pad_id(self) -> int:
@@ -54,8 +54,13 @@ class Base:
         tokenizer = self.tokenizer
         for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
             if candidate is not None and candidate != self.eos_id:
-                return int(candidate)
+                return _token_id(candidate)
         return 0 if self.eos_id != 0 else 1
+
+
+def _token_id(value: object) -> int:
+    assert isinstance(value, int)
+    return value
 
 
 def load_base(settings: BaseSettings) -> Base:
@@ -84,7 +89,7 @@ def load_base(settings: BaseSettings) -> Base:
             "`eos_token` in its tokenizer_config.json"
         )
     model.requires_grad_(False)
-    model.to(device).eval()
+    nn.Module.to(model, device).eval()
     return Base(model, tokenizer, settings.base, settings.revision, fingerprint)
 
 
@@ -158,7 +163,7 @@ def _tensor_digests(file: Path) -> Iterator[str]:
 
 def fingerprint_of_model(model: PreTrainedModel) -> str | None:
     """Return the fingerprint of the files that a model was loaded from; None where unknown."""
-    folder = Path(model.config.name_or_path)
+    folder = Path(str(model.config.name_or_path))
     return fingerprint_of(folder) if (folder / "config.json").is_file() else None
 
 
@@ -237,7 +242,7 @@ def detach_adapter(model: PeftModel) -> PreTrainedModel:
 
 
 @contextmanager
-def merged(model: PeftModel) -> Iterator[None]:
+def merged(model: PeftModel) -> Generator[None]:
     """Fold the adapter into the base's weights inside the block, for faster scoring.
 
     Only for float32 bases, where folding costs no precision that matters; for others the block
@@ -246,16 +251,19 @@ def merged(model: PeftModel) -> Iterator[None]:
     if next(model.parameters()).dtype != torch.float32:
         yield
         return
-    layers = [m for m in model.modules() if hasattr(m, "base_layer")]
-    kept = [layer.base_layer.weight.detach().clone() for layer in layers]
-    model.merge_adapter()
+    layers = [m.get_base_layer() for m in model.modules() if isinstance(m, LoraLayer)]
+    weights = [layer.get_parameter("weight") for layer in layers]
+    kept = [weight.detach().clone() for weight in weights]
+    tuner = model.base_model
+    assert isinstance(tuner, LoraModel)
+    tuner.merge_adapter()
     try:
         yield
     finally:
-        model.unmerge_adapter()
+        tuner.unmerge_adapter()
         with torch.no_grad():
-            for layer, weight in zip(layers, kept, strict=True):
-                layer.base_layer.weight.copy_(weight)
+            for weight, value in zip(weights, kept, strict=True):
+                weight.copy_(value)
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
@@ -272,10 +280,7 @@ def n_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
 
 def linear_names(model: nn.Module) -> Sequence[str]:
     """Return the distinct last names of a model's linear layers, for messages."""
-    names = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = {
+        name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)
+    }
     return sorted(names - {"lm_head"})
-
-
-def model_type(folder: Path) -> str:
-    """Return a model folder's architecture name."""
-    return str(AutoConfig.from_pretrained(folder).model_type)

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
-
 from matplotlib.figure import Figure
 
 COLOURS = ("#6b7280", "#0f766e", "#b45309", "#7c3aed", "#be123c")
@@ -20,9 +18,7 @@ class Point:
     by_seed: tuple[float, ...]
 
 
-def score_over_n(
-    arms: Mapping[str, Sequence[Point]], title: str, score: str, path: Path
-) -> None:
+def score_over_n(arms: Mapping[str, Sequence[Point]], title: str, score: str, path: Path) -> None:
     """Draw score over n, a line for each arm with its seeds as dots, and save it as a PNG."""
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()

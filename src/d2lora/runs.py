@@ -1,10 +1,10 @@
 """The run folder: what a run writes, and the promise that nothing in it is half-written.
 
-    settings.yaml      the resolved settings
-    provenance.json    versions, device, data fingerprints, commit
-    metrics.jsonl      one line per logged step
-    checkpoint/        only while training; a killed run resumes from it
-    done.json          the marker of completion, written last, with the run's summary
+settings.yaml      the resolved settings
+provenance.json    versions, device, data fingerprints, commit
+metrics.jsonl      one line per logged step
+checkpoint/        only while training; a killed run resumes from it
+done.json          the marker of completion, written last, with the run's summary
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -60,7 +60,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path) -> Generator[Path]:
     """Yield a temporary folder that takes the place of `path` when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))

@@ -6,10 +6,17 @@ here and nowhere else.
 """
 
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 from d2lora.errors import SettingsError, did_you_mean, listed
 
@@ -64,7 +71,7 @@ class BaseSettings(Settings):
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
-        kind = device.split(":")[0]
+        kind = device.split(":", maxsplit=1)[0]
         if kind not in {"auto", "cpu", "cuda", "mps"}:
             raise ValueError(f"expected auto, cpu, cuda, cuda:N or mps, found {device!r}")
         return device
@@ -250,7 +257,7 @@ def read_settings_file(kind: type[S], path: Path) -> dict[str, Any]:
     """Read a YAML file with settings of `kind`, which may be partial.
 
     Raises:
-        SettingsError: If it cannot be read or has unknown names; all of them at once.
+        SettingsError: If it cannot be read, or has unknown names or wrong values; all at once.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -262,19 +269,28 @@ def read_settings_file(kind: type[S], path: Path) -> dict[str, Any]:
         found = "nothing" if values is None else type(values).__name__
         raise SettingsError(f"{path}: expected `name: value` lines, found {found}")
     named: dict[str, Any] = {str(name): value for name, value in values.items()}
-    unknown = [
-        f"unknown setting `{name}`.{did_you_mean(name, kind.model_fields)}"
-        for name in named
-        if name not in kind.model_fields
-    ]
-    if unknown:
-        raise SettingsError(f"{path}:\n{listed(unknown)}")
+    faults: list[str] = []
+    for name, value in named.items():
+        if name not in kind.model_fields:
+            faults.append(f"unknown setting `{name}`.{did_you_mean(name, kind.model_fields)}")
+            continue
+        try:
+            named[name] = _validated(kind, name, value)
+        except ValidationError as error:
+            faults.append(f"`{name}`: {error.errors()[0]['msg']}, got {value!r}")
+    if faults:
+        raise SettingsError(f"{path}:\n{listed(faults)}")
     return named
 
 
-def choices_of(literal: Any) -> tuple[str, ...]:
-    """Return the allowed values of a Literal type."""
-    return get_args(literal)
+def _validated(kind: type[Settings], name: str, value: Any) -> Any:
+    """Return a value in its field's type; one text stands for a list of one."""
+    field = kind.model_fields[name]
+    texts: tuple[Any, ...] = (tuple[str, ...], tuple[str, ...] | None)
+    if isinstance(value, str) and field.annotation in texts:
+        value = [value]
+    typed = cast("Any", Annotated)[field.annotation, field]
+    return TypeAdapter[Any](typed).validate_python(value)
 
 
 def _explained(kind: type[Settings], error: ValidationError) -> str:

@@ -34,7 +34,7 @@ class Example:
     row: int = 0
 
 
-class BadRow(ValueError):
+class BadRowError(ValueError):
     """A row cannot be read; its text says what was expected and what was found."""
 
 
@@ -52,12 +52,13 @@ class Task:
 
 def _text(row: Mapping[str, Any], field: str, *, empty: bool = False) -> str:
     if field not in row:
-        raise BadRow(f"field `{field}` is missing; found {_fields(row)}")
+        raise BadRowError(f"field `{field}` is missing; found {_fields(row)}")
     value = row[field]
     if not isinstance(value, str):
-        raise BadRow(f"field `{field}` must be text, found {type(value).__name__}: {value!r:.60}")
+        kind = type(value).__name__
+        raise BadRowError(f"field `{field}` must be text, found {kind}: {value!r:.60}")
     if not value.strip() and not empty:
-        raise BadRow(f"field `{field}` is empty")
+        raise BadRowError(f"field `{field}` is empty")
     return value
 
 
@@ -73,7 +74,7 @@ def read_word_problem(row: Mapping[str, Any]) -> Example:
     """Read `question` and `answer`, the fields of GSM8K; the answer ends in `#### N`."""
     answer = _text(row, "answer")
     if "####" not in answer:
-        raise BadRow("field `answer` must end in `#### N`; without it use --task instruct")
+        raise BadRowError("field `answer` must end in `#### N`; without it use --task instruct")
     return Example(_user(_text(row, "question")), answer)
 
 
@@ -95,13 +96,13 @@ def read_instruction(row: Mapping[str, Any]) -> Example:
     if "instruction" in row:
         extra = row.get("input") or ""
         if not isinstance(extra, str):
-            raise BadRow(f"field `input` must be text, found {type(extra).__name__}")
+            raise BadRowError(f"field `input` must be text, found {type(extra).__name__}")
         prompt = _text(row, "instruction") + (f"\n\n{extra}" if extra.strip() else "")
         return Example(_user(prompt), _text(row, "output"))
     if "prompt" in row:
         answer = "completion" if "completion" in row else "response"
         if answer not in row:
-            raise BadRow(
+            raise BadRowError(
                 f"field `completion` (or `response`) is missing beside `prompt`; "
                 f"found {_fields(row)}"
             )
@@ -110,7 +111,7 @@ def read_instruction(row: Mapping[str, Any]) -> Example:
         return Example(_user(_text(row, "prompt")), _text(row, answer), named)
     if "question" in row:
         return Example(_user(_text(row, "question")), _text(row, "answer"))
-    raise BadRow(
+    raise BadRowError(
         "expected messages, prompt/completion, instruction/input/output, question/answer, "
         f"text/title or text; found {_fields(row)}"
     )
@@ -135,21 +136,22 @@ def read_prompt(row: Mapping[str, Any]) -> Example:
 def _read_messages(row: Mapping[str, Any]) -> Example:
     turns = row["messages"]
     if not isinstance(turns, list) or not turns:
-        raise BadRow(f"field `messages` must be a list of turns, found {type(turns).__name__}")
+        raise BadRowError(f"field `messages` must be a list of turns, found {type(turns).__name__}")
     messages: list[Message] = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise BadRow(f"turn {number} of `messages` must have `role` and `content`")
+            raise BadRowError(f"turn {number} of `messages` must have `role` and `content`")
         role, content = turn["role"], turn["content"]
         if role not in ("system", "user", "assistant"):
-            raise BadRow(f"turn {number}: role must be system, user or assistant, found {role!r}")
+            expected = "system, user or assistant"
+            raise BadRowError(f"turn {number}: role must be {expected}, found {role!r}")
         if not isinstance(content, str) or not content.strip():
-            raise BadRow(f"turn {number}: `content` must be text that is not empty")
+            raise BadRowError(f"turn {number}: `content` must be text that is not empty")
         messages.append(Message(role, content))
     if messages[-1].role != "assistant":
-        raise BadRow(f"the last turn must be the assistant's, found {messages[-1].role!r}")
+        raise BadRowError(f"the last turn must be the assistant's, found {messages[-1].role!r}")
     if len(messages) == 1:
-        raise BadRow("a user's turn must come before the assistant's")
+        raise BadRowError("a user's turn must come before the assistant's")
     return Example(tuple(messages[:-1]), messages[-1].content)
 
 
@@ -190,11 +192,13 @@ def read_choice(row: Mapping[str, Any]) -> Choice:
     """Read `prompt`, `choices` and `answer` (an index from 0)."""
     choices, answer = row.get("choices"), row.get("answer")
     if not isinstance(choices, list) or len(choices) < 2:
-        raise BadRow("field `choices` must be a list of at least two texts")
+        raise BadRowError("field `choices` must be a list of at least two texts")
     if not all(isinstance(choice, str) and choice for choice in choices):
-        raise BadRow("each of `choices` must be text that is not empty")
+        raise BadRowError("each of `choices` must be text that is not empty")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise BadRow(f"field `answer` must be an index from 0 to {len(choices) - 1}, got {answer!r}")
+        raise BadRowError(
+            f"field `answer` must be an index from 0 to {len(choices) - 1}, got {answer!r}"
+        )
     benchmark = row.get("benchmark", "")
     named = benchmark if isinstance(benchmark, str) else ""
     return Choice(_text(row, "prompt"), tuple(choices), answer, named)
@@ -226,16 +230,15 @@ def read_task(names: Sequence[str], task_name: str = "auto", *, skip_bad: bool =
     sources = [read_source(name) for name in names]
     faults = [fault for source in sources for fault in source.faults]
     rows = [row for source in sources for row in source.rows]
-    if rows:
-        task = task_of(task_name, rows[0].values)
-    else:
-        task = TASKS["instruct"]
+    task = task_of(task_name, rows[0].values) if rows else TASKS["instruct"]
     examples: list[Example] = []
     for row in rows:
         try:
             example = task.read(row.values)
-        except BadRow as error:
-            faults.append(Fault(row.file, row.line, str(error), json.dumps(row.values, default=str)))
+        except BadRowError as error:
+            faults.append(
+                Fault(row.file, row.line, str(error), json.dumps(row.values, default=str))
+            )
         else:
             examples.append(replace(example, row=len(examples)))
     _check_faults(faults, len(examples), skip_bad=skip_bad)
@@ -255,7 +258,7 @@ def read_choices(names: Sequence[str]) -> list[Choice]:
         for row in source.rows:
             try:
                 choices.append(read_choice(row.values))
-            except BadRow as error:
+            except BadRowError as error:
                 faults.append(Fault(row.file, row.line, str(error), ""))
     _check_faults(faults, len(choices), skip_bad=False)
     return choices

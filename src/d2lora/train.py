@@ -118,7 +118,9 @@ def train(
     with lean, torch.random.fork_rng():
         torch.manual_seed(seed_of(settings, "dropout"))
         if resume and checkpoint.exists(run.path):
-            state.progress = Progress(**checkpoint.load(run.path, parameters, optimizer, state.best))
+            state.progress = Progress(
+                **checkpoint.load(run.path, parameters, optimizer, state.best)
+            )
             run.cut_log(state.progress.step)
             reporter.say(f"resumed at step {state.progress.step} of {plan.n_steps}")
         elif valid_set:
@@ -132,7 +134,9 @@ def train(
                 items = [train_set[index] for index in plan.batch(progress.step)]
                 rate = learning_rate(progress.step, plan.n_steps, settings)
                 model.train()
-                loss, norm = _step(accelerator, scorer, items, objective, settings, state, rate, pad_id)
+                loss, norm = _step(
+                    accelerator, scorer, items, objective, settings, state, rate, pad_id
+                )
                 progress.elapsed_s = time.perf_counter() - began
                 run.log(
                     step=progress.step,
@@ -145,7 +149,9 @@ def train(
                 )
                 speed = (progress.n_tokens - tokens_before) / (time.perf_counter() - resumed_at)
                 bar.update(progress.step, f"loss {loss:.3f}  {speed:,.0f} tokens/s")
-                if valid_set and _due(progress.step, settings.eval_every or plan.steps_per_epoch, plan):
+                if valid_set and _due(
+                    progress.step, settings.eval_every or plan.steps_per_epoch, plan
+                ):
                     _judge(validate(), state, settings.patience, run, reporter)
                 every = settings.checkpoint_every
                 if every and progress.step % every == 0 and accelerator.is_main_process:
@@ -185,11 +191,15 @@ def _step(
     groups = micro_batches(mine, limit, settings.micro_batch_size)
     total = torch.zeros((), device=accelerator.device)
     for number, group in enumerate(groups, 1):
-        with accelerator.accumulate(scorer) if number == len(groups) else accelerator.no_sync(scorer):
+        with (
+            accelerator.accumulate(scorer) if number == len(groups) else accelerator.no_sync(scorer)
+        ):
             loss = objective.loss_sum(scorer, group, pad_id) / weight * share
             accelerator.backward(loss)
         total += loss.detach()
-    mean = float(accelerator.reduce(total, "mean"))
+    reduced = accelerator.reduce(total, "mean")
+    assert isinstance(reduced, Tensor)
+    mean = float(reduced)
     progress = state.progress
     largest = settings.max_grad_norm or math.inf
     norm = float(nn.utils.clip_grad_norm_(list(state.parameters.values()), largest))
@@ -214,16 +224,12 @@ def _due(step: int, every: int, plan: Plan) -> bool:
     return step % every == 0 or step == plan.n_steps
 
 
-def _judge(
-    loss: float, state: _State, patience: int, run: RunFolder, reporter: Reporter
-) -> None:
+def _judge(loss: float, state: _State, patience: int, run: RunFolder, reporter: Reporter) -> None:
     """Take note of a validation loss, and stop after `patience` without a better one."""
     progress = state.progress
     progress.validation_after = loss
     run.log(step=progress.step, validation_loss=loss)
-    reporter.say(
-        f"step {progress.step}: loss {progress.last_loss:.4f}, validation loss {loss:.4f}"
-    )
+    reporter.say(f"step {progress.step}: loss {progress.last_loss:.4f}, validation loss {loss:.4f}")
     if loss < progress.best_validation:
         progress.best_validation, progress.best_step, progress.n_worse = loss, progress.step, 0
         if patience:
@@ -235,9 +241,7 @@ def _judge(
         reporter.say(f"stopped early; the best was at step {progress.best_step}")
 
 
-def _cost(
-    progress: Progress, parameters: Mapping[str, nn.Parameter], device: torch.device
-) -> Cost:
+def _cost(progress: Progress, parameters: Mapping[str, nn.Parameter], device: torch.device) -> Cost:
     return Cost(
         n_steps=progress.step,
         n_tokens=progress.n_tokens,

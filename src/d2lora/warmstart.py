@@ -102,9 +102,9 @@ class WarmStart(Adapter):
             )
         if (config.r, float(config.lora_alpha)) != (shape.rank, shape.alpha):
             raise WarmStartError(
-                f"{self.path}: adapter_config.json (rank {config.r}, alpha {config.lora_alpha}) and "
-                f"warm_start.json (rank {shape.rank}, alpha {shape.alpha:g}) disagree; one of them "
-                "was edited. Restore it, or warm up anew"
+                f"{self.path}: adapter_config.json (rank {config.r}, alpha {config.lora_alpha}) "
+                f"and warm_start.json (rank {shape.rank}, alpha {shape.alpha:g}) disagree; one "
+                "of them was edited. Restore it, or warm up anew"
             )
         return shape if settings.dropout is None else replace(shape, dropout=settings.dropout)
 

@@ -3,8 +3,8 @@
 import random
 from collections.abc import Callable
 
-from d2lora.embedded.documents import sum_of
 from d2lora.embedded.splits import chance_for
+from d2lora.embedded.sums import sum_of
 from d2lora.embedded.words import (
     ANIMALS,
     COLOURS,
@@ -55,7 +55,11 @@ def words(chance: Chance) -> Question:
     if kind == 1:
         name = chance.choice(list(KINDS))
         right = a(name)
-        return f"{a(chance.choice(KINDS[name])).capitalize()} is", right, [a(k) for k in KINDS if k != name]
+        return (
+            f"{a(chance.choice(KINDS[name])).capitalize()} is",
+            right,
+            [a(k) for k in KINDS if k != name],
+        )
     sequence = chance.choice([s for s in SEQUENCES.values() if len(s) > 4])
     index = chance.randrange(len(sequence) - 1)
     right = sequence[index + 1]

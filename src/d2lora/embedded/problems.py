@@ -172,9 +172,7 @@ def times_as_many(chance: Chance) -> Story:
         if together
         else f"The difference is {other} - {start} = {result} {c.thing}."
     )
-    return Story(
-        question, (f"{c.other} has {times} * {start} = {other} {c.thing}.", last), result
-    )
+    return Story(question, (f"{c.other} has {times} * {start} = {other} {c.thing}.", last), result)
 
 
 def more_than(chance: Chance) -> Story:
@@ -341,7 +339,10 @@ def _distracted(chance: Chance, story: Story) -> Story:
         return story
     who = chance.choice(PEOPLE)
     idle = chance.choice(
-        (f"{who} is {chance.randint(6, 60)} years old.", f"{who} lives at number {chance.randint(2, 99)}.")
+        (
+            f"{who} is {chance.randint(6, 60)} years old.",
+            f"{who} lives at number {chance.randint(2, 99)}.",
+        )
     )
     return story._replace(question=f"{idle} {story.question}")
 

@@ -4,8 +4,9 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from d2lora.embedded.documents import method_of, sum_of
+from d2lora.embedded.documents import method_of
 from d2lora.embedded.splits import Split, chance_for, split_of
+from d2lora.embedded.sums import sum_of
 from d2lora.embedded.words import (
     CAUSES,
     COLOURS,
@@ -80,7 +81,9 @@ def bookkeeping(chance: Chance) -> Exchange:
             steps.append(f"{value} + {step} = {value + step}")
             value += step
     asked = chance.choice(("Close this account.", "What is the balance of this ledger?"))
-    return Exchange(f"{asked}\n" + "\n".join(lines), "\n".join((*steps, f"balance: {value} {thing}")))
+    return Exchange(
+        f"{asked}\n" + "\n".join(lines), "\n".join((*steps, f"balance: {value} {thing}"))
+    )
 
 
 def stock_taking(chance: Chance) -> Exchange:
@@ -96,9 +99,10 @@ def stock_taking(chance: Chance) -> Exchange:
 
 def _passage(chance: Chance) -> tuple[str, list[Person]]:
     people = chance.sample(FACTS, chance.randint(2, 3))
-    said: list[str] = []
-    for person in people:
-        said.append(f"{person.name} is {a(chance.choice(FACTS).job)} in {chance.choice(TOWNS)}.")
+    said = [
+        f"{person.name} is {a(chance.choice(FACTS).job)} in {chance.choice(TOWNS)}."
+        for person in people
+    ]
     return " ".join(said), people
 
 
@@ -109,7 +113,8 @@ def lookup(chance: Chance) -> Exchange:
     counts = [chance.randint(2, 60) for _ in range(3)]
     things = chance.sample(THINGS, 3)
     said = " ".join(
-        f"{p} from {t} owns {c} {x}." for p, t, c, x in zip(people, towns, counts, things, strict=True)
+        f"{p} from {t} owns {c} {x}."
+        for p, t, c, x in zip(people, towns, counts, things, strict=True)
     )
     index = chance.randrange(3)
     name, town, count, thing = people[index], towns[index], counts[index], things[index]
@@ -215,7 +220,9 @@ def continuing(chance: Chance) -> Exchange:
     if chance.random() < 0.4:
         words = chance.choice([s for s in SEQUENCES.values() if len(s) > 4])
         begin = chance.randrange(len(words) - 3)
-        return Exchange(f"What comes next: {', '.join(words[begin : begin + 3])}?", words[begin + 3])
+        return Exchange(
+            f"What comes next: {', '.join(words[begin : begin + 3])}?", words[begin + 3]
+        )
     start, step = chance.randint(0, 40), chance.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 10))
     numbers = [start + step * index for index in range(6)]
     return Exchange(
@@ -276,7 +283,10 @@ def gist(chance: Chance) -> Exchange:
         (
             ("What does the letter ask for?", f"someone who knows {method}"),
             ("What trouble does the letter name?", problem),
-            ("Sum up the letter in one line.", f"{town} asks {name} for {method} against {problem}."),
+            (
+                "Sum up the letter in one line.",
+                f"{town} asks {name} for {method} against {problem}.",
+            ),
         )
     )
     return Exchange(f"{letter}\n{asked}", answer)
@@ -289,7 +299,7 @@ def memo(chance: Chance) -> Exchange:
     note = chance.choice(
         (
             f"Those who worked on {problem} in {place} took {method}, and {cause} was to blame.",
-            f"{method.capitalize()} was tried in {place}. It was meant for {problem} due to {cause}.",
+            f"{method.capitalize()} was tried in {place}. It was for {problem} due to {cause}.",
             f"Because of {cause}, {place} now use {method} in matters of {problem}.",
         )
     )

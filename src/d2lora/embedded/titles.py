@@ -42,7 +42,9 @@ def new_method(chance: Chance) -> Abstract:
             f"It does better than {old} by {share} percent.",
         )
     )
-    return _abstract(chance, opening, middle, end, f"{method.capitalize()} for {problem} in {place}")
+    return _abstract(
+        chance, opening, middle, end, f"{method.capitalize()} for {problem} in {place}"
+    )
 
 
 def comparison(chance: Chance) -> Abstract:

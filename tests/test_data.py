@@ -1,0 +1,194 @@
+"""Reading rows of every kind; bad ones are named with file and line, all at once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from support import SHARED, needs_shared_data, write_rows
+
+from d2lora.data import nested_order, read_source, split_validation, stream_seed
+from d2lora.errors import DataError
+from d2lora.tasks import Message, read_choices, read_task
+
+ROWS = [{"prompt": f"Say {word}", "completion": word} for word in ("one", "two", "drei, vier")]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_every_file_kind_gives_the_same_examples(tmp_path: Path, suffix: str) -> None:
+    path, frame = tmp_path / f"rows.{suffix}", pd.DataFrame(ROWS)
+    if suffix == "jsonl":
+        write_rows(path, ROWS)
+    elif suffix == "json":
+        path.write_text(json.dumps({"data": ROWS}))
+    elif suffix == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False, sep="\t" if suffix == "tsv" else ",")
+    examples = read_task([str(path)]).examples
+    assert [e.completion for e in examples] == ["one", "two", "drei, vier"]
+    assert examples[0].prompt == (Message("user", "Say one"),)
+
+
+def test_hub_data_sets_come_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> Dataset:
+        asked.append((name, config, split))
+        return Dataset.from_list(ROWS)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert len(read_task(["owner/name/config:validation"]).examples) == 3
+    assert asked == [("owner/name", "config", "validation")]
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "prompt", "completion"),
+    [
+        ({"prompt": "p", "completion": "c"}, "instruct", "p", "c"),
+        ({"prompt": "p", "response": "c", "source": "s"}, "instruct", "p", "c"),
+        ({"instruction": "i", "input": "x", "output": "c"}, "instruct", "i\n\nx", "c"),
+        ({"instruction": "i", "input": "", "output": "c"}, "instruct", "i", "c"),
+        ({"question": "q", "answer": "a"}, "instruct", "q", "a"),
+        ({"question": "q", "answer": "a #### 1"}, "gsm8k", "q", "a #### 1"),
+        ({"text": "t", "title": "T"}, "titles", "Write a title for this text.\n\nt", "T"),
+    ],
+)
+def test_the_fields_tell_the_task(
+    tmp_path: Path, row: dict[str, str], task: str, prompt: str, completion: str
+) -> None:
+    data = read_task([write_rows(tmp_path / "rows.jsonl", [row])])
+    assert data.task.name == task
+    assert data.examples[0].prompt[-1].content == prompt
+    assert data.examples[0].completion == completion
+
+
+def test_plain_text_is_a_document_without_a_prompt(tmp_path: Path) -> None:
+    data = read_task([write_rows(tmp_path / "rows.jsonl", [{"text": "t"}])])
+    assert (data.task.name, data.examples[0].prompt) == ("text", ())
+
+
+def test_messages_keep_every_turn(tmp_path: Path) -> None:
+    turns = [
+        {"role": "system", "content": "s"}, {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a"}, {"role": "user", "content": "v"},
+        {"role": "assistant", "content": "b"},
+    ]  # fmt: skip
+    (example,) = read_task([write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])]).examples
+    assert [turn.role for turn in example.prompt] == ["system", "user", "assistant", "user"]
+    assert example.completion == "b"
+
+
+def test_all_bad_rows_are_named_at_once_with_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"prompt": "p", "completion": "c"}\n'
+        "{not json\n"
+        "[1]\n"
+        "\n"
+        '{"prompt": "p"}\n'
+        '{"prompt": "", "completion": "c"}\n'
+        '{"prompt": "p", "completion": 3}\n'
+        '{"messages": [{"role": "user", "content": "u"}]}\n'
+        '{"messages": [{"role": "robot", "content": "u"}]}\n'
+        '{"other": 1}\n'
+    )
+    with pytest.raises(DataError) as caught:
+        read_task([str(path)])
+    message = str(caught.value)
+    assert "8 bad row(s)" in message
+    for line in (2, 3, 5, 6, 7, 8, 9, 10):
+        assert f"rows.jsonl, line {line}:" in message
+    assert "column 2" in message
+    assert "`completion` (or `response`) is missing beside `prompt`" in message
+    assert "`completion` must be text, found int" in message
+    kept = read_task([str(path)], skip_bad=True)
+    assert (len(kept.examples), len(kept.faults)) == (1, 8)
+
+
+def test_a_line_separator_inside_a_text_is_no_new_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "a\u2028b", "completion": "c"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_task([str(path)]).examples[0].prompt[0].content == "a\u2028b"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "the file holds no rows"),
+        ("a.jsonl", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.json", b"{", "not JSON"),
+        ("a.json", b"3", "expected a list of rows, found int"),
+        ("a.csv", b"prompt,completion\na,b,c\n", "expected 2 fields"),
+        ("a.parquet", b"nothing", "not a Parquet file"),
+        ("a.txt", b"hello", r"expected a file of kind \.jsonl"),
+    ],
+)
+def test_unreadable_files_say_why(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_task([str(path)])
+
+
+def test_a_missing_file_is_not_taken_for_a_hub_name() -> None:
+    with pytest.raises(DataError, match="no such file"):
+        read_source("nowhere.jsonl")
+    with pytest.raises(DataError, match="no such file, and not a hub data set"):
+        read_source("nowhere")
+
+
+def test_choices_are_checked(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "p", "choices": ["a", "b"], "answer": 1},
+        {"prompt": "p", "choices": ["a", "b"], "answer": 2},
+        {"prompt": "p", "choices": ["a"], "answer": 0},
+        {"prompt": "p", "choices": ["a", ""], "answer": True},
+    ]
+    with pytest.raises(DataError, match="3 bad row"):
+        read_choices([write_rows(tmp_path / "c.jsonl", rows)])
+    assert read_choices([write_rows(tmp_path / "c.jsonl", rows[:1])])[0].choices == ("a", "b")
+
+
+@given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 2**32))
+def test_subsets_of_one_seed_nest(n_rows: int, n: int, seed: int) -> None:
+    order = nested_order(n_rows, seed)
+    assert sorted(order) == list(range(n_rows))
+    assert order[: n // 2] == nested_order(n_rows, seed)[:n][: n // 2]
+
+
+@given(st.integers(1, 200), st.floats(0, 0.99))
+def test_validation_rows_are_part_of_the_n(n: int, fraction: float) -> None:
+    train, valid = split_validation(range(n), fraction)
+    assert sorted(train + valid) == list(range(n))
+    assert train
+    assert bool(valid) == (fraction > 0 and n > 1)
+
+
+def test_streams_of_one_seed_differ_and_stay() -> None:
+    assert stream_seed(0, "order") == stream_seed(0, "order")
+    assert len({stream_seed(seed, name) for seed in range(9) for name in ("order", "init")}) == 18
+
+
+@needs_shared_data
+@pytest.mark.parametrize(
+    ("name", "rows", "task"),
+    [
+        ("general/train", 11978, "instruct"), ("general/valid", 600, "instruct"),
+        ("gsm8k/train", 7473, "gsm8k"), ("gsm8k/test", 1319, "gsm8k"),
+        ("titles/train", 513, "titles"), ("titles/test", 220, "titles"),
+    ],
+)  # fmt: skip
+def test_the_public_data_sets_are_read_whole(name: str, rows: int, task: str) -> None:
+    data = read_task([str(SHARED / f"{name}.jsonl")])
+    assert (len(data.examples), data.task.name) == (rows, task)
+
+
+@needs_shared_data
+def test_the_public_choices_are_read_whole() -> None:
+    assert len(read_choices([str(SHARED / "forgetting" / "test.jsonl")])) == 573

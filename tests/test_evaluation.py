@@ -1,0 +1,207 @@
+"""Generation against transformers' own, and evaluation against sums done by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from support import read_rows, write_rows
+from transformers import AutoModelForCausalLM
+
+from d2lora import (
+    Adapter,
+    AdaptSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    SettingsError,
+    adapt,
+    evaluate,
+    generate,
+)
+from d2lora.embedded import choice_rows, text_rows
+from d2lora.encode import Encoder
+from d2lora.generation import Decoder, Sampling, choose
+from d2lora.models import (
+    attach_adapter,
+    detach_adapter,
+    fingerprint_of_model,
+    load_base,
+    merged,
+)
+from d2lora.settings import BaseSettings
+from d2lora.tasks import Message
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, problems: str) -> Adapter:
+    out = tmp_path_factory.mktemp("adapted") / "a"
+    return adapt(
+        AdaptSettings(
+            base=tiny_base, data=(problems,), out=out, rank=4, epochs=8, learning_rate=2e-2,
+            quiet=True,
+        )
+    )  # fmt: skip
+
+
+def test_greedy_generation_equals_transformers_whatever_the_batch(
+    tiny_base: str, adapter: Adapter
+) -> None:
+    base = load_base(BaseSettings(base=tiny_base, device="cpu"))
+    model = attach_adapter(base.model, adapter.path, trainable=False)
+    encoder = Encoder.of(base, None)
+    texts = ("Tom has 5 pens.", "How many?", "A long prompt of many words, " * 5, "x")
+    prompts = [encoder.prompt_ids([Message("user", text)]) for text in texts]
+    for batch_size in (1, 3, 4):
+        ours = dict(Decoder(model, base, 30, batch_size).complete(prompts))
+        for index, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt])
+            theirs = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30,
+                do_sample=False,
+            )  # fmt: skip
+            expected = [t for t in theirs[0, len(prompt) :].tolist() if t != base.eos_id]
+            assert ours[index] == expected
+
+
+def test_folding_the_adapter_gives_the_same_outputs_and_leaves_no_trace(
+    tiny_base: str, adapter: Adapter
+) -> None:
+    base = load_base(BaseSettings(base=tiny_base, device="cpu"))
+    before = {name: p.clone() for name, p in base.model.named_parameters()}
+    model = attach_adapter(base.model, adapter.path, trainable=False)
+    ids = torch.arange(10, 40)[None]
+    with torch.no_grad():
+        apart = model(input_ids=ids).logits
+        with merged(model):
+            folded = model(input_ids=ids).logits
+        again = model(input_ids=ids).logits
+    torch.testing.assert_close(folded, apart, rtol=1e-4, atol=1e-4)
+    assert torch.equal(again, apart)
+    detach_adapter(model)
+    for name, parameter in base.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_sampling_is_seeded_and_top_p_cuts_the_tail() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = choose(logits, Sampling(1.0, 0.75), generator)
+    share = drawn.bincount(minlength=4) / 4000
+    assert share[2:].sum() == 0
+    assert share[0] == pytest.approx(0.5 / 0.8, abs=0.03)
+    again = choose(logits, Sampling(1.0, 0.75), torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, again)
+
+
+def test_evaluation_writes_a_record_of_every_row_and_adapter(
+    tmp_path: Path, tiny_base: str, problems: str, adapter: Adapter
+) -> None:
+    name = str(adapter.path)
+    evaluation = evaluate(
+        EvaluateSettings(
+            base=tiny_base, adapters=("base", name), data=(problems,), limit=10,
+            max_new_tokens=40, out=tmp_path / "e", quiet=True,
+        )
+    )  # fmt: skip
+    records = pd.read_parquet(tmp_path / "e" / "records.parquet")
+    assert records.groupby("adapter").size().to_dict() == {"base": 10, name: 10}
+    assert read_rows(tmp_path / "e" / "records.jsonl") == records.to_dict(orient="records")
+    assert list(records[records.adapter == name]["target"]) == [
+        row["answer"] for row in read_rows(Path(problems))[:10]
+    ]
+    for who in ("base", name):
+        mean = records[records.adapter == who]["exact_match"].mean()
+        assert evaluation.scores[who]["exact_match"].mean == mean
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    assert summary["differences_to_first"][name]["exact_match"]["n_items"] == 10
+    assert (tmp_path / "e" / "done.json").exists()
+
+
+def test_forgetting_is_measured_against_the_base_with_adapters_off(
+    tmp_path: Path, tiny_base: str, adapter: Adapter
+) -> None:
+    text = write_rows(tmp_path / "text.jsonl", text_rows("valid", 20))
+    choices = write_rows(tmp_path / "choices.jsonl", choice_rows(30))
+    name = str(adapter.path)
+    evaluation = evaluate(
+        EvaluateSettings(
+            base=tiny_base, adapters=(name,), general_text=(text,), choices=(choices,),
+            out=tmp_path / "e", quiet=True,
+        )
+    )  # fmt: skip
+    forgetting = evaluation.forgetting[name]
+    base = evaluation.forgetting["base"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    loaded = load_base(BaseSettings(base=tiny_base, device="cpu"))
+    total, count = 0.0, 0
+    for row in read_rows(Path(text)):
+        ids = loaded.tokenizer(row["text"])["input_ids"] + [loaded.eos_id]
+        batch = torch.tensor([ids])
+        with torch.no_grad():
+            total += float(model(input_ids=batch, labels=batch).loss) * (len(ids) - 1)
+        count += len(ids) - 1
+    assert base.general_loss == pytest.approx(total / count, rel=1e-5)
+    assert base.general_loss_change is None
+    assert forgetting.general_loss is not None
+    assert forgetting.general_loss_change == pytest.approx(
+        forgetting.general_loss - total / count, abs=1e-5
+    )
+    assert forgetting.choice_accuracy_change is not None
+    assert base.choice_accuracy is not None
+
+
+def test_choices_are_ranked_by_log_probability_over_length(tmp_path: Path, tiny_base: str) -> None:
+    rows = [row for row in choice_rows(12) if row["benchmark"] == "words"]
+    path = write_rows(tmp_path / "choices.jsonl", rows)
+    evaluation = evaluate(
+        EvaluateSettings(base=tiny_base, choices=(path,), out=tmp_path / "e", quiet=True)
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    loaded = load_base(BaseSettings(base=tiny_base, device="cpu"))
+    right: list[bool] = []
+    for row in rows:
+        scores: list[float] = []
+        for choice in row["choices"]:
+            prompt = loaded.tokenizer(f"User: {row['prompt']}\nAssistant:")["input_ids"]
+            answer = loaded.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([prompt + answer])
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0].log_softmax(-1)
+            places = range(len(prompt) - 1, ids.shape[1] - 1)
+            total = sum(float(logits[t, ids[0, t + 1]]) for t in places)
+            scores.append(total / len(choice))
+        right.append(int(np.argmax(scores)) == row["answer"])
+    accuracy = evaluation.forgetting["base"].choice_accuracy
+    assert accuracy is not None
+    assert accuracy.mean == pytest.approx(np.mean(right))
+
+
+def test_generate_answers_one_prompt_or_a_file(
+    tmp_path: Path, tiny_base: str, problems: str, adapter: Adapter
+) -> None:
+    common = {"base": tiny_base, "adapter": str(adapter.path), "max_new_tokens": 20}
+    question = read_rows(Path(problems))[0]["question"]
+    (one,) = generate(GenerateSettings(prompt=question, **common))
+    many = generate(GenerateSettings(prompts=problems, **common))
+    assert len(many) == 40
+    assert many[0] == one
+    lines = tmp_path / "prompts.txt"
+    lines.write_text(f"{question}\n\nSecond\n")
+    assert generate(GenerateSettings(prompts=str(lines), **common))[0] == one
+    for wrong in ({}, {"prompt": "a", "prompts": "b"}):
+        with pytest.raises(SettingsError, match="either --prompt"):
+            generate(GenerateSettings(**common, **wrong))
+
+
+def test_an_evaluation_without_anything_to_evaluate_on_is_refused(
+    tmp_path: Path, tiny_base: str
+) -> None:
+    with pytest.raises(SettingsError, match="nothing to evaluate on"):
+        evaluate(EvaluateSettings(base=tiny_base, out=tmp_path / "e"))
+
+
+def test_a_loaded_model_knows_its_fingerprint(tiny_base: str) -> None:
+    base = load_base(BaseSettings(base=tiny_base, device="cpu"))
+    assert fingerprint_of_model(base.model) == base.fingerprint

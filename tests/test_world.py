@@ -1,0 +1,170 @@
+"""The small world: its splits, its arithmetic, its tokenizer, its base."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from d2lora.embedded import (
+    BASE_DIR,
+    Split,
+    choice_rows,
+    general_rows,
+    text_rows,
+    title_rows,
+    word_problem_rows,
+)
+
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+MAKERS = {
+    "general": (general_rows, "prompt"),
+    "problems": (word_problem_rows, "question"),
+    "titles": (title_rows, "text"),
+    "documents": (text_rows, "text"),
+}
+
+
+@pytest.mark.parametrize("name", list(MAKERS))
+def test_no_row_stands_in_two_splits_whatever_the_seed(name: str) -> None:
+    make, field = MAKERS[name]
+    texts = {s: {r[field] for seed in (0, 1) for r in make(s, 1500, seed)} for s in SPLITS}
+    for first, second in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        assert texts[first]
+        assert not texts[first] & texts[second]
+
+
+@pytest.mark.parametrize("name", ["general", "problems", "titles"])
+def test_no_row_comes_twice_and_fewer_rows_are_a_beginning_of_more(name: str) -> None:
+    make, field = MAKERS[name]
+    rows = make("train", 800)
+    assert len({row[field] for row in rows}) == len(rows) == 800
+    assert make("train", 100) == rows[:100]
+
+
+def test_the_world_is_the_same_in_every_process() -> None:
+    code = (
+        "from d2lora.embedded import *; import hashlib; "
+        "rows = [general_rows('train', 300), word_problem_rows('test', 50), "
+        "title_rows('test', 50), choice_rows(60), text_rows('valid', 50)]; "
+        "print(hashlib.sha256(repr(rows).encode()).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True,
+            text=True, check=True,
+        ).stdout
+        for seed in ("0", "1")
+    }  # fmt: skip
+    assert len(digests) == 1
+
+
+def test_the_general_mix_has_many_skills_and_neither_target_task() -> None:
+    rows = general_rows("train", 3000)
+    assert len({row["source"] for row in rows}) >= 14
+    questions = {row["question"] for row in word_problem_rows("train", 1000)}
+    abstracts = {row["text"] for row in title_rows("train", 1000)}
+    for row in rows:
+        assert "####" not in row["prompt"] + row["completion"]
+        assert "title" not in row["prompt"].lower()
+        assert row["prompt"] not in questions | abstracts
+
+
+def test_pretraining_text_holds_neither_target_task() -> None:
+    texts = [row["text"] for row in text_rows("train", 5000)]
+    questions = [row["question"] for row in word_problem_rows("test", 300)]
+    whole = "\n".join(texts)
+    assert "####" not in whole
+    assert "How many" not in whole
+    assert not any(question in whole for question in questions)
+
+
+def calculated(left: int, sign: str, right: int) -> int:
+    actions: dict[str, Callable[[int, int], int]] = {
+        "+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__,
+    }  # fmt: skip
+    if sign == "/":
+        assert left % right == 0
+    return actions[sign](left, right)
+
+
+def test_every_solution_s_calculations_are_right_and_end_in_the_answer() -> None:
+    for row in word_problem_rows("train", 1500) + word_problem_rows("test", 300):
+        steps = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", row["answer"])
+        assert 2 <= len(steps) <= 4
+        for left, sign, right, result in steps:
+            assert calculated(int(left), sign, int(right)) == int(result)
+        assert row["answer"].endswith(f"\n#### {steps[-1][3]}")
+        assert int(steps[-1][3]) >= 0
+
+
+def test_steps_of_the_general_mix_are_right_too() -> None:
+    found = 0
+    for row in general_rows("train", 3000):
+        for left, sign, right, result in re.findall(
+            r"(?<![\d+*/-] )(\d+) ([-+*/]) (\d+) = (\d+)", row["completion"]
+        ):
+            found += 1
+            assert calculated(int(left), sign, int(right)) == int(result)
+    assert found > 500
+
+
+def test_choices_are_distinct_and_one_is_right() -> None:
+    rows = choice_rows(300)
+    assert len({row["benchmark"] for row in rows}) == 3
+    for row in rows:
+        choices = row["choices"]
+        assert isinstance(choices, list)
+        assert len(set(choices)) == 4
+        assert row["answer"] in range(4)
+
+
+@settings(max_examples=50)
+@given(st.text())
+def test_the_tokenizer_encodes_any_text_without_loss(text: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False) == text
+
+
+def test_each_digit_is_a_token_and_pad_differs_from_eos() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+    ids = tokenizer("1234567890", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == list("1234567890")
+    special = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    assert len(special - {None}) == 3
+
+
+def test_the_base_loads_with_transformers_alone_and_is_small() -> None:
+    model = AutoModelForCausalLM.from_pretrained(BASE_DIR)
+    assert model.config.model_type == "llama"
+    weights = [path.stat().st_size for path in Path(BASE_DIR).glob("*.safetensors")]
+    assert sum(weights) <= 12_000_000
+
+
+def test_the_base_has_learnt_its_arithmetic() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+    model = AutoModelForCausalLM.from_pretrained(BASE_DIR).eval()
+    sums = {"12 + 7 =": "19", "30 - 4 =": "26", "6 * 7 =": "42", "56 / 8 =": "7"}
+    for sum_, result in sums.items():
+        ids = tokenizer(f"5 + 3 = 8\n{sum_}", return_tensors="pt")
+        out = model.generate(**ids, max_new_tokens=4, do_sample=False)
+        said = tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+        assert re.match(rf" ?{result}\b", said)
+
+
+def test_the_card_states_what_was_measured() -> None:
+    card = (BASE_DIR / "README.md").read_text()
+    for words in (
+        "held-out loss, world",
+        "held-out loss, english",
+        "right results, `*`",
+        "minutes",
+    ):
+        assert words in card
