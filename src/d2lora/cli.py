@@ -111,6 +111,10 @@ def _parse(kind: "type[Settings]", command: str, words: list[str]) -> "Settings"
 def _quiet_libraries() -> None:
     """Leave the terminal to our own messages."""
     import os
+    import warnings
+
+    # PEFT asks transformers for a property that transformers renamed; nothing a user can do.
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

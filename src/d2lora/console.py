@@ -14,6 +14,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+WIDTH = 110
+"""Columns of a table where there is no terminal to ask."""
+
+
+def table_console() -> Console:
+    """Return a console on standard output, wide enough for tables in a file or a pipe."""
+    wide = Console(highlight=False, soft_wrap=True)
+    return wide if wide.is_terminal else Console(highlight=False, soft_wrap=True, width=WIDTH)
+
 
 class Bar:
     """A running progress bar; `update` moves it on and shows a note such as the loss."""

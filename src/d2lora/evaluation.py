@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from d2lora.console import Reporter
+from d2lora.console import Reporter, table_console
 from d2lora.encode import Encoded, Encoder, encode_all
 from d2lora.errors import DataError, SettingsError
 from d2lora.generation import Decoder, chat_format_of, decode
+from d2lora.lean import lean_layers
 from d2lora.metrics import SCORERS
 from d2lora.models import Base, attach_adapter, detach_adapter, load_base, merged
 from d2lora.runs import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
@@ -124,11 +124,12 @@ def _names(settings: EvaluateSettings) -> list[str]:
 @contextmanager
 def _adapted(base: Base, name: str) -> Generator[nn.Module]:
     if name == BASE:
-        yield base.model
+        with lean_layers(base.model):
+            yield base.model
         return
     model = attach_adapter(base.model, Path(name), trainable=False)
     try:
-        with merged(model):
+        with merged(model), lean_layers(model):
             yield model
     finally:
         detach_adapter(model)
@@ -311,7 +312,7 @@ def _points(difference: Difference) -> str:
 def command(settings: EvaluateSettings) -> None:
     """Run `d2lora evaluate`."""
     evaluation = evaluate(settings)
-    console = Console(soft_wrap=True)
+    console = table_console()
     if evaluation.scores:
         console.print(score_table(evaluation))
     if settings.general_text or settings.choices:

@@ -1,9 +1,9 @@
-"""A lean forward and backward pass for LoRA layers, equal to PEFT's and faster.
+"""A lean forward and backward pass for linear layers under LoRA, equal to PEFT's and faster.
 
 PEFT computes `W x + s * B(A(dropout(x)))` as separate operations of which autograd keeps every
 result. Without dropout the update can be added in place and only x and A x have to be kept; the
 frozen W gets no gradient. Layers of another kind (DoRA, dropout, quantized, several adapters) keep
-PEFT's own pass.
+PEFT's own pass. Frozen linear layers, the head among them, take the same matrix products.
 
     y  = x W' + s (x A') B'          dA = (s g B)' x
     dx = g W + (s g B) A             dB = s g' (x A')
@@ -19,6 +19,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from d2lora.products import linear
+
 
 class _LeanLora(torch.autograd.Function):
     """Shapes: x (N, in), weight (out, in), A (r, in), B (out, r), bias (out,) or None."""
@@ -27,8 +29,8 @@ class _LeanLora(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        low = x @ a.T
-        y = nn.functional.linear(x, weight, bias)
+        low = linear(x, a)
+        y = linear(x, weight, bias)
         y.addmm_(low, b.T, alpha=scale)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scale = scale
@@ -41,17 +43,34 @@ class _LeanLora(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low = ctx.saved_tensors
         g = grad_outputs[0]
-        low_gradient = (g @ b).mul_(ctx.scale)
+        low_gradient = linear(g, b.T).mul_(ctx.scale)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = g @ weight
+            dx = linear(g, weight.T)
             dx.addmm_(low_gradient, a)
         da = low_gradient.T @ x
         db = (g.T @ low).mul_(ctx.scale)
         return dx, None, None, da, db, None
 
 
-def _lean_forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+class _LeanFrozen(torch.autograd.Function):
+    """Shapes: x (N, in), weight (out, in), bias (out,) or None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return linear(grad_outputs[0], weight.T), None, None
+
+
+def _lora_forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     (name,) = layer.active_adapters
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     base = layer.base_layer
@@ -63,7 +82,13 @@ def _lean_forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Te
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _fits(layer: nn.Module) -> bool:
+def _frozen_forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    y = _LeanFrozen.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias)
+    assert isinstance(y, Tensor)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _lora_fits(layer: nn.Module) -> bool:
     """Say whether a layer is plain LoRA without dropout on a plain linear layer."""
     if type(layer) is not LoraLinear or type(layer.base_layer) is not nn.Linear:
         return False
@@ -71,21 +96,26 @@ def _fits(layer: nn.Module) -> bool:
     if len(names) != 1 or layer.lora_variant or layer.fan_in_fan_out:
         return False
     dropout, b = layer.lora_dropout[names[0]], layer.lora_B[names[0]]
-    return (
-        isinstance(dropout, nn.Identity)
-        and isinstance(b, nn.Linear)
-        and not b.state_dict().keys() - {"weight"}
-    )
+    plain = isinstance(b, nn.Linear) and b.state_dict().keys() == {"weight"}
+    return plain and isinstance(dropout, nn.Identity)
+
+
+def _frozen_fits(layer: nn.Module) -> bool:
+    """Say whether a layer is a plain linear one that nothing trains."""
+    return type(layer) is nn.Linear and not any(p.requires_grad for p in layer.parameters())
 
 
 @contextmanager
 def lean_layers(model: nn.Module) -> Generator[int]:
-    """Give the LoRA layers of a model the lean pass inside the block; yield how many took it."""
-    layers = [layer for layer in model.modules() if _fits(layer)]
-    for layer in layers:
-        layer.forward = partial(_lean_forward, layer)  # pyright: ignore[reportArgumentType]
-    try:
-        yield len(layers)
-    finally:
+    """Give linear layers the lean pass inside the block; yield how many LoRA layers took it."""
+    modules = list(model.modules())
+    lora = [layer for layer in modules if _lora_fits(layer)]
+    frozen = [layer for layer in modules if _frozen_fits(layer)]
+    for layers, forward in ((lora, _lora_forward), (frozen, _frozen_forward)):
         for layer in layers:
+            layer.forward = partial(forward, layer)  # pyright: ignore[reportArgumentType]
+    try:
+        yield len(lora)
+    finally:
+        for layer in (*lora, *frozen):
             del layer.forward

@@ -1,0 +1,47 @@
+"""float32 matrix products on one CPU thread: torch's own (MKL) against oneDNN, interleaved.
+
+    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/matrix_products.py
+
+Shapes are those of one forward pass through the embedded base and through a 135M-parameter one.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from d2lora import products
+
+SHAPES = ((704, 192, 512), (704, 512, 192), (704, 192, 16), (64, 192, 512), (1000, 576, 1536))
+ROUNDS, REPEATS = 9, 50
+
+
+def seconds(call: Callable[[], Tensor]) -> float:
+    """Return the time of one call, a mean of many."""
+    began = time.perf_counter()
+    for _ in range(REPEATS):
+        call()
+    return (time.perf_counter() - began) / REPEATS
+
+
+def main() -> None:
+    """Measure and print a Markdown table of medians."""
+    torch.set_num_threads(1)
+    print("| rows, in, out | torch, GFLOP/s | oneDNN, GFLOP/s | ratio |\n|---|---|---|---|")
+    for n_rows, n_in, n_out in SHAPES:
+        x, weight = torch.randn(n_rows, n_in), torch.randn(n_out, n_in)
+        calls = (lambda: functional.linear(x, weight), lambda: products.linear(x, weight))  # noqa: B023
+        times: tuple[list[float], ...] = ([], [])
+        for _ in range(ROUNDS):
+            for call, kept in zip(calls, times, strict=True):
+                kept.append(seconds(call))
+        rates = [2 * n_rows * n_in * n_out / statistics.median(kept) / 1e9 for kept in times]
+        name = f"{n_rows}, {n_in}, {n_out}"
+        print(f"| {name} | {rates[0]:.0f} | {rates[1]:.0f} | {rates[1] / rates[0]:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Matrix products of float32 on a CPU with AVX-512, by oneDNN.
+
+torch gives float32 products to MKL, which leaves AVX-512 unused on processors of other makers;
+oneDNN, which torch carries too, uses it everywhere. `benchmarks/matrix_products.py` measures both.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+LEAST_ROWS = 16
+"""With fewer rows a product is bound by memory, and oneDNN costs more than it saves."""
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Say whether this processor is one on which oneDNN's float32 products are taken."""
+    avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return avx512 and torch.backends.mkldnn.is_available()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `x weight' + bias`, without a gradient of its own.
+
+    Args:
+        x: Shape (N, in).
+        weight: Shape (out, in), of any strides.
+        bias: Shape (out,).
+    """
+    taken = (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and len(x) >= LEAST_ROWS
+        and onednn_is_faster()
+    )
+    if not taken:
+        return functional.linear(x, weight, bias)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product

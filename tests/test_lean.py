@@ -1,0 +1,51 @@
+"""The faster passes equal the plain ones."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from d2lora import products
+from d2lora.lean import lean_layers
+
+
+@pytest.mark.parametrize("n_rows", [1, 15, 16, 100])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_product_equals_torch_s(n_rows: int, biased: bool, turned: bool) -> None:
+    torch.manual_seed(n_rows)
+    x = torch.randn(n_rows, 24)
+    weight = torch.randn(24, 40).T if turned else torch.randn(40, 24)
+    bias = torch.randn(40) if biased else None
+    torch.testing.assert_close(products.linear(x, weight, bias), functional.linear(x, weight, bias))
+
+
+def test_other_number_formats_keep_torch_s_own_product() -> None:
+    x, weight = torch.randn(20, 8, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
+    assert torch.equal(products.linear(x, weight), functional.linear(x, weight))
+
+
+def test_a_frozen_layer_passes_the_same_gradient_and_gets_none() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 40)
+    layer.requires_grad_(False)
+    x = torch.randn(2, 9, 24, requires_grad=True)
+    wanted = layer(x)
+    (plain,) = torch.autograd.grad(wanted.square().sum(), x)
+    with lean_layers(layer):
+        got = layer(x)
+        (lean,) = torch.autograd.grad(got.square().sum(), x)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(lean, plain)
+    assert layer.weight.grad is None
+
+
+def test_a_layer_that_trains_keeps_torch_s_pass_and_nothing_is_left_behind() -> None:
+    layer = nn.Sequential(nn.Linear(24, 24))
+    with lean_layers(layer):
+        layer(torch.randn(20, 24)).sum().backward()
+    assert layer[0].weight.grad is not None
+    frozen = layer.requires_grad_(False)
+    with lean_layers(frozen):
+        assert "forward" in vars(frozen[0])
+    assert "forward" not in vars(frozen[0])
