@@ -46,6 +46,14 @@ class Batch(NamedTuple):
         """Return the batch on a device."""
         return Batch(*(tensor.to(device) for tensor in self))
 
+    def row(self, index: int) -> "Batch":
+        """Return one row with its padding, as a batch of one."""
+        own = self.rows_P == index
+        columns_P, targets_P = self.columns_P[own], self.targets_P[own]
+        one = slice(index, index + 1)
+        rows_P = torch.zeros_like(columns_P)
+        return Batch(self.ids_BT[one], self.mask_BT[one], rows_P, columns_P, targets_P)
+
 
 def resolve_format(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> Format:
     """Return the chat format to use; None and `auto` take the template where there is one.

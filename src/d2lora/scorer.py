@@ -19,8 +19,8 @@ class TokenScorer(nn.Module):
     """Scores the supervised tokens of a batch; the one forward pass of training and scoring.
 
     It is what gets wrapped for several devices, so gradients are synchronised by its `forward`.
-    Models that change logits after the head (soft caps, scaling) are found out by a comparison
-    on the first batch and take the model's own forward pass.
+    Models that change logits after the head (soft caps, scaling) or that see padding on the right
+    are found out by a comparison on the first batch and take their own forward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,11 +42,10 @@ class TokenScorer(nn.Module):
         return self._whole_forward(batch)
 
     def _head_at_positions(self, batch: Batch) -> Tensor:
+        """Run the decoder without a mask: with padding on the right, causality hides it."""
         causal = causal_model(self.model)
         decoder = getattr(causal, causal.base_model_prefix)
-        hidden_BTD = decoder(
-            input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False
-        ).last_hidden_state
+        hidden_BTD = decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
         head = causal.get_output_embeddings()
         assert head is not None
         return head(hidden_BTD[batch.rows_P, batch.columns_P])
@@ -59,21 +58,15 @@ class TokenScorer(nn.Module):
 
     @torch.no_grad()
     def _compare(self, batch: Batch) -> bool:
-        causal = causal_model(self.model)
-        if causal.get_output_embeddings() is None:
+        """Say whether the short way gives the model's own logits on the shortest row, padded."""
+        if causal_model(self.model).get_output_embeddings() is None:
             return False
         training = self.model.training
         self.model.eval()
-        last = int(batch.mask_BT[0].sum())
-        row = Batch(
-            batch.ids_BT[:1, :last],
-            batch.mask_BT[:1, :last],
-            torch.zeros(1, dtype=torch.long, device=batch.ids_BT.device),
-            torch.full((1,), last - 1, device=batch.ids_BT.device),
-            batch.ids_BT[0, :1],
-        )
+        row = int(batch.mask_BT.sum(1).argmin())
+        one = batch.row(row)
         same = torch.allclose(
-            self._head_at_positions(row).float(), self._whole_forward(row).float(), atol=1e-2
+            self._head_at_positions(one).float(), self._whole_forward(one).float(), atol=1e-2
         )
         self.model.train(training)
         return same
