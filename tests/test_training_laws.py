@@ -1,6 +1,8 @@
 """Laws of the loop: equal work gives equal adapters, whatever the way."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +207,28 @@ def test_the_manifest_tells_what_was_done(warm_start: WarmStart, general: str) -
     assert manifest["settings"]["learning_rate"] == 1e-2
     assert "fingerprint" in manifest["base"]
     assert manifest["base"]["fingerprint"] in (warm_start.path / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_adapter_of_one_and_write_it_once(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    settings = {"n": 24, "epochs": 2, "validation_fraction": 0.25, "checkpoint_every": 2}
+    alone = run(tmp_path / "alone", tiny_base, problems, **settings)
+    words = [
+        "adapt", "--base", tiny_base, "--data", problems, "--out", str(tmp_path / "both"),
+        "--device", "cpu", "--threads", "1",
+    ]  # fmt: skip
+    for name, value in {"batch_size": 8, "rank": 4, **settings}.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "--standalone", "-m", "d2lora", "--", *words],
+        capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    both = Adapter.load(tmp_path / "both")
+    assert_same(weights(alone), weights(both), tolerance=1e-4)
+    lines = [read_rows(a.path / "metrics.jsonl") for a in (alone, both)]
+    assert [row["step"] for row in lines[0]] == [row["step"] for row in lines[1]]
+    assert done.stderr.count("begins from fresh LoRA") == 1

@@ -14,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from d2lora.runs import is_main_process
+
 WIDTH = 110
 """Columns of a table where there is no terminal to ask."""
 
@@ -42,7 +44,8 @@ class Reporter:
     """Speaks to the user on standard error, so that standard output stays for results."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        """Make a reporter; a quiet one says nothing."""
+        """Make a reporter; a quiet one, or one beside the main process, says nothing."""
+        quiet = quiet or not is_main_process()
         self._console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
         self._quiet = quiet
 

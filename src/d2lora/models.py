@@ -5,6 +5,7 @@ Weights come from safetensors only and no code of a model repository is ever run
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -170,14 +171,16 @@ def fingerprint_of_model(model: PreTrainedModel) -> str | None:
 def device_of(name: str) -> torch.device:
     """Return the device named; `auto` is CUDA, then MPS, then the CPU.
 
+    With several processes on one machine each takes the CUDA device of its local rank.
+
     Raises:
         ModelError: If it is not there.
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return device_of("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(name)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
     n_cuda = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= n_cuda:
         raise ModelError(f"--device {name}: torch sees {n_cuda} CUDA device(s); use --device cpu")

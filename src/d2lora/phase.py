@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from accelerate import PartialState
 from peft import PeftModel
 
 from d2lora import checkpoint
@@ -27,7 +28,14 @@ from d2lora.errors import DataError
 from d2lora.inits import LoraShape
 from d2lora.models import Base, detach_adapter
 from d2lora.objectives import SFT
-from d2lora.runs import RunFolder, new_folder, provenance, write_json, write_text
+from d2lora.runs import (
+    RunFolder,
+    is_main_process,
+    new_folder,
+    provenance,
+    write_json,
+    write_text,
+)
 from d2lora.settings import AdaptSettings, PhaseSettings, WarmupSettings
 from d2lora.tasks import read_task
 from d2lora.train import Trained, seed_of, train
@@ -90,10 +98,17 @@ def run_phase(
     lineage: Sequence[Ancestor],
     run: RunFolder,
     reporter: Reporter,
-) -> Manifest:
-    """Train the adapter on `model`, write it with its manifest, and take it off the base."""
-    run.begin(settings.to_yaml())
-    _set_aside(rows.faults, run, reporter)
+) -> None:
+    """Train the adapter on `model`, write it with its manifest, and take it off the base.
+
+    With several processes the first writes, after all have found the folder free.
+    """
+    everyone = PartialState(cpu=base.model.device.type == "cpu")
+    everyone.wait_for_everyone()
+    if is_main_process():
+        run.begin(settings.to_yaml())
+        _set_aside(rows.faults, run, reporter)
+    everyone.wait_for_everyone()
     trained = train(
         model,
         rows.train,
@@ -105,23 +120,34 @@ def run_phase(
         pad_id=base.pad_id,
         resume=settings.resume,
     )
+    if is_main_process():
+        _save_weights(model, run)
+        manifest = _manifest(settings, base, shape, rows, encoder, lineage, trained, run)
+        _finish(manifest, rows, run)
+    everyone.wait_for_everyone()
+    detach_adapter(model)
+    cost = trained.cost
+    reporter.say(
+        f"written to {run.path} ({cost.n_steps:,} steps, {cost.n_tokens:,} tokens, "
+        f"{cost.elapsed_s:.0f} s)"
+    )
+
+
+def _save_weights(model: PeftModel, run: RunFolder) -> None:
+    """Write the adapter's files into the run folder, each whole."""
     with new_folder(run.path / "adapter") as folder:
         save_adapter(model, folder)
     for file in (run.path / "adapter").iterdir():
         file.replace(run.path / file.name)
     (run.path / "adapter").rmdir()
-    detach_adapter(model)
-    manifest = _manifest(settings, base, shape, rows, encoder, lineage, trained, run)
+
+
+def _finish(manifest: Manifest, rows: Rows, run: RunFolder) -> None:
+    """Write what says how the adapter came about, the marker of completion last."""
     write_manifest(manifest, run.path)
     write_json(run.path / "provenance.json", {**manifest.provenance, "data": rows.sources})
     run.finish({"kind": manifest.kind, "cost": manifest.cost})
     shutil.rmtree(run.path / checkpoint.FOLDER, ignore_errors=True)
-    cost = trained.cost
-    reporter.say(
-        f"{manifest.kind} written to {run.path} ({cost.n_steps:,} steps, {cost.n_tokens:,} tokens, "
-        f"{cost.elapsed_s:.0f} s)"
-    )
-    return manifest
 
 
 def _manifest(

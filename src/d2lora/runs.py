@@ -28,6 +28,14 @@ METRICS = "metrics.jsonl"
 LIBRARIES = ("d2lora", "torch", "transformers", "peft", "accelerate", "tokenizers", "datasets")
 
 
+def is_main_process() -> bool:
+    """Say whether this process writes and speaks: the only one, or the first of several.
+
+    torchrun and accelerate launch tell each process its rank.
+    """
+    return os.environ.get("RANK", "0") == "0"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,14 +137,16 @@ class RunFolder:
             )
 
     def log(self, **values: Any) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl, from the main process."""
+        if not is_main_process():
+            return
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def cut_log(self, step: int) -> None:
         """Drop the logged lines after `step`, as a run resumed there will write them again."""
         path = self.path / METRICS
-        if path.exists():
+        if path.exists() and is_main_process():
             lines = path.read_text(encoding="utf-8").splitlines()
             whole = [line for line in lines if line.endswith("}")]
             kept = [line for line in whole if json.loads(line)["step"] <= step]

@@ -24,7 +24,7 @@ from d2lora.encode import Encoded, micro_batches
 from d2lora.errors import TrainingError
 from d2lora.lean import lean_layers
 from d2lora.objectives import Objective
-from d2lora.runs import RunFolder
+from d2lora.runs import RunFolder, is_main_process
 from d2lora.schedule import Plan, learning_rate
 from d2lora.scorer import TokenScorer, mean_loss, pass_tokens
 from d2lora.settings import TrainSettings
@@ -154,7 +154,7 @@ def train(
                 ):
                     _judge(validate(), state, settings.patience, run, reporter)
                 every = settings.checkpoint_every
-                if every and progress.step % every == 0 and accelerator.is_main_process:
+                if every and progress.step % every == 0 and is_main_process():
                     checkpoint.save(run.path, asdict(progress), parameters, optimizer, state.best)
     if settings.patience and state.best:
         with torch.no_grad():
