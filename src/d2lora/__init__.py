@@ -24,8 +24,9 @@ if TYPE_CHECKING:
         TrainingError,
         WarmStartError,
     )
-    from d2lora.evaluation import Evaluation, evaluate
+    from d2lora.evaluation import evaluate
     from d2lora.generation import generate
+    from d2lora.scores import Evaluation
     from d2lora.settings import AdaptSettings, EvaluateSettings, GenerateSettings, WarmupSettings
     from d2lora.warmstart import WarmStart
     from d2lora.warmup import warm_up
@@ -40,7 +41,7 @@ _HOMES = {
     "SettingsError": "errors",
     "TrainingError": "errors",
     "WarmStartError": "errors",
-    "Evaluation": "evaluation",
+    "Evaluation": "scores",
     "evaluate": "evaluation",
     "generate": "generation",
     "AdaptSettings": "settings",
