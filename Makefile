@@ -45,5 +45,10 @@ lint: $(VENV)/.dev  ## style, types, import order, dependencies, spelling
 	$(BIN)/deptry src
 	$(BIN)/codespell src tests docs scripts plans README.md CHANGELOG.md CONTRIBUTING.md
 
+bench: $(VENV)/.test  ## benchmarks side by side with TRL and transformers, some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix_products.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/generation.py
+
 clean:  ## remove what the targets made
 	rm -rf $(VENV) demo-out build dist
