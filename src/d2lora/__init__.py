@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from d2lora.adaptation import adapt
     from d2lora.artifacts import Adapter
+    from d2lora.conversion import Conversion, convert
     from d2lora.errors import (
         D2LoraError,
         DataError,
@@ -27,13 +28,22 @@ if TYPE_CHECKING:
     from d2lora.evaluation import evaluate
     from d2lora.generation import generate
     from d2lora.scores import Evaluation
-    from d2lora.settings import AdaptSettings, EvaluateSettings, GenerateSettings, WarmupSettings
+    from d2lora.settings import (
+        AdaptSettings,
+        ConvertSettings,
+        EvaluateSettings,
+        GenerateSettings,
+        WarmupSettings,
+    )
     from d2lora.warmstart import WarmStart
     from d2lora.warmup import warm_up
 
 _HOMES = {
     "adapt": "adaptation",
+    "convert": "conversion",
     "Adapter": "artifacts",
+    "Conversion": "conversion",
+    "ConvertSettings": "settings",
     "D2LoraError": "errors",
     "DataError": "errors",
     "ModelError": "errors",
@@ -55,6 +65,8 @@ _HOMES = {
 __all__ = [
     "AdaptSettings",
     "Adapter",
+    "Conversion",
+    "ConvertSettings",
     "D2LoraError",
     "DataError",
     "EvaluateSettings",
@@ -68,6 +80,7 @@ __all__ = [
     "WarmStartError",
     "WarmupSettings",
     "adapt",
+    "convert",
     "evaluate",
     "generate",
     "warm_up",

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from peft import PeftModel
 
-from d2lora.artifacts import Adapter, Ancestor
+from d2lora.artifacts import Adapter, Ancestor, ancestor_of
 from d2lora.console import Reporter
 from d2lora.encode import Encoder
-from d2lora.errors import WarmStartError
+from d2lora.errors import SettingsError, WarmStartError
 from d2lora.inits import LoraShape, attach_fresh
 from d2lora.models import Base, load_base
 from d2lora.phase import prepare_rows, run_phase
@@ -42,6 +42,8 @@ def adapt(settings: AdaptSettings, base: Base | None = None) -> Adapter:
     """
     reporter = Reporter(quiet=settings.quiet)
     warm_start = None if settings.init == FRESH else WarmStart.load(settings.init)
+    if warm_start is None and settings.init_scale != 1:
+        raise SettingsError("--init-scale weakens a warm start; a fresh adapter has zero B")
     chat_format = _inherited_format(settings, warm_start)
     run = RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume)
     base = base or load_base(settings)
@@ -71,13 +73,15 @@ def _begin(
         reporter.say(f"begins from fresh LoRA: rank {shape.rank}, alpha {shape.alpha:g}")
         return _Beginning(model, shape, ())
     shape = warm_start.inherited_shape(settings)
-    model = warm_start.apply_to(base.model, dropout=settings.dropout)
+    model = warm_start.apply_to(base.model, dropout=settings.dropout, scale=settings.init_scale)
     reporter.say(
         f"begins from the warm start {warm_start.path}; inherited: rank {shape.rank}, alpha "
         f"{shape.alpha:g}, targets {' '.join(shape.targets)}, chat format "
         f"{warm_start.manifest.chat_format}"
+        + (f"; strength {settings.init_scale:g}" if settings.init_scale != 1 else "")
     )
-    return _Beginning(model, shape, (*warm_start.manifest.lineage, warm_start.ancestor()))
+    lineage = (*warm_start.manifest.lineage, ancestor_of(warm_start.path, warm_start.manifest))
+    return _Beginning(model, shape, lineage)
 
 
 def _inherited_format(settings: AdaptSettings, warm_start: WarmStart | None) -> str | None:

@@ -13,10 +13,10 @@ from typing import Any, Literal, Self
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from d2lora.errors import ModelError
+from d2lora.errors import ModelError, WarmStartError
 from d2lora.inits import LoraShape
-from d2lora.models import EMBEDDED, Base
-from d2lora.runs import read_json, write_json, write_text
+from d2lora.models import ADAPTER_WEIGHTS, EMBEDDED, Base
+from d2lora.runs import read_json, sha256_of, write_json, write_text
 
 FORMAT_VERSION = 1
 MANIFESTS = {"warm start": "warm_start.json", "adapter": "adapter.json"}
@@ -70,6 +70,8 @@ class Manifest(_Part):
     lineage: list[Ancestor]
     adapter_fingerprint: str
     provenance: dict[str, Any]
+    conversion: dict[str, Any] | None = None
+    """What `d2lora convert` did to it, if anything."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -99,6 +101,20 @@ class Manifest(_Part):
             place = ".".join(str(part) for part in first["loc"])
             raise ModelError(f"{path}: `{place}`: {first['msg']}") from None
 
+    def check_base(self, fingerprint: str, name: str, folder: Path) -> None:
+        """Check that a base is the one that this adapter was made on.
+
+        Raises:
+            ModelError: If it has other weights; a WarmStartError for a warm start.
+        """
+        if self.base.fingerprint != fingerprint:
+            kind = WarmStartError if self.kind == "warm start" else ModelError
+            raise kind(
+                f"{folder} was made on {self.base.id} (fingerprint {self.base.fingerprint[:12]}), "
+                f"but {name} has other weights ({fingerprint[:12]}); give --base {self.base.id}, "
+                f"or make the {self.kind} anew on this base"
+            )
+
     @property
     def shape(self) -> LoraShape:
         """The adapter's shape."""
@@ -118,6 +134,31 @@ class Adapter:
         """Open an adapter folder made by d2lora; the weights are read when it is attached."""
         folder = Path(path)
         return cls(folder, Manifest.read(folder))
+
+
+def has_manifest(folder: Path) -> bool:
+    """Say whether a folder holds an adapter made by d2lora."""
+    return any((folder / name).is_file() for name in MANIFESTS.values())
+
+
+def check_fit(folder: Path, base: Base) -> None:
+    """Check that an adapter, where it says what it was made on, was made on this base.
+
+    Raises:
+        ModelError: If it was made on another.
+    """
+    if has_manifest(folder):
+        Manifest.read(folder).check_base(base.fingerprint, base.name, folder)
+
+
+def ancestor_of(folder: Path, manifest: Manifest) -> Ancestor:
+    """Return what an adapter that comes from another says of it."""
+    return Ancestor(path=str(folder), data=manifest.data, fingerprint=manifest.adapter_fingerprint)
+
+
+def fingerprint_of_adapter(folder: Path) -> str:
+    """Return the SHA-256 of an adapter's weights file."""
+    return sha256_of(folder / ADAPTER_WEIGHTS)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from d2lora.artifacts import check_fit
 from d2lora.console import Reporter, table_console
 from d2lora.encode import Encoded, Encoder, encode_all
 from d2lora.errors import DataError, SettingsError
@@ -97,6 +98,7 @@ def _adapted(base: Base, name: str) -> Generator[nn.Module]:
         with lean_layers(base.model):
             yield base.model
         return
+    check_fit(Path(name), base)
     model = attach_adapter(base.model, Path(name), trainable=False)
     try:
         with merged(model), lean_layers(model):

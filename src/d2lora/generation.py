@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from d2lora.artifacts import MANIFESTS, Manifest
+from d2lora.artifacts import Manifest, check_fit, has_manifest
 from d2lora.encode import Encoder
 from d2lora.errors import DataError, SettingsError
 from d2lora.models import Base, attach_adapter, causal_model, load_base
@@ -132,7 +132,7 @@ def chat_format_of(adapter: Path | None, wanted: str | None) -> str | None:
     """Return the chat format to prompt an adapter in: as set, else as it was trained."""
     if wanted is not None or adapter is None:
         return wanted
-    if any((adapter / name).is_file() for name in MANIFESTS.values()):
+    if has_manifest(adapter):
         return Manifest.read(adapter).chat_format
     return None
 
@@ -152,6 +152,8 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     conversations = _conversations(settings)
     adapter = Path(settings.adapter) if settings.adapter else None
     base = load_base(settings)
+    if adapter:
+        check_fit(adapter, base)
     encoder = Encoder.of(base, chat_format_of(adapter, settings.chat_format))
     model = attach_adapter(base.model, adapter, trainable=False) if adapter else base.model
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)

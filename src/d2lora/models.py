@@ -30,6 +30,7 @@ from d2lora.settings import BaseSettings
 
 EMBEDDED = "embedded"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 _CHUNKS, _CHUNK_BYTES = 16, 4096
 
@@ -204,8 +205,8 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{folder}: no adapter: it has no {ADAPTER_CONFIG}")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{folder}: the adapter has no adapter_model.safetensors")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{folder}: the adapter has no {ADAPTER_WEIGHTS}")
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{folder}: expected a LoRA adapter, found {config.peft_type}")

@@ -18,6 +18,7 @@ from d2lora.artifacts import (
     LoraRecord,
     Manifest,
     base_record,
+    fingerprint_of_adapter,
     save_adapter,
     write_manifest,
 )
@@ -39,7 +40,6 @@ from d2lora.runs import (
 from d2lora.settings import AdaptSettings, PhaseSettings, WarmupSettings
 from d2lora.tasks import read_task
 from d2lora.train import Trained, seed_of, train
-from d2lora.warmstart import fingerprint_of_adapter
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,8 @@ class AdaptSettings(PhaseSettings):
 
     init: str = "fresh"
     """How the adapter begins: `fresh` (random A, zero B) or the folder of a warm start."""
+    init_scale: float = Field(default=1.0, ge=0, le=1)
+    """Strength of the warm start: its B is multiplied by this. 0: its A with zero B."""
     n: int | None = Field(default=None, ge=1)
     """Rows to use, validation rows included; subsets nest. None: all."""
 
@@ -236,6 +238,23 @@ class GenerateSettings(BaseSettings, GenerationSettings):
     """Seed of sampling."""
     out: Path | None = None
     """JSONL file to write. None: print."""
+
+
+class ConvertSettings(BaseSettings):
+    """`d2lora convert`: another rank, another strength, or a merge into the base."""
+
+    adapter: str
+    """Adapter or warm start to convert; it stays as it is."""
+    out: Path
+    """Folder to write."""
+    rank: int | None = Field(default=None, ge=1)
+    """New rank: a higher one keeps the function, a lower one the best part of it."""
+    scale: float | None = Field(default=None, gt=0)
+    """Multiply the update by this."""
+    merge: bool = False
+    """Fold the adapter into the base and write a plain model folder."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of new directions' A, and of the tokens that a merge is checked on."""
 
 
 class DemoSettings(Settings):

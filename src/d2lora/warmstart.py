@@ -7,16 +7,16 @@ be put on a model by hand, too:
     model = WarmStart.load("warm").apply_to(AutoModelForCausalLM.from_pretrained(base))
 """
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 from warnings import warn
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from d2lora.artifacts import Adapter, Ancestor, Manifest, differences
+from d2lora.artifacts import Adapter, Manifest, differences
 from d2lora.errors import WarmStartError
 from d2lora.inits import ALL_LINEAR, LoraShape
 from d2lora.models import attach_adapter, fingerprint_of_model, read_adapter_config
@@ -46,7 +46,9 @@ class WarmStart(Adapter):
         read_adapter_config(folder)
         return cls(folder, Manifest.read(folder))
 
-    def apply_to(self, model: PreTrainedModel, *, dropout: float | None = None) -> PeftModel:
+    def apply_to(
+        self, model: PreTrainedModel, *, dropout: float | None = None, scale: float = 1.0
+    ) -> PeftModel:
         """Put the warm start on a model, ready to train.
 
         The model's own weights stay as they are and frozen; the LoRA weights, and nothing else,
@@ -55,6 +57,7 @@ class WarmStart(Adapter):
         Args:
             model: The warm start's base, loaded in any number format.
             dropout: Dropout on the adapter's input. None: the warm start's own.
+            scale: Strength of the warm start; B is multiplied by it. 0 leaves A alone.
 
         Raises:
             WarmStartError: If the model was loaded from other weights than the warm start's base.
@@ -63,17 +66,14 @@ class WarmStart(Adapter):
         if found is None:
             warn("the model's files are not at hand, so its weights were not checked", stacklevel=2)
         else:
-            self._check_base(found, str(model.config.name_or_path))
-        return attach_adapter(model, self.path, trainable=True, dropout=dropout)
-
-    def _check_base(self, fingerprint: str, name: str) -> None:
-        own = self.manifest.base
-        if own.fingerprint != fingerprint:
-            raise WarmStartError(
-                f"{self.path} was made on {own.id} (fingerprint {own.fingerprint[:12]}), but "
-                f"{name} has other weights ({fingerprint[:12]}); give --base {own.id}, or warm up "
-                "on this base"
-            )
+            self.manifest.check_base(found, str(model.config.name_or_path), self.path)
+        attached = attach_adapter(model, self.path, trainable=True, dropout=dropout)
+        if scale != 1:
+            with torch.no_grad():
+                for name, parameter in attached.named_parameters():
+                    if "lora_B" in name:
+                        parameter.mul_(scale)
+        return attached
 
     def inherited_shape(self, settings: LoraSettings) -> LoraShape:
         """Return the warm start's shape; what the settings say must agree with it.
@@ -107,18 +107,6 @@ class WarmStart(Adapter):
                 "of them was edited. Restore it, or warm up anew"
             )
         return shape if settings.dropout is None else replace(shape, dropout=settings.dropout)
-
-    def ancestor(self) -> Ancestor:
-        """Return what an adapter that begins here says of it."""
-        manifest = self.manifest
-        return Ancestor(
-            path=str(self.path), data=manifest.data, fingerprint=manifest.adapter_fingerprint
-        )
-
-
-def fingerprint_of_adapter(folder: Path) -> str:
-    """Return the SHA-256 of an adapter's weights file."""
-    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def _shown(value: object) -> str:

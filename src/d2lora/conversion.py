@@ -1,0 +1,155 @@
+"""An adapter made to fit: another rank, another strength, or folded into the base.
+
+    d2lora convert --adapter warm --rank 32 --out warm-32
+    d2lora convert --adapter adapter --merge --out model
+
+A higher rank leaves the function as it is, and the new directions train; a lower one is the best
+approximation, and what it keeps of each layer's energy is told. Alpha moves with the rank, so that
+the factor alpha / rank stays.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from d2lora.artifacts import (
+    Manifest,
+    ancestor_of,
+    check_fit,
+    fingerprint_of_adapter,
+    has_manifest,
+    write_manifest,
+)
+from d2lora.console import Reporter
+from d2lora.errors import ModelError, SettingsError
+from d2lora.factors import Factors, extend, truncate
+from d2lora.models import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    attach_adapter,
+    load_base,
+    read_adapter_config,
+)
+from d2lora.runs import DONE, RunFolder, new_folder, provenance, write_json, write_text
+from d2lora.settings import ConvertSettings
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done."""
+
+    path: Path
+    energy_kept: dict[str, float]
+    """Layer -> share of the update's energy that is kept; 1 where the rank did not fall."""
+    largest_logit_difference: float | None
+    """Between the adapted base and the merged model, on probe tokens; None without a merge."""
+
+
+def convert(settings: ConvertSettings) -> Conversion:
+    """Change an adapter's rank or strength, or merge it into its base.
+
+    Raises:
+        SettingsError: If nothing is asked for, or things that exclude each other.
+        ModelError: If the adapter cannot be converted, or the merge changes what it says.
+        RunError: If `out` is taken.
+    """
+    if settings.merge == (settings.rank is not None or settings.scale is not None):
+        raise SettingsError("give --rank R, --scale S or both to convert, or --merge alone")
+    RunFolder.open(settings.out, "")
+    folder = Path(settings.adapter)
+    return _merge(settings, folder) if settings.merge else _reshape(settings, folder)
+
+
+def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:
+    config = read_adapter_config(folder)
+    if config.rank_pattern or config.alpha_pattern or config.use_dora:
+        raise ModelError(
+            f"{folder}: layers of different rank or alpha, or DoRA; only plain LoRA of one rank "
+            "can be converted"
+        )
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    rank = settings.rank or config.r
+    strength = 1.0 if settings.scale is None else settings.scale
+    energy: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(settings.seed)
+    converted: dict[str, Tensor] = dict(tensors)
+    for name in sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A)):
+        old = Factors(tensors[name + _A], tensors[name + _B])
+        energy[name] = 1.0
+        if rank < config.r:
+            new, energy[name] = truncate(old, rank)
+        else:
+            new = extend(old, rank, generator)
+        converted[name + _A] = new.a.contiguous()
+        converted[name + _B] = (new.b * strength).contiguous()
+    ratio = math.sqrt(rank / config.r) if config.use_rslora else rank / config.r
+    alpha = config.lora_alpha * ratio
+    with new_folder(settings.out) as out:
+        save_file(converted, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        raw = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        raw |= {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
+        write_text(out / ADAPTER_CONFIG, json.dumps(raw, indent=2))
+        done: dict[str, Any] = {"kind": "adapter"}
+        if has_manifest(folder):
+            old_manifest = Manifest.read(folder)
+            manifest = old_manifest.model_copy(
+                update={
+                    "lora": old_manifest.lora.model_copy(update={"rank": rank, "alpha": alpha}),
+                    "lineage": [*old_manifest.lineage, ancestor_of(folder, old_manifest)],
+                    "adapter_fingerprint": fingerprint_of_adapter(out),
+                    "conversion": {"from_rank": config.r, "scale": strength, "energy_kept": energy},
+                    "provenance": provenance(),
+                }
+            )
+            write_manifest(manifest, out)
+            done = {"kind": manifest.kind, "cost": manifest.cost}
+        write_json(out / DONE, done)
+    return Conversion(settings.out, energy, None)
+
+
+@torch.inference_mode()
+def _merge(settings: ConvertSettings, folder: Path) -> Conversion:
+    base = load_base(settings)
+    if base.model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ModelError(f"{settings.base}: merge only into a 16- or 32-bit base")
+    check_fit(folder, base)
+    model = attach_adapter(base.model, folder, trainable=False)
+    generator = torch.Generator().manual_seed(settings.seed)
+    ids = torch.randint(len(base.tokenizer), (4, 64), generator=generator).to(base.model.device)
+    apart = model(input_ids=ids).logits.float()
+    merged = model.merge_and_unload()
+    together = merged(input_ids=ids).logits.float()
+    largest = float((apart - together).abs().max())
+    tolerance = 1e-3 if base.model.dtype == torch.float32 else 0.5
+    if largest > tolerance * max(1.0, float(apart.abs().max())):
+        raise ModelError(
+            f"{folder}: merging changes logits by up to {largest:.3g}; the base's number format "
+            "({base.model.dtype}) is too coarse for it; use --dtype float32"
+        )
+    with new_folder(settings.out) as out:
+        merged.save_pretrained(out)
+        base.tokenizer.save_pretrained(out)
+        write_json(out / DONE, {"kind": "model", "largest_logit_difference": largest})
+    return Conversion(settings.out, {}, largest)
+
+
+def command(settings: ConvertSettings) -> None:
+    """Run `d2lora convert`."""
+    done = convert(settings)
+    reporter = Reporter()
+    if done.largest_logit_difference is not None:
+        reporter.say(
+            f"merged; the largest difference of logits is {done.largest_logit_difference:.2g}"
+        )
+    for name, energy in sorted(done.energy_kept.items(), key=lambda item: item[1]):
+        if energy < 1:
+            reporter.say(f"{energy:7.2%} of the energy kept: {name}")
+    reporter.say(f"written to {done.path}")

@@ -1,0 +1,85 @@
+"""Linear algebra of LoRA's two factors. Pure functions; nothing is ever multiplied out.
+
+Shapes: A (r, in), B (out, r). The update of a layer is `scale * B A`; scale is kept by the caller.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """The factors of one layer's update."""
+
+    a: Tensor
+    b: Tensor
+
+
+class Truncated(NamedTuple):
+    """Factors of a lower rank and the share of the update's energy that they keep."""
+
+    factors: Factors
+    energy_kept: float
+
+
+def singular_values(factors: Factors) -> Tensor:
+    """Return the r singular values of B A, largest first, in float64.
+
+    QR of both factors leaves a core of r x r with the same singular values: O((in + out) r^2)
+    instead of O(in out r) for the dense product.
+    """
+    _, core, _ = _orthogonal(factors)
+    return torch.linalg.svdvals(core)
+
+
+def truncate(factors: Factors, rank: int) -> Truncated:
+    """Return the best approximation of B A of a lower rank (Eckart and Young 1936).
+
+    The ratio of the norms of B and A stays as it was, so that a learning rate keeps its meaning.
+
+    Args:
+        factors: The factors, of any rank of at least `rank`.
+        rank: The rank to keep.
+    """
+    q_b, core, q_a = _orthogonal(factors)
+    u, s, vt = torch.linalg.svd(core)
+    root = s[:rank].sqrt()
+    b, a = (q_b @ u[:, :rank]) * root, root[:, None] * (vt[:rank] @ q_a.T)
+    balance = _balance(factors)
+    dtype = factors.a.dtype
+    total = float(s.square().sum())
+    kept = float(s[:rank].square().sum()) / total if total > 0 else 1.0
+    return Truncated(Factors((a / balance).to(dtype), (b * balance).to(dtype)), kept)
+
+
+def extend(factors: Factors, rank: int, generator: torch.Generator) -> Factors:
+    """Return factors of a higher rank with the same product.
+
+    New directions begin as a fresh adapter does: Kaiming-uniform A, zero B; so they train.
+
+    Args:
+        factors: The factors, of a rank of at most `rank`.
+        rank: The new rank.
+        generator: Source of the new rows of A.
+    """
+    n_new, n_in = rank - len(factors.a), factors.a.shape[1]
+    bound = 1 / math.sqrt(n_in)  # kaiming_uniform_ with a = sqrt(5), as PEFT's own A
+    new_a = torch.empty(n_new, n_in).uniform_(-bound, bound, generator=generator)
+    new_b = torch.zeros(len(factors.b), n_new, dtype=factors.b.dtype)
+    a = torch.cat([factors.a, new_a.to(factors.a.dtype)])
+    return Factors(a, torch.cat([factors.b, new_b], dim=1))
+
+
+def _orthogonal(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Q_b, core, Q_a with B A = Q_b core Q_a', in float64."""
+    q_b, r_b = torch.linalg.qr(factors.b.double())
+    q_a, r_a = torch.linalg.qr(factors.a.double().T)
+    return q_b, r_b @ r_a.T, q_a
+
+
+def _balance(factors: Factors) -> float:
+    """Return the square root of |B| / |A|; 1 where one of them is zero."""
+    norms = [float(torch.linalg.norm(factor.double())) for factor in (factors.b, factors.a)]
+    return math.sqrt(norms[0] / norms[1]) if min(norms) > 0 else 1.0

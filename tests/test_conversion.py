@@ -1,0 +1,194 @@
+"""An adapter made to fit keeps its function, and what it loses is told."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from d2lora import (
+    AdaptSettings,
+    ConvertSettings,
+    ModelError,
+    SettingsError,
+    WarmStart,
+    WarmupSettings,
+    adapt,
+    convert,
+    warm_up,
+)
+from d2lora.factors import Factors, extend, singular_values, truncate
+
+PROBE = torch.arange(5, 60)[None]
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, general: str) -> WarmStart:
+    out = tmp_path_factory.mktemp("warm") / "start"
+    return warm_up(
+        WarmupSettings(
+            base=tiny_base, data=(general,), out=out, max_steps=8, rank=4, learning_rate=2e-2,
+            quiet=True,
+        )
+    )  # fmt: skip
+
+
+def random_factors(rank: int = 6) -> Factors:
+    generator = torch.Generator().manual_seed(rank)
+    a = torch.randn(rank, 20, generator=generator, dtype=torch.float64)
+    return Factors(a, torch.randn(30, rank, generator=generator, dtype=torch.float64) * 0.1)
+
+
+def product(factors: Factors) -> torch.Tensor:
+    return factors.b @ factors.a
+
+
+def logits(base: str, adapter: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, str(adapter)).eval()(input_ids=PROBE).logits
+
+
+def test_singular_values_are_those_of_the_dense_product() -> None:
+    factors = random_factors()
+    dense = torch.linalg.svdvals(product(factors))[:6]
+    torch.testing.assert_close(singular_values(factors), dense)
+
+
+def test_truncation_is_the_best_of_its_rank_and_tells_the_energy_kept() -> None:
+    factors = random_factors()
+    u, s, vt = torch.linalg.svd(product(factors))
+    best = (u[:, :3] * s[:3]) @ vt[:3]
+    kept = truncate(factors, 3)
+    torch.testing.assert_close(product(kept.factors), best)
+    assert kept.energy_kept == pytest.approx(float(s[:3].square().sum() / s.square().sum()))
+
+
+def test_truncation_to_the_same_rank_keeps_product_and_balance() -> None:
+    factors = random_factors()
+    same = truncate(factors, 6).factors
+    torch.testing.assert_close(product(same), product(factors))
+    ratio = [float(f.b.norm() / f.a.norm()) for f in (factors, same)]
+    assert ratio[0] == pytest.approx(ratio[1])
+
+
+def test_a_zero_update_can_be_truncated() -> None:
+    zero = Factors(random_factors().a, torch.zeros(30, 6, dtype=torch.float64))
+    kept = truncate(zero, 2)
+    assert kept.energy_kept == 1.0
+    assert not product(kept.factors).any()
+
+
+def test_extension_keeps_the_product_and_adds_directions_that_train() -> None:
+    factors = random_factors()
+    more = extend(factors, 9, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(product(more), product(factors), rtol=0, atol=0)
+    assert torch.linalg.matrix_rank(more.a) == 9
+    assert not more.b[:, 6:].any()
+
+
+@pytest.mark.parametrize("rank", [4, 7])
+def test_a_higher_rank_says_the_same_and_is_a_warm_start(
+    tmp_path: Path, tiny_base: str, problems: str, warm: WarmStart, rank: int
+) -> None:
+    done = convert(ConvertSettings(adapter=str(warm.path), rank=rank, out=tmp_path / "up"))
+    torch.testing.assert_close(
+        logits(tiny_base, done.path), logits(tiny_base, warm.path), rtol=0, atol=1e-9
+    )
+    converted = WarmStart.load(done.path)
+    assert converted.manifest.lora.rank == rank
+    assert converted.manifest.lora.alpha / rank == warm.manifest.lora.alpha / 4
+    assert converted.manifest.lineage[-1].fingerprint == warm.manifest.adapter_fingerprint
+    adapter = adapt(
+        AdaptSettings(
+            base=tiny_base, data=(problems,), init=str(done.path), out=tmp_path / "a", max_steps=3,
+            learning_rate=1e-2, quiet=True,
+        )
+    )  # fmt: skip
+    before = load_file(done.path / "adapter_model.safetensors")
+    after = load_file(adapter.path / "adapter_model.safetensors")
+    for name, value in before.items():
+        if "lora_B" in name:
+            assert (after[name] != value).any(dim=0).all(), "every direction trains"
+
+
+def test_a_lower_rank_tells_what_each_layer_keeps(tmp_path: Path, warm: WarmStart) -> None:
+    done = convert(ConvertSettings(adapter=str(warm.path), rank=2, out=tmp_path / "down"))
+    weights = load_file(done.path / "adapter_model.safetensors")
+    assert {len(value) for name, value in weights.items() if "lora_A" in name} == {2}
+    assert len(done.energy_kept) == len(weights) // 2
+    assert all(0.3 < kept <= 1 for kept in done.energy_kept.values())
+    assert min(done.energy_kept.values()) < 1
+
+
+def test_a_scale_multiplies_the_update(tmp_path: Path, warm: WarmStart) -> None:
+    done = convert(ConvertSettings(adapter=str(warm.path), scale=0.5, out=tmp_path / "half"))
+    weights = load_file(warm.path / "adapter_model.safetensors")
+    halved = load_file(done.path / "adapter_model.safetensors")
+    for name, value in weights.items():
+        torch.testing.assert_close(halved[name], value * (0.5 if "lora_B" in name else 1.0))
+
+
+def test_an_init_scale_weakens_the_beginning(
+    tmp_path: Path, tiny_base: str, problems: str, warm: WarmStart
+) -> None:
+    adapter = adapt(
+        AdaptSettings(
+            base=tiny_base, data=(problems,), init=str(warm.path), init_scale=0.25, max_steps=0,
+            out=tmp_path / "a", quiet=True,
+        )
+    )  # fmt: skip
+    began = load_file(warm.path / "adapter_model.safetensors")
+    for name, value in load_file(adapter.path / "adapter_model.safetensors").items():
+        torch.testing.assert_close(value, began[name] * (0.25 if "lora_B" in name else 1.0))
+    with pytest.raises(SettingsError, match="--init-scale"):
+        adapt(
+            AdaptSettings(
+                base=tiny_base, data=(problems,), init_scale=0.5, out=tmp_path / "b", quiet=True
+            )
+        )
+
+
+def test_a_merged_model_loads_alone_and_says_the_same_tokens(
+    tmp_path: Path, tiny_base: str, warm: WarmStart
+) -> None:
+    files = sorted(Path(tiny_base).iterdir())
+    before = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    done = convert(
+        ConvertSettings(base=tiny_base, adapter=str(warm.path), merge=True, out=tmp_path / "model")
+    )
+    assert done.largest_logit_difference is not None
+    assert done.largest_logit_difference < 1e-4
+    ids = AutoTokenizer.from_pretrained(done.path)("How many", return_tensors="pt").input_ids
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_base), str(warm.path)
+    )
+    merged = AutoModelForCausalLM.from_pretrained(done.path)
+    said = [
+        model.generate(input_ids=ids, max_new_tokens=20, do_sample=False).tolist()
+        for model in (adapted, merged)
+    ]
+    assert said[0] == said[1]
+    assert before == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+def test_an_adapter_is_not_put_on_another_base(
+    tmp_path: Path, other_base: str, warm: WarmStart
+) -> None:
+    with pytest.raises(ModelError, match="has other weights"):
+        convert(
+            ConvertSettings(
+                base=other_base, adapter=str(warm.path), merge=True, out=tmp_path / "model"
+            )
+        )
+
+
+@pytest.mark.parametrize("asked", [{}, {"merge": True, "rank": 2}])
+def test_a_conversion_asks_for_one_thing(
+    tmp_path: Path, warm: WarmStart, asked: dict[str, int]
+) -> None:
+    with pytest.raises(SettingsError, match="--merge alone"):
+        convert(ConvertSettings(adapter=str(warm.path), out=tmp_path / "x", **asked))
