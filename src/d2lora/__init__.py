@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     )
     from d2lora.evaluation import evaluate
     from d2lora.generation import generate
+    from d2lora.inspection import Inspection, inspect
     from d2lora.scores import Evaluation
     from d2lora.settings import (
         AdaptSettings,
         ConvertSettings,
         EvaluateSettings,
         GenerateSettings,
+        InspectSettings,
         WarmupSettings,
     )
     from d2lora.warmstart import WarmStart
@@ -46,6 +48,8 @@ _HOMES = {
     "ConvertSettings": "settings",
     "D2LoraError": "errors",
     "DataError": "errors",
+    "InspectSettings": "settings",
+    "Inspection": "inspection",
     "ModelError": "errors",
     "RunError": "errors",
     "SettingsError": "errors",
@@ -54,6 +58,7 @@ _HOMES = {
     "Evaluation": "scores",
     "evaluate": "evaluation",
     "generate": "generation",
+    "inspect": "inspection",
     "AdaptSettings": "settings",
     "EvaluateSettings": "settings",
     "GenerateSettings": "settings",
@@ -72,6 +77,8 @@ __all__ = [
     "EvaluateSettings",
     "Evaluation",
     "GenerateSettings",
+    "InspectSettings",
+    "Inspection",
     "ModelError",
     "RunError",
     "SettingsError",
@@ -83,6 +90,7 @@ __all__ = [
     "convert",
     "evaluate",
     "generate",
+    "inspect",
     "warm_up",
 ]
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "warmup": "base + general data -> warm start",
     "adapt": "base + task data + init -> adapter",
     "evaluate": "base + adapters + task -> scores, records, forgetting",
+    "inspect": "what is in an adapter: spectrum, origin, fit, advice",
     "convert": "another rank or strength, or a merge into the base",
     "generate": "try an adapter on a prompt or a file of prompts",
 }
@@ -71,6 +72,7 @@ def _run(command: str, words: list[str]) -> None:
         "warmup": ("warmup", settings.WarmupSettings),
         "adapt": ("adaptation", settings.AdaptSettings),
         "evaluate": ("evaluation", settings.EvaluateSettings),
+        "inspect": ("inspection", settings.InspectSettings),
         "convert": ("conversion", settings.ConvertSettings),
         "generate": ("generation", settings.GenerateSettings),
     }

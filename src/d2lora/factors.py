@@ -83,3 +83,41 @@ def _balance(factors: Factors) -> float:
     """Return the square root of |B| / |A|; 1 where one of them is zero."""
     norms = [float(torch.linalg.norm(factor.double())) for factor in (factors.b, factors.a)]
     return math.sqrt(norms[0] / norms[1]) if min(norms) > 0 else 1.0
+
+
+def effective_rank(values: Tensor) -> float:
+    """Return exp of the entropy of normalised singular values (Roy and Vetterli 2007).
+
+    1 for one direction, r for r equal ones, 0 for none.
+    """
+    total = values.sum()
+    if total == 0:
+        return 0.0
+    shares = values[values > 0] / total
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def inner_product(first: Factors, second: Factors) -> float:
+    """Return the Frobenius inner product of B1 A1 and B2 A2, through r1 x r2 matrices only."""
+    b = first.b.double().T @ second.b.double()
+    a = first.a.double() @ second.a.double().T
+    return float((b * a).sum())
+
+
+def subspace_overlap(first: Factors, second: Factors) -> float:
+    """Return how much of the smaller output space lies in the larger one, 0 to 1.
+
+    |U1' U2|^2 / min(r1, r2) over left singular vectors (Hu et al. 2021, section 7.2); a
+    direction counts where its singular value is not zero. 0 where an update is zero.
+    """
+    bases = [_left_vectors(factors) for factors in (first, second)]
+    smaller = min(basis.shape[1] for basis in bases)
+    if smaller == 0:
+        return 0.0
+    return float((bases[0].T @ bases[1]).square().sum()) / smaller
+
+
+def _left_vectors(factors: Factors) -> Tensor:
+    q_b, core, _ = _orthogonal(factors)
+    u, s, _ = torch.linalg.svd(core)
+    return q_b @ u[:, s > s.max() * 1e-10] if s.max() > 0 else q_b[:, :0]

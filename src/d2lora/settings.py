@@ -257,6 +257,23 @@ class ConvertSettings(BaseSettings):
     """Seed of new directions' A, and of the tokens that a merge is checked on."""
 
 
+class InspectSettings(Settings):
+    """`d2lora inspect`: what is in an adapter or a warm start."""
+
+    adapter: str
+    """Adapter or warm start to look into."""
+    other: str | None = None
+    """Adapter to compare it with, such as the warm start that it began from."""
+    base: str | None = None
+    """Base to check the fingerprint of: `embedded`, a local folder or a hub id."""
+    revision: str | None = None
+    """Revision of a hub model. None: the hub's default."""
+    plot: Path | None = None
+    """PNG to write: the spectrum of every layer."""
+    out: Path | None = None
+    """JSON file to write with everything."""
+
+
 class DemoSettings(Settings):
     """`d2lora demo`: the whole story on the embedded base."""
 

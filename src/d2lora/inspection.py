@@ -1,0 +1,222 @@
+"""What is in an adapter: size and spectrum of each layer's update, origin, fit, advice.
+
+d2lora inspect --adapter adapter --other warm --base ./my-model --plot spectrum.png
+"""
+
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from rich.table import Table
+from safetensors.torch import load_file
+
+from d2lora.artifacts import Manifest, has_manifest
+from d2lora.console import table_console
+from d2lora.errors import ModelError
+from d2lora.factors import (
+    Factors,
+    effective_rank,
+    inner_product,
+    singular_values,
+    subspace_overlap,
+)
+from d2lora.models import ADAPTER_WEIGHTS, base_folder, fingerprint_of, read_adapter_config
+from d2lora.plots import spectra
+from d2lora.runs import write_json
+from d2lora.settings import InspectSettings
+
+ENERGY = 0.99
+_A, _B, _PREFIX = ".lora_A.weight", ".lora_B.weight", "base_model.model."
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's update, `alpha / rank * B A`."""
+
+    name: str
+    rank: int
+    norm: float
+    """Frobenius norm of the update."""
+    effective_rank: float
+    rank_for_energy: int
+    """Least rank that keeps 99 % of the energy."""
+    singular_values: tuple[float, ...]
+    distance: float | None = None
+    """Norm of the difference to the other adapter's update, over that update's norm."""
+    overlap: float | None = None
+    """Share of the output space in common with the other adapter, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found."""
+
+    path: Path
+    layers: list[Layer]
+    manifest: Manifest | None
+    fits_base: bool | None
+    """Whether the base is the one that it was made on; None where that cannot be told."""
+    advice: list[str]
+
+
+def inspect(settings: InspectSettings) -> Inspection:
+    """Look into an adapter or a warm start, beside another one where it is named.
+
+    Raises:
+        ModelError: If a folder is no LoRA adapter, or the two have no layer in common.
+    """
+    folder = Path(settings.adapter)
+    mine = _updates(folder)
+    other = _updates(Path(settings.other)) if settings.other else {}
+    if settings.other and not mine.keys() & other.keys():
+        raise ModelError(f"{folder} and {settings.other} have no layer in common")
+    layers = [_layer(name, factors, other.get(name)) for name, factors in mine.items()]
+    manifest = Manifest.read(folder) if has_manifest(folder) else None
+    fits = None
+    if settings.base is not None and manifest is not None:
+        own = fingerprint_of(base_folder(settings.base, settings.revision))
+        fits = own == manifest.base.fingerprint
+    return Inspection(folder, layers, manifest, fits, advice_on(layers, manifest))
+
+
+def _updates(folder: Path) -> dict[str, Factors]:
+    """Return the scaled factors of every layer, B carrying the scale."""
+    config = read_adapter_config(folder)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    names = sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A))
+    updates: dict[str, Factors] = {}
+    for name in names:
+        a, b = tensors[name + _A].double(), tensors[name + _B].double()
+        scale = _scale(config, name, len(a))
+        updates[name.removeprefix(_PREFIX)] = Factors(a, b * scale)
+    return updates
+
+
+def _scale(config: LoraConfig, name: str, rank: int) -> float:
+    matching = [v for key, v in (config.alpha_pattern or {}).items() if name.endswith(key)]
+    alpha = matching[0] if matching else config.lora_alpha
+    return float(alpha) / (rank**0.5 if config.use_rslora else rank)
+
+
+def _layer(name: str, factors: Factors, other: Factors | None) -> Layer:
+    values = singular_values(factors)
+    energy = values.square().cumsum(0)
+    needed = int((energy < ENERGY * energy[-1]).sum()) + 1 if energy[-1] > 0 else 0
+    norm = float(energy[-1].sqrt())
+    distance = overlap = None
+    if other is not None:
+        of_other = inner_product(other, other)
+        squared = norm**2 + of_other - 2 * inner_product(factors, other)
+        distance = (max(squared, 0.0) / of_other) ** 0.5 if of_other > 0 else None
+        overlap = subspace_overlap(factors, other)
+    return Layer(
+        name=name,
+        rank=len(factors.a),
+        norm=norm,
+        effective_rank=effective_rank(values),
+        rank_for_energy=needed,
+        singular_values=tuple(values.tolist()),
+        distance=distance,
+        overlap=overlap,
+    )
+
+
+def advice_on(layers: list[Layer], manifest: Manifest | None) -> list[str]:
+    """Return plain advice with its evidence; nothing where nothing stands out."""
+    advice: list[str] = []
+    if all(layer.norm == 0 for layer in layers):
+        return ["Every update is zero: the adapter changes nothing (untrained, or zero B)."]
+    rank = max(layer.rank for layer in layers)
+    needed = max(layer.rank_for_energy for layer in layers)
+    typical = statistics.median(layer.effective_rank for layer in layers)
+    if needed <= rank // 2:
+        advice.append(
+            f"Rank {rank} is more than the data used: rank {needed} keeps {ENERGY:.0%} of every "
+            f"layer's energy. `d2lora convert --rank {needed}` makes the adapter smaller."
+        )
+    if rank > 1 and typical > 0.9 * rank:
+        advice.append(
+            f"Rank {rank} may be too small: singular values hardly decay (median effective rank "
+            f"{typical:.1f} of {rank}). Try twice the rank."
+        )
+    if manifest is not None:
+        before, after = manifest.validation_loss_before, manifest.validation_loss_after
+        if before is not None and after is not None and after >= before:
+            advice.append(
+                f"Training did not lower the held-out loss ({before:.4f} before, {after:.4f} "
+                "after). Lower the learning rate, or look at the data."
+            )
+    return advice
+
+
+def layer_table(found: Inspection) -> Table:
+    """Return the layers as a table for the terminal."""
+    table = Table(title=str(found.path))
+    compared = any(layer.overlap is not None for layer in found.layers)
+    columns = ["rank", "norm", "effective rank", f"rank for {ENERGY:.0%} energy"]
+    columns += ["distance", "overlap"] if compared else []
+    table.add_column("layer", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for layer in found.layers:
+        cells = [
+            str(layer.rank),
+            f"{layer.norm:.3f}",
+            f"{layer.effective_rank:.1f}",
+            str(layer.rank_for_energy),
+        ]
+        if compared:
+            cells += [_shown(layer.distance), _shown(layer.overlap)]
+        table.add_row(layer.name, *cells)
+    return table
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _origin(found: Inspection) -> list[str]:
+    """Say what the manifest tells, and whether the base fits."""
+    manifest = found.manifest
+    if manifest is None:
+        return ["no manifest: not made by d2lora, or copied without it"]
+    lines = [
+        f"{manifest.kind} on {manifest.base.id} (fingerprint {manifest.base.fingerprint[:12]}), "
+        f"{manifest.objective}, {manifest.n_examples:,} rows, rank {manifest.lora.rank}, alpha "
+        f"{manifest.lora.alpha:g}, targets {' '.join(manifest.lora.targets)}"
+    ]
+    lines += [f"began from {a.path} (weights {a.fingerprint[:12]})" for a in manifest.lineage]
+    if found.fits_base is not None:
+        lines.append("the base fits" if found.fits_base else "the base has OTHER weights")
+    return lines
+
+
+def to_json(found: Inspection) -> dict[str, Any]:
+    """Return everything as plain values."""
+    manifest = found.manifest
+    return {
+        "adapter": str(found.path),
+        "layers": [asdict(layer) for layer in found.layers],
+        "manifest": None if manifest is None else manifest.model_dump(mode="json"),
+        "fits_base": found.fits_base,
+        "advice": found.advice,
+    }
+
+
+def command(settings: InspectSettings) -> None:
+    """Run `d2lora inspect`."""
+    with torch.inference_mode():
+        found = inspect(settings)
+    console = table_console()
+    console.print(layer_table(found))
+    for line in (*_origin(found), *found.advice):
+        console.print(line, markup=False)
+    if settings.plot is not None:
+        values = {layer.name: layer.singular_values for layer in found.layers}
+        spectra(values, f"Singular values of {found.path.name}", settings.plot)
+        console.print(f"picture: {settings.plot}", markup=False)
+    if settings.out is not None:
+        write_json(settings.out, to_json(found))
