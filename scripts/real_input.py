@@ -35,20 +35,21 @@ LENGTH = ["--max-length", "640", "--overlong", "truncate"]
 def main() -> None:
     """Run what is missing, then print the table."""
     args = arguments()
-    best_warmup = min(warmups(args), key=lambda row: row["general_loss_after"])
-    rates = chosen_rates(args, best_warmup["path"])
+    warm = warmups(args)
+    best = min(warm, key=lambda row: row["general_loss_after"])["path"]
+    rates = chosen_rates(args, best)
     with ThreadPoolExecutor(args.workers) as pool:
-        cells = list(pool.map(lambda key: cell(args, best_warmup["path"], rates, *key), keys(args)))
-    alone = [evaluated(args, task, "base", "base") for task in SCORES]
+        cells = list(pool.map(lambda key: cell(args, best, rates, *key), keys(args)))
+        alone = list(pool.map(lambda task: evaluated(args, task, cells), SCORES))
     write_json(
         RECORD,
         {
             **provenance(),
             "machine": args.machine,
-            "warmups": [{k: v for k, v in w.items() if k != "path"} for w in warmups(args)],
+            "warmups": [{k: v for k, v in row.items() if k != "path"} for row in warm],
             "rates": {" ".join(map(str, key)): rate for key, rate in rates.items()},
-            "base": alone,
-            "cells": [{k: v for k, v in c.items() if k != "by_row"} for c in cells],
+            "base": [{k: v for k, v in row.items() if k != "by_row"} for row in alone],
+            "cells": [{k: v for k, v in c.items() if k not in ("by_row", "path")} for c in cells],
         },
     )
     print(table(cells, alone, args))
@@ -61,9 +62,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
     parser.add_argument("--m", type=int, help="warm-up rows; all without it")
     parser.add_argument("--warmup-rates", type=float, nargs="+", default=[5e-4, 2e-3])
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3])
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--limit", type=int, help="test rows a task; all without it")
     parser.add_argument("--workers", type=int, default=n_cores())
     parser.add_argument("--machine", default="a CPU", help="what the record says of the machine")
@@ -122,7 +123,7 @@ def adapted(
     return d2lora(
         "adapt", args.out / name, "--data", args.data / task / "train.jsonl", "--n", n,
         "--init", "fresh" if arm == "fresh" else warm, "--seed", seed, "--learning-rate", rate,
-        "--epochs", 8, "--batch-size", 8, "--validation-fraction", 0.25, "--patience", 2, *LENGTH,
+        "--epochs", 5, "--batch-size", 8, "--validation-fraction", 0.25, "--patience", 2, *LENGTH,
     )  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def cell(
     n: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Adapt at the chosen rate and evaluate."""
+    """Adapt at the chosen rate."""
     rate = rates[task, arm, n]
     folder = adapted(args, warm, task, arm, n, seed, rate)
     manifest = read_json(folder / "adapter.json")
@@ -167,31 +168,46 @@ def cell(
         "learning_rate": rate,
         "validation_loss": manifest["validation_loss_after"],
         "training_s": manifest["cost"]["elapsed_s"],
-        **evaluated(args, task, str(folder), folder.name),
+        "path": str(folder),
     }
 
 
-def evaluated(args: argparse.Namespace, task: str, adapter: str, name: str) -> dict[str, Any]:
-    """Evaluate an adapter, or the base alone, on the test file and on what is forgotten."""
+def evaluated(args: argparse.Namespace, task: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Evaluate a task's adapters in one call, and write what was found into them.
+
+    Returns:
+        What was found of the base alone.
+    """
     limit = ["--limit", args.limit] if args.limit else []
+    own = [c for c in cells if c["task"] == task]
+    paths = [c["path"] for c in own]
     out = d2lora(
-        "evaluate", args.out / f"evaluation-{task}-{name}", "--adapters", adapter,
+        "evaluate", args.out / f"evaluation-{task}-{len(own)}", "--adapters", "base", *paths,
         "--data", args.data / task / "test.jsonl", "--max-new-tokens", NEW_TOKENS[task], *limit,
         "--general-text", args.data / "general/valid.jsonl", *LENGTH,
         "--choices", args.data / "forgetting/test.jsonl",
     )  # fmt: skip
     summary = read_json(out / "summary.json")
-    lines = (out / "records.jsonl").read_text(encoding="utf-8").split("\n")
-    forgetting = summary["forgetting"][adapter]
-    change = forgetting["choice_accuracy_change"]
-    return {
-        "scores": {key: value["mean"] for key, value in summary["scores"][adapter].items()},
-        "general_loss": forgetting["general_loss"],
-        "general_loss_change": forgetting["general_loss_change"],
-        "choice_accuracy": forgetting["choice_accuracy"]["mean"],
-        "choice_accuracy_change": None if change is None else change["mean"],
-        "by_row": [json.loads(line)[SCORES[task]] for line in lines if line],
-    }
+    by_row: dict[str, list[float]] = {}
+    with (out / "records.jsonl").open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            by_row.setdefault(row["adapter"], []).append(row[SCORES[task]])
+
+    def found(name: str) -> dict[str, Any]:
+        forgetting = summary["forgetting"][name]
+        change = forgetting["choice_accuracy_change"]
+        return {
+            "scores": {key: value["mean"] for key, value in summary["scores"][name].items()},
+            "general_loss": forgetting["general_loss"],
+            "general_loss_change": forgetting["general_loss_change"],
+            "choice_accuracy": forgetting["choice_accuracy"]["mean"],
+            "choice_accuracy_change": None if change is None else change["mean"],
+            "by_row": by_row[name],
+        }
+
+    for row in own:
+        row.update(found(row["path"]))
+    return {"task": task, **found("base")}
 
 
 def table(

@@ -47,7 +47,7 @@ def score_table(evaluation: Evaluation) -> Table:
     """Return the scores in percent, with intervals, as a table for the terminal."""
     columns = list(next(iter(evaluation.scores.values())))
     table = Table(title="scores, % (95 % interval)")
-    table.add_column("adapter")
+    table.add_column("adapter", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right")
     for name, scores in evaluation.scores.items():
@@ -62,8 +62,9 @@ def score_table(evaluation: Evaluation) -> Table:
 def forgetting_table(evaluation: Evaluation) -> Table:
     """Return general loss and multiple-choice accuracy beside their change from the base."""
     table = Table(title="forgetting, against the base with adapters off")
-    for column in ("adapter", "general loss", "change", "choice accuracy, %", "change, points"):
-        table.add_column(column, justify="left" if column == "adapter" else "right")
+    table.add_column("adapter", overflow="fold")
+    for column in ("general loss", "change", "choice accuracy, %", "change, points"):
+        table.add_column(column, justify="right")
     for name, f in evaluation.forgetting.items():
         table.add_row(
             name,
