@@ -6,7 +6,11 @@ from torch import nn
 from torch.nn import functional
 
 from d2lora import products
+from d2lora.continuations import Question, _apart, _together, continuation_scores
 from d2lora.lean import lean_layers
+from d2lora.models import load_base
+from d2lora.scorer import TokenScorer
+from d2lora.settings import BaseSettings
 
 
 @pytest.mark.parametrize("n_rows", [1, 15, 16, 100])
@@ -49,3 +53,46 @@ def test_a_layer_that_trains_keeps_torch_s_pass_and_nothing_is_left_behind() -> 
     with lean_layers(frozen):
         assert "forward" in vars(frozen[0])
     assert "forward" not in vars(frozen[0])
+
+
+def questions() -> list[Question]:
+    return [
+        Question((1, 9, 8, 7), ((10, 11), (12,), (13, 14, 15))),
+        Question((1, 20), ((21, 22, 23, 24), (10, 11))),
+        Question((1, 30, 31, 32, 33, 34), ((5,), (6,), (7,), (8,))),
+    ]
+
+
+def test_choices_scored_together_are_the_choices_scored_apart(tiny_base: str) -> None:
+    base = load_base(BaseSettings(base=tiny_base, device="cpu"))
+    scorer = TokenScorer(base.model).eval()
+    with torch.no_grad():
+        apart = _apart(scorer, questions(), base.pad_id)
+        together = _together(scorer, questions(), base.pad_id)
+    for one, other in zip(together, apart, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    in_chunks = continuation_scores(scorer, questions() * 80, base.pad_id)
+    assert in_chunks[-1] == pytest.approx(apart[-1], abs=1e-4)
+    assert in_chunks[3] == pytest.approx(apart[0], abs=1e-4)
+
+
+def test_a_model_that_ignores_the_mask_scores_each_choice_by_itself(
+    tiny_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(BaseSettings(base=tiny_base, device="cpu"))
+    decoder = base.model.base_model
+    own = decoder.forward
+
+    def without_mask(**values: object) -> object:
+        mask = values.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+            values["attention_mask"] = None
+        return own(**values)
+
+    monkeypatch.setattr(decoder, "forward", without_mask)
+    scorer = TokenScorer(base.model).eval()
+    with torch.no_grad():
+        apart = _apart(scorer, questions(), base.pad_id)
+    scores = continuation_scores(scorer, questions(), base.pad_id)
+    for one, other in zip(scores, apart, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)

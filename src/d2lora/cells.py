@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from d2lora.console import quiet_libraries
 from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings
 
 
@@ -127,7 +128,8 @@ def workers(number: int) -> Generator[ProcessPoolExecutor]:
     """Yield a pool of fresh processes of one thread each."""
     # Set before torch is loaded in the workers: two OpenMP teams on the same cores slow each other.
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(number, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(number, context, initializer=quiet_libraries) as pool:
         try:
             yield pool
         except BaseException:

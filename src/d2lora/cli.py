@@ -66,6 +66,7 @@ def help_text() -> str:
 
 def _run(command: str, words: list[str]) -> None:
     from d2lora import settings
+    from d2lora.console import quiet_libraries
 
     homes: dict[str, tuple[str, type[Settings]]] = {
         "demo": ("demo", settings.DemoSettings),
@@ -85,7 +86,7 @@ def _run(command: str, words: list[str]) -> None:
         )
     module, kind = homes[command]
     chosen = _parse(kind, command, words)
-    _quiet_libraries()
+    quiet_libraries()
     import_module(f"d2lora.{module}").command(chosen)
 
 
@@ -110,16 +111,3 @@ def _parse(kind: "type[Settings]", command: str, words: list[str]) -> "Settings"
         default=kind.model_construct(**defaults),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-
-
-def _quiet_libraries() -> None:
-    """Leave the terminal to our own messages."""
-    import os
-    import warnings
-
-    # PEFT asks transformers for a property that transformers renamed; nothing a user can do.
-    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,6 +1,8 @@
 """What the user sees while a command runs: messages and a progress bar, or nothing."""
 
+import os
 import sys
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -18,6 +20,15 @@ from d2lora.runs import is_main_process
 
 WIDTH = 110
 """Columns of a table where there is no terminal to ask."""
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to our own messages; for the start of a process of ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # PEFT asks transformers for a property that transformers renamed; nothing a user can do.
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
 
 
 def table_console() -> Console:

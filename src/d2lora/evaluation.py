@@ -18,14 +18,15 @@ from torch import nn
 
 from d2lora.artifacts import check_fit
 from d2lora.console import Reporter, table_console
-from d2lora.encode import Encoded, Encoder, encode_all
+from d2lora.continuations import Question, continuation_scores
+from d2lora.encode import Encoder, encode_all
 from d2lora.errors import DataError, SettingsError
 from d2lora.generation import Decoder, chat_format_of, decode
 from d2lora.lean import lean_layers
 from d2lora.metrics import SCORERS
 from d2lora.models import Base, attach_adapter, detach_adapter, load_base, merged
 from d2lora.runs import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
-from d2lora.scorer import TokenScorer, log_probabilities, mean_loss
+from d2lora.scorer import TokenScorer, mean_loss
 from d2lora.scores import Evaluation, Forgetting, forgetting_table, score_table
 from d2lora.settings import EvaluateSettings
 from d2lora.stats import Difference, Interval, mean_interval, paired_difference
@@ -173,17 +174,17 @@ def _right_choices(
     """
     if not questions:
         return None
-    items: list[Encoded] = []
+    rows: list[Question] = []
     for question in questions:
         prompt = (Message("user", question.prompt),)
-        for choice in question.choices:
-            whole = encoder.encode(Example(prompt, choice))
-            items.append(Encoded(whole.ids[:-1], whole.n_prompt))
-    log_probability = iter(log_probabilities(TokenScorer(model).eval(), items, base.pad_id))
+        whole = [encoder.encode(Example(prompt, choice)) for choice in question.choices]
+        endings = tuple(w.ids[w.n_prompt : -1] for w in whole)
+        rows.append(Question(whole[0].ids[: whole[0].n_prompt], endings))
+    scores = continuation_scores(TokenScorer(model), rows, base.pad_id)
     right: list[float] = []
-    for question in questions:
-        scores = [next(log_probability) / len(choice) for choice in question.choices]
-        right.append(float(int(np.argmax(scores)) == question.answer))
+    for question, by_choice in zip(questions, scores, strict=True):
+        per_character = [s / len(c) for s, c in zip(by_choice, question.choices, strict=True)]
+        right.append(float(int(np.argmax(per_character)) == question.answer))
     return np.array(right)
 
 
