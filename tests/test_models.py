@@ -1,0 +1,64 @@
+"""Bases come from where they should, with their reasons where they do not."""
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from d2lora import ModelError
+from d2lora.models import base_folder, device_of, dtype_of, fingerprint_of, load_base
+from d2lora.settings import BaseSettings
+
+
+def test_a_hub_id_is_fetched_without_code_or_pickles(
+    tiny_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+
+    def fetched(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.update(name=name, revision=revision, patterns=allow_patterns)
+        return tiny_base
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    base = load_base(BaseSettings(base="owner/name", revision="v1", device="cpu"))
+    assert (asked["name"], asked["revision"]) == ("owner/name", "v1")
+    assert not [p for p in asked["patterns"] if p.endswith((".py", ".bin", ".pt", ".pth"))]
+    assert base.fingerprint == fingerprint_of(Path(tiny_base))
+
+
+def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("the hub cannot be reached")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(ModelError, match="no local folder of this name, and the hub gave none"):
+        base_folder("owner/name")
+
+
+def test_a_fingerprint_tells_weights_and_not_their_files(
+    tmp_path: Path, tiny_base: str, other_base: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert fingerprint_of(tmp_path) == fingerprint_of(Path(tiny_base))
+    assert fingerprint_of(tmp_path) != fingerprint_of(Path(other_base))
+
+
+def test_the_number_format_follows_the_device() -> None:
+    assert dtype_of("auto", torch.device("cpu")) == torch.float32
+    assert dtype_of("auto", torch.device("cuda")) == torch.bfloat16
+    assert dtype_of("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_each_of_several_processes_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert device_of("auto") == torch.device("cuda", 3)
+    assert device_of("cuda:1") == torch.device("cuda", 1)
+    assert device_of("cpu") == torch.device("cpu")
