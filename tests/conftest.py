@@ -7,6 +7,7 @@ import torch
 from support import write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from d2lora import WarmStart, WarmupSettings, warm_up
 from d2lora.embedded import general_rows, title_rows, word_problem_rows
 from d2lora.embedded.tokenizer import train_tokenizer
 
@@ -66,3 +67,15 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def titles(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_rows(tmp_path_factory.mktemp("data") / "titles.jsonl", title_rows("train", 40))
+
+
+@pytest.fixture(scope="session")
+def warm_start(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, general: str) -> WarmStart:
+    """A short warm-up of rank 4 on the tiny base; tests read it and never write into it."""
+    out = tmp_path_factory.mktemp("warm") / "start"
+    return warm_up(
+        WarmupSettings(
+            base=tiny_base, data=(general,), out=out, max_steps=6, rank=4, batch_size=8,
+            learning_rate=1e-2, quiet=True,
+        )
+    )  # fmt: skip

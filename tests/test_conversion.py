@@ -15,25 +15,12 @@ from d2lora import (
     ModelError,
     SettingsError,
     WarmStart,
-    WarmupSettings,
     adapt,
     convert,
-    warm_up,
 )
 from d2lora.factors import Factors, extend, singular_values, truncate
 
 PROBE = torch.arange(5, 60)[None]
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, general: str) -> WarmStart:
-    out = tmp_path_factory.mktemp("warm") / "start"
-    return warm_up(
-        WarmupSettings(
-            base=tiny_base, data=(general,), out=out, max_steps=8, rank=4, learning_rate=2e-2,
-            quiet=True,
-        )
-    )  # fmt: skip
 
 
 def random_factors(rank: int = 6) -> Factors:
@@ -92,16 +79,16 @@ def test_extension_keeps_the_product_and_adds_directions_that_train() -> None:
 
 @pytest.mark.parametrize("rank", [4, 7])
 def test_a_higher_rank_says_the_same_and_is_a_warm_start(
-    tmp_path: Path, tiny_base: str, problems: str, warm: WarmStart, rank: int
+    tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart, rank: int
 ) -> None:
-    done = convert(ConvertSettings(adapter=str(warm.path), rank=rank, out=tmp_path / "up"))
+    done = convert(ConvertSettings(adapter=str(warm_start.path), rank=rank, out=tmp_path / "up"))
     torch.testing.assert_close(
-        logits(tiny_base, done.path), logits(tiny_base, warm.path), rtol=0, atol=1e-9
+        logits(tiny_base, done.path), logits(tiny_base, warm_start.path), rtol=0, atol=1e-9
     )
     converted = WarmStart.load(done.path)
     assert converted.manifest.lora.rank == rank
-    assert converted.manifest.lora.alpha / rank == warm.manifest.lora.alpha / 4
-    assert converted.manifest.lineage[-1].fingerprint == warm.manifest.adapter_fingerprint
+    assert converted.manifest.lora.alpha / rank == warm_start.manifest.lora.alpha / 4
+    assert converted.manifest.lineage[-1].fingerprint == warm_start.manifest.adapter_fingerprint
     adapter = adapt(
         AdaptSettings(
             base=tiny_base, data=(problems,), init=str(done.path), out=tmp_path / "a", max_steps=3,
@@ -115,8 +102,8 @@ def test_a_higher_rank_says_the_same_and_is_a_warm_start(
             assert (after[name] != value).any(dim=0).all(), "every direction trains"
 
 
-def test_a_lower_rank_tells_what_each_layer_keeps(tmp_path: Path, warm: WarmStart) -> None:
-    done = convert(ConvertSettings(adapter=str(warm.path), rank=2, out=tmp_path / "down"))
+def test_a_lower_rank_tells_what_each_layer_keeps(tmp_path: Path, warm_start: WarmStart) -> None:
+    done = convert(ConvertSettings(adapter=str(warm_start.path), rank=2, out=tmp_path / "down"))
     weights = load_file(done.path / "adapter_model.safetensors")
     assert {len(value) for name, value in weights.items() if "lora_A" in name} == {2}
     assert len(done.energy_kept) == len(weights) // 2
@@ -124,24 +111,24 @@ def test_a_lower_rank_tells_what_each_layer_keeps(tmp_path: Path, warm: WarmStar
     assert min(done.energy_kept.values()) < 1
 
 
-def test_a_scale_multiplies_the_update(tmp_path: Path, warm: WarmStart) -> None:
-    done = convert(ConvertSettings(adapter=str(warm.path), scale=0.5, out=tmp_path / "half"))
-    weights = load_file(warm.path / "adapter_model.safetensors")
+def test_a_scale_multiplies_the_update(tmp_path: Path, warm_start: WarmStart) -> None:
+    done = convert(ConvertSettings(adapter=str(warm_start.path), scale=0.5, out=tmp_path / "half"))
+    weights = load_file(warm_start.path / "adapter_model.safetensors")
     halved = load_file(done.path / "adapter_model.safetensors")
     for name, value in weights.items():
         torch.testing.assert_close(halved[name], value * (0.5 if "lora_B" in name else 1.0))
 
 
 def test_an_init_scale_weakens_the_beginning(
-    tmp_path: Path, tiny_base: str, problems: str, warm: WarmStart
+    tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart
 ) -> None:
     adapter = adapt(
         AdaptSettings(
-            base=tiny_base, data=(problems,), init=str(warm.path), init_scale=0.25, max_steps=0,
-            out=tmp_path / "a", quiet=True,
+            base=tiny_base, data=(problems,), init=str(warm_start.path), init_scale=0.25,
+            max_steps=0, out=tmp_path / "a", quiet=True,
         )
     )  # fmt: skip
-    began = load_file(warm.path / "adapter_model.safetensors")
+    began = load_file(warm_start.path / "adapter_model.safetensors")
     for name, value in load_file(adapter.path / "adapter_model.safetensors").items():
         torch.testing.assert_close(value, began[name] * (0.25 if "lora_B" in name else 1.0))
     with pytest.raises(SettingsError, match="--init-scale"):
@@ -153,18 +140,20 @@ def test_an_init_scale_weakens_the_beginning(
 
 
 def test_a_merged_model_loads_alone_and_says_the_same_tokens(
-    tmp_path: Path, tiny_base: str, warm: WarmStart
+    tmp_path: Path, tiny_base: str, warm_start: WarmStart
 ) -> None:
     files = sorted(Path(tiny_base).iterdir())
     before = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     done = convert(
-        ConvertSettings(base=tiny_base, adapter=str(warm.path), merge=True, out=tmp_path / "model")
+        ConvertSettings(
+            base=tiny_base, adapter=str(warm_start.path), merge=True, out=tmp_path / "model"
+        )
     )
     assert done.largest_logit_difference is not None
     assert done.largest_logit_difference < 1e-4
     ids = AutoTokenizer.from_pretrained(done.path)("How many", return_tensors="pt").input_ids
     adapted = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tiny_base), str(warm.path)
+        AutoModelForCausalLM.from_pretrained(tiny_base), str(warm_start.path)
     )
     merged = AutoModelForCausalLM.from_pretrained(done.path)
     said = [
@@ -176,19 +165,19 @@ def test_a_merged_model_loads_alone_and_says_the_same_tokens(
 
 
 def test_an_adapter_is_not_put_on_another_base(
-    tmp_path: Path, other_base: str, warm: WarmStart
+    tmp_path: Path, other_base: str, warm_start: WarmStart
 ) -> None:
     with pytest.raises(ModelError, match="has other weights"):
         convert(
             ConvertSettings(
-                base=other_base, adapter=str(warm.path), merge=True, out=tmp_path / "model"
+                base=other_base, adapter=str(warm_start.path), merge=True, out=tmp_path / "model"
             )
         )
 
 
 @pytest.mark.parametrize("asked", [{}, {"merge": True, "rank": 2}])
 def test_a_conversion_asks_for_one_thing(
-    tmp_path: Path, warm: WarmStart, asked: dict[str, int]
+    tmp_path: Path, warm_start: WarmStart, asked: dict[str, int]
 ) -> None:
     with pytest.raises(SettingsError, match="--merge alone"):
-        convert(ConvertSettings(adapter=str(warm.path), out=tmp_path / "x", **asked))
+        convert(ConvertSettings(adapter=str(warm_start.path), out=tmp_path / "x", **asked))

@@ -12,25 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from d2lora import AdaptSettings, WarmStart, WarmStartError, WarmupSettings, adapt, warm_up
+from d2lora import AdaptSettings, WarmStart, WarmStartError, adapt
 from d2lora.encode import Encoder, collate
 from d2lora.models import attach_adapter, load_base
 from d2lora.objectives import SFT
 from d2lora.scorer import TokenScorer
 from d2lora.settings import BaseSettings
 from d2lora.tasks import read_task
-
-
-@pytest.fixture(scope="module")
-def warm_start(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, general: str) -> WarmStart:
-    out = tmp_path_factory.mktemp("warm") / "start"
-    return warm_up(
-        WarmupSettings(
-            base=tiny_base, data=(general,), out=out, max_steps=8, rank=4, learning_rate=1e-2,
-            quiet=True,
-        )
-    )  # fmt: skip
-
 
 ALONE = """
 import sys, torch

@@ -27,17 +27,6 @@ def factors(rank: int, seed: int) -> Factors:
     return Factors(a, torch.randn(30, rank, generator=generator, dtype=torch.float64))
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, general: str) -> WarmStart:
-    out = tmp_path_factory.mktemp("warm") / "start"
-    return warm_up(
-        WarmupSettings(
-            base=tiny_base, data=(general,), out=out, max_steps=6, rank=4, learning_rate=1e-2,
-            quiet=True,
-        )
-    )  # fmt: skip
-
-
 def test_effective_rank_counts_equal_directions() -> None:
     assert effective_rank(torch.ones(5)) == pytest.approx(5)
     assert effective_rank(torch.tensor([3.0, 0.0, 0.0])) == pytest.approx(1)
@@ -60,27 +49,27 @@ def test_a_space_overlaps_itself_and_not_its_complement() -> None:
 
 
 def test_an_adapter_is_compared_with_the_warm_start_it_began_from(
-    tmp_path: Path, tiny_base: str, other_base: str, problems: str, warm: WarmStart
+    tmp_path: Path, tiny_base: str, other_base: str, problems: str, warm_start: WarmStart
 ) -> None:
     adapter = adapt(
         AdaptSettings(
-            base=tiny_base, data=(problems,), init=str(warm.path), out=tmp_path / "a", max_steps=2,
-            learning_rate=1e-4, quiet=True,
+            base=tiny_base, data=(problems,), init=str(warm_start.path), out=tmp_path / "a",
+            max_steps=2, learning_rate=1e-4, quiet=True,
         )
     )  # fmt: skip
     found = inspect(
-        InspectSettings(adapter=str(adapter.path), other=str(warm.path), base=tiny_base)
+        InspectSettings(adapter=str(adapter.path), other=str(warm_start.path), base=tiny_base)
     )
     assert found.fits_base
     assert all(0 < (layer.distance or 0) < 0.2 for layer in found.layers)
     assert all((layer.overlap or 0) > 0.9 for layer in found.layers)
-    assert not inspect(InspectSettings(adapter=str(warm.path), base=other_base)).fits_base
+    assert not inspect(InspectSettings(adapter=str(warm_start.path), base=other_base)).fits_base
 
 
 def test_the_command_prints_draws_and_writes(
-    tmp_path: Path, warm: WarmStart, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, warm_start: WarmStart, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = f"inspect --adapter {warm.path} --plot {tmp_path}/s.png --out {tmp_path}/s.json"
+    words = f"inspect --adapter {warm_start.path} --plot {tmp_path}/s.png --out {tmp_path}/s.json"
     assert main(words.split()) == 0
     assert "effective rank" in capsys.readouterr().out
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
@@ -109,13 +98,13 @@ def test_adapters_of_different_models_cannot_be_compared(
 LAYER = Layer("l", rank=16, norm=1.0, effective_rank=8.0, rank_for_energy=12, singular_values=())
 
 
-def test_advice_comes_where_it_should_and_only_there(warm: WarmStart) -> None:
+def test_advice_comes_where_it_should_and_only_there(warm_start: WarmStart) -> None:
     assert advice_on([LAYER], None) == []
     assert "convert --rank 3" in advice_on([replace(LAYER, rank_for_energy=3)], None)[0]
     assert "too small" in advice_on([replace(LAYER, effective_rank=15.5)], None)[0]
     assert "changes nothing" in advice_on([replace(LAYER, norm=0.0)], None)[0]
-    worse = warm.manifest.model_copy(
+    worse = warm_start.manifest.model_copy(
         update={"validation_loss_before": 1.0, "validation_loss_after": 1.2}
     )
     assert "did not lower" in advice_on([LAYER], worse)[0]
-    assert advice_on([LAYER], warm.manifest) == []
+    assert advice_on([LAYER], warm_start.manifest) == []

@@ -33,17 +33,6 @@ def assert_same(first: Weights, second: Weights, *, tolerance: float = 0.0) -> N
         torch.testing.assert_close(first[name], second[name], rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(scope="module")
-def warm_start(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, general: str) -> WarmStart:
-    out = tmp_path_factory.mktemp("warm") / "start"
-    return warm_up(
-        WarmupSettings(
-            base=tiny_base, data=(general,), out=out, max_steps=6, rank=4, batch_size=8,
-            learning_rate=1e-2, quiet=True,
-        )
-    )  # fmt: skip
-
-
 def test_the_same_seed_gives_the_same_adapter_bit_for_bit(
     tmp_path: Path, tiny_base: str, problems: str
 ) -> None:

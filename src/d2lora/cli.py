@@ -95,7 +95,7 @@ def _parse(kind: "type[Settings]", command: str, words: list[str]) -> "Settings"
 
     import tyro
 
-    from d2lora.settings import read_settings_file
+    from d2lora.settings_file import read_settings_file
 
     given: dict[str, Any] = {}
     if words and not words[0].startswith("-"):
