@@ -43,7 +43,7 @@ lint: $(VENV)/.dev  ## style, types, import order, dependencies, spelling
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 	$(BIN)/deptry src
-	$(BIN)/codespell src tests docs scripts plans README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell src tests docs scripts benchmarks README.md CHANGELOG.md CONTRIBUTING.md
 
 bench: $(VENV)/.test  ## benchmarks side by side with TRL and transformers, some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix_products.py

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import read_rows
+from support import REPOSITORY, read_rows
 from transformers import AutoModelForCausalLM
 
 from d2lora import Adapter, AdaptSettings, TrainingError, WarmStart, WarmupSettings, adapt, warm_up
@@ -221,3 +221,15 @@ def test_two_processes_train_the_adapter_of_one_and_write_it_once(
     lines = [read_rows(a.path / "metrics.jsonl") for a in (alone, both)]
     assert [row["step"] for row in lines[0]] == [row["step"] for row in lines[1]]
     assert done.stderr.count("begins from fresh LoRA") == 1
+
+
+def test_a_run_says_where_it_comes_from(warm_start: WarmStart, general: str) -> None:
+    origin = json.loads((warm_start.path / "provenance.json").read_text())
+    assert origin["device"] == "cpu"
+    assert origin["data"][0]["file"] == general
+    assert {"torch", "peft", "d2lora"} <= origin["versions"].keys()
+    head = subprocess.run(
+        ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert origin["commit"] == (head.stdout.strip() or None)

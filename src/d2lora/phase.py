@@ -123,7 +123,7 @@ def run_phase(
     if is_main_process():
         _save_weights(model, run)
         manifest = _manifest(settings, base, shape, rows, encoder, lineage, trained, run)
-        _finish(manifest, rows, run)
+        _finish(manifest, rows, str(base.model.device), run)
     everyone.wait_for_everyone()
     detach_adapter(model)
     cost = trained.cost
@@ -142,10 +142,11 @@ def _save_weights(model: PeftModel, run: RunFolder) -> None:
     (run.path / "adapter").rmdir()
 
 
-def _finish(manifest: Manifest, rows: Rows, run: RunFolder) -> None:
+def _finish(manifest: Manifest, rows: Rows, device: str, run: RunFolder) -> None:
     """Write what says how the adapter came about, the marker of completion last."""
     write_manifest(manifest, run.path)
-    write_json(run.path / "provenance.json", {**manifest.provenance, "data": rows.sources})
+    origin = {**manifest.provenance, "device": device, "data": rows.sources}
+    write_json(run.path / "provenance.json", origin)
     run.finish({"kind": manifest.kind, "cost": manifest.cost})
     shutil.rmtree(run.path / checkpoint.FOLDER, ignore_errors=True)
 

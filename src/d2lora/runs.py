@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -170,8 +171,19 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
+        "commit": _own_commit(),
         "versions": versions,
     }
+
+
+def _own_commit() -> str | None:
+    """Return the commit of the checkout that d2lora runs from; None where it is installed."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists() or shutil.which("git") is None:
+        return None
+    line = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)  # noqa: S603
+    return done.stdout.strip() or None
 
 
 def sha256_of(path: Path) -> str:
