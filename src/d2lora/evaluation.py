@@ -8,7 +8,7 @@ done.json                        the marker of completion
 import json
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,39 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class _Raw:
+class TestSets:
+    """What adapters are measured on; each may be empty."""
+
+    __test__ = False  # not a class of tests
+
+    task: TaskData | None
+    general: list[Example]
+    choices: list[Choice]
+
+    @classmethod
+    def read(cls, settings: EvaluateSettings) -> "TestSets":
+        """Read the test rows that the settings name.
+
+        Raises:
+            DataError: If rows are bad, or the task has no scored output.
+        """
+        task = read_task(settings.data, settings.task) if settings.data else None
+        if task is not None and task.task.score not in SCORERS:
+            raise DataError(
+                f"task {task.task.name} has no scored output; give it as --general-text"
+            )
+        general = read_task(settings.general_text, "auto").examples if settings.general_text else []
+        return cls(task, general, read_choices(settings.choices) if settings.choices else [])
+
+
+@dataclass(frozen=True)
+class Measured:
     """What is measured of one adapter."""
 
     records: list[dict[str, Any]]
     general_loss: float | None
     right: np.ndarray[tuple[int], np.dtype[np.float64]] | None
+    """1 for each multiple-choice question answered right, else 0."""
 
 
 def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation:
@@ -61,27 +88,31 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
     reporter = Reporter(quiet=settings.quiet)
     names = _names(settings)
     RunFolder.open(settings.out, "")
-    task = read_task(settings.data, settings.task) if settings.data else None
-    if task is not None and task.task.score not in SCORERS:
-        raise DataError(f"task {task.task.name} has no scored output; give it as --general-text")
-    general = read_task(settings.general_text, "auto").examples if settings.general_text else []
-    choices = read_choices(settings.choices) if settings.choices else []
+    sets = TestSets.read(settings)
     base = base or load_base(settings)
-    measured: dict[str, _Raw] = {}
+    measured: dict[str, Measured] = {}
     for name in names:
-        scored = task if name in settings.adapters or not settings.adapters else None
+        scored = name in settings.adapters or not settings.adapters
         reporter.say(f"evaluating {name}")
-        with _adapted(base, name) as model:
-            path = None if name == BASE else Path(name)
-            encoder = Encoder.of(base, chat_format_of(path, settings.chat_format))
-            measured[name] = _Raw(
-                _score_task(model, base, encoder, name, scored, settings, reporter),
-                _general_loss(model, base, encoder, general, settings),
-                _right_choices(model, base, encoder, choices),
-            )
-    evaluation = _evaluated(measured, task, list(settings.adapters) or [BASE])
+        own = sets if scored else replace(sets, task=None)
+        measured[name] = measure(name, base, own, settings, reporter)
+    evaluation = _evaluated(measured, sets.task, list(settings.adapters) or [BASE])
     _write(evaluation, settings)
     return evaluation
+
+
+def measure(
+    name: str, base: Base, sets: TestSets, settings: EvaluateSettings, reporter: Reporter
+) -> Measured:
+    """Measure one adapter (a folder), or the base alone (`base`), on every set."""
+    with _adapted(base, name) as model:
+        path = None if name == BASE else Path(name)
+        encoder = Encoder.of(base, chat_format_of(path, settings.chat_format))
+        return Measured(
+            _score_task(model, base, encoder, name, sets.task, settings, reporter),
+            _general_loss(model, base, encoder, sets.general, settings),
+            _right_choices(model, base, encoder, sets.choices),
+        )
 
 
 def _names(settings: EvaluateSettings) -> list[str]:
@@ -189,7 +220,7 @@ def _right_choices(
 
 
 def _evaluated(
-    measured: dict[str, _Raw], task: TaskData | None, named: Sequence[str]
+    measured: dict[str, Measured], task: TaskData | None, named: Sequence[str]
 ) -> Evaluation:
     records = pd.DataFrame([record for raw in measured.values() for record in raw.records])
     scores: dict[str, dict[str, Interval]] = {}
@@ -212,7 +243,7 @@ def _evaluated(
     return Evaluation(records, scores, differences, forgetting)
 
 
-def _forgetting(raw: _Raw, base: _Raw | None) -> Forgetting:
+def _forgetting(raw: Measured, base: Measured | None) -> Forgetting:
     loss_change = accuracy_change = None
     if base is not None and base is not raw:
         if raw.general_loss is not None and base.general_loss is not None:
