@@ -18,6 +18,7 @@ COMMANDS = {
     "warmup": "base + general data -> warm start",
     "adapt": "base + task data + init -> adapter",
     "evaluate": "base + adapters + task -> scores, records, forgetting",
+    "study": "compare ways to begin, over tasks, sizes and seeds",
     "inspect": "what is in an adapter: spectrum, origin, fit, advice",
     "convert": "another rank or strength, or a merge into the base",
     "generate": "try an adapter on a prompt or a file of prompts",
@@ -73,6 +74,7 @@ def _run(command: str, words: list[str]) -> None:
         "warmup": ("warmup", settings.WarmupSettings),
         "adapt": ("adaptation", settings.AdaptSettings),
         "evaluate": ("evaluation", settings.EvaluateSettings),
+        "study": ("study", settings.StudySettings),
         "inspect": ("inspection", settings.InspectSettings),
         "convert": ("conversion", settings.ConvertSettings),
         "generate": ("generation", settings.GenerateSettings),
@@ -99,14 +101,15 @@ def _parse(kind: "type[Settings]", command: str, words: list[str]) -> "Settings"
 
     given: dict[str, Any] = {}
     if words and not words[0].startswith("-"):
-        given = read_settings_file(kind, Path(words.pop(0)))
+        first = words.pop(0)
+        given = {kind.subject: first} if kind.subject else read_settings_file(kind, Path(first))
     defaults: dict[str, Any] = {
         name: given.get(name, tyro.MISSING if field.is_required() else field.default)
         for name, field in kind.model_fields.items()
     }
     return tyro.cli(
         kind,
-        prog=f"d2lora {command} [SETTINGS.yaml]",
+        prog=f"d2lora {command} [{(kind.subject or 'settings.yaml').upper()}]",
         args=words,
         default=kind.model_construct(**defaults),
         config=(tyro.conf.FlagCreatePairsOff,),

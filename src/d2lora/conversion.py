@@ -115,6 +115,34 @@ def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:
     return Conversion(settings.out, energy, None)
 
 
+def randomise(folder: Path, out: Path, seed: int) -> None:
+    """Write an adapter of random weights with an adapter's shape and norms.
+
+    Each layer's A and B are Gaussian, with the Frobenius norms of the given adapter's: a control
+    that tells what a warm start learnt from how large it is.
+    """
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    generator = torch.Generator().manual_seed(seed)
+    converted: dict[str, Tensor] = {}
+    for name in sorted(tensors):
+        old = tensors[name]
+        new = torch.randn(old.shape, generator=generator)
+        converted[name] = (new * (old.float().norm() / new.norm())).to(old.dtype)
+    old_manifest = Manifest.read(folder)
+    with new_folder(out) as temporary:
+        save_file(converted, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        text = (folder / ADAPTER_CONFIG).read_text(encoding="utf-8")
+        write_text(temporary / ADAPTER_CONFIG, text)
+        update: dict[str, Any] = {
+            "lineage": [*old_manifest.lineage, ancestor_of(folder, old_manifest)],
+            "adapter_fingerprint": fingerprint_of_adapter(temporary),
+            "conversion": {"random_weights_seed": seed},
+            "provenance": provenance(),
+        }
+        write_manifest(old_manifest.model_copy(update=update), temporary)
+        write_json(temporary / DONE, {"kind": old_manifest.kind, "cost": old_manifest.cost})
+
+
 @torch.inference_mode()
 def _merge(settings: ConvertSettings, folder: Path) -> Conversion:
     base = load_base(settings)

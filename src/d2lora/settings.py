@@ -6,7 +6,7 @@ here and nowhere else.
 """
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
@@ -30,6 +30,8 @@ class Settings(BaseModel):
     """A frozen set of settings; an unknown name is an error with the nearest known one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    subject: ClassVar[str] = ""
+    """The setting that the first word of a command line gives; empty: a settings file."""
 
     def __init__(self, **values: Any) -> None:
         """Validate `values`.
@@ -269,6 +271,34 @@ class InspectSettings(Settings):
     """PNG to write: the spectrum of every layer."""
     out: Path | None = None
     """JSON file to write with everything."""
+
+
+class StudySettings(Settings):
+    """`d2lora study PLAN`: run what is missing of a study."""
+
+    subject: ClassVar[str] = "plan"
+    plan: str
+    """Plan: a YAML file, or the name of a shipped one."""
+    out: Path | None = None
+    """Folder of the study. None: studies/NAME, after the plan."""
+    store: Path | None = None
+    """Folder of finished runs, which studies may share. None: `store` beside the study."""
+    set: tuple[str, ...] = ()
+    """Changes of the plan, `name=value`, as in `seeds=3 tasks.titles.n_test=50`."""
+    executor: Literal["processes", "inline", "ray"] = "processes"
+    """Where runs happen: a pool of processes, this process, or a Ray cluster."""
+    workers: int = Field(default=0, ge=0)
+    """Runs at a time. 0: one per GPU, or per core where there is none."""
+    address: str | None = None
+    """Ray cluster to join, as in `ray://host:10001` or `auto`. None: this machine alone."""
+    keep_adapters: bool = True
+    """Keep the adapters of all cells."""
+    dry_run: bool = False
+    """List the cells, what is there already and the time left; run nothing."""
+    report: bool = True
+    """Write the report at the end."""
+    quiet: bool = False
+    """No progress bar and no messages."""
 
 
 class DemoSettings(Settings):

@@ -18,11 +18,12 @@ from torch.optim import AdamW
 
 from d2lora import checkpoint
 from d2lora.console import Reporter
-from d2lora.cost import Cost, peak_memory_bytes
+from d2lora.cost import Cost, TrainingFlops, peak_memory_bytes
 from d2lora.data import stream_seed
 from d2lora.encode import Encoded, micro_batches
 from d2lora.errors import TrainingError
 from d2lora.lean import lean_layers
+from d2lora.models import causal_model
 from d2lora.objectives import Objective
 from d2lora.runs import RunFolder, is_main_process
 from d2lora.schedule import Plan, learning_rate
@@ -37,6 +38,7 @@ class Progress:
     step: int = 0
     n_tokens: int = 0
     n_supervised_tokens: int = 0
+    flops: int = 0
     elapsed_s: float = 0.0
     first_loss: float | None = None
     last_loss: float | None = None
@@ -62,6 +64,7 @@ class _State:
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: AdamW
+    flops: TrainingFlops
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
@@ -107,7 +110,8 @@ def train(
         parameters.values(), lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay
     )
     plan = Plan.of(len(train_set), settings, seed_of(settings, "order"))
-    state = _State(parameters, optimizer)
+    causal = causal_model(model)
+    state = _State(parameters, optimizer, TrainingFlops.of(causal, causal.config))
 
     def validate() -> float:
         model.eval()
@@ -215,6 +219,7 @@ def _step(
     progress.step += 1
     progress.n_tokens += sum(len(item.ids) for item in items)
     progress.n_supervised_tokens += sum(item.n_supervised for item in items)
+    progress.flops += sum(state.flops.of_sequence(len(i.ids), i.n_supervised) for i in items)
     progress.first_loss = mean if progress.first_loss is None else progress.first_loss
     progress.last_loss = mean
     return mean, norm
@@ -246,6 +251,7 @@ def _cost(progress: Progress, parameters: Mapping[str, nn.Parameter], device: to
         n_steps=progress.step,
         n_tokens=progress.n_tokens,
         n_supervised_tokens=progress.n_supervised_tokens,
+        flops=progress.flops,
         elapsed_s=round(progress.elapsed_s, 3),
         peak_memory_bytes=peak_memory_bytes(device),
         n_trainable_parameters=sum(p.numel() for p in parameters.values()),

@@ -1,0 +1,139 @@
+"""Where jobs run: in this process, in a pool of processes, or on a Ray cluster.
+
+Each executor is a `submit` that returns a future; the study knows nothing else of it.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import Queue, get_context, parent_process
+from typing import Any, cast
+
+from d2lora.console import quiet_libraries
+from d2lora.errors import SettingsError
+from d2lora.jobs import Job, perform
+
+Submit = Callable[[Job], "Future[dict[str, Any]]"]
+
+
+def n_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def executor(kind: str, n_workers: int, address: str | None) -> Generator[Submit]:
+    """Yield the `submit` of an executor: `inline`, `processes` or `ray`.
+
+    Args:
+        kind: Which.
+        n_workers: Jobs at a time; 0: one per GPU, or per core where there is none.
+        address: Ray cluster to join. None: one on this machine.
+
+    Raises:
+        SettingsError: If Ray is asked for and not installed or not there.
+    """
+    if kind == "ray":
+        with _ray(n_workers, address) as submit:
+            yield submit
+    elif kind == "inline":
+        with ThreadPoolExecutor(1) as pool:
+            yield lambda job: pool.submit(perform, job)
+    else:
+        pool = _Processes(n_workers or len(_gpus()) or n_cores())
+        try:
+            yield pool.submit
+        finally:
+            pool.close()
+
+
+class _Processes:
+    """A pool that comes back after a worker died, as one that ran out of memory does."""
+
+    def __init__(self, n_workers: int) -> None:
+        self._n_workers = n_workers
+        self._pool = self._new()
+
+    def _new(self) -> ProcessPoolExecutor:
+        context = get_context("spawn")
+        gpus = context.Queue()
+        known = _gpus()
+        for worker in range(self._n_workers):
+            gpus.put(known[worker % len(known)] if known else "")
+        threads = max(1, n_cores() // self._n_workers)
+        # Set before torch is loaded in the workers: two OpenMP teams on the same cores slow
+        # each other.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        return ProcessPoolExecutor(self._n_workers, context, _begin_worker, (gpus,))
+
+    def submit(self, job: Job) -> "Future[dict[str, Any]]":
+        try:
+            return self._pool.submit(perform, job)
+        except BrokenExecutor:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = self._new()
+            return self._pool.submit(perform, job)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _gpus() -> list[str]:
+    """Return the GPUs that CUDA may use, without starting CUDA in this process."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu for gpu in visible.split(",") if gpu.strip()]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _begin_worker(gpus: "Queue[str]") -> None:
+    """Give a worker its GPU, quiet libraries, and an end when its parent's comes."""
+    gpu = gpus.get()
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    quiet_libraries()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Stop at once when the study's process is gone: its next run does the job again."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def _ray(n_workers: int, address: str | None) -> Generator[Submit]:
+    try:
+        import ray
+    except ImportError:
+        raise SettingsError(
+            "--executor ray: Ray is not installed; pip install 'd2lora[ray]'"
+        ) from None
+    begun = not ray.is_initialized()
+    if begun:
+        local = {} if address else {"num_cpus": n_workers or n_cores()}
+        try:
+            ray.init(
+                address=address or "local", logging_level="ERROR", log_to_driver=False, **local
+            )
+        except ConnectionError as error:
+            raise SettingsError(f"--address {address}: no Ray cluster there: {error}") from None
+    n_gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    # A worker or a machine that is lost costs its job one of its retries, not the study.
+    remote = ray.remote(num_cpus=1, num_gpus=n_gpus, max_retries=3)(_perform_quietly)
+    try:
+        yield lambda job: cast("Any", remote.remote(job)).future()
+    finally:
+        if begun:
+            ray.shutdown()
+
+
+def _perform_quietly(job: Job) -> dict[str, Any]:
+    quiet_libraries()
+    return perform(job)

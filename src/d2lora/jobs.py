@@ -1,0 +1,370 @@
+"""The pieces of a study that are run: warm-ups, controls made of them, trials of rates, cells.
+
+A job is known by the hash of all that decides its result, so a finished one is never run again
+and a changed setting runs anew only what it touches. Its folder in the store is `KEY/`, its
+marker of completion `KEY/result.json`, written last.
+
+Only jobs of the last kind, `Scored`, can name test data: what is chosen before cannot look at it.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock
+
+from d2lora.runs import DONE, SETTINGS, read_json, sha256_of, write_json
+from d2lora.settings import (
+    AdaptSettings,
+    BaseSettings,
+    ConvertSettings,
+    EvaluateSettings,
+    Settings,
+    WarmupSettings,
+)
+
+FORMAT = 1
+"""Changes when results of earlier versions of the code no longer count."""
+RESULT = "result.json"
+_FREE = {"out", "quiet", "resume", "threads", "checkpoint_every"}
+_FILES = {"data", "validation_data", "general_text", "choices"}
+
+
+@dataclass(frozen=True)
+class Job(ABC):
+    """Something to run once; heavy imports happen in `run`, in the worker."""
+
+    label: str
+    """What it is, for people."""
+    about: tuple[str, int]
+    """Task and n, or an empty name and the number of rows; by it times are foretold."""
+    store: Path
+    """Folder of all jobs."""
+
+    @cached_property
+    def key(self) -> str:
+        """The hash of what decides the result; names the folder."""
+        identity = {"format": FORMAT, "kind": type(self).__name__, **self.identity()}
+        text = json.dumps(identity, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+        return self.store / self.key
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+
+    @abstractmethod
+    def run(self) -> dict[str, Any]:
+        """Do it; return the result as plain values."""
+
+    def result(self) -> dict[str, Any] | None:
+        """Return the result of an earlier run, or None."""
+        path = self.folder / RESULT
+        return read_json(path) if path.is_file() else None
+
+
+def perform(job: Job) -> dict[str, Any]:
+    """Run a job unless it is done; two processes never run the same one at once."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(job.folder / ".lock"):
+        done = job.result()
+        if done is not None:
+            return done
+        began = time.perf_counter()
+        result = {"label": job.label, "about": [type(job).__name__, *job.about], **job.run()}
+        result["job_s"] = round(time.perf_counter() - began, 3)
+        write_json(job.folder / RESULT, result)
+        return result
+
+
+@dataclass(frozen=True)
+class WarmUp(Job):
+    """Phase 1."""
+
+    settings: WarmupSettings
+
+    @property
+    def path(self) -> Path:
+        """The warm start."""
+        return self.folder / "warm-start"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return _identity(self.settings)
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        from d2lora.warmup import warm_up
+
+        if not (self.path / DONE).exists():
+            settings = self.settings.changed(out=self.path, resume=_can_resume(self.path))
+            warm_up(settings, _shared_base(settings))
+        return _told(self.path)
+
+
+@dataclass(frozen=True)
+class Merged(Job):
+    """A warm start folded into its base."""
+
+    base: BaseSettings
+    warm_up: WarmUp
+
+    @property
+    def path(self) -> Path:
+        """The new base."""
+        return self.folder / "model"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return {"warm_up": self.warm_up.key}
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        from d2lora.conversion import convert
+
+        shutil.rmtree(self.path, ignore_errors=True)
+        adapter = str(self.warm_up.path)
+        convert(ConvertSettings(**dict(self.base), adapter=adapter, out=self.path, merge=True))
+        return {}
+
+
+@dataclass(frozen=True)
+class Norms(Job):
+    """Random weights with the norms of a warm start's."""
+
+    warm_up: WarmUp
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """The random adapter, in the form of a warm start."""
+        return self.folder / "random"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return {"warm_up": self.warm_up.key, "seed": self.seed}
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        from d2lora.conversion import randomise
+
+        shutil.rmtree(self.path, ignore_errors=True)
+        randomise(self.warm_up.path, self.path, self.seed)
+        return {}
+
+
+@dataclass(frozen=True)
+class Mixed(Job):
+    """General and task rows in one file, each as often as the two phases would show it."""
+
+    general: WarmupSettings
+    training: AdaptSettings
+
+    @property
+    def path(self) -> Path:
+        """The rows to train on."""
+        return self.folder / "train.jsonl"
+
+    @property
+    def held_out(self) -> Path:
+        """The task's validation rows; written where the training settings hold some out."""
+        return self.folder / "valid.jsonl"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return {"general": _identity(self.general), "training": _identity(self.training)}
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        from d2lora.mixing import write_mixture
+
+        return write_mixture(self.general, self.training, self.path, self.held_out)
+
+
+@dataclass(frozen=True)
+class Trial(Job):
+    """A learning rate tried on validation rows out of the n; the adapter is thrown away."""
+
+    training: AdaptSettings
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return _identity(self.training)
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        path = self.folder / "adapter"
+        told = _adapted(self.training, path)
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        curve = [[r["step"], r["validation_loss"]] for r in rows if "validation_loss" in r]
+        shutil.rmtree(path)
+        return {**told, "learning_rate": self.training.learning_rate, "curve": curve}
+
+
+@dataclass(frozen=True)
+class Scored(Job):
+    """An adapter (trained here, or the warm start, or none) measured on the test rows."""
+
+    tests: EvaluateSettings
+    training: AdaptSettings | None = None
+    adapter: Path | None = None
+    """Where nothing is trained: the adapter to measure. None: the base alone."""
+    shots: AdaptSettings | None = None
+    """Where the base is prompted with examples: which rows, as `adapt` would choose them."""
+    keep: bool = True
+    """Keep the trained adapter."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return {
+            "tests": _identity(self.tests),
+            "training": None if self.training is None else _identity(self.training),
+            "adapter": None if self.adapter is None else self.adapter.parent.name,
+            "shots": None if self.shots is None else _identity(self.shots),
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        import pandas as pd
+
+        from d2lora.console import Reporter
+        from d2lora.evaluation import BASE, TestSets, measure
+        from d2lora.metrics import SCORERS
+
+        path = self.folder / "adapter" if self.training else self.adapter
+        told = _adapted(self.training, self.folder / "adapter") if self.training else {}
+        began = time.perf_counter()
+        sets = TestSets.read(self.tests)
+        if self.shots is not None:
+            sets = replace(sets, task=_with_shots(sets.task, self.shots))
+        base = _shared_base(self.training or self.tests)
+        name = BASE if path is None else str(path)
+        measured = measure(name, base, sets, self.tests, Reporter(quiet=True))
+        records = pd.DataFrame(measured.records)
+        records.drop(columns="adapter").to_parquet(self.folder / "records.parquet", index=False)
+        assert sets.task is not None
+        columns = SCORERS[sets.task.task.score]("", "0")
+        if self.training and not self.keep:
+            for file in (self.folder / "adapter").glob("*.safetensors"):
+                file.unlink()
+        return {
+            **told,
+            "learning_rate": self.training.learning_rate if self.training else None,
+            "adapter": None if path is None or not self.keep else str(path),
+            "scores": {column: records[column].tolist() for column in columns},
+            "general_loss": measured.general_loss,
+            "choices_right": None if measured.right is None else measured.right.tolist(),
+            "n_output_tokens": sum(record["n_output_tokens"] for record in measured.records),
+            "evaluation_s": round(time.perf_counter() - began, 3),
+        }
+
+
+def _adapted(settings: AdaptSettings, path: Path) -> dict[str, Any]:
+    from d2lora.adaptation import adapt
+
+    if not (path / DONE).exists():
+        settings = settings.changed(out=path, resume=_can_resume(path))
+        adapt(settings, _shared_base(settings))
+    return _told(path)
+
+
+def _told(adapter: Path) -> dict[str, Any]:
+    """Return what a finished run's manifest says that a study needs."""
+    from d2lora.artifacts import Manifest
+
+    manifest = Manifest.read(adapter)
+    return {
+        "cost": manifest.cost,
+        "validation_loss_before": manifest.validation_loss_before,
+        "validation_loss_after": manifest.validation_loss_after,
+        "provenance": manifest.provenance,
+    }
+
+
+def _with_shots(task: Any, shots: AdaptSettings) -> Any:
+    """Put worked examples, in the order that `adapt` would choose them, before each prompt."""
+    from d2lora.data import nested_order
+    from d2lora.tasks import Message, read_task
+    from d2lora.train import seed_of
+
+    examples = read_task(shots.data, shots.task).examples
+    chosen = nested_order(len(examples), seed_of(shots, "subset"))[: shots.n]
+    shown = tuple(
+        turn
+        for index in chosen
+        for turn in (*examples[index].prompt, Message("assistant", examples[index].completion))
+    )
+    prompted = [replace(e, prompt=(*shown, *e.prompt)) for e in task.examples]
+    return replace(task, examples=prompted)
+
+
+def _can_resume(path: Path) -> bool:
+    """Say whether a killed run can go on; one without a checkpoint is cleared away."""
+    if (path / "checkpoint").is_dir() and (path / SETTINGS).is_file():
+        return True
+    shutil.rmtree(path, ignore_errors=True)
+    return False
+
+
+def _base_of(settings: BaseSettings) -> BaseSettings:
+    return BaseSettings(**{name: getattr(settings, name) for name in BaseSettings.model_fields})
+
+
+def _shared_base(settings: BaseSettings) -> Any:
+    """Load a base once in a process."""
+    return _loaded(_base_of(settings).to_yaml())
+
+
+@cache
+def _loaded(settings_yaml: str) -> Any:
+    from d2lora.models import load_base
+
+    return load_base(BaseSettings(**yaml.safe_load(settings_yaml)))
+
+
+def _identity(settings: Settings) -> dict[str, Any]:
+    """Return settings with contents in place of paths and without what decides nothing."""
+    values = {k: v for k, v in settings.model_dump(mode="json").items() if k not in _FREE}
+    for name in _FILES & values.keys():
+        values[name] = [_content(path) for path in values[name] or ()]
+    if isinstance(settings, BaseSettings):
+        values["base"] = _base_content(settings.base, settings.revision)
+    if isinstance(settings, AdaptSettings) and Path(settings.init).is_dir():
+        values["init"] = _of_job(Path(settings.init)) or sha256_of(
+            Path(settings.init) / "adapter_model.safetensors"
+        )
+    return values
+
+
+def _of_job(path: Path) -> str | None:
+    """Return the key of the job that made a path, as the key is the hash of its content."""
+    key = path.parent.name
+    return key if len(key) == 20 and (path.parent / RESULT).is_file() else None
+
+
+@cache
+def _content(name: str) -> str:
+    path = Path(name)
+    return sha256_of(path) if path.is_file() else name
+
+
+@cache
+def _base_content(name: str, revision: str | None) -> str:
+    made = _of_job(Path(name))
+    if made is not None:
+        return made
+    from d2lora.models import base_folder, fingerprint_of
+
+    return fingerprint_of(base_folder(name, revision))

@@ -1,0 +1,229 @@
+"""Run what is missing of a study: `d2lora study PLAN`.
+
+study.json      the plan, every cell with its state, the warm-ups, the rates chosen
+results.jsonl   one line per finished cell
+trials.jsonl    one line per trial of a learning rate
+done.json       the marker of completion, once no cell is left
+
+What is run lies in the store, so a killed study continues where it was, and a changed plan runs
+only what is new.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from d2lora.console import Bar, Reporter, table_console
+from d2lora.embedded.__main__ import write_world
+from d2lora.errors import D2LoraError, RunError
+from d2lora.executors import Submit, executor
+from d2lora.jobs import Job
+from d2lora.needs import BASE, Cell, Failed, Missing, Needs, cells_of
+from d2lora.plan import WORLD, StudyPlan, read_plan
+from d2lora.runs import DONE, provenance, write_json, write_text
+from d2lora.settings import StudySettings
+
+N_TRIES = 2
+"""How often a job is tried whose worker died."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's folder, and what became of its cells."""
+
+    path: Path
+    plan: StudyPlan
+    results: list[dict[str, Any]]
+    failures: dict[str, str]
+    """Cell -> reason."""
+
+
+def run_study(settings: StudySettings) -> Study:
+    """Run the missing cells of a study and write what was found.
+
+    Raises:
+        D2LoraError: One of its kinds, for a plan, data or a base that cannot be used. A cell that
+            fails while it runs is reported in the result instead.
+    """
+    reporter = Reporter(quiet=settings.quiet)
+    plan, needs, cells, out = _prepare(settings)
+    with (
+        executor(settings.executor, settings.workers, settings.address) as submit,
+        reporter.bar("cells", len(cells)) as bar,
+    ):
+        run = _Run(needs, submit, bar, reporter)
+        run.all(cells)
+    results = [_row(plan, cell, run.finished[cell]) for cell in cells if cell in run.finished]
+    told = {str(cell): reason for cell, reason in run.failures.items()}
+    _write(out, plan, needs, cells, results, told)
+    return Study(out, plan, results, told)
+
+
+def _prepare(settings: StudySettings) -> tuple[StudyPlan, Needs, list[Cell], Path]:
+    name = Path(settings.plan).stem
+    out = settings.out or Path("studies") / name
+    if out.is_dir() and any(out.iterdir()) and not (out / "study.json").is_file():
+        raise RunError(f"{out} holds something that is not a study; choose another --out")
+    store = (settings.store or out.parent / "store").resolve()
+    plan = _with_world(read_plan(settings.plan, settings.set), store / "world")
+    return plan, Needs(plan, store, keep_adapters=settings.keep_adapters), cells_of(plan), out
+
+
+def _with_world(plan: StudyPlan, folder: Path) -> StudyPlan:
+    """Write the small world's rows if the plan names some, and put their paths in its place."""
+    values = plan.model_dump(mode="json")
+    if WORLD not in json.dumps(values):
+        return plan
+    paths = write_world(folder)
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: placed(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [placed(inner) for inner in value]
+        if isinstance(value, str) and value.startswith(WORLD):
+            name = value.removeprefix(WORLD)
+            if name not in paths:
+                known = ", ".join(f"{WORLD}{known}" for known in paths)
+                raise RunError(f"{value}: no such data; the small world has {known}")
+            return str(paths[name])
+        return value
+
+    return StudyPlan(**placed(values))
+
+
+class _Run:
+    """The loop: ask each cell what it needs, submit that, wait, ask again."""
+
+    def __init__(self, needs: Needs, submit: Submit, bar: Bar, reporter: Reporter) -> None:
+        self.finished: dict[Cell, dict[str, Any]] = {}
+        self.failures: dict[Cell, str] = {}
+        self._needs, self._submit, self._bar, self._reporter = needs, submit, bar, reporter
+        self._running: dict[Future[dict[str, Any]], Job] = {}
+        self._blocked: dict[Cell, set[str]] = {}
+        self._tries: dict[str, int] = {}
+
+    def all(self, cells: Sequence[Cell]) -> None:
+        self._ask(cells)
+        while self._running:
+            ended, _ = wait(self._running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                self._take(future, self._running.pop(future))
+
+    def _ask(self, cells: Iterable[Cell]) -> None:
+        queued = {job.key for job in self._running.values()}
+        for cell in cells:
+            try:
+                self.finished[cell] = self._needs.result(cell)
+            except Missing as missing:
+                self._blocked[cell] = {job.key for job in missing.jobs}
+                for job in missing.jobs:
+                    if job.key not in queued:
+                        queued.add(job.key)
+                        self._start(job)
+            except Failed as reason:
+                self.failures[cell] = str(reason)
+                self._reporter.say(f"failed: {cell}: {reason}")
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        done = len(self.finished) + len(self.failures)
+        self._bar.update(done, f"{len(self._running)} runs under way or queued{failed}")
+
+    def _start(self, job: Job) -> None:
+        self._tries[job.key] = self._tries.get(job.key, 0) + 1
+        self._running[self._submit(job)] = job
+
+    def _take(self, future: "Future[dict[str, Any]]", job: Job) -> None:
+        error = future.exception()
+        if isinstance(error, BrokenExecutor) and self._tries[job.key] < N_TRIES:
+            self._start(job)
+            return
+        if error is None:
+            self._needs.done[job.key] = future.result()
+        else:
+            kind = "" if isinstance(error, D2LoraError) else f"{type(error).__name__}: "
+            self._needs.failed[job.key] = f"{kind}{error}"
+        free: list[Cell] = []
+        for cell, keys in self._blocked.items():
+            keys.discard(job.key)
+            if not keys:
+                free.append(cell)
+        for cell in free:
+            del self._blocked[cell]
+        self._ask(free)
+
+
+def _row(plan: StudyPlan, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
+    told = {k: v for k, v in result.items() if k not in ("label", "about", "provenance")}
+    kind = next((arm.kind for arm in plan.arms if arm.name == cell.arm), BASE)
+    return {"arm": cell.arm, "kind": kind, **asdict(cell), **told}
+
+
+def _write(
+    out: Path, plan: StudyPlan, needs: Needs, cells: Sequence[Cell],
+    results: Sequence[dict[str, Any]], failures: dict[str, str],
+) -> None:  # fmt: skip
+    """Write what the report reads."""
+    lines = "".join(json.dumps(row) + "\n" for row in results)
+    write_text(out / "results.jsonl", lines)
+    trials, rates, warm_ups = _behind(needs, cells)
+    write_text(out / "trials.jsonl", "".join(json.dumps(row) + "\n" for row in trials))
+    study = {
+        "plan": plan.model_dump(mode="json"),
+        "n_cells": len(cells),
+        "failures": failures,
+        "rates": rates,
+        "warm_ups": warm_ups,
+        "store": str(needs.store),
+        "provenance": provenance(),
+    }
+    write_json(out / "study.json", study)
+    if not failures:
+        write_json(out / DONE, {"kind": "study", "n_cells": len(cells)})
+
+
+def _behind(
+    needs: Needs, cells: Sequence[Cell]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """Return the trials, the rates chosen from them, and the warm-ups."""
+    trials: list[dict[str, Any]] = []
+    rates: list[dict[str, Any]] = []
+    for cell in dict.fromkeys(replace(cell, seed=0) for cell in cells):
+        place = {"arm": cell.arm, "task": cell.task, "n": cell.n}
+        try:
+            own = needs.trials(cell)
+            rate = needs.rate(cell) if own else None
+        except (Failed, Missing):
+            continue
+        if rate is not None:
+            grid = needs.plan.learning_rates
+            edge = rate in (min(grid), max(grid))
+            rates.append({**place, "learning_rate": rate, "at_edge": edge})
+        for trial in own:
+            result = needs.done.get(trial.key, {"failed": needs.failed.get(trial.key)})
+            told = {k: v for k, v in result.items() if k not in ("label", "about", "provenance")}
+            trials.append({**place, "seed": trial.training.seed, **told})
+    warm_ups = {
+        name: {"path": str(job.path), **needs.done[job.key]}
+        for name in needs.plan.warm_ups
+        for job in (needs.warm_up(name),)
+        if job.key in needs.done
+    }
+    return trials, rates, warm_ups
+
+
+def _dry_run(settings: StudySettings) -> Table:
+    """Return what a study would run."""
+    raise NotImplementedError
+
+
+def command(settings: StudySettings) -> None:
+    """Run `d2lora study`."""
+    reporter = Reporter(quiet=settings.quiet)
+    study = run_study(settings)
+    reporter.say(f"written to {study.path}")
+    table_console()
