@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from d2lora.cells import n_cores
+from d2lora.executors import n_cores
 from d2lora.runs import provenance, read_json, write_json
 from d2lora.stats import paired_difference
 

@@ -117,11 +117,9 @@ def _ray(n_workers: int, address: str | None) -> Generator[Submit]:
         ) from None
     begun = not ray.is_initialized()
     if begun:
-        local = {} if address else {"num_cpus": n_workers or n_cores()}
+        n_cpus = None if address else n_workers or n_cores()
         try:
-            ray.init(
-                address=address or "local", logging_level="ERROR", log_to_driver=False, **local
-            )
+            ray.init(address or "local", num_cpus=n_cpus, log_to_driver=False)
         except ConnectionError as error:
             raise SettingsError(f"--address {address}: no Ray cluster there: {error}") from None
     n_gpus = 1 if ray.cluster_resources().get("GPU") else 0

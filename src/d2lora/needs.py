@@ -25,6 +25,9 @@ from d2lora.schedule import Plan
 from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings
 
 CURVE_POINTS = 8
+"""Validation losses in a trial's curve."""
+_INHERITED = {"rank": None, "alpha": None, "targets": None}
+"""What an arm takes over from a warm start, whatever the plan says of fresh ones."""
 BASE = "base"
 """The arm of the base alone, without examples: what forgetting is measured against."""
 
@@ -163,35 +166,37 @@ class Needs:
         """Return the settings of a cell's training: how each arm begins, and on what."""
         arm = self._arms[cell.arm]
         plain = adapt_settings(self.plan, arm, cell.task, cell.n, cell.seed, Path(), **values)
-        kind = arm.kind
-        if kind == "init":
-            return plain.changed(init=arm.init)
-        if kind == "fresh" or warm_up is None:
-            return plain
-        if kind == "longer":
-            n_rows = cell.n - round(cell.n * plain.validation_fraction)
-            own = Plan.of(n_rows, plain, 0).n_steps
-            return plain.changed(max_steps=own + self._need(warm_up)["cost"]["n_steps"])
-        if kind == "merged":
-            merged = Merged(f"{arm.warm_up}, merged", ("", 0), self.store, self._base(), warm_up)
-            self._need(merged)
-            return plain.changed(base=str(merged.path))
-        if kind == "mixed":
-            mixed = Mixed(f"{cell}, rows", (cell.task, cell.n), self.store, warm_up.settings, plain)
-            self._need(mixed)
-            held_out = (str(mixed.held_out),) if plain.validation_fraction else ()
-            return plain.changed(
-                data=(str(mixed.path),), task="instruct", n=None, epochs=1.0,
-                validation_fraction=0.0, validation_data=held_out,
-            )  # fmt: skip
-        if kind == "norms":
-            norms = Norms(f"{arm.warm_up}, random", ("", 0), self.store, warm_up, cell.seed)
-            self._need(norms)
-            return plain.changed(init=str(norms.path), rank=None, alpha=None, targets=None)
-        scale = 0.0 if kind == "warm_a" else plain.init_scale
-        return plain.changed(
-            init=str(warm_up.path), init_scale=scale, rank=None, alpha=None, targets=None
-        )
+        if warm_up is None:
+            return plain.changed(init=arm.init or plain.init)
+        changes: dict[str, Any]
+        match arm.kind:
+            case "longer":
+                n_rows = cell.n - round(cell.n * plain.validation_fraction)
+                own = Plan.of(n_rows, plain, 0).n_steps
+                changes = {"max_steps": own + self._need(warm_up)["cost"]["n_steps"]}
+            case "merged":
+                merged = Merged(
+                    f"{arm.warm_up}, merged", ("", 0), self.store, self._base(), warm_up
+                )
+                self._need(merged)
+                changes = {"base": str(merged.path)}
+            case "mixed":
+                place = (cell.task, cell.n)
+                mixed = Mixed(f"{cell}, rows", place, self.store, warm_up.settings, plain)
+                self._need(mixed)
+                held_out = (str(mixed.held_out),) if plain.validation_fraction else ()
+                changes = {
+                    "data": (str(mixed.path),), "task": "instruct", "n": None, "epochs": 1.0,
+                    "validation_fraction": 0.0, "validation_data": held_out,
+                }  # fmt: skip
+            case "norms":
+                norms = Norms(f"{arm.warm_up}, random", ("", 0), self.store, warm_up, cell.seed)
+                self._need(norms)
+                changes = {"init": str(norms.path), **_INHERITED}
+            case _:
+                scale = 0.0 if arm.kind == "warm_a" else plain.init_scale
+                changes = {"init": str(warm_up.path), "init_scale": scale, **_INHERITED}
+        return plain.changed(**changes)
 
     def _warm_up(self, arm: ArmPlan) -> WarmUp:
         job = self.warm_up(arm.warm_up or "")

@@ -3,6 +3,8 @@
 Shapes: S seeds (runs), I items (test questions).
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,8 +35,15 @@ class Difference:
     high: float
     seed_sd: float | None
     """Standard deviation of the difference over seeds; None with one seed."""
+    by_seed: tuple[float, ...]
+    """The difference of each seed."""
     n_items: int
     n_seeds: int
+
+    @property
+    def n_agree(self) -> int:
+        """Seeds whose difference has the sign of the mean."""
+        return sum(value * self.mean > 0 for value in self.by_seed)
 
     @property
     def verdict(self) -> str:
@@ -90,7 +99,124 @@ def paired_difference(first: Array, second: Array, seed: int = 0) -> Difference:
         low, high = _bootstrap(by_item, seed)
     by_seed = by_seed_and_item.mean(axis=1)
     seed_sd = float(by_seed.std(ddof=1)) if n_seeds > 1 else None
-    return Difference(float(by_item.mean()), low, high, seed_sd, n_items, n_seeds)
+    return Difference(
+        float(by_item.mean()), low, high, seed_sd, tuple(by_seed.tolist()), n_items, n_seeds
+    )
+
+
+def permutation_p(first: Array, second: Array, seed: int = 0) -> float:
+    """Return the two-sided p-value of "both arms are the same" by sign flips of items.
+
+    Under the hypothesis an item's paired difference is as likely to have the other sign; an item
+    flips with all its seeds (paired permutation test, Good 2005, section 3.2). Random flips, with
+    the observed one counted in, so that p is never 0 (Phipson and Smyth 2010).
+
+    Args:
+        first: Scores, shape (S, I).
+        second: Scores, shape (S, I).
+        seed: Seed of the flips.
+    """
+    by_item = (second - first).mean(axis=0)
+    moved = by_item[by_item != 0]
+    if len(moved) == 0:
+        return 1.0
+    generator = np.random.default_rng(seed)
+    observed = abs(moved.sum()) * (1 - 1e-12)  # as extreme as itself, whatever the rounding
+    extreme = 0
+    block = max(1, 2_000_000 // len(moved))
+    for begin in range(0, N_RESAMPLES, block):
+        signs = generator.integers(0, 2, (min(block, N_RESAMPLES - begin), len(moved))) * 2 - 1
+        extreme += int((np.abs(signs @ moved) >= observed).sum())
+    return (extreme + 1) / (N_RESAMPLES + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for a family of tests (Holm 1979), in the given order."""
+    order = np.argsort(p_values)
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for place, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Power:
+    """What it would take to see a difference of a given size, four times out of five."""
+
+    effect: float
+    n_items: int
+    """Test items needed with the present number of seeds."""
+    n_seeds: float
+    """Seeds needed with the present items; infinite where no number of seeds is enough."""
+
+
+def power(first: Array, second: Array, effect: float = 0.01) -> Power | None:
+    """Return how many items or seeds a 5 % test needs to see `effect` with 80 % power.
+
+    The variance of an item's difference is parted into what stays over seeds and what each seed
+    adds anew (one-way analysis of variance); items average out both, seeds the second alone.
+    None where nothing varies, as then nothing can be foretold.
+
+    Args:
+        first: Scores, shape (S, I).
+        second: Scores, shape (S, I).
+        effect: Difference to be seen, on the scale of the scores.
+    """
+    differences = second - first
+    n_seeds, n_items = differences.shape
+    by_item = differences.mean(axis=0)
+    if n_items < 2 or not by_item.var():
+        return None
+    noise = float(differences.var(axis=0, ddof=1).mean()) if n_seeds > 1 else 0.0
+    lasting = max(0.0, float(by_item.var(ddof=1)) - noise / n_seeds)
+    z = stats.norm.ppf(1 - (1 - CONFIDENCE) / 2) + stats.norm.ppf(0.8)
+    wanted_variance = (effect / z) ** 2
+    items = math.ceil((lasting + noise / n_seeds) / wanted_variance)
+    left = wanted_variance * n_items - lasting
+    seeds = math.ceil(noise / left) if left > 0 and noise else (1 if left > 0 else math.inf)
+    return Power(effect, items, max(1, seeds))
+
+
+def steps_to_reach(curve: Sequence[tuple[float, float]], target: float) -> float | None:
+    """Return where a falling curve first reaches `target`, between points by straight lines.
+
+    Args:
+        curve: (step, loss) in order of steps.
+        target: Loss to reach.
+
+    Returns:
+        The step; None if the curve never gets there.
+    """
+    before: tuple[float, float] | None = None
+    for step, loss in curve:
+        if loss <= target:
+            if before is None or before[1] == loss:
+                return step
+            share = (before[1] - target) / (before[1] - loss)
+            return before[0] + share * (step - before[0])
+        before = (step, loss)
+    return None
+
+
+def size_that_scores(sizes: Sequence[int], scores: Sequence[float], target: float) -> float | None:
+    """Return the size at which a score curve first reaches `target`, on a logarithmic scale.
+
+    The curve is made non-decreasing first (running best), as more data is taken not to hurt.
+
+    Returns:
+        The size; `sizes[0]` if that one is enough, None if the largest is not.
+    """
+    best = np.maximum.accumulate(scores)
+    if best[0] >= target:
+        return float(sizes[0])
+    for place in range(1, len(sizes)):
+        if best[place] >= target:
+            share = (target - best[place - 1]) / (best[place] - best[place - 1])
+            low, high = math.log(sizes[place - 1]), math.log(sizes[place])
+            return math.exp(low + share * (high - low))
+    return None
 
 
 def _bootstrap(values: Array, seed: int) -> tuple[float, float]:

@@ -16,17 +16,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from d2lora.console import Bar, Reporter, table_console
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, RunError
 from d2lora.executors import Submit, executor
+from d2lora.findings import read_findings
 from d2lora.jobs import Job
 from d2lora.needs import BASE, Cell, Failed, Missing, Needs, cells_of
 from d2lora.plan import WORLD, StudyPlan, read_plan
 from d2lora.runs import DONE, provenance, write_json, write_text
 from d2lora.settings import StudySettings
+from d2lora.summary import show
 
 N_TRIES = 2
 """How often a job is tried whose worker died."""
@@ -216,14 +216,8 @@ def _behind(
     return trials, rates, warm_ups
 
 
-def _dry_run(settings: StudySettings) -> Table:
-    """Return what a study would run."""
-    raise NotImplementedError
-
-
 def command(settings: StudySettings) -> None:
     """Run `d2lora study`."""
-    reporter = Reporter(quiet=settings.quiet)
     study = run_study(settings)
-    reporter.say(f"written to {study.path}")
-    table_console()
+    show(read_findings(study.path), table_console())
+    Reporter(quiet=settings.quiet).say(f"written to {study.path}")

@@ -1,0 +1,140 @@
+"""What a study found, as tables for the terminal and as Markdown for a pull request or a paper."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from d2lora.findings import Comparison, Findings, Level
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text, whatever it is shown as."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def score_grid(findings: Findings, task: str) -> Grid:
+    """Return a task's scores, differences and forgetting, one row an arm and size."""
+    title = f"{findings.title(task)}: {findings.score_name(task)}, %, mean of the seeds"
+    columns = (
+        "n",
+        "arm",
+        "score",
+        "difference (95 % interval)",
+        "p, Holm",
+        "general loss",
+        "choices",
+    )
+    rows = [
+        _row(level, _comparison(findings, level))
+        for level in sorted(_levels(findings, task), key=lambda v: v.n)
+    ]
+    return Grid(title, columns, rows)
+
+
+def cost_grid(findings: Findings) -> Grid:
+    """Return what each arm cost, with its share of the warm-up and the break-even."""
+    columns = (
+        "n",
+        "arm",
+        "TFLOP a task",
+        "with the warm-up's share",
+        "seconds",
+        "tokens",
+        "pays off after",
+    )
+    rows = [
+        (
+            str(c.n),
+            c.arm,
+            f"{c.flops_per_task / 1e12:.2f}",
+            f"{c.amortised_flops / 1e12:.2f}",
+            f"{c.training_s_per_task:.1f}",
+            f"{c.n_tokens_per_task:,.0f}",
+            _pays(c.warm_up_flops, c.break_even_tasks),
+        )
+        for c in sorted(findings.costs, key=lambda c: c.n)
+    ]
+    return Grid("Cost of training, mean of tasks and seeds", columns, rows)
+
+
+def show(findings: Findings, console: Console) -> None:
+    """Print the verdicts and tables of a study."""
+    grids = [score_grid(findings, task) for task in findings.plan.tasks]
+    for grid in (*grids, cost_grid(findings)):
+        if grid.rows:
+            console.print(_table(grid))
+    console.print(
+        "general loss: change on held-out general text against the base, nats per token; choices: "
+        "change of multiple-choice accuracy, points.",
+        highlight=False,
+    )
+    for name, warm_up in findings.warm_ups.items():
+        cost = warm_up["cost"]
+        console.print(
+            f"The warm-up `{name}` took {cost['elapsed_s']:.0f} s and {cost['n_tokens']:,} tokens, "
+            "once for all tasks.",
+            highlight=False,
+        )
+    console.print("What was seen:", style="bold")
+    for verdict in findings.verdicts():
+        console.print(f"  {verdict}", highlight=False)
+    for cell, reason in findings.failures.items():
+        console.print(f"  failed: {cell}: {reason}", style="red", highlight=False, markup=False)
+
+
+def markdown(grid: Grid) -> str:
+    """Return a grid as a Markdown table with its title."""
+    lines = [f"**{grid.title}**", "", _line(grid.columns), _line(["---"] * len(grid.columns))]
+    return "\n".join([*lines, *(_line(row) for row in grid.rows)]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _levels(findings: Findings, task: str) -> list[Level]:
+    return [level for level in findings.levels if level.task == task]
+
+
+def _comparison(findings: Findings, level: Level) -> Comparison | None:
+    place = (level.task, level.arm, level.n)
+    return next((c for c in findings.comparisons if (c.task, c.arm, c.n) == place), None)
+
+
+def _row(level: Level, comparison: Comparison | None) -> tuple[str, ...]:
+    difference = p = ""
+    if comparison is not None:
+        d = comparison.difference
+        low, mean, high = (100 * value for value in (d.low, d.mean, d.high))
+        difference, p = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", f"{comparison.p_holm:.4f}"
+    loss, choices = level.general_loss_change, level.choices_change
+    return (
+        str(level.n) if level.n else "-",
+        level.arm,
+        f"{100 * level.interval.mean:.1f}",
+        difference,
+        p,
+        "" if loss is None or level.arm == "base" else f"{loss.mean():+.2f}",
+        "" if choices is None or level.arm == "base" else f"{100 * choices.mean:+.1f}",
+    )
+
+
+def _pays(warm_up_flops: float, tasks: float) -> str:
+    if not warm_up_flops:
+        return ""
+    return "never" if tasks == float("inf") else f"{tasks:.0f} tasks"
+
+
+def _table(grid: Grid) -> Table:
+    table = Table(title=grid.title)
+    for column in grid.columns:
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for row in grid.rows:
+        table.add_row(*row)
+    return table
