@@ -39,8 +39,11 @@ def executor(kind: str, n_workers: int, address: str | None) -> Generator[Submit
         with _ray(n_workers, address) as submit:
             yield submit
     elif kind == "inline":
-        with ThreadPoolExecutor(1) as pool:
-            yield lambda job: pool.submit(perform, job)
+        inline = ThreadPoolExecutor(1)
+        try:
+            yield lambda job: inline.submit(perform, job)
+        finally:
+            inline.shutdown(cancel_futures=True)
     else:
         pool = _Processes(n_workers or len(_gpus()) or n_cores())
         try:

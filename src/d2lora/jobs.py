@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
+from d2lora.errors import ModelError
 from d2lora.runs import DONE, SETTINGS, read_json, sha256_of, write_json
 from d2lora.settings import (
     AdaptSettings,
@@ -367,4 +368,7 @@ def _base_content(name: str, revision: str | None) -> str:
         return made
     from d2lora.models import base_folder, fingerprint_of
 
-    return fingerprint_of(base_folder(name, revision))
+    try:
+        return fingerprint_of(base_folder(name, revision, fetch=False))
+    except ModelError:  # a hub model not fetched yet: a dry run may name it
+        return f"{name}@{revision}"

@@ -95,8 +95,8 @@ def load_base(settings: BaseSettings) -> Base:
     return Base(model, tokenizer, settings.base, settings.revision, fingerprint)
 
 
-def base_folder(name: str, revision: str | None = None) -> Path:
-    """Return the local folder of a base, fetching a hub model's files where needed.
+def base_folder(name: str, revision: str | None = None, *, fetch: bool = True) -> Path:
+    """Return the local folder of a base, fetching a hub model's files where needed and allowed.
 
     Raises:
         ModelError: If there is none.
@@ -116,7 +116,11 @@ def base_folder(name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(_FILES), local_files_only=not fetch
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(

@@ -132,7 +132,7 @@ class Needs:
         if given is not None:
             return given
         trials = self.trials(cell)
-        self._need_all(trials)
+        self.need_all(trials)
         losses: dict[float, list[float]] = {}
         for trial in trials:
             result = self.done.get(trial.key)
@@ -229,12 +229,12 @@ class Needs:
         )
 
     def _need(self, job: Job) -> dict[str, Any]:
-        self._need_all([job])
+        self.need_all([job])
         if job.key in self.failed:
             raise Failed(f"{job.label}: {self.failed[job.key]}")
         return self.done[job.key]
 
-    def _need_all(self, jobs: Sequence[Job]) -> None:
+    def need_all(self, jobs: Sequence[Job]) -> None:
         """Look for results in the store; what is neither there nor failed is missing."""
         missing: list[Job] = []
         for job in jobs:

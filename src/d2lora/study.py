@@ -18,15 +18,19 @@ from typing import Any
 
 from d2lora.console import Bar, Reporter, table_console
 from d2lora.embedded.__main__ import write_world
-from d2lora.errors import D2LoraError, RunError
+from d2lora.errors import D2LoraError, DataError, RunError, listed
 from d2lora.executors import Submit, executor
 from d2lora.findings import read_findings
-from d2lora.jobs import Job
+from d2lora.forecast import forecast
+from d2lora.grids import as_table
+from d2lora.jobs import Job, WarmUp
+from d2lora.models import base_folder
 from d2lora.needs import BASE, Cell, Failed, Missing, Needs, cells_of
 from d2lora.plan import WORLD, StudyPlan, read_plan
 from d2lora.runs import DONE, provenance, write_json, write_text
 from d2lora.settings import StudySettings
 from d2lora.summary import show
+from d2lora.tasks import read_task
 
 N_TRIES = 2
 """How often a job is tried whose worker died."""
@@ -52,6 +56,7 @@ def run_study(settings: StudySettings) -> Study:
     """
     reporter = Reporter(quiet=settings.quiet)
     plan, needs, cells, out = _prepare(settings)
+    _check(plan)
     with (
         executor(settings.executor, settings.workers, settings.address) as submit,
         reporter.bar("cells", len(cells)) as bar,
@@ -72,6 +77,32 @@ def _prepare(settings: StudySettings) -> tuple[StudyPlan, Needs, list[Cell], Pat
     store = (settings.store or out.parent / "store").resolve()
     plan = _with_world(read_plan(settings.plan, settings.set), store / "world")
     return plan, Needs(plan, store, keep_adapters=settings.keep_adapters), cells_of(plan), out
+
+
+def _check(plan: StudyPlan) -> None:
+    """Open everything that a study names before hours are spent on it.
+
+    Raises:
+        D2LoraError: If a base, training rows or test rows cannot be used, all faults at once.
+    """
+    faults: list[str] = []
+    try:
+        base_folder(plan.base, plan.revision)
+    except D2LoraError as error:
+        faults.append(str(error))
+    for name, task in plan.tasks.items():
+        try:
+            rows = len(read_task(task.data, task.task).examples)
+            read_task(task.test, task.task)
+        except D2LoraError as error:
+            faults.append(f"tasks.{name}: {error}")
+            continue
+        if rows < max(plan.sizes):
+            faults.append(
+                f"tasks.{name}: n = {max(plan.sizes)} is asked for, but it has {rows} rows"
+            )
+    if faults:
+        raise DataError(f"the study cannot run:\n{listed(faults)}")
 
 
 def _with_world(plan: StudyPlan, folder: Path) -> StudyPlan:
@@ -117,6 +148,7 @@ class _Run:
 
     def _ask(self, cells: Iterable[Cell]) -> None:
         queued = {job.key for job in self._running.values()}
+        new: list[Job] = []
         for cell in cells:
             try:
                 self.finished[cell] = self._needs.result(cell)
@@ -125,10 +157,13 @@ class _Run:
                 for job in missing.jobs:
                     if job.key not in queued:
                         queued.add(job.key)
-                        self._start(job)
+                        new.append(job)
             except Failed as reason:
                 self.failures[cell] = str(reason)
                 self._reporter.say(f"failed: {cell}: {reason}")
+        # What others wait for first, then the longest, so that no core is idle at the end.
+        for job in sorted(new, key=lambda job: (not isinstance(job, WarmUp), -job.about[1])):
+            self._start(job)
         failed = f", {len(self.failures)} failed" if self.failures else ""
         done = len(self.finished) + len(self.failures)
         self._bar.update(done, f"{len(self._running)} runs under way or queued{failed}")
@@ -142,6 +177,8 @@ class _Run:
         if isinstance(error, BrokenExecutor) and self._tries[job.key] < N_TRIES:
             self._start(job)
             return
+        if error is not None and not isinstance(error, Exception):
+            raise error  # an interrupt is no failure of a job
         if error is None:
             self._needs.done[job.key] = future.result()
         else:
@@ -218,6 +255,11 @@ def _behind(
 
 def command(settings: StudySettings) -> None:
     """Run `d2lora study`."""
+    if settings.dry_run:
+        plan, needs, cells, _ = _prepare(settings)
+        for grid in forecast(plan, needs.store, cells, settings.workers):
+            table_console().print(as_table(grid))
+        return
     study = run_study(settings)
     show(read_findings(study.path), table_console())
     Reporter(quiet=settings.quiet).say(f"written to {study.path}")

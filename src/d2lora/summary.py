@@ -1,21 +1,9 @@
-"""What a study found, as tables for the terminal and as Markdown for a pull request or a paper."""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
+"""What a study found, as tables and sentences."""
 
 from rich.console import Console
-from rich.table import Table
 
 from d2lora.findings import Comparison, Findings, Level
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table as text, whatever it is shown as."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+from d2lora.grids import Grid, as_table
 
 
 def score_grid(findings: Findings, task: str) -> Grid:
@@ -68,7 +56,7 @@ def show(findings: Findings, console: Console) -> None:
     grids = [score_grid(findings, task) for task in findings.plan.tasks]
     for grid in (*grids, cost_grid(findings)):
         if grid.rows:
-            console.print(_table(grid))
+            console.print(as_table(grid))
     console.print(
         "general loss: change on held-out general text against the base, nats per token; choices: "
         "change of multiple-choice accuracy, points.",
@@ -86,16 +74,6 @@ def show(findings: Findings, console: Console) -> None:
         console.print(f"  {verdict}", highlight=False)
     for cell, reason in findings.failures.items():
         console.print(f"  failed: {cell}: {reason}", style="red", highlight=False, markup=False)
-
-
-def markdown(grid: Grid) -> str:
-    """Return a grid as a Markdown table with its title."""
-    lines = [f"**{grid.title}**", "", _line(grid.columns), _line(["---"] * len(grid.columns))]
-    return "\n".join([*lines, *(_line(row) for row in grid.rows)]) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _levels(findings: Findings, task: str) -> list[Level]:
@@ -129,12 +107,3 @@ def _pays(warm_up_flops: float, tasks: float) -> str:
     if not warm_up_flops:
         return ""
     return "never" if tasks == float("inf") else f"{tasks:.0f} tasks"
-
-
-def _table(grid: Grid) -> Table:
-    table = Table(title=grid.title)
-    for column in grid.columns:
-        table.add_column(column, justify="left" if column == "arm" else "right")
-    for row in grid.rows:
-        table.add_row(*row)
-    return table

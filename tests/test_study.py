@@ -1,0 +1,392 @@
+"""Studies: what is planned, run, resumed, chosen and kept apart."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from support import read_rows, write_rows
+
+from d2lora import AdaptSettings, WarmStart, WarmupSettings
+from d2lora.artifacts import Manifest
+from d2lora.cli import main
+from d2lora.conversion import randomise
+from d2lora.embedded import choice_rows, general_rows, title_rows
+from d2lora.errors import DataError, SettingsError
+from d2lora.findings import read_findings
+from d2lora.jobs import Job, Scored, Trial, perform
+from d2lora.mixing import write_mixture
+from d2lora.needs import Cell, Needs
+from d2lora.plan import KINDS, StudyPlan, read_plan, shipped
+from d2lora.settings import StudySettings
+from d2lora.study import Study, run_study
+
+
+@pytest.fixture
+def plan(tmp_path: Path, tiny_base: str, general: str, titles: str) -> dict[str, Any]:
+    """The smallest study that has everything: 2 arms x 1 task x 2 sizes x 2 seeds, 2 rates."""
+    return {
+        "base": tiny_base,
+        "warm_up": {"data": general, "m": 40, "rank": 4, "max_steps": 4},
+        "tasks": {
+            "titles": {
+                "data": [titles],
+                "test": [write_rows(tmp_path / "test.jsonl", title_rows("test", 6))],
+                "max_new_tokens": 6,
+            }
+        },
+        "sizes": [4, 8],
+        "seeds": 2,
+        "adapt": {"rank": 4, "batch_size": 4},
+        "epochs": {4: 2},
+        "learning_rates": [0.003, 0.03],
+        "general_text": [write_rows(tmp_path / "general.jsonl", general_rows("valid", 6))],
+        "choices": [write_rows(tmp_path / "choices.jsonl", choice_rows(6))],
+    }
+
+
+def settings(folder: Path, plan: dict[str, Any], **values: Any) -> StudySettings:
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan))
+    given = {"executor": "inline", "quiet": True, "report": False, **values}
+    return StudySettings(plan=str(path), out=folder / "study", store=folder / "store", **given)
+
+
+def outcome(study: Study) -> list[dict[str, Any]]:
+    """What a study measured, without times."""
+    timed = {"job_s", "evaluation_s", "cost", "adapter"}
+    return [{k: v for k, v in row.items() if k not in timed} for row in study.results]
+
+
+def runs_in(store: Path) -> set[str]:
+    return {path.parent.name for path in store.glob("*/result.json")}
+
+
+# Plans
+
+
+def test_a_plan_tells_all_its_faults_at_once_with_the_nearest_names(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    plan["warm_ups"] = {"general": {"lerning_rate": 1}, "other": {"out": "x"}}
+    plan["adapt"]["schedul"] = "linear"
+    plan["arms"] = ["fresh", {"kind": "warm", "warm_up": "genral"}, {"kind": "init"}]
+    plan["rates"] = {"titels": {}, "titles": {"frsh": {4: 0.1}}}
+    with pytest.raises(SettingsError) as error:
+        run_study(settings(tmp_path, plan))
+    text = str(error.value)
+    for part in (
+        "Did you mean `learning_rate`?",
+        "`out` is the study's own business",
+        "Did you mean `schedule`?",
+        "no warm-up `genral`. Did you mean `general`?",
+        "kind `init`, and it alone, needs `init`",
+        "no task `titels`. Did you mean `titles`?",
+        "no arm `frsh`. Did you mean `fresh`?",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize("change", ["sizs=[4]", "tasks.titles.n_tst=3", "seeds", "seeds.a=1"])
+def test_a_wrong_change_of_a_plan_is_an_error(
+    tmp_path: Path, plan: dict[str, Any], change: str
+) -> None:
+    with pytest.raises(SettingsError):
+        run_study(settings(tmp_path, plan, set=(change,)))
+
+
+def test_rows_that_are_missing_stop_a_study_before_it_runs(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    plan["tasks"]["more"] = {"data": ["nowhere.jsonl"], "test": ["nowhere.jsonl"]}
+    plan["sizes"] = [4, 1000]
+    with pytest.raises(DataError) as error:
+        run_study(settings(tmp_path, plan))
+    assert "tasks.more: nowhere.jsonl" in str(error.value)
+    assert "tasks.titles: n = 1000 is asked for, but it has 40 rows" in str(error.value)
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_plan_is_whole_and_can_be_foretold(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_plan(name).question
+    words = ["study", name, "--dry-run", "--out", str(tmp_path / "study")]
+    assert main(words) == 0
+    assert "cells" in capsys.readouterr().out
+    assert not (tmp_path / "study").exists()
+
+
+def test_an_unknown_plan_is_told_the_shipped_ones() -> None:
+    with pytest.raises(SettingsError, match=r"Did you mean `scarcity`\?.*quick"):
+        read_plan("scarcty")
+
+
+def test_arms_of_several_warm_ups_come_once_for_each(tmp_path: Path, plan: dict[str, Any]) -> None:
+    plan["warm_ups"] = {"a": {}, "b": {"m": 20}}
+    plan["arms"] = ["fresh", "warm", {"kind": "merged", "warm_up": "b", "name": "folded"}]
+    path = settings(tmp_path, plan).plan
+    arms = [(arm.name, arm.warm_up) for arm in read_plan(path).arms]
+    assert arms == [("fresh", None), ("warm (a)", "a"), ("warm (b)", "b"), ("folded", "b")]
+
+
+# Running
+
+
+def test_a_killed_study_goes_on_to_the_results_of_an_uninterrupted_one(
+    tmp_path: Path, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    whole = run_study(settings(tmp_path / "a", plan))
+    assert not whole.failures
+    broken = settings(tmp_path / "b", plan)
+    for n_jobs in (3, 9):
+        monkeypatch.setattr("d2lora.executors.perform", dies_after(n_jobs))
+        with pytest.raises(KeyboardInterrupt):
+            run_study(broken)
+        assert not (tmp_path / "b" / "study" / "done.json").exists()
+    monkeypatch.setattr("d2lora.executors.perform", perform)
+    before = runs_in(tmp_path / "b" / "store")
+    resumed = run_study(broken)
+    assert len(before) >= 11
+    assert before < runs_in(tmp_path / "b" / "store")
+    assert outcome(resumed) == outcome(whole)
+
+
+def dies_after(n_jobs: int) -> Callable[[Job], dict[str, Any]]:
+    left = n_jobs
+
+    def run(job: Job) -> dict[str, Any]:
+        nonlocal left  # the job after the last allowed one is where the user loses patience
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        return perform(job)
+
+    return run
+
+
+def test_a_changed_plan_runs_only_what_it_touches(tmp_path: Path, plan: dict[str, Any]) -> None:
+    store = tmp_path / "store"
+    run_study(settings(tmp_path, plan))
+    first = runs_in(store)
+    assert len(first) == 1 + 1 + 2 * 2 * 2 * 2 + 2 * 2 * 2  # base, warm-up, trials, cells
+    run_study(settings(tmp_path, plan))
+    assert runs_in(store) == first
+    run_study(settings(tmp_path, plan, set=("seeds=3",)))
+    assert len(runs_in(store)) == len(first) + 2 * 2
+    # Other test rows: cells are scored anew, but no rate is tried again.
+    run_study(settings(tmp_path, plan, set=("tasks.titles.n_test=3",)))
+    assert len(runs_in(store)) == len(first) + 4 + (1 + 2 * 2 * 2)
+
+
+def test_a_cell_that_fails_is_told_with_its_reason_and_the_rest_goes_on(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    plan["arms"] = ["fresh", {"kind": "init", "init": str(tmp_path / "nowhere")}]
+    study = run_study(settings(tmp_path, plan))
+    assert len(study.results) == 1 + 4
+    assert len(study.failures) == 4
+    assert all("nowhere" in reason for reason in study.failures.values())
+    assert not (tmp_path / "study" / "done.json").exists()
+    saved = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert saved["failures"] == study.failures
+
+
+def test_the_rate_with_the_lowest_validation_loss_is_used_and_one_that_diverges_is_out(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    plan["learning_rates"] = [1e-4, 0.03, 1e30]
+    study = run_study(settings(tmp_path, plan))
+    assert not study.failures
+    trials = read_rows(tmp_path / "study" / "trials.jsonl")
+    assert {t["learning_rate"] for t in trials if "learning_rate" in t} >= {1e-4, 0.03}
+    for row in study.results:
+        if row["learning_rate"] is None:
+            continue
+        own = [t for t in trials if (t["arm"], t["n"]) == (row["arm"], row["n"])]
+        means = {
+            rate: sum(t["validation_loss_after"] for t in own if t.get("learning_rate") == rate)
+            for rate in (1e-4, 0.03)
+        }
+        assert row["learning_rate"] == min(means, key=lambda rate: means[rate])
+
+
+def test_a_rate_at_the_edge_of_the_grid_is_marked(tmp_path: Path, plan: dict[str, Any]) -> None:
+    plan["learning_rates"] = [1e-9, 1e-8, 0.01]
+    run_study(settings(tmp_path, plan))
+    rates = json.loads((tmp_path / "study" / "study.json").read_text())["rates"]
+    assert len(rates) == 4
+    assert all(r["learning_rate"] == 0.01 and r["at_edge"] for r in rates)
+
+
+def test_only_the_last_job_of_a_cell_knows_the_test_rows(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    (test,) = plan["tasks"]["titles"]["test"]
+    study = run_study(settings(tmp_path, plan))
+    needs = Needs(study.plan, tmp_path / "store", keep_adapters=True)
+    cell = Cell("warm", "titles", 4, 1)
+    for trial in needs.trials(cell):
+        assert isinstance(trial, Trial)
+        assert test not in str(trial)
+    last = needs.last_job(cell)
+    assert isinstance(last, Scored)
+    assert test in str(last)
+
+
+@pytest.mark.slow
+def test_a_study_killed_twice_from_outside_leaves_no_worker_and_resumes(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    whole = run_study(settings(tmp_path / "a", plan))
+    given = settings(tmp_path / "b", plan)
+    store = tmp_path / "b" / "store"
+    words = [sys.executable, "-m", "d2lora", "study", given.plan, "--out", str(given.out)]
+    words += ["--store", str(store), "--workers", "2", "--no-report"]
+    for n_runs in (2, 8):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until(lambda wanted=n_runs: len(runs_in(store)) >= wanted, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+    subprocess.run(words, check=True, capture_output=True, timeout=300)
+    again = [
+        {k: v for k, v in row.items() if k in ("arm", "n", "seed", "scores", "general_loss")}
+        for row in read_rows(tmp_path / "b" / "study" / "results.jsonl")
+    ]
+    first = [
+        {k: v for k, v in row.items() if k in ("arm", "n", "seed", "scores", "general_loss")}
+        for row in whole.results
+    ]
+    assert again == first
+
+
+def wait_until(true: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+    for _ in range(1200):
+        if true():
+            return
+        assert process.poll() is None, "the study ended before it could be killed"
+        time.sleep(0.1)
+    pytest.fail("nothing was run in two minutes")
+
+
+# Arms and controls
+
+
+def test_every_kind_of_arm_runs(tmp_path: Path, plan: dict[str, Any]) -> None:
+    plan["arms"] = [*(kind for kind in KINDS if kind != "init")]
+    plan["sizes"], plan["seeds"], plan["learning_rates"] = [4], 1, [0.01]
+    study = run_study(settings(tmp_path, plan))
+    assert not study.failures
+    assert {row["kind"] for row in study.results} == {*KINDS, "base"} - {"init"}
+    steps = {row["kind"]: row["cost"]["n_steps"] for row in study.results if "cost" in row}
+    assert steps["fresh"] == steps["warm"] == steps["merged"] == steps["warm_a"] == 2
+    assert steps["longer"] == 2 + 4
+    base = next(row for row in study.results if row["arm"] == "base")
+    assert base["n"] == 0
+    shots = next(row for row in study.results if row["kind"] == "few_shot")
+    assert shots["general_loss"] == base["general_loss"]
+
+
+def test_random_weights_have_the_norms_of_the_warm_start_and_nothing_else(
+    warm_start: WarmStart, tmp_path: Path
+) -> None:
+    randomise(warm_start.path, tmp_path / "random", seed=1)
+    old = load_file(warm_start.path / "adapter_model.safetensors")
+    new = load_file(tmp_path / "random" / "adapter_model.safetensors")
+    assert old.keys() == new.keys()
+    for name, tensor in old.items():
+        torch.testing.assert_close(new[name].norm(), tensor.norm())
+        cosine = (new[name] * tensor).sum() / tensor.norm() ** 2
+        assert abs(float(cosine)) < 0.6
+    assert Manifest.read(tmp_path / "random").conversion == {"random_weights_seed": 1}
+
+
+def test_a_mixture_shows_each_row_as_often_as_the_two_phases_do(
+    tmp_path: Path, general: str, titles: str
+) -> None:
+    warm_up = WarmupSettings(data=(general,), out=tmp_path, m=10, epochs=2)
+    training = AdaptSettings(
+        data=(titles,), out=tmp_path, n=8, epochs=3, validation_fraction=0.25, seed=5
+    )
+    train, valid = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
+    write_mixture(warm_up, training, train, valid)
+    texts = [json.dumps(row) for row in read_rows(train)]
+    counts = sorted({texts.count(text) for text in texts})
+    assert counts == [2, 3]
+    assert len(texts) == 2 * 10 + 3 * 6
+    held_out = {json.dumps(row) for row in read_rows(valid)}
+    assert len(held_out) == 2
+    assert not held_out & set(texts)
+
+
+# Findings
+
+
+def write_study(folder: Path, plan: StudyPlan, rows: list[dict[str, Any]]) -> None:
+    folder.mkdir()
+    write_rows(folder / "results.jsonl", rows)
+    write_rows(folder / "trials.jsonl", [])
+    told = {"plan": plan.model_dump(mode="json"), "failures": {}, "rates": [], "warm_ups": {}}
+    (folder / "study.json").write_text(json.dumps({**told, "store": "", "provenance": {}}))
+
+
+def row(arm: str, n: int, seed: int, right: list[float], **values: Any) -> dict[str, Any]:
+    kind = arm if arm in KINDS else "base"
+    place = {"arm": arm, "kind": kind, "task": "problems", "n": n, "seed": seed}
+    scored = {"scores": {"exact_match": right}, "general_loss": None, "choices_right": None}
+    return {**place, **scored, "learning_rate": 0.01, "adapter": None, **values}
+
+
+def test_findings_pair_arms_by_seed_and_item_and_speak_plainly(tmp_path: Path) -> None:
+    plan = read_plan("quick", ["sizes=[16, 64]", "seeds=2"])
+    bad, good = [1.0] * 10 + [0.0] * 90, [1.0] * 60 + [0.0] * 40
+    rows = [
+        row("base", 0, 0, [0.0] * 100, general_loss=1.0),
+        *(row("fresh", 16, seed, bad, general_loss=1.5) for seed in (0, 1)),
+        *(row("warm", 16, seed, good, general_loss=1.25) for seed in (0, 1)),
+        *(row("fresh", 64, seed, good) for seed in (0, 1)),
+        *(row("warm", 64, seed, good) for seed in (0, 1)),
+    ]
+    write_study(tmp_path / "study", plan, rows)
+    findings = read_findings(tmp_path / "study")
+    gain, none = findings.comparisons
+    assert gain.difference.mean == pytest.approx(0.5)
+    assert gain.verdict == "helps"
+    assert none.verdict == "no difference seen"
+    assert none.p_value == 1
+    first, second = findings.verdicts()
+    assert first.startswith("Word problems, n = 16: warm helps against fresh (+50.0 points")
+    assert "no difference seen" in second
+    by_n = {e.n: e.equals for e in findings.efficiency if e.arm == "warm"}
+    assert by_n == {16: 64.0, 64: 64.0}
+    level = findings.level("problems", "warm", 16)
+    assert level is not None
+    assert level.general_loss_change is not None
+    assert level.general_loss_change.tolist() == [0.25, 0.25]
+
+
+def test_a_dry_run_foretells_from_what_has_run(
+    tmp_path: Path, plan: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = settings(tmp_path, plan)
+    run_study(given)
+    words = ["study", given.plan, "--out", str(given.out), "--store", str(tmp_path / "store")]
+    assert main([*words, "--dry-run", "--set", "seeds=3"]) == 0
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if line.startswith("│ cells"))
+    _, _, present, missing, minutes, _ = (part.strip() for part in line.split("│"))
+    assert (present, missing) == ("9", "4")
+    assert 0 <= float(minutes) < 5
