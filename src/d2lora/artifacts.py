@@ -70,6 +70,8 @@ class Manifest(_Part):
     lineage: list[Ancestor]
     adapter_fingerprint: str
     provenance: dict[str, Any]
+    reference: str | None = None
+    """The reference policy, where the objective has one: `base` or `warm_start`."""
     conversion: dict[str, Any] | None = None
     """What `d2lora convert` did to it, if anything."""
 
@@ -187,7 +189,7 @@ def card(manifest: Manifest) -> str:
         "base": f"`{base.id}`" + (f" at {base.revision}" if base.revision else ""),
         "base fingerprint": f"`{base.fingerprint}`",
         "began from": _began(manifest),
-        "objective": manifest.objective.upper(),
+        "objective": _objective(manifest),
         "chat format": manifest.chat_format,
         "rank, alpha": f"{lora.rank}, {lora.alpha:g}",
         "targets": ", ".join(lora.targets),
@@ -201,6 +203,14 @@ def card(manifest: Manifest) -> str:
         f"- `{d['file']}`, {d['rows']:,} rows, sha256 `{d['sha256']}`" for d in manifest.data
     )
     return CARD.format(kind=manifest.kind, base=hub_id, table=table, data=data)
+
+
+def _objective(manifest: Manifest) -> str:
+    name = manifest.objective.upper()
+    if manifest.objective == "sft":
+        return name
+    held = f", reference {manifest.reference}" if manifest.reference else ""
+    return f"{name}, beta {manifest.settings['beta']:g}{held}"
 
 
 def _began(manifest: Manifest) -> str:

@@ -14,11 +14,14 @@ class Cost:
 
     n_steps: int
     n_tokens: int
-    """Tokens run forward and backward, prompts included, padding not."""
+    """Tokens run forward and backward, prompts included, padding not; a pair's prompt counts for
+    both of its completions."""
     n_supervised_tokens: int
     elapsed_s: float
     peak_memory_bytes: int
     n_trainable_parameters: int
+    n_prepass_tokens: int = 0
+    """Tokens run before training: by a reference policy, or for a data-driven beginning."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the cost as plain values."""

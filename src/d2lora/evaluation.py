@@ -17,20 +17,23 @@ import pandas as pd
 from torch import nn
 
 from d2lora.artifacts import check_fit
+from d2lora.batches import Question
 from d2lora.console import Reporter, table_console
-from d2lora.continuations import Question, continuation_scores
-from d2lora.encode import Encoder, encode_all
+from d2lora.continuations import continuation_scores
+from d2lora.encode import Encoder, encode_all, encode_pairs
 from d2lora.errors import DataError, SettingsError
 from d2lora.generation import Decoder, chat_format_of, decode
 from d2lora.lean import lean_layers
-from d2lora.metrics import SCORERS
+from d2lora.metrics import MAIN_SCORE, SCORERS, columns_of, preference
 from d2lora.models import Base, attach_adapter, detach_adapter, load_base, merged
+from d2lora.pair_scores import pair_log_probabilities
+from d2lora.rows import Example, Message
 from d2lora.runs import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
 from d2lora.scorer import TokenScorer, mean_loss
 from d2lora.scores import Evaluation, Forgetting, forgetting_table, score_table
 from d2lora.settings import EvaluateSettings
 from d2lora.stats import Difference, Interval, mean_interval, paired_difference
-from d2lora.tasks import Choice, Example, Message, TaskData, read_choices, read_task
+from d2lora.tasks import Choice, TaskData, read_choices, read_task
 
 BASE = "base"
 
@@ -62,7 +65,7 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
     names = _names(settings)
     RunFolder.open(settings.out, "")
     task = read_task(settings.data, settings.task) if settings.data else None
-    if task is not None and task.task.score not in SCORERS:
+    if task is not None and task.task.score not in MAIN_SCORE:
         raise DataError(f"task {task.task.name} has no scored output; give it as --general-text")
     general = read_task(settings.general_text, "auto").examples if settings.general_text else []
     choices = read_choices(settings.choices) if settings.choices else []
@@ -120,6 +123,8 @@ def _score_task(
     if data is None:
         return []
     examples = data.examples[: settings.limit]
+    if data.task.score == "preference":
+        return _score_preferences(model, base, encoder, name, examples, settings)
     scorer = SCORERS[data.task.score]
     decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size)
     prompts = [encoder.prompt_ids(example.prompt) for example in examples]
@@ -131,6 +136,36 @@ def _score_task(
             )
             bar.update(len(records))
     return [records[index] for index in range(len(examples))]
+
+
+def _score_preferences(
+    model: nn.Module,
+    base: Base,
+    encoder: Encoder,
+    name: str,
+    examples: Sequence[Example],
+    settings: EvaluateSettings,
+) -> list[dict[str, Any]]:
+    """Record how likely both completions of each pair are; over-long rows follow the settings."""
+    encoded = encode_pairs(encoder, examples, settings.max_length, settings.overlong)
+    records: list[dict[str, Any]] = []
+    sums = pair_log_probabilities(TokenScorer(model).eval(), encoded.items, base.pad_id)
+    for index, pair, (chosen, rejected) in zip(encoded.kept, encoded.items, sums, strict=True):
+        lengths = (pair.chosen.n_supervised, pair.rejected.n_supervised)
+        example = examples[index]
+        records.append(
+            {
+                "adapter": name,
+                "row": index,
+                "prompt": example.prompt[-1].content,
+                "chosen": example.completion,
+                "rejected": example.rejected,
+                "log_probability_chosen": chosen,
+                "log_probability_rejected": rejected,
+                **preference((chosen, rejected), lengths),
+            }
+        )
+    return records
 
 
 def _record(
@@ -195,7 +230,7 @@ def _evaluated(
     scores: dict[str, dict[str, Interval]] = {}
     differences: dict[str, dict[str, Difference]] = {}
     if task is not None:
-        columns = list(SCORERS[task.task.score]("", "0"))
+        columns = columns_of(task.task.score)
         table = {
             name: {c: np.array([record[c] for record in measured[name].records]) for c in columns}
             for name in named

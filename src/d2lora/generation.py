@@ -19,9 +19,10 @@ from d2lora.artifacts import Manifest, check_fit, has_manifest
 from d2lora.encode import Encoder
 from d2lora.errors import DataError, SettingsError
 from d2lora.models import Base, attach_adapter, causal_model, load_base
+from d2lora.rows import Message
 from d2lora.runs import write_text
 from d2lora.settings import GenerateSettings
-from d2lora.tasks import Message, read_task
+from d2lora.tasks import read_task
 
 
 @dataclass(frozen=True)

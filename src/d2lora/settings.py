@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from d2lora.errors import SettingsError, did_you_mean, listed
@@ -23,7 +24,10 @@ ChatFormat = Literal["auto", "template", "plain"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["linear", "cosine", "constant"]
-TaskName = Literal["auto", "gsm8k", "titles", "instruct", "text"]
+TaskName = Literal["auto", "gsm8k", "titles", "instruct", "text", "preferences"]
+ObjectiveName = Literal["sft", "dpo", "orpo"]
+DPOLoss = Literal["sigmoid", "robust", "sigmoid_norm"]
+Reference = Literal["base", "warm_start"]
 
 
 class Settings(BaseModel):
@@ -152,7 +156,43 @@ class TrainSettings(Settings):
     """Seed of dropout. None: from seed."""
 
 
-class PhaseSettings(BaseSettings, FormatSettings, LoraSettings, TrainSettings):
+class ObjectiveSettings(Settings):
+    """What is minimised; names and defaults are TRL's."""
+
+    objective: ObjectiveName = "sft"
+    """sft: learn completions; dpo, orpo: learn which of two is better, from rows with `prompt`,
+    `chosen` and `rejected`. sft on such rows learns the chosen completions. dpo wants a lower
+    learning rate than sft."""
+    beta: float = Field(default=0.1, gt=0)
+    """dpo: how strongly the policy is held to the reference. orpo: weight of the odds ratio."""
+    loss_type: DPOLoss = "sigmoid"
+    """dpo: sigmoid, robust (to flipped labels) or sigmoid_norm (log ratios per token)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """dpo: probability that a label is flipped."""
+    reference: Reference | None = None
+    """dpo: the reference policy: base, or warm_start (the adapter as it begins). None:
+    warm_start where the run begins from one, else base."""
+    orpo_prompt_loss: bool = False
+    """orpo: take the cross-entropy over the prompt too, as TRL does; the paper's eq. 2 does
+    not."""
+
+    @model_validator(mode="after")
+    def _of_the_objective(self) -> Self:
+        own = {
+            "dpo": {"loss_type", "label_smoothing", "reference"},
+            "orpo": {"orpo_prompt_loss"},
+        }
+        for objective, names in own.items():
+            for name in sorted(names):
+                default = type(self).model_fields[name].default
+                if objective != self.objective and getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name} is a setting of --objective {objective}, not of {self.objective}"
+                    )
+        return self
+
+
+class PhaseSettings(BaseSettings, FormatSettings, LoraSettings, ObjectiveSettings, TrainSettings):
     """What warm-up and adaptation share."""
 
     data: tuple[str, ...]
@@ -175,6 +215,13 @@ class WarmupSettings(PhaseSettings):
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of the rows kept for the general loss before and after, in the manifest."""
 
+    @field_validator("reference")
+    @classmethod
+    def _no_warm_start_yet(cls, reference: Reference | None) -> Reference | None:
+        if reference == "warm_start":
+            raise ValueError("a warm-up begins from no warm start; use base")
+        return reference
+
 
 class AdaptSettings(PhaseSettings):
     """`d2lora adapt`: base + scarce task data + init -> adapter."""
@@ -185,6 +232,15 @@ class AdaptSettings(PhaseSettings):
     """Strength of the warm start: its B is multiplied by this. 0: its A with zero B."""
     n: int | None = Field(default=None, ge=1)
     """Rows to use, validation rows included; subsets nest. None: all."""
+
+    @model_validator(mode="after")
+    def _reference_is_there(self) -> Self:
+        if self.reference == "warm_start" and self.init == "fresh":
+            raise ValueError(
+                "--reference warm_start, but the run begins from no warm start; give --init its "
+                "folder, or use --reference base"
+            )
+        return self
 
 
 class GenerationSettings(Settings):
@@ -296,5 +352,8 @@ def _explained(kind: type[Settings], error: ValidationError) -> str:
             faults.append(f"`{name}` is needed: give it as --{name} or in the settings file")
         else:
             reason = fault["msg"].removeprefix("Value error, ")
+            if not name:  # two settings contradict each other
+                faults.append(reason)
+                continue
             faults.append(f"`{name}`: {reason[0].lower()}{reason[1:]}, got {fault['input']!r}")
     return f"wrong settings:\n{listed(faults)}"
