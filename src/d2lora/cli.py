@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "base + adapters + task -> scores, records, forgetting",
     "inspect": "what is in an adapter: spectrum, origin, fit, advice",
     "convert": "another rank or strength, or a merge into the base",
+    "pairs": "task rows with gold answers -> preference rows, by sampling",
     "generate": "try an adapter on a prompt or a file of prompts",
 }
 
@@ -75,6 +76,7 @@ def _run(command: str, words: list[str]) -> None:
         "evaluate": ("evaluation", settings.EvaluateSettings),
         "inspect": ("inspection", settings.InspectSettings),
         "convert": ("conversion", settings.ConvertSettings),
+        "pairs": ("pairs", settings.PairsSettings),
         "generate": ("generation", settings.GenerateSettings),
     }
     if command not in homes:

@@ -6,8 +6,7 @@ done.json                        the marker of completion
 """
 
 import json
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,14 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from d2lora.artifacts import check_fit
 from d2lora.batches import Question
 from d2lora.console import Reporter, table_console
 from d2lora.continuations import continuation_scores
 from d2lora.encode import Encoder, encode_all, encode_pairs
 from d2lora.errors import DataError, SettingsError
-from d2lora.generation import Decoder, chat_format_of, decode
-from d2lora.lean import lean_layers
+from d2lora.generation import Decoder, adapted, chat_format_of, decode
 from d2lora.metrics import MAIN_SCORE, SCORERS, columns_of, preference
-from d2lora.models import Base, attach_adapter, detach_adapter, load_base, merged
+from d2lora.models import Base, load_base
 from d2lora.pair_scores import pair_log_probabilities
 from d2lora.rows import Example, Message
 from d2lora.runs import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
@@ -74,8 +71,8 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
     for name in names:
         scored = task if name in settings.adapters or not settings.adapters else None
         reporter.say(f"evaluating {name}")
-        with _adapted(base, name) as model:
-            path = None if name == BASE else Path(name)
+        path = None if name == BASE else Path(name)
+        with adapted(base, path) as model:
             encoder = Encoder.of(base, chat_format_of(path, settings.chat_format))
             measured[name] = _Raw(
                 _score_task(model, base, encoder, name, scored, settings, reporter),
@@ -94,21 +91,6 @@ def _names(settings: EvaluateSettings) -> list[str]:
     names = list(dict.fromkeys(settings.adapters)) or [BASE]
     forgetting = settings.general_text or settings.choices
     return [BASE, *names] if forgetting and BASE not in names else names
-
-
-@contextmanager
-def _adapted(base: Base, name: str) -> Generator[nn.Module]:
-    if name == BASE:
-        with lean_layers(base.model):
-            yield base.model
-        return
-    check_fit(Path(name), base)
-    model = attach_adapter(base.model, Path(name), trainable=False)
-    try:
-        with merged(model), lean_layers(model):
-            yield model
-    finally:
-        detach_adapter(model)
 
 
 def _score_task(

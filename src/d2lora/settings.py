@@ -293,6 +293,31 @@ class GenerateSettings(BaseSettings, GenerationSettings):
     """JSONL file to write. None: print."""
 
 
+class PairsSettings(BaseSettings, FormatSettings, GenerationSettings):
+    """`d2lora pairs`: task rows with gold answers -> preference rows, by sampling."""
+
+    data: tuple[str, ...]
+    """Rows of a task that has gold answers."""
+    out: Path
+    """Folder to write: `pairs.jsonl` and how it came about."""
+    adapter: str | None = None
+    """Adapter to sample from. None: the base alone."""
+    n: int | None = Field(default=None, ge=1)
+    """Prompts to sample, a seeded choice. None: all."""
+    samples: int = Field(default=4, ge=1)
+    """Samples of each prompt; exact duplicates count once."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of sampling."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Only the likeliest tokens with this total probability."""
+    chosen: Literal["gold", "sample"] = "gold"
+    """The better completion: the gold answer, or a sample as good as it where there is one."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the choice of prompts and of sampling."""
+    quiet: bool = False
+    """No progress bar and no messages."""
+
+
 class ConvertSettings(BaseSettings):
     """`d2lora convert`: another rank, another strength, or a merge into the base."""
 
