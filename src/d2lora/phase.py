@@ -10,25 +10,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftModel
 
 from d2lora import checkpoint
 from d2lora.artifacts import (
     FORMAT_VERSION,
-    Ancestor,
     LoraRecord,
     Manifest,
     base_record,
     fingerprint_of_adapter,
-    save_adapter,
     write_manifest,
 )
 from d2lora.console import Reporter
 from d2lora.data import Fault, nested_order, split_validation
 from d2lora.encode import EncodedSet, Encoder, encode_all, encode_pairs
 from d2lora.errors import DataError
-from d2lora.inits import LoraShape
-from d2lora.models import Base, detach_adapter
+from d2lora.initialization import Beginning
+from d2lora.models import Base
 from d2lora.objectives import objective_of
 from d2lora.reference import ReferencePolicy, with_reference
 from d2lora.rows import Example
@@ -120,15 +117,13 @@ def _check_objective(settings: PhaseSettings, data: TaskData, reporter: Reporter
 def run_phase(
     settings: WarmupSettings | AdaptSettings,
     base: Base,
-    model: PeftModel,
-    shape: LoraShape,
+    beginning: Beginning,
     rows: Rows,
     encoder: Encoder,
-    lineage: Sequence[Ancestor],
     run: RunFolder,
     reporter: Reporter,
 ) -> None:
-    """Train the adapter on `model`, write it with its manifest, and take it off the base.
+    """Train an adapter from its beginning, and write it with its manifest.
 
     With several processes the first writes, after all have found the folder free.
     """
@@ -138,11 +133,14 @@ def run_phase(
         run.begin(settings.to_yaml())
         _set_aside(rows.faults, run, reporter)
     everyone.wait_for_everyone()
-    n_prepass_tokens = 0
-    reference = reference_name(settings, lineage)
+    model = beginning.model
+    n_scored_tokens = 0
+    reference = reference_name(settings, beginning)
     if reference is not None:
-        policy = ReferencePolicy(reference, model, reference == "base", base.fingerprint)
-        pairs, n_prepass_tokens = with_reference(
+        # Where a part of the base is in the adapter, the base is the adapter as it begins.
+        off = reference == "base" and not beginning.changes_base
+        policy = ReferencePolicy(reference, model, off, base.fingerprint)
+        pairs, n_scored_tokens = with_reference(
             policy,
             [*rows.train, *rows.valid],
             run.path,
@@ -164,13 +162,13 @@ def run_phase(
         pad_id=base.pad_id,
         resume=settings.resume,
     )
-    trained = replace(trained, cost=replace(trained.cost, n_prepass_tokens=n_prepass_tokens))
+    n_before = n_scored_tokens + beginning.about.n_tokens
+    trained = replace(trained, cost=replace(trained.cost, n_prepass_tokens=n_before))
     if is_main_process():
-        _save_weights(model, run)
-        manifest = _manifest(settings, base, shape, rows, encoder, lineage, trained, run)
+        saved = _save_weights(beginning, run)
+        manifest = _manifest(settings, base, saved, rows, encoder, trained, run)
         _finish(manifest, rows, str(base.model.device), run)
     everyone.wait_for_everyone()
-    detach_adapter(model)
     cost = trained.cost
     reporter.say(
         f"written to {run.path} ({cost.n_steps:,} steps, {cost.n_tokens:,} tokens, "
@@ -179,21 +177,22 @@ def run_phase(
 
 
 def reference_name(
-    settings: WarmupSettings | AdaptSettings, lineage: Sequence[Ancestor]
+    settings: WarmupSettings | AdaptSettings, beginning: Beginning
 ) -> Reference | None:
     """Return the reference policy that DPO is held to; None for other objectives."""
     if settings.objective != "dpo":
         return None
-    return settings.reference or ("warm_start" if lineage else "base")
+    return settings.reference or ("warm_start" if beginning.lineage else "base")
 
 
-def _save_weights(model: PeftModel, run: RunFolder) -> None:
+def _save_weights(beginning: Beginning, run: RunFolder) -> Beginning:
     """Write the adapter's files into the run folder, each whole."""
     with new_folder(run.path / "adapter") as folder:
-        save_adapter(model, folder)
+        saved = beginning.save(folder)
     for file in (run.path / "adapter").iterdir():
         file.replace(run.path / file.name)
     (run.path / "adapter").rmdir()
+    return saved
 
 
 def _finish(manifest: Manifest, rows: Rows, device: str, run: RunFolder) -> None:
@@ -208,10 +207,9 @@ def _finish(manifest: Manifest, rows: Rows, device: str, run: RunFolder) -> None
 def _manifest(
     settings: WarmupSettings | AdaptSettings,
     base: Base,
-    shape: LoraShape,
+    beginning: Beginning,
     rows: Rows,
     encoder: Encoder,
-    lineage: Sequence[Ancestor],
     trained: Trained,
     run: RunFolder,
 ) -> Manifest:
@@ -220,11 +218,9 @@ def _manifest(
         kind="warm start" if isinstance(settings, WarmupSettings) else "adapter",
         base=base_record(base),
         objective=settings.objective,
-        reference=reference_name(settings, lineage),
+        reference=reference_name(settings, beginning),
         chat_format=encoder.format,
-        lora=LoraRecord(
-            rank=shape.rank, alpha=shape.alpha, dropout=shape.dropout, targets=shape.targets
-        ),
+        lora=LoraRecord.of(beginning.shape),
         data=[dict(source) for source in rows.sources],
         n_examples=len(rows.train) + (0 if settings.validation_data else len(rows.valid)),
         selection=rows.selection,
@@ -232,7 +228,8 @@ def _manifest(
         cost=trained.cost.to_json(),
         validation_loss_before=trained.progress.validation_before,
         validation_loss_after=trained.progress.validation_after,
-        lineage=list(lineage),
+        lineage=list(beginning.lineage),
+        initialization=beginning.about.to_json(),
         adapter_fingerprint=fingerprint_of_adapter(run.path),
         provenance=provenance(),
     )

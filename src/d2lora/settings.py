@@ -5,6 +5,7 @@ section that it needs (`train(settings: TrainSettings)`) and is handed the whole
 here and nowhere else.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -28,6 +29,14 @@ TaskName = Literal["auto", "gsm8k", "titles", "instruct", "text", "preferences"]
 ObjectiveName = Literal["sft", "dpo", "orpo"]
 DPOLoss = Literal["sigmoid", "robust", "sigmoid_norm"]
 Reference = Literal["base", "warm_start"]
+FRESH = "fresh"
+PEFT_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq", "lora_ga")
+DATA_DRIVEN = ("eva", "corda", "lora_ga")
+
+
+def is_named_init(name: str) -> bool:
+    """Say whether a beginning is a new adapter: fresh, or by an initialization of PEFT's."""
+    return name == FRESH or name in PEFT_INITS or re.fullmatch(r"pissa_niter_\d+", name) is not None
 
 
 class Settings(BaseModel):
@@ -106,6 +115,11 @@ class LoraSettings(Settings):
     """Dropout on the adapter's input, probability. Default 0."""
     targets: tuple[str, ...] | None = None
     """Module names that get an adapter, as in `q_proj v_proj`, or `all-linear` (default)."""
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(rank): rank-stabilized LoRA. A warm start brings its own."""
+    dora: bool = False
+    """Learn the weights' magnitudes apart from their directions (DoRA); slower. A warm start
+    brings its own."""
 
 
 class TrainSettings(Settings):
@@ -126,6 +140,8 @@ class TrainSettings(Settings):
     """Most examples in one forward pass. None: only micro_batch_tokens counts."""
     lean: bool = True
     """Use the faster pass through LoRA layers where it is equal to PEFT's."""
+    lora_plus_ratio: float = Field(default=1.0, gt=0)
+    """LoRA+: B learns at this many times the learning rate. 1: as A does."""
     schedule: Schedule = "linear"
     """Learning rate after the warm-up steps: linear or cosine to zero, or constant."""
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
@@ -199,6 +215,12 @@ class PhaseSettings(BaseSettings, FormatSettings, LoraSettings, ObjectiveSetting
     """Training data: files (JSONL, JSON, CSV, Parquet) or hub ids (`owner/name:split`)."""
     out: Path
     """Run folder to write."""
+    init: str = FRESH
+    """How the adapter begins: `fresh` (random A, zero B) or one of PEFT's initializations:
+    gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, corda, loftq, lora_ga. Those that
+    change the base are converted when saved, to an ordinary adapter of twice the rank."""
+    init_samples: int = Field(default=64, ge=1)
+    """Training rows that eva, corda and lora_ga look at, at most."""
     validation_data: tuple[str, ...] = ()
     """Held-out rows for validation loss, instead of validation_fraction."""
     resume: bool = False
@@ -215,6 +237,17 @@ class WarmupSettings(PhaseSettings):
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of the rows kept for the general loss before and after, in the manifest."""
 
+    @field_validator("init")
+    @classmethod
+    def _new(cls, init: str) -> str:
+        if not is_named_init(init):
+            hint = did_you_mean(init, (FRESH, *PEFT_INITS))
+            raise ValueError(
+                f"a warm-up begins anew: expected fresh, {', '.join(PEFT_INITS)} or "
+                f"pissa_niter_N.{hint}"
+            )
+        return init
+
     @field_validator("reference")
     @classmethod
     def _no_warm_start_yet(cls, reference: Reference | None) -> Reference | None:
@@ -226,8 +259,11 @@ class WarmupSettings(PhaseSettings):
 class AdaptSettings(PhaseSettings):
     """`d2lora adapt`: base + scarce task data + init -> adapter."""
 
-    init: str = "fresh"
-    """How the adapter begins: `fresh` (random A, zero B) or the folder of a warm start."""
+    init: str = FRESH
+    """How the adapter begins: the folder of a warm start, `fresh` (random A, zero B) or one of
+    PEFT's initializations: gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, corda, loftq,
+    lora_ga. Those that change the base are converted when saved, to an ordinary adapter of twice
+    the rank."""
     init_scale: float = Field(default=1.0, ge=0, le=1)
     """Strength of the warm start: its B is multiplied by this. 0: its A with zero B."""
     n: int | None = Field(default=None, ge=1)
@@ -235,7 +271,7 @@ class AdaptSettings(PhaseSettings):
 
     @model_validator(mode="after")
     def _reference_is_there(self) -> Self:
-        if self.reference == "warm_start" and self.init == "fresh":
+        if self.reference == "warm_start" and is_named_init(self.init):
             raise ValueError(
                 "--reference warm_start, but the run begins from no warm start; give --init its "
                 "folder, or use --reference base"

@@ -22,6 +22,7 @@ from d2lora.console import Reporter
 from d2lora.cost import Cost, peak_memory_bytes
 from d2lora.data import stream_seed
 from d2lora.errors import TrainingError
+from d2lora.inits import adamw
 from d2lora.lean import lean_layers
 from d2lora.objectives import Objective
 from d2lora.runs import RunFolder, is_main_process
@@ -103,9 +104,7 @@ def train(
     device = next(iter(parameters.values())).device
     accelerator = Accelerator(cpu=device.type == "cpu")
     scorer = accelerator.prepare(TokenScorer(model))
-    optimizer = AdamW(
-        parameters.values(), lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay
-    )
+    optimizer = adamw(model, settings)
     plan = Plan.of(len(train_set), settings, seed_of(settings, "order"))
     state = _State(parameters, optimizer)
 
@@ -212,7 +211,7 @@ def _step(
             f"--learning-rate (now {settings.learning_rate:g}), or use --dtype float32"
         )
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)
     state.optimizer.step()
     state.optimizer.zero_grad()
     progress.step += 1
