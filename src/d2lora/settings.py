@@ -355,7 +355,7 @@ class PairsSettings(BaseSettings, FormatSettings, GenerationSettings):
 
 
 class ConvertSettings(BaseSettings):
-    """`d2lora convert`: another rank, another strength, or a merge into the base."""
+    """`d2lora convert`: another rank or strength, a mixture, a part, or a merge into the base."""
 
     adapter: str
     """Adapter or warm start to convert; it stays as it is."""
@@ -365,6 +365,17 @@ class ConvertSettings(BaseSettings):
     """New rank: a higher one keeps the function, a lower one the best part of it."""
     scale: float | None = Field(default=None, gt=0)
     """Multiply the update by this."""
+    mix: tuple[str, ...] = ()
+    """Further adapters of the same base to mix with this one."""
+    mix_weights: tuple[float, ...] = ()
+    """Weight of each adapter, this one first. Empty: equal, with sum 1."""
+    mix_method: Literal["cat", "average"] = "cat"
+    """cat: exact, the ranks add up (--rank R brings them down); average: of A and of B, where
+    shapes agree, which is not the average of the updates."""
+    targets: tuple[str, ...] | None = None
+    """Keep these modules only, as in `q_proj v_proj`."""
+    layers: tuple[int, ...] | None = None
+    """Keep these layers only, by number."""
     merge: bool = False
     """Fold the adapter into the base and write a plain model folder."""
     seed: int = Field(default=0, ge=0)
