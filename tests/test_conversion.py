@@ -19,6 +19,7 @@ from d2lora import (
     convert,
 )
 from d2lora.factors import Factors, extend, singular_values, truncate
+from d2lora.mixing import Plain
 
 PROBE = torch.arange(5, 60)[None]
 
@@ -181,3 +182,97 @@ def test_a_conversion_asks_for_one_thing(
 ) -> None:
     with pytest.raises(SettingsError, match="--merge alone"):
         convert(ConvertSettings(adapter=str(warm_start.path), out=tmp_path / "x", **asked))
+
+
+def other_start(tmp_path: Path, tiny_base: str, problems: str, **changes: object) -> Path:
+    settings = {"rank": 3, "alpha": 9.0, "max_steps": 4, "learning_rate": 1e-2, **changes}
+    return adapt(
+        AdaptSettings(
+            base=tiny_base, data=(problems,), out=tmp_path / "other", quiet=True, **settings
+        )
+    ).path
+
+
+def updates(folder: Path) -> dict[str, torch.Tensor]:
+    adapter = Plain.read(folder)
+    return {
+        name: adapter.scale * (f.b.double() @ f.a.double()) for name, f in adapter.layers.items()
+    }
+
+
+def test_a_mixture_is_the_weighted_sum_of_the_updates_and_a_warm_start(
+    tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart
+) -> None:
+    other = other_start(tmp_path, tiny_base, problems)
+    common = {"adapter": str(warm_start.path), "mix": (str(other),), "mix_weights": (0.7, -0.2)}
+    mixed = convert(ConvertSettings(out=tmp_path / "m", **common)).path
+    first, second, whole = (updates(path) for path in (warm_start.path, other, mixed))
+    for name, value in whole.items():
+        torch.testing.assert_close(
+            value, 0.7 * first[name] - 0.2 * second[name], rtol=1e-5, atol=1e-7
+        )
+    loaded = WarmStart.load(mixed)
+    assert loaded.manifest.lora.rank == 7
+    assert [a.path for a in loaded.manifest.lineage][-2:] == [str(warm_start.path), str(other)]
+    lower = convert(ConvertSettings(out=tmp_path / "l", rank=4, **common))
+    assert Plain.read(lower.path).config.r == 4
+    assert all(0 < kept <= 1 for kept in lower.energy_kept.values())
+    assert torch.isfinite(logits(tiny_base, lower.path)).all()
+
+
+def test_an_average_of_factors_needs_equal_shapes(
+    tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart
+) -> None:
+    path = str(warm_start.path)
+    same = convert(
+        ConvertSettings(adapter=path, mix=(path,), mix_method="average", out=tmp_path / "same")
+    )
+    before, after = updates(warm_start.path), updates(same.path)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value)
+    other = str(other_start(tmp_path, tiny_base, problems))
+    with pytest.raises(ModelError, match="--mix-method cat"):
+        convert(
+            ConvertSettings(adapter=path, mix=(other,), mix_method="average", out=tmp_path / "x")
+        )
+    with pytest.raises(SettingsError, match=r"2 adapters are mixed, got 1 weight"):
+        convert(ConvertSettings(adapter=path, mix=(other,), mix_weights=(1.0,), out=tmp_path / "x"))
+
+
+def test_adapters_of_different_bases_are_not_mixed(
+    tmp_path: Path, other_base: str, problems: str, warm_start: WarmStart
+) -> None:
+    foreign = other_start(tmp_path, other_base, problems)
+    with pytest.raises(ModelError, match="has other weights"):
+        convert(
+            ConvertSettings(
+                adapter=str(warm_start.path), mix=(str(foreign),), out=tmp_path / "x"
+            )
+        )  # fmt: skip
+
+
+def test_a_part_of_a_warm_start_keeps_its_layers_as_they_are_and_trains(
+    tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart
+) -> None:
+    path = convert(
+        ConvertSettings(
+            adapter=str(warm_start.path), targets=("q_proj", "v_proj"), layers=(1,),
+            out=tmp_path / "part",
+        )
+    ).path  # fmt: skip
+    before, after = updates(warm_start.path), updates(path)
+    assert after.keys() == {
+        n for n in before if ".layers.1." in n and n.endswith(("q_proj", "v_proj"))
+    }
+    for name, value in after.items():
+        assert torch.equal(value, before[name])
+    adapter = adapt(
+        AdaptSettings(
+            base=tiny_base, data=(problems,), init=str(path), out=tmp_path / "a", max_steps=2,
+            quiet=True,
+        )
+    )  # fmt: skip
+    assert updates(adapter.path).keys() == after.keys()
+    for option, faulty in ({"targets": ("w_proj",)}, "w_proj"), ({"layers": (7,)}, "7"):
+        with pytest.raises(SettingsError, match=f"the adapter has no {faulty}; it has"):
+            convert(ConvertSettings(adapter=str(warm_start.path), out=tmp_path / "x", **option))

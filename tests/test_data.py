@@ -13,7 +13,8 @@ from support import SHARED, needs_shared_data, write_rows
 
 from d2lora.data import nested_order, read_source, split_validation, stream_seed
 from d2lora.errors import DataError
-from d2lora.tasks import Message, read_choices, read_task
+from d2lora.rows import Message
+from d2lora.tasks import read_choices, read_task
 
 ROWS = [{"prompt": f"Say {word}", "completion": word} for word in ("one", "two", "drei, vier")]
 

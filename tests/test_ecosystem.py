@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from d2lora import AdaptSettings, WarmStart, WarmStartError, adapt
-from d2lora.encode import Encoder, collate
+from d2lora.batches import collate
+from d2lora.encode import Encoder
 from d2lora.models import attach_adapter, load_base
 from d2lora.objectives import SFT
 from d2lora.scorer import TokenScorer
@@ -162,6 +163,6 @@ def test_the_loss_is_trl_s_on_the_same_batch(
     logged = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
     attached = attach_adapter(base.model, warm_start.path, trainable=False)
     with torch.no_grad():
-        loss = SFT().loss_sum(TokenScorer(attached), items, base.pad_id) / SFT().weight(items)
+        loss = SFT().share(TokenScorer(attached), items, items, base.pad_id).loss
     assert ours.targets_P.numel() == sum(len(row) for row in supervised)
     assert float(loss) == pytest.approx(logged, rel=1e-4)

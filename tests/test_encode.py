@@ -9,21 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from d2lora.encode import (
-    Encoded,
-    Encoder,
-    collate,
-    encode_all,
-    micro_batches,
-    resolve_format,
-    truncate,
-)
+from d2lora.batches import Encoded, collate, micro_batches
+from d2lora.encode import Encoder, encode_all, resolve_format
 from d2lora.errors import DataError, SettingsError
 from d2lora.models import Base, load_base
 from d2lora.objectives import SFT
+from d2lora.rows import Example, Message
 from d2lora.scorer import TokenScorer
 from d2lora.settings import BaseSettings
-from d2lora.tasks import Example, Message
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|eos|>\n{% endfor %}"
@@ -132,7 +125,7 @@ def test_truncation_never_eats_the_whole_completion(
     n_prompt: int, n_completion: int, limit: int
 ) -> None:
     item = Encoded(tuple(range(n_prompt + n_completion)), n_prompt)
-    cut = truncate(item, limit)
+    cut = item.truncated(limit)
     assert len(cut.ids) == min(limit, len(item.ids))
     kept = cut.ids[cut.n_prompt :]
     assert kept == item.ids[n_prompt : n_prompt + len(kept)]
@@ -169,7 +162,7 @@ def test_the_loss_is_the_model_s_own(tiny_base: str, completions: list[str]) -> 
     items = [encoder.encode(example(completion=text)) for text in completions]
     scorer = TokenScorer(loaded.model).eval()
     with torch.no_grad():
-        ours = SFT().loss_sum(scorer, items, loaded.pad_id) / SFT().weight(items)
+        ours = SFT().share(scorer, items, items, loaded.pad_id).loss
         batch = collate(items, loaded.pad_id)
         labels = torch.full_like(batch.ids_BT, -100)
         labels[batch.rows_P, batch.columns_P + 1] = batch.targets_P

@@ -30,8 +30,8 @@ from d2lora.models import (
     load_base,
     merged,
 )
+from d2lora.rows import Message
 from d2lora.settings import BaseSettings
-from d2lora.tasks import Message
 
 
 @pytest.fixture(scope="module")

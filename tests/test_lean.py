@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 from d2lora import products
-from d2lora.continuations import Question, _apart, _together, continuation_scores
+from d2lora.batches import Question
+from d2lora.continuations import _apart, _together, continuation_scores
 from d2lora.lean import lean_layers
 from d2lora.models import load_base
 from d2lora.scorer import TokenScorer

@@ -23,7 +23,7 @@ from d2lora.embedded import choice_rows, general_rows, title_rows
 from d2lora.errors import DataError, SettingsError
 from d2lora.findings import read_findings
 from d2lora.jobs import Job, Scored, Trial, perform
-from d2lora.mixing import write_mixture
+from d2lora.mixture import write_mixture
 from d2lora.needs import Cell, Needs
 from d2lora.plan import KINDS, StudyPlan, read_plan, shipped
 from d2lora.settings import StudySettings
@@ -287,7 +287,7 @@ def wait_until(true: Callable[[], bool], process: "subprocess.Popen[bytes]") -> 
 
 def test_every_kind_of_arm_runs(tmp_path: Path, plan: dict[str, Any]) -> None:
     plan["arms"] = [*(kind for kind in KINDS if kind != "init")]
-    plan["sizes"], plan["seeds"], plan["learning_rates"] = [4], 1, [0.01]
+    plan["sizes"], plan["seeds"], plan["learning_rates"], plan["shots"] = [4], 1, [0.01], 1
     study = run_study(settings(tmp_path, plan))
     assert not study.failures
     assert {row["kind"] for row in study.results} == {*KINDS, "base"} - {"init"}
@@ -371,7 +371,7 @@ def test_findings_pair_arms_by_seed_and_item_and_speak_plainly(tmp_path: Path) -
     assert first.startswith("Word problems, n = 16: warm helps against fresh (+50.0 points")
     assert "no difference seen" in second
     by_n = {e.n: e.equals for e in findings.efficiency if e.arm == "warm"}
-    assert by_n == {16: 64.0, 64: 64.0}
+    assert by_n == pytest.approx({16: 64, 64: 64})
     level = findings.level("problems", "warm", 16)
     assert level is not None
     assert level.general_loss_change is not None

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from d2lora.evaluation import evaluate
     from d2lora.generation import generate
     from d2lora.inspection import Inspection, inspect
+    from d2lora.pairs import PairsMade, make_pairs
     from d2lora.scores import Evaluation
     from d2lora.settings import (
         AdaptSettings,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         EvaluateSettings,
         GenerateSettings,
         InspectSettings,
+        PairsSettings,
         WarmupSettings,
     )
     from d2lora.warmstart import WarmStart
@@ -51,6 +53,9 @@ _HOMES = {
     "InspectSettings": "settings",
     "Inspection": "inspection",
     "ModelError": "errors",
+    "PairsMade": "pairs",
+    "PairsSettings": "settings",
+    "make_pairs": "pairs",
     "RunError": "errors",
     "SettingsError": "errors",
     "TrainingError": "errors",
@@ -80,6 +85,8 @@ __all__ = [
     "InspectSettings",
     "Inspection",
     "ModelError",
+    "PairsMade",
+    "PairsSettings",
     "RunError",
     "SettingsError",
     "TrainingError",
@@ -91,6 +98,7 @@ __all__ = [
     "evaluate",
     "generate",
     "inspect",
+    "make_pairs",
     "warm_up",
 ]
 

@@ -1,29 +1,21 @@
 """Phase 2: base + scarce task data + init -> adapter."""
 
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
-from peft import PeftModel
-
-from d2lora.artifacts import Adapter, Ancestor, ancestor_of
+from d2lora.artifacts import Adapter, ancestor_of
+from d2lora.batches import Item
 from d2lora.console import Reporter
 from d2lora.encode import Encoder
 from d2lora.errors import SettingsError, WarmStartError
-from d2lora.inits import LoraShape, attach_fresh
-from d2lora.models import Base, load_base
+from d2lora.initialization import Beginning, Initialization, begin
+from d2lora.inits import LoraShape
+from d2lora.models import Base, detach_adapter, load_base
 from d2lora.phase import prepare_rows, run_phase
 from d2lora.runs import RunFolder
-from d2lora.settings import AdaptSettings
+from d2lora.settings import AdaptSettings, is_named_init
 from d2lora.train import seed_of
 from d2lora.warmstart import WarmStart
-
-FRESH = "fresh"
-
-
-@dataclass(frozen=True)
-class _Beginning:
-    model: PeftModel
-    shape: LoraShape
-    lineage: tuple[Ancestor, ...]
 
 
 def adapt(settings: AdaptSettings, base: Base | None = None) -> Adapter:
@@ -41,37 +33,32 @@ def adapt(settings: AdaptSettings, base: Base | None = None) -> Adapter:
             used.
     """
     reporter = Reporter(quiet=settings.quiet)
-    warm_start = None if settings.init == FRESH else WarmStart.load(settings.init)
+    warm_start = None if is_named_init(settings.init) else WarmStart.load(settings.init)
     if warm_start is None and settings.init_scale != 1:
-        raise SettingsError("--init-scale weakens a warm start; a fresh adapter has zero B")
+        raise SettingsError(f"--init-scale weakens a warm start; --init {settings.init} is none")
     chat_format = _inherited_format(settings, warm_start)
     run = RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume)
     base = base or load_base(settings)
     encoder = Encoder.of(base, chat_format)
     rows = prepare_rows(settings, settings.n, encoder, reporter)
-    beginning = _begin(settings, warm_start, base, reporter)
-    run_phase(
-        settings,
-        base,
-        beginning.model,
-        beginning.shape,
-        rows,
-        encoder,
-        beginning.lineage,
-        run,
-        reporter,
-    )
+    with _begun(settings, warm_start, base, rows.train, reporter) as beginning:
+        run_phase(settings, base, beginning, rows, encoder, run, reporter)
     return Adapter.load(settings.out)
 
 
-def _begin(
-    settings: AdaptSettings, warm_start: WarmStart | None, base: Base, reporter: Reporter
-) -> _Beginning:
+@contextmanager
+def _begun(
+    settings: AdaptSettings,
+    warm_start: WarmStart | None,
+    base: Base,
+    rows: Sequence[Item],
+    reporter: Reporter,
+) -> Generator[Beginning]:
     if warm_start is None:
-        shape = LoraShape.fresh(settings)
-        model = attach_fresh(base.model, shape, seed_of(settings, "init"))
-        reporter.say(f"begins from fresh LoRA: rank {shape.rank}, alpha {shape.alpha:g}")
-        return _Beginning(model, shape, ())
+        shape, seed = LoraShape.fresh(settings), seed_of(settings, "init")
+        with begin(settings, base, shape, seed, rows, reporter) as beginning:
+            yield beginning
+        return
     shape = warm_start.inherited_shape(settings)
     model = warm_start.apply_to(base.model, dropout=settings.dropout, scale=settings.init_scale)
     reporter.say(
@@ -81,7 +68,10 @@ def _begin(
         + (f"; strength {settings.init_scale:g}" if settings.init_scale != 1 else "")
     )
     lineage = (*warm_start.manifest.lineage, ancestor_of(warm_start.path, warm_start.manifest))
-    return _Beginning(model, shape, lineage)
+    try:
+        yield Beginning(model, shape, Initialization("warm start"), lineage)
+    finally:
+        detach_adapter(model)
 
 
 def _inherited_format(settings: AdaptSettings, warm_start: WarmStart | None) -> str | None:

@@ -6,11 +6,11 @@ README.md                                        the model card
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from d2lora.errors import ModelError, WarmStartError
@@ -41,6 +41,13 @@ class LoraRecord(_Part):
     alpha: float
     dropout: float
     targets: tuple[str, ...]
+    rslora: bool = False
+    dora: bool = False
+
+    @classmethod
+    def of(cls, shape: LoraShape) -> Self:
+        """Return the record of a shape."""
+        return cls(**asdict(shape))
 
 
 class Ancestor(_Part):
@@ -70,6 +77,10 @@ class Manifest(_Part):
     lineage: list[Ancestor]
     adapter_fingerprint: str
     provenance: dict[str, Any]
+    reference: str | None = None
+    """The reference policy, where the objective has one: `base` or `warm_start`."""
+    initialization: dict[str, Any] | None = None
+    """How it began, its cost, and what a conversion changed."""
     conversion: dict[str, Any] | None = None
     """What `d2lora convert` did to it, if anything."""
 
@@ -119,7 +130,7 @@ class Manifest(_Part):
     def shape(self) -> LoraShape:
         """The adapter's shape."""
         lora = self.lora
-        return LoraShape(lora.rank, lora.alpha, lora.dropout, lora.targets)
+        return LoraShape(**dict(lora))
 
 
 @dataclass(frozen=True)
@@ -161,9 +172,26 @@ def fingerprint_of_adapter(folder: Path) -> str:
     return sha256_of(folder / ADAPTER_WEIGHTS)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write an adapter in PEFT's format. Only the LoRA weights are written."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+def save_adapter(model: PeftModel, folder: Path, *, initial: Path | None = None) -> None:
+    """Write an adapter in PEFT's format. Only the LoRA weights are written.
+
+    What is written is an ordinary adapter, so nothing of its initialization is left in it.
+
+    Args:
+        model: The model with the adapter.
+        folder: Where to.
+        initial: The adapter as it began: what is written is the difference to it.
+    """
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    config.init_lora_weights = True
+    config.eva_config = config.corda_config = config.lora_ga_config = None
+    config.loftq_config = {}
+    model.save_pretrained(
+        str(folder),
+        save_embedding_layers=False,
+        path_initial_model_for_weight_conversion=str(initial) if initial else None,
+    )
     readme = folder / "README.md"
     readme.unlink(missing_ok=True)  # PEFT's empty template; ours follows
 
@@ -187,7 +215,7 @@ def card(manifest: Manifest) -> str:
         "base": f"`{base.id}`" + (f" at {base.revision}" if base.revision else ""),
         "base fingerprint": f"`{base.fingerprint}`",
         "began from": _began(manifest),
-        "objective": manifest.objective.upper(),
+        "objective": _objective(manifest),
         "chat format": manifest.chat_format,
         "rank, alpha": f"{lora.rank}, {lora.alpha:g}",
         "targets": ", ".join(lora.targets),
@@ -203,9 +231,18 @@ def card(manifest: Manifest) -> str:
     return CARD.format(kind=manifest.kind, base=hub_id, table=table, data=data)
 
 
+def _objective(manifest: Manifest) -> str:
+    name = manifest.objective.upper()
+    if manifest.objective == "sft":
+        return name
+    held = f", reference {manifest.reference}" if manifest.reference else ""
+    return f"{name}, beta {manifest.settings['beta']:g}{held}"
+
+
 def _began(manifest: Manifest) -> str:
     if not manifest.lineage:
-        return "fresh LoRA"
+        about = manifest.initialization
+        return f"{about['name'] if about else 'fresh'} LoRA"
     return f"warm start `{manifest.lineage[-1].path}`"
 
 
@@ -248,8 +285,10 @@ model = PeftModel.from_pretrained(base_model, "this folder")
 def differences(wanted: Mapping[str, Any], present: LoraShape) -> dict[str, tuple[Any, Any]]:
     """Return the settings that contradict an adapter's shape: name -> (wanted, present)."""
     have = {"rank": present.rank, "alpha": present.alpha, "targets": present.targets}
-    return {
+    flags = {"rslora": present.rslora, "dora": present.dora}
+    clashes = {
         name: (wanted[name], value)
         for name, value in have.items()
         if wanted[name] is not None and wanted[name] != value
     }
+    return clashes | {n: (True, have) for n, have in flags.items() if wanted[n] and not have}

@@ -21,6 +21,7 @@ COMMANDS = {
     "study": "compare ways to begin, over tasks, sizes and seeds",
     "inspect": "what is in an adapter: spectrum, origin, fit, advice",
     "convert": "another rank or strength, or a merge into the base",
+    "pairs": "task rows with gold answers -> preference rows, by sampling",
     "generate": "try an adapter on a prompt or a file of prompts",
 }
 
@@ -77,6 +78,7 @@ def _run(command: str, words: list[str]) -> None:
         "study": ("study", settings.StudySettings),
         "inspect": ("inspection", settings.InspectSettings),
         "convert": ("conversion", settings.ConvertSettings),
+        "pairs": ("pairs", settings.PairsSettings),
         "generate": ("generation", settings.GenerateSettings),
     }
     if command not in homes:

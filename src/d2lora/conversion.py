@@ -1,6 +1,8 @@
-"""An adapter made to fit: another rank, another strength, or folded into the base.
+"""An adapter made to fit: another rank or strength, mixed, in part, or folded into the base.
 
     d2lora convert --adapter warm --rank 32 --out warm-32
+    d2lora convert --adapter warm --mix warm2 warm3 --mix-weights 0.5 0.25 0.25 --out mixed
+    d2lora convert --adapter warm --targets q_proj v_proj --out part
     d2lora convert --adapter adapter --merge --out model
 
 A higher rank leaves the function as it is, and the new directions train; a lower one is the best
@@ -10,13 +12,13 @@ the factor alpha / rank stays.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from d2lora.artifacts import (
     Manifest,
@@ -29,17 +31,15 @@ from d2lora.artifacts import (
 from d2lora.console import Reporter
 from d2lora.errors import ModelError, SettingsError
 from d2lora.factors import Factors, extend, truncate
+from d2lora.mixing import Plain, averaged, concatenated, part, tensors_of
 from d2lora.models import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     attach_adapter,
     load_base,
-    read_adapter_config,
 )
 from d2lora.runs import DONE, RunFolder, new_folder, provenance, write_json, write_text
 from d2lora.settings import ConvertSettings
-
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -61,51 +61,78 @@ def convert(settings: ConvertSettings) -> Conversion:
         ModelError: If the adapter cannot be converted, or the merge changes what it says.
         RunError: If `out` is taken.
     """
-    if settings.merge == (settings.rank is not None or settings.scale is not None):
-        raise SettingsError("give --rank R, --scale S or both to convert, or --merge alone")
+    asked = (settings.rank, settings.scale, settings.mix, settings.targets, settings.layers)
+    if settings.merge == any(value is not None and value != () for value in asked):
+        raise SettingsError(
+            "give --rank, --scale, --mix, --targets or --layers to convert, or --merge alone"
+        )
     RunFolder.open(settings.out, "")
     folder = Path(settings.adapter)
     return _merge(settings, folder) if settings.merge else _reshape(settings, folder)
 
 
 def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:
-    config = read_adapter_config(folder)
-    if config.rank_pattern or config.alpha_pattern or config.use_dora:
-        raise ModelError(
-            f"{folder}: layers of different rank or alpha, or DoRA; only plain LoRA of one rank "
-            "can be converted"
+    adapters = [Plain.read(path) for path in (folder, *map(Path, settings.mix))]
+    weights = settings.mix_weights or tuple(1 / len(adapters) for _ in adapters)
+    if len(weights) != len(adapters):
+        raise SettingsError(
+            f"--mix-weights: {len(adapters)} adapters are mixed, got {len(weights)} weight(s)"
         )
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
-    rank = settings.rank or config.r
+    _check_same_base(adapters)
+    config = adapters[0].config
+    layers = adapters[0].layers
+    if settings.mix:
+        mixed = concatenated if settings.mix_method == "cat" else averaged
+        layers = mixed(adapters, weights)
+    layers = part(layers, settings.targets, settings.layers)
+    before = len(next(iter(layers.values())).a)
+    rank = settings.rank or before
     strength = 1.0 if settings.scale is None else settings.scale
     energy: dict[str, float] = {}
     generator = torch.Generator().manual_seed(settings.seed)
-    converted: dict[str, Tensor] = dict(tensors)
-    for name in sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A)):
-        old = Factors(tensors[name + _A], tensors[name + _B])
+    converted: dict[str, Factors] = {}
+    for name, old in layers.items():
         energy[name] = 1.0
-        if rank < config.r:
+        if rank < before:
             new, energy[name] = truncate(old, rank)
         else:
             new = extend(old, rank, generator)
-        converted[name + _A] = new.a.contiguous()
-        converted[name + _B] = (new.b * strength).contiguous()
+        converted[name] = Factors(new.a, new.b * strength)
     ratio = math.sqrt(rank / config.r) if config.use_rslora else rank / config.r
     alpha = config.lora_alpha * ratio
     with new_folder(settings.out) as out:
-        save_file(converted, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors_of(converted), out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         raw = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         raw |= {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
+        if settings.targets is not None:
+            raw["target_modules"] = list(settings.targets)
+        if settings.layers is not None:
+            raw["layers_to_transform"] = list(settings.layers)
         write_text(out / ADAPTER_CONFIG, json.dumps(raw, indent=2))
         done: dict[str, Any] = {"kind": "adapter"}
         if has_manifest(folder):
             old_manifest = Manifest.read(folder)
+            others = [Path(path) for path in settings.mix if has_manifest(Path(path))]
+            parents = [ancestor_of(path, Manifest.read(path)) for path in (folder, *others)]
+            lora: dict[str, Any] = {"rank": rank, "alpha": alpha}
+            if settings.targets is not None:
+                lora["targets"] = settings.targets
+            about = {
+                "from_rank": config.r,
+                "scale": strength,
+                "energy_kept": energy,
+                "mixed": dict(zip((str(folder), *settings.mix), weights, strict=True))
+                if settings.mix
+                else None,
+                "mix_method": settings.mix_method if settings.mix else None,
+                "layers": settings.layers,
+            }
             manifest = old_manifest.model_copy(
                 update={
-                    "lora": old_manifest.lora.model_copy(update={"rank": rank, "alpha": alpha}),
-                    "lineage": [*old_manifest.lineage, ancestor_of(folder, old_manifest)],
+                    "lora": old_manifest.lora.model_copy(update=lora),
+                    "lineage": [*old_manifest.lineage, *parents],
                     "adapter_fingerprint": fingerprint_of_adapter(out),
-                    "conversion": {"from_rank": config.r, "scale": strength, "energy_kept": energy},
+                    "conversion": about,
                     "provenance": provenance(),
                 }
             )
@@ -121,11 +148,9 @@ def randomise(folder: Path, out: Path, seed: int) -> None:
     Each layer's A and B are Gaussian, with the Frobenius norms of the given adapter's: a control
     that tells what a warm start learnt from how large it is.
     """
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
     generator = torch.Generator().manual_seed(seed)
-    converted: dict[str, Tensor] = {}
-    for name in sorted(tensors):
-        old = tensors[name]
+    converted = tensors_of(Plain.read(folder).layers)
+    for name, old in sorted(converted.items()):
         new = torch.randn(old.shape, generator=generator)
         converted[name] = (new * (old.float().norm() / new.norm())).to(old.dtype)
     old_manifest = Manifest.read(folder)
@@ -141,6 +166,23 @@ def randomise(folder: Path, out: Path, seed: int) -> None:
         }
         write_manifest(old_manifest.model_copy(update=update), temporary)
         write_json(temporary / DONE, {"kind": old_manifest.kind, "cost": old_manifest.cost})
+
+
+def _check_same_base(adapters: Sequence[Plain]) -> None:
+    """Check that adapters to be mixed, where they say so, were made on one base and format.
+
+    Raises:
+        ModelError: If they were not.
+    """
+    told = [a.folder for a in adapters if has_manifest(a.folder)]
+    manifests = [Manifest.read(folder) for folder in told]
+    for folder, manifest in zip(told[1:], manifests[1:], strict=True):
+        manifest.check_base(manifests[0].base.fingerprint, manifests[0].base.id, folder)
+        if manifest.chat_format != manifests[0].chat_format:
+            raise ModelError(
+                f"{folder} was made with chat format {manifest.chat_format}, {told[0]} with "
+                f"{manifests[0].chat_format}; they cannot be mixed"
+            )
 
 
 @torch.inference_mode()

@@ -15,13 +15,16 @@ class Cost:
 
     n_steps: int
     n_tokens: int
-    """Tokens run forward and backward, prompts included, padding not."""
+    """Tokens run forward and backward, prompts included, padding not; a pair's prompt counts for
+    both of its completions."""
     n_supervised_tokens: int
     flops: int
     """Floating-point operations by formula: `TrainingFlops`."""
     elapsed_s: float
     peak_memory_bytes: int
     n_trainable_parameters: int
+    n_prepass_tokens: int = 0
+    """Tokens run before training: by a reference policy, or for a data-driven beginning."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the cost as plain values."""
@@ -79,8 +82,8 @@ class TrainingFlops:
             n_head=config.vocab_size * config.hidden_size,
         )
 
-    def of_sequence(self, n_tokens: int, n_supervised: int) -> int:
-        """Return the operations, forward and backward, of one sequence."""
+    def of_rows(self, n_rows: int, n_tokens: int, n_supervised: int) -> int:
+        """Return the operations, forward and backward, of rows that share tokens evenly."""
         linear = 4 * self.n_linear + 6 * self.n_adapter
-        attention = 12 * self.attention_width * n_tokens**2
+        attention = 12 * self.attention_width * n_tokens**2 // n_rows
         return linear * n_tokens + attention + 4 * self.n_head * n_supervised

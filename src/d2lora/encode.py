@@ -1,58 +1,19 @@
-"""From examples to token ids: chat format, supervised span, length limit, micro-batches.
-
-Shapes: B examples, T tokens of the longest, P supervised tokens in the whole batch.
-"""
+"""From examples to token ids: chat format, supervised span, length limit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Generic, Literal
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from d2lora.batches import Encoded, Pair, T
 from d2lora.errors import DataError, SettingsError
 from d2lora.models import Base
+from d2lora.rows import Example, Message
 from d2lora.settings import Overlong
-from d2lora.tasks import Example, Message
 
 Format = Literal["template", "plain"]
 _SPEAKER = {"system": "System", "user": "User", "assistant": "Assistant"}
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one example; those from `n_prompt` on are the completion, EOS included."""
-
-    ids: tuple[int, ...]
-    n_prompt: int
-
-    @property
-    def n_supervised(self) -> int:
-        """Tokens that are predicted; a completion without any prompt lacks its first."""
-        return len(self.ids) - max(1, self.n_prompt)
-
-
-class Batch(NamedTuple):
-    """Right-padded ids, and where the predicted tokens stand."""
-
-    ids_BT: Tensor
-    mask_BT: Tensor
-    rows_P: Tensor
-    columns_P: Tensor
-    targets_P: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
-        return Batch(*(tensor.to(device) for tensor in self))
-
-    def row(self, index: int) -> "Batch":
-        """Return one row with its padding, as a batch of one."""
-        own = self.rows_P == index
-        columns_P, targets_P = self.columns_P[own], self.targets_P[own]
-        one = slice(index, index + 1)
-        rows_P = torch.zeros_like(columns_P)
-        return Batch(self.ids_BT[one], self.mask_BT[one], rows_P, columns_P, targets_P)
 
 
 def resolve_format(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> Format:
@@ -117,6 +78,12 @@ class Encoder:
             completion.append(eos_id)
         return Encoded((*prompt, *completion), len(prompt))
 
+    def encode_pair(self, example: Example) -> Pair:
+        """Return the ids of a preference: its prompt with either completion."""
+        assert example.rejected is not None
+        other = replace(example, completion=example.rejected)
+        return Pair(self.encode(example), self.encode(other))
+
     def _templated(self, messages: Sequence[Message], *, completing: bool) -> str:
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
         text = self.tokenizer.apply_chat_template(
@@ -146,10 +113,10 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class EncodedSet:
+class EncodedSet(Generic[T]):
     """Examples within the length limit, and what became of the others."""
 
-    items: list[Encoded]
+    items: list[T]
     kept: list[int]
     n_dropped: int
     n_truncated: int
@@ -168,15 +135,29 @@ class EncodedSet:
 
 def encode_all(
     encoder: Encoder, examples: Sequence[Example], max_length: int, overlong: Overlong
-) -> EncodedSet:
-    """Encode examples and apply the length limit.
+) -> EncodedSet[Encoded]:
+    """Encode examples and apply the length limit; of a preference the chosen completion counts.
 
     Raises:
         DataError: If `overlong` is `error` and an example is too long, or none is left.
     """
-    encoded = [encoder.encode(example) for example in examples]
-    longest = max((len(item.ids) for item in encoded), default=0)
-    too_long = [index for index, item in enumerate(encoded) if len(item.ids) > max_length]
+    return _limited([encoder.encode(example) for example in examples], max_length, overlong)
+
+
+def encode_pairs(
+    encoder: Encoder, examples: Sequence[Example], max_length: int, overlong: Overlong
+) -> EncodedSet[Pair]:
+    """Encode preferences and apply the length limit, to the longer completion of each.
+
+    Raises:
+        DataError: As `encode_all`.
+    """
+    return _limited([encoder.encode_pair(example) for example in examples], max_length, overlong)
+
+
+def _limited(encoded: Sequence[T], max_length: int, overlong: Overlong) -> EncodedSet[T]:
+    longest = max((item.length for item in encoded), default=0)
+    too_long = [index for index, item in enumerate(encoded) if item.length > max_length]
     if too_long and overlong == "error":
         raise DataError(
             f"{len(too_long)} of {len(encoded)} examples are longer than --max-length "
@@ -187,58 +168,6 @@ def encode_all(
     kept = [index for index in range(len(encoded)) if index not in dropped]
     if not kept:
         raise DataError(f"no example is left within --max-length {max_length} tokens")
-    items = [truncate(encoded[index], max_length) for index in kept]
+    items = [encoded[index].truncated(max_length) for index in kept]
     n_truncated = len(too_long) if overlong == "truncate" else 0
     return EncodedSet(items, kept, len(dropped), n_truncated, longest)
-
-
-def truncate(item: Encoded, max_length: int) -> Encoded:
-    """Cut an example to `max_length`: the prompt's start first, then the completion's end.
-
-    The prompt keeps its first token (BOS) and its end, a quarter of the length where it has so
-    much, so neither part is ever cut away whole.
-    """
-    excess = len(item.ids) - max_length
-    if excess <= 0:
-        return item
-    least = min(item.n_prompt, max(1, max_length // 4))
-    n_cut = min(excess, item.n_prompt - least)
-    ids = item.ids[:1] + item.ids[1 + n_cut :] if n_cut else item.ids
-    return replace(item, ids=ids[:max_length], n_prompt=item.n_prompt - n_cut)
-
-
-def collate(items: Sequence[Encoded], pad_id: int) -> Batch:
-    """Pad examples on the right and list the positions whose next token is supervised."""
-    longest = max(len(item.ids) for item in items)
-    ids_BT = torch.full((len(items), longest), pad_id, dtype=torch.long)
-    mask_BT = torch.zeros((len(items), longest), dtype=torch.long)
-    rows: list[Tensor] = []
-    columns: list[Tensor] = []
-    for row, item in enumerate(items):
-        length = len(item.ids)
-        ids_BT[row, :length] = torch.tensor(item.ids)
-        mask_BT[row, :length] = 1
-        column = torch.arange(max(1, item.n_prompt) - 1, length - 1)
-        columns.append(column)
-        rows.append(torch.full_like(column, row))
-    rows_P, columns_P = torch.cat(rows), torch.cat(columns)
-    return Batch(ids_BT, mask_BT, rows_P, columns_P, ids_BT[rows_P, columns_P + 1])
-
-
-def micro_batches(
-    items: Sequence[Encoded], max_tokens: int, max_size: int | None = None
-) -> list[list[Encoded]]:
-    """Cut a batch into forward passes of like length, longest first, with little padding.
-
-    Each holds at most `max_tokens` padded tokens and `max_size` examples, at least one example.
-    """
-    ordered = sorted(items, key=lambda item: -len(item.ids))
-    groups: list[list[Encoded]] = []
-    for item in ordered:
-        group = groups[-1] if groups else []
-        full = len(group) == max_size
-        if not group or full or (len(group) + 1) * len(group[0].ids) > max_tokens:
-            groups.append([item])
-        else:
-            group.append(item)
-    return groups

@@ -6,8 +6,7 @@ done.json                        the marker of completion
 """
 
 import json
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,22 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from d2lora.artifacts import check_fit
+from d2lora.batches import Question
 from d2lora.console import Reporter, table_console
-from d2lora.continuations import Question, continuation_scores
-from d2lora.encode import Encoder, encode_all
+from d2lora.continuations import continuation_scores
+from d2lora.encode import Encoder, encode_all, encode_pairs
 from d2lora.errors import DataError, SettingsError
-from d2lora.generation import Decoder, chat_format_of, decode
-from d2lora.lean import lean_layers
-from d2lora.metrics import SCORERS
-from d2lora.models import Base, attach_adapter, detach_adapter, load_base, merged
+from d2lora.generation import Decoder, adapted, chat_format_of, decode
+from d2lora.metrics import MAIN_SCORE, SCORERS, columns_of, preference
+from d2lora.models import Base, load_base
+from d2lora.pair_scores import pair_log_probabilities
+from d2lora.rows import Example, Message
 from d2lora.runs import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
 from d2lora.scorer import TokenScorer, mean_loss
 from d2lora.scores import Evaluation, Forgetting, forgetting_table, score_table
 from d2lora.settings import EvaluateSettings
 from d2lora.stats import Difference, Interval, mean_interval, paired_difference
-from d2lora.tasks import Choice, Example, Message, TaskData, read_choices, read_task
+from d2lora.tasks import Choice, TaskData, read_choices, read_task
 
 BASE = "base"
 
@@ -53,7 +53,7 @@ class TestSets:
             DataError: If rows are bad, or the task has no scored output.
         """
         task = read_task(settings.data, settings.task) if settings.data else None
-        if task is not None and task.task.score not in SCORERS:
+        if task is not None and task.task.score not in MAIN_SCORE:
             raise DataError(
                 f"task {task.task.name} has no scored output; give it as --general-text"
             )
@@ -105,8 +105,8 @@ def measure(
     name: str, base: Base, sets: TestSets, settings: EvaluateSettings, reporter: Reporter
 ) -> Measured:
     """Measure one adapter (a folder), or the base alone (`base`), on every set."""
-    with _adapted(base, name) as model:
-        path = None if name == BASE else Path(name)
+    path = None if name == BASE else Path(name)
+    with adapted(base, path) as model:
         encoder = Encoder.of(base, chat_format_of(path, settings.chat_format))
         return Measured(
             _score_task(model, base, encoder, name, sets.task, settings, reporter),
@@ -124,21 +124,6 @@ def _names(settings: EvaluateSettings) -> list[str]:
     return [BASE, *names] if forgetting and BASE not in names else names
 
 
-@contextmanager
-def _adapted(base: Base, name: str) -> Generator[nn.Module]:
-    if name == BASE:
-        with lean_layers(base.model):
-            yield base.model
-        return
-    check_fit(Path(name), base)
-    model = attach_adapter(base.model, Path(name), trainable=False)
-    try:
-        with merged(model), lean_layers(model):
-            yield model
-    finally:
-        detach_adapter(model)
-
-
 def _score_task(
     model: nn.Module,
     base: Base,
@@ -151,6 +136,8 @@ def _score_task(
     if data is None:
         return []
     examples = data.examples[: settings.limit]
+    if data.task.score == "preference":
+        return _score_preferences(model, base, encoder, name, examples, settings)
     scorer = SCORERS[data.task.score]
     decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size)
     prompts = [encoder.prompt_ids(example.prompt) for example in examples]
@@ -162,6 +149,36 @@ def _score_task(
             )
             bar.update(len(records))
     return [records[index] for index in range(len(examples))]
+
+
+def _score_preferences(
+    model: nn.Module,
+    base: Base,
+    encoder: Encoder,
+    name: str,
+    examples: Sequence[Example],
+    settings: EvaluateSettings,
+) -> list[dict[str, Any]]:
+    """Record how likely both completions of each pair are; over-long rows follow the settings."""
+    encoded = encode_pairs(encoder, examples, settings.max_length, settings.overlong)
+    records: list[dict[str, Any]] = []
+    sums = pair_log_probabilities(TokenScorer(model).eval(), encoded.items, base.pad_id)
+    for index, pair, (chosen, rejected) in zip(encoded.kept, encoded.items, sums, strict=True):
+        lengths = (pair.chosen.n_supervised, pair.rejected.n_supervised)
+        example = examples[index]
+        records.append(
+            {
+                "adapter": name,
+                "row": index,
+                "prompt": example.prompt[-1].content,
+                "chosen": example.completion,
+                "rejected": example.rejected,
+                "log_probability_chosen": chosen,
+                "log_probability_rejected": rejected,
+                **preference((chosen, rejected), lengths),
+            }
+        )
+    return records
 
 
 def _record(
@@ -226,7 +243,7 @@ def _evaluated(
     scores: dict[str, dict[str, Interval]] = {}
     differences: dict[str, dict[str, Difference]] = {}
     if task is not None:
-        columns = list(SCORERS[task.task.score]("", "0"))
+        columns = columns_of(task.task.score)
         table = {
             name: {c: np.array([record[c] for record in measured[name].records]) for c in columns}
             for name in named

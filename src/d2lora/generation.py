@@ -6,7 +6,8 @@ batch, so a long answer does not keep the others waiting. Shapes: B rows, T toke
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from transformers import DynamicCache
 from d2lora.artifacts import Manifest, check_fit, has_manifest
 from d2lora.encode import Encoder
 from d2lora.errors import DataError, SettingsError
-from d2lora.models import Base, attach_adapter, causal_model, load_base
+from d2lora.lean import lean_layers
+from d2lora.models import Base, attach_adapter, causal_model, detach_adapter, load_base, merged
+from d2lora.rows import Message
 from d2lora.runs import write_text
 from d2lora.settings import GenerateSettings
-from d2lora.tasks import Message, read_task
+from d2lora.tasks import read_task
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,26 @@ def _left_padded(
         ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask_BT[row, longest - len(prompt) :] = 1
     return ids_BT.to(device), mask_BT.to(device)
+
+
+@contextmanager
+def adapted(base: Base, adapter: Path | None) -> Generator[nn.Module]:
+    """Give the base with an adapter on it, or alone, ready to score and decode fast.
+
+    Raises:
+        ModelError: If the adapter was made on another base.
+    """
+    if adapter is None:
+        with lean_layers(base.model):
+            yield base.model
+        return
+    check_fit(adapter, base)
+    model = attach_adapter(base.model, adapter, trainable=False)
+    try:
+        with merged(model), lean_layers(model):
+            yield model
+    finally:
+        detach_adapter(model)
 
 
 def chat_format_of(adapter: Path | None, wanted: str | None) -> str | None:

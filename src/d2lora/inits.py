@@ -1,14 +1,21 @@
-"""How a fresh adapter begins."""
+"""The shape of an adapter, its configuration, and its weights before anything is learnt."""
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoftQConfig, LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from torch import nn
+from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from d2lora.errors import SettingsError, did_you_mean
 from d2lora.models import linear_names
-from d2lora.settings import LoraSettings
+from d2lora.settings import FRESH, LoraSettings, TrainSettings
 
 ALL_LINEAR = "all-linear"
 DEFAULT_RANK = 16
@@ -22,6 +29,8 @@ class LoraShape:
     alpha: float
     dropout: float
     targets: tuple[str, ...]
+    rslora: bool = False
+    dora: bool = False
 
     @classmethod
     def fresh(cls, settings: LoraSettings) -> "LoraShape":
@@ -32,6 +41,8 @@ class LoraShape:
             alpha=settings.alpha or 2.0 * rank,
             dropout=settings.dropout or 0.0,
             targets=settings.targets or (ALL_LINEAR,),
+            rslora=settings.rslora,
+            dora=settings.dora,
         )
 
     @classmethod
@@ -39,7 +50,14 @@ class LoraShape:
         """Return the shape that a saved adapter has."""
         targets = config.target_modules or ()
         names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
-        return cls(config.r, float(config.lora_alpha), config.lora_dropout, names)
+        return cls(
+            config.r,
+            float(config.lora_alpha),
+            config.lora_dropout,
+            names,
+            config.use_rslora,
+            config.use_dora,
+        )
 
 
 def attach_fresh(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
@@ -53,23 +71,86 @@ def attach_fresh(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftMod
     Raises:
         SettingsError: If a target is not a module of the model.
     """
-    _check_targets(model, shape.targets)
+    check_targets(model, shape.targets)
+    return attach(model, lora_config(model, shape, FRESH), seed)
+
+
+def lora_config(model: PreTrainedModel, shape: LoraShape, init: str) -> LoraConfig:
+    """Return PEFT's configuration of an adapter and of its initialization."""
     every = shape.targets == (ALL_LINEAR,)
-    config = LoraConfig(
+    return LoraConfig(
         r=shape.rank,
         lora_alpha=shape.alpha,  # pyright: ignore[reportArgumentType]  # PEFT scales by floats too
         lora_dropout=shape.dropout,
-        target_modules=ALL_LINEAR if every else list(shape.targets),
+        # LoRA-GA and CorDA look at the layers before PEFT resolves `all-linear`.
+        target_modules=list(linear_names(model)) if every else list(shape.targets),
+        use_rslora=shape.rslora,
+        use_dora=shape.dora,
+        init_lora_weights=True if init == FRESH else cast("Any", init),
         task_type="CAUSAL_LM",
+        loftq_config=LoftQConfig() if init == "loftq" else {},
+        # rho 1: every layer keeps the rank asked for.
+        eva_config=EvaConfig(rho=1.0) if init == "eva" else None,
+        corda_config=CordaConfig(corda_method="ipm") if init == "corda" else None,
+        lora_ga_config=LoraGAConfig() if init == "lora_ga" else None,
     )
-    with torch.random.fork_rng():
+
+
+def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+    """Put the adapter of a configuration on a model; what is random comes from `seed`."""
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # PEFT tells how to convert such an adapter; that is what is done when it is saved.
+        warnings.filterwarnings("ignore", message=".*path_initial_model_for_weight_conversion")
+        # The adapter's weights are small beside the base, which is loaded already.
+        warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False")
         torch.manual_seed(seed)
         attached = get_peft_model(model, config)
     assert isinstance(attached, PeftModel)
     return attached
 
 
-def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
+def target_layers(
+    model: PreTrainedModel, targets: tuple[str, ...]
+) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the linear layers, by full name, that get an adapter."""
+    wanted = set(linear_names(model)) if targets == (ALL_LINEAR,) else set(targets)
+    for name, layer in model.named_modules():
+        chosen = name in wanted or any(name.endswith(f".{target}") for target in wanted)
+        if isinstance(layer, nn.Linear) and chosen:
+            yield name, layer
+
+
+def adamw(model: nn.Module, settings: TrainSettings) -> AdamW:
+    """Return the optimizer of what requires a gradient; each group's `factor` scales its rate.
+
+    With LoRA+ (Hayou, Ghosh, Yu 2024) B learns `lora_plus_ratio` times as fast as A; the groups
+    are PEFT's.
+    """
+    if settings.lora_plus_ratio == 1:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        decay = settings.weight_decay
+        return AdamW(parameters, lr=0.0, betas=settings.betas, weight_decay=decay)
+    optimizer = create_loraplus_optimizer(
+        cast("PeftModel", model),
+        AdamW,
+        lr=1.0,
+        loraplus_lr_ratio=settings.lora_plus_ratio,
+        loraplus_lr_embedding=1.0,
+        loraplus_weight_decay=settings.weight_decay,
+        betas=settings.betas,
+    )
+    assert isinstance(optimizer, AdamW)
+    for group in optimizer.param_groups:
+        group["factor"] = group["lr"]
+    return optimizer
+
+
+def check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
+    """Check that every target is a module of the model.
+
+    Raises:
+        SettingsError: If one is not, with those that are.
+    """
     if targets == (ALL_LINEAR,):
         return
     present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}

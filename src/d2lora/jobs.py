@@ -188,7 +188,7 @@ class Mixed(Job):
 
     def run(self) -> dict[str, Any]:
         """Do it."""
-        from d2lora.mixing import write_mixture
+        from d2lora.mixture import write_mixture
 
         return write_mixture(self.general, self.training, self.path, self.held_out)
 
@@ -242,7 +242,7 @@ class Scored(Job):
 
         from d2lora.console import Reporter
         from d2lora.evaluation import BASE, TestSets, measure
-        from d2lora.metrics import SCORERS
+        from d2lora.metrics import columns_of
 
         path = self.folder / "adapter" if self.training else self.adapter
         told = _adapted(self.training, self.folder / "adapter") if self.training else {}
@@ -256,7 +256,7 @@ class Scored(Job):
         records = pd.DataFrame(measured.records)
         records.drop(columns="adapter").to_parquet(self.folder / "records.parquet", index=False)
         assert sets.task is not None
-        columns = SCORERS[sets.task.task.score]("", "0")
+        columns = columns_of(sets.task.task.score)
         if self.training and not self.keep:
             for file in (self.folder / "adapter").glob("*.safetensors"):
                 file.unlink()
@@ -297,7 +297,8 @@ def _told(adapter: Path) -> dict[str, Any]:
 def _with_shots(task: Any, shots: AdaptSettings) -> Any:
     """Put worked examples, in the order that `adapt` would choose them, before each prompt."""
     from d2lora.data import nested_order
-    from d2lora.tasks import Message, read_task
+    from d2lora.rows import Message
+    from d2lora.tasks import read_task
     from d2lora.train import seed_of
 
     examples = read_task(shots.data, shots.task).examples

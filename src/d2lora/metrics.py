@@ -62,4 +62,28 @@ def _rouge_scorer() -> RougeScorer:
 
 
 SCORERS: dict[str, Callable[[str, str], Scores]] = {"exact_match": exact_match, "rouge": rouge}
-MAIN_SCORE = {"exact_match": "exact_match", "rouge": "rougeL"}
+PREFERENCE = ("preference_accuracy", "preference_accuracy_per_token")
+MAIN_SCORE = {
+    "exact_match": "exact_match",
+    "rouge": "rougeL",
+    "preference": "preference_accuracy",
+}
+
+
+def preference(log_probabilities: tuple[float, float], lengths: tuple[int, int]) -> Scores:
+    """Score a pair: is the chosen completion likelier than the rejected one.
+
+    Args:
+        log_probabilities: Summed over the tokens of the chosen and the rejected completion.
+        lengths: Their tokens, EOS included.
+    """
+    chosen, rejected = log_probabilities
+    whole = float(chosen > rejected)
+    return dict(
+        zip(PREFERENCE, (whole, float(chosen / lengths[0] > rejected / lengths[1])), strict=True)
+    )
+
+
+def columns_of(score: str) -> list[str]:
+    """Return the names of the scores that a kind of score gives."""
+    return list(PREFERENCE) if score == "preference" else list(SCORERS[score]("", "0"))

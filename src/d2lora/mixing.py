@@ -1,62 +1,145 @@
-"""General and task rows in one file, for the control that trains on both in one run."""
+"""Several adapters made one, and parts of an adapter taken: on files, without a base.
 
-import json
+By concatenation of ranks a mixture of updates is exact: sum of w_i s_i B_i A_i is one product of
+the stacked A_i with the B_i side by side (PEFT's `cat`). The average of the factors themselves
+keeps the rank; its product is not the mixture of the products (PEFT's `linear` is of that kind).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from d2lora.data import nested_order, split_validation
-from d2lora.errors import SettingsError
-from d2lora.runs import write_text
-from d2lora.settings import AdaptSettings, WarmupSettings
-from d2lora.tasks import Example, TaskData, read_task
-from d2lora.train import seed_of
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import Tensor
+
+from d2lora.errors import ModelError, SettingsError
+from d2lora.factors import Factors
+from d2lora.models import ADAPTER_WEIGHTS, read_adapter_config
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_LAYER = re.compile(r"\.(\d+)\.")
 
 
-def write_mixture(
-    general: WarmupSettings, training: AdaptSettings, out: Path, held_out: Path
-) -> dict[str, Any]:
-    """Write the rows of both phases as conversations, each as often as its phase shows it.
+@dataclass(frozen=True)
+class Plain:
+    """A plain LoRA adapter of one rank, read from its folder."""
 
-    The rows are those that `warm_up` and `adapt` would choose. One pass over the file, shuffled,
-    shows the model what the two phases show it one after the other.
+    folder: Path
+    config: LoraConfig
+    layers: dict[str, Factors]
 
-    Args:
-        general: The warm-up's settings: data, m, epochs.
-        training: The task's: data, n, epochs, and the share held out for validation.
-        out: File to write.
-        held_out: File for the task's validation rows; written if there are any.
+    @classmethod
+    def read(cls, folder: Path) -> "Plain":
+        """Read an adapter.
+
+        Raises:
+            ModelError: If its layers have different ranks, or are no plain LoRA.
+        """
+        config = read_adapter_config(folder)
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+        names = sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A))
+        whole = {f"{name}{part}" for name in names for part in (_A, _B)} == tensors.keys()
+        if config.rank_pattern or config.alpha_pattern or config.use_dora or not whole:
+            raise ModelError(
+                f"{folder}: layers of different rank or alpha, or DoRA; only plain LoRA of one "
+                "rank can be converted"
+            )
+        return cls(folder, config, {n: Factors(tensors[n + _A], tensors[n + _B]) for n in names})
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        config = self.config
+        return config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+
+
+def tensors_of(layers: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Return the factors under the names of PEFT's file."""
+    named = {f"{name}{_A}": factors.a.contiguous() for name, factors in layers.items()}
+    return named | {f"{name}{_B}": factors.b.contiguous() for name, factors in layers.items()}
+
+
+def concatenated(adapters: Sequence[Plain], weights: Sequence[float]) -> dict[str, Factors]:
+    """Return the exact mixture, at the first adapter's scale; its rank is the sum of ranks.
 
     Raises:
-        SettingsError: If a phase has rows without a prompt, which are no conversation.
+        ModelError: If the adapters have different layers.
     """
-    pool = read_task(general.data, general.task)
-    task = read_task(training.data, training.task)
-    general_rows = _chosen(pool, general.m, seed_of(general, "subset"))
-    task_rows = _chosen(task, training.n, seed_of(training, "subset"))
-    shown, valid = split_validation(range(len(task_rows)), training.validation_fraction)
-    rows = _repeated(general_rows, general.epochs)
-    rows += _repeated([task_rows[index] for index in shown], training.epochs)
-    write_text(out, _lines(rows))
-    if valid:
-        write_text(held_out, _lines([task_rows[index] for index in valid]))
-    return {"n_general_rows": len(general_rows), "n_task_rows": len(shown), "n_rows": len(rows)}
+    _check_layers(adapters)
+    strengths = [
+        weight * adapter.scale / adapters[0].scale
+        for adapter, weight in zip(adapters, weights, strict=True)
+    ]
+    return {
+        name: Factors(
+            torch.cat([adapter.layers[name].a for adapter in adapters]),
+            torch.cat(
+                [a.layers[name].b * s for a, s in zip(adapters, strengths, strict=True)], dim=1
+            ),
+        )
+        for name in adapters[0].layers
+    }
 
 
-def _chosen(data: TaskData, n: int | None, seed: int) -> list[Example]:
-    return [data.examples[index] for index in nested_order(len(data.examples), seed)[:n]]
+def averaged(adapters: Sequence[Plain], weights: Sequence[float]) -> dict[str, Factors]:
+    """Return the weighted sum of the A and of the B, where all shapes and scales agree.
+
+    Raises:
+        ModelError: If they do not.
+    """
+    _check_layers(adapters)
+    first = adapters[0]
+    for other in adapters[1:]:
+        if (other.config.r, other.scale) != (first.config.r, first.scale):
+            raise ModelError(
+                f"{other.folder} has rank {other.config.r} and scale {other.scale:g}, "
+                f"{first.folder} rank {first.config.r} and scale {first.scale:g}; their factors "
+                "cannot be averaged; use --mix-method cat"
+            )
+    both = list(zip(adapters, weights, strict=True))
+    return {
+        name: Factors(
+            torch.stack([a.layers[name].a * w for a, w in both]).sum(0),
+            torch.stack([a.layers[name].b * w for a, w in both]).sum(0),
+        )
+        for name in first.layers
+    }
 
 
-def _repeated(rows: list[Example], epochs: float) -> list[Example]:
-    whole = int(epochs)
-    return rows * whole + rows[: round((epochs - whole) * len(rows))]
+def _check_layers(adapters: Sequence[Plain]) -> None:
+    first = adapters[0]
+    for other in adapters[1:]:
+        odd = sorted(first.layers.keys() ^ other.layers.keys())
+        if odd:
+            raise ModelError(
+                f"{first.folder} and {other.folder} have different layers, such as {odd[0]}"
+            )
 
 
-def _lines(rows: list[Example]) -> str:
-    lines: list[str] = []
-    for row in rows:
-        if not row.prompt:
-            raise SettingsError("rows of `text` alone cannot be mixed with those of a task")
-        turns = [{"role": turn.role, "content": turn.content} for turn in row.prompt]
-        turns.append({"role": "assistant", "content": row.completion})
-        lines.append(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
-    return "".join(lines)
+def part(
+    layers: Mapping[str, Factors], targets: Sequence[str] | None, numbers: Sequence[int] | None
+) -> dict[str, Factors]:
+    """Return the layers of some modules and of some numbers only.
+
+    Raises:
+        SettingsError: If a module or a number is not there.
+    """
+    last = {name: name.rsplit(".", 1)[-1] for name in layers}
+    number = {name: int(m.group(1)) for name in layers if (m := _LAYER.search(name))}
+    for option, wanted, known in (
+        ("--targets", targets or (), set(last.values())),
+        ("--layers", numbers or (), set(number.values())),
+    ):
+        missing = sorted(set(wanted) - known, key=str)
+        if missing:
+            have = " ".join(map(str, sorted(known, key=str)))
+            raise SettingsError(f"{option}: the adapter has no {missing[0]}; it has: {have}")
+    return {
+        name: factors
+        for name, factors in layers.items()
+        if (targets is None or last[name] in targets)
+        and (numbers is None or number.get(name) in numbers)
+    }

@@ -214,6 +214,13 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{folder}: expected a LoRA adapter, found {config.peft_type}")
+    init = str(config.init_lora_weights)
+    if init.startswith("pissa") or init in {"olora", "corda", "lora_ga", "loftq"}:
+        raise ModelError(
+            f"{folder}: an adapter of --init {init} that was never converted: it belongs to a base "
+            "whose weights were changed. Save it with PEFT's "
+            "path_initial_model_for_weight_conversion, or make it anew with d2lora, which does so"
+        )
     return config
 
 

@@ -6,29 +6,29 @@ base, rows, adapter -> train -> folder with adapter, manifest, card and marker o
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from accelerate import PartialState
-from peft import PeftModel
 
 from d2lora import checkpoint
 from d2lora.artifacts import (
     FORMAT_VERSION,
-    Ancestor,
     LoraRecord,
     Manifest,
     base_record,
     fingerprint_of_adapter,
-    save_adapter,
     write_manifest,
 )
 from d2lora.console import Reporter
 from d2lora.data import Fault, nested_order, split_validation
-from d2lora.encode import Encoded, Encoder, encode_all
+from d2lora.encode import EncodedSet, Encoder, encode_all, encode_pairs
 from d2lora.errors import DataError
-from d2lora.inits import LoraShape
-from d2lora.models import Base, detach_adapter
-from d2lora.objectives import SFT
+from d2lora.initialization import Beginning
+from d2lora.models import Base
+from d2lora.objectives import objective_of
+from d2lora.reference import ReferencePolicy, with_reference
+from d2lora.rows import Example
 from d2lora.runs import (
     RunFolder,
     is_main_process,
@@ -37,8 +37,8 @@ from d2lora.runs import (
     write_json,
     write_text,
 )
-from d2lora.settings import AdaptSettings, PhaseSettings, WarmupSettings
-from d2lora.tasks import read_task
+from d2lora.settings import AdaptSettings, PhaseSettings, Reference, WarmupSettings
+from d2lora.tasks import TaskData, read_task
 from d2lora.train import Trained, seed_of, train
 
 
@@ -46,8 +46,9 @@ from d2lora.train import Trained, seed_of, train
 class Rows:
     """Encoded training and validation rows, and where they come from."""
 
-    train: list[Encoded]
-    valid: list[Encoded]
+    train: list[Any]
+    """`Encoded` to learn, or `Pair` where an objective learns preferences."""
+    valid: list[Any]
     sources: list[dict[str, object]]
     selection: str
     faults: list[Fault]
@@ -64,11 +65,12 @@ def prepare_rows(
         DataError: If there are fewer than n rows, or rows are bad or too long.
     """
     data = read_task(settings.data, settings.task, skip_bad=settings.skip_bad_rows)
+    _check_objective(settings, data, reporter)
     if n is not None and n > len(data.examples):
         raise DataError(f"{n} rows are asked for, but the data has {len(data.examples)}")
     chosen = nested_order(len(data.examples), seed_of(settings, "subset"))[:n]
     examples = [data.examples[index] for index in chosen]
-    encoded = encode_all(encoder, examples, settings.max_length, settings.overlong)
+    encoded = _encoded(settings, encoder, examples)
     _report(encoded.report(settings.max_length), reporter)
     fraction = 0.0 if settings.validation_data else settings.validation_fraction
     train_rows, valid_rows = split_validation(range(len(encoded.items)), fraction)
@@ -76,7 +78,7 @@ def prepare_rows(
     valid = [items[index] for index in valid_rows]
     if settings.validation_data:
         held_out = read_task(settings.validation_data, data.task.name)
-        more = encode_all(encoder, held_out.examples, settings.max_length, settings.overlong)
+        more = _encoded(settings, encoder, held_out.examples)
         _report(more.report(settings.max_length), reporter)
         valid = more.items
     total = len(data.examples)
@@ -88,18 +90,40 @@ def prepare_rows(
     return Rows([items[index] for index in train_rows], valid, data.sources, selection, data.faults)
 
 
+def _encoded(
+    settings: PhaseSettings, encoder: Encoder, examples: Sequence[Example]
+) -> EncodedSet[Any]:
+    encode = encode_all if settings.objective == "sft" else encode_pairs
+    return encode(encoder, examples, settings.max_length, settings.overlong)
+
+
+def _check_objective(settings: PhaseSettings, data: TaskData, reporter: Reporter) -> None:
+    """Check that the rows are what the objective learns from.
+
+    Raises:
+        DataError: If preferences are wanted and the rows hold none.
+    """
+    preferences = data.task.score == "preference"
+    if settings.objective != "sft" and not preferences:
+        raise DataError(
+            f"--objective {settings.objective} learns from rows with `prompt`, `chosen` and "
+            f"`rejected`, but {', '.join(settings.data)} holds rows of task {data.task.name}; make "
+            "pairs of them with `d2lora pairs`, or use --objective sft"
+        )
+    if settings.objective == "sft" and preferences:
+        reporter.say("sft learns the chosen completions; the rejected ones are not used")
+
+
 def run_phase(
     settings: WarmupSettings | AdaptSettings,
     base: Base,
-    model: PeftModel,
-    shape: LoraShape,
+    beginning: Beginning,
     rows: Rows,
     encoder: Encoder,
-    lineage: Sequence[Ancestor],
     run: RunFolder,
     reporter: Reporter,
 ) -> None:
-    """Train the adapter on `model`, write it with its manifest, and take it off the base.
+    """Train an adapter from its beginning, and write it with its manifest.
 
     With several processes the first writes, after all have found the folder free.
     """
@@ -109,23 +133,42 @@ def run_phase(
         run.begin(settings.to_yaml())
         _set_aside(rows.faults, run, reporter)
     everyone.wait_for_everyone()
+    model = beginning.model
+    n_scored_tokens = 0
+    reference = reference_name(settings, beginning)
+    if reference is not None:
+        # Where a part of the base is in the adapter, the base is the adapter as it begins.
+        off = reference == "base" and not beginning.changes_base
+        policy = ReferencePolicy(reference, model, off, base.fingerprint)
+        pairs, n_scored_tokens = with_reference(
+            policy,
+            [*rows.train, *rows.valid],
+            run.path,
+            reporter,
+            pad_id=base.pad_id,
+            max_tokens=settings.micro_batch_tokens,
+            process=(everyone.process_index, everyone.num_processes),
+        )
+        rows = replace(rows, train=pairs[: len(rows.train)], valid=pairs[len(rows.train) :])
+        everyone.wait_for_everyone()
     trained = train(
         model,
         rows.train,
         rows.valid,
-        SFT(),
+        objective_of(settings),
         settings,
         run,
         reporter,
         pad_id=base.pad_id,
         resume=settings.resume,
     )
+    n_before = n_scored_tokens + beginning.about.n_tokens
+    trained = replace(trained, cost=replace(trained.cost, n_prepass_tokens=n_before))
     if is_main_process():
-        _save_weights(model, run)
-        manifest = _manifest(settings, base, shape, rows, encoder, lineage, trained, run)
+        saved = _save_weights(beginning, run)
+        manifest = _manifest(settings, base, saved, rows, encoder, trained, run)
         _finish(manifest, rows, str(base.model.device), run)
     everyone.wait_for_everyone()
-    detach_adapter(model)
     cost = trained.cost
     reporter.say(
         f"written to {run.path} ({cost.n_steps:,} steps, {cost.n_tokens:,} tokens, "
@@ -133,13 +176,23 @@ def run_phase(
     )
 
 
-def _save_weights(model: PeftModel, run: RunFolder) -> None:
+def reference_name(
+    settings: WarmupSettings | AdaptSettings, beginning: Beginning
+) -> Reference | None:
+    """Return the reference policy that DPO is held to; None for other objectives."""
+    if settings.objective != "dpo":
+        return None
+    return settings.reference or ("warm_start" if beginning.lineage else "base")
+
+
+def _save_weights(beginning: Beginning, run: RunFolder) -> Beginning:
     """Write the adapter's files into the run folder, each whole."""
     with new_folder(run.path / "adapter") as folder:
-        save_adapter(model, folder)
+        saved = beginning.save(folder)
     for file in (run.path / "adapter").iterdir():
         file.replace(run.path / file.name)
     (run.path / "adapter").rmdir()
+    return saved
 
 
 def _finish(manifest: Manifest, rows: Rows, device: str, run: RunFolder) -> None:
@@ -154,10 +207,9 @@ def _finish(manifest: Manifest, rows: Rows, device: str, run: RunFolder) -> None
 def _manifest(
     settings: WarmupSettings | AdaptSettings,
     base: Base,
-    shape: LoraShape,
+    beginning: Beginning,
     rows: Rows,
     encoder: Encoder,
-    lineage: Sequence[Ancestor],
     trained: Trained,
     run: RunFolder,
 ) -> Manifest:
@@ -165,11 +217,10 @@ def _manifest(
         format_version=FORMAT_VERSION,
         kind="warm start" if isinstance(settings, WarmupSettings) else "adapter",
         base=base_record(base),
-        objective="sft",
+        objective=settings.objective,
+        reference=reference_name(settings, beginning),
         chat_format=encoder.format,
-        lora=LoraRecord(
-            rank=shape.rank, alpha=shape.alpha, dropout=shape.dropout, targets=shape.targets
-        ),
+        lora=LoraRecord.of(beginning.shape),
         data=[dict(source) for source in rows.sources],
         n_examples=len(rows.train) + (0 if settings.validation_data else len(rows.valid)),
         selection=rows.selection,
@@ -177,7 +228,8 @@ def _manifest(
         cost=trained.cost.to_json(),
         validation_loss_before=trained.progress.validation_before,
         validation_loss_after=trained.progress.validation_after,
-        lineage=list(lineage),
+        lineage=list(beginning.lineage),
+        initialization=beginning.about.to_json(),
         adapter_fingerprint=fingerprint_of_adapter(run.path),
         provenance=provenance(),
     )

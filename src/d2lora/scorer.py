@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d2lora.encode import Batch, Encoded, collate, micro_batches
+from d2lora.batches import Batch, Branches, Encoded, collate, micro_batches
 from d2lora.models import causal_model
 
 
@@ -29,9 +29,10 @@ class TokenScorer(nn.Module):
         self.model = model
         self._plain_head: bool | None = None
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch | Branches) -> Tensor:
         """Return the log-probabilities of `batch.targets_P`, float32, shape (P,)."""
-        logits_PV = self._logits(batch).float()
+        branched = isinstance(batch, Branches)
+        logits_PV = (self._branched(batch) if branched else self._logits(batch)).float()
         return -functional.cross_entropy(logits_PV, batch.targets_P, reduction="none")
 
     def _logits(self, batch: Batch) -> Tensor:
@@ -46,6 +47,20 @@ class TokenScorer(nn.Module):
         causal = causal_model(self.model)
         decoder = getattr(causal, causal.base_model_prefix)
         hidden_BTD = decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+        head = causal.get_output_embeddings()
+        assert head is not None
+        return head(hidden_BTD[batch.rows_P, batch.columns_P])
+
+    def _branched(self, batch: Branches) -> Tensor:
+        """Run the decoder on prompts with several endings, each at its own positions."""
+        causal = causal_model(self.model)
+        decoder = getattr(causal, causal.base_model_prefix)
+        hidden_BTD = decoder(
+            input_ids=batch.ids_BT,
+            position_ids=batch.positions_BT,
+            attention_mask=batch.mask_B1TT,
+            use_cache=False,
+        ).last_hidden_state
         head = causal.get_output_embeddings()
         assert head is not None
         return head(hidden_BTD[batch.rows_P, batch.columns_P])
@@ -80,6 +95,11 @@ def pass_tokens(device: torch.device, wanted: int = 0) -> int:
     return wanted or (1024 if device.type == "cpu" else 8192)
 
 
+def device_of_scorer(scorer: nn.Module) -> torch.device:
+    """Return the device that a scorer, wrapped or not, computes on."""
+    return next(scorer.parameters()).device
+
+
 def sum_by_row(values_P: Tensor, batch: Batch) -> Tensor:
     """Return the sum of values over each row's positions, shape (B,)."""
     total_B = torch.zeros(len(batch.ids_BT), dtype=values_P.dtype, device=values_P.device)
@@ -91,7 +111,7 @@ def log_probabilities(
     scorer: nn.Module, items: Sequence[Encoded], pad_id: int, max_tokens: int = 0
 ) -> list[float]:
     """Return the summed log-probability of each item's supervised tokens, in the given order."""
-    device = next(scorer.parameters()).device
+    device = device_of_scorer(scorer)
     order = sorted(range(len(items)), key=lambda index: -len(items[index].ids))
     scores: dict[int, float] = {}
     done = 0

@@ -5,6 +5,7 @@ section that it needs (`train(settings: TrainSettings)`) and is handed the whole
 here and nowhere else.
 """
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,6 +16,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from d2lora.errors import SettingsError, did_you_mean, listed
@@ -23,7 +25,18 @@ ChatFormat = Literal["auto", "template", "plain"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["linear", "cosine", "constant"]
-TaskName = Literal["auto", "gsm8k", "titles", "instruct", "text"]
+TaskName = Literal["auto", "gsm8k", "titles", "instruct", "text", "preferences"]
+ObjectiveName = Literal["sft", "dpo", "orpo"]
+DPOLoss = Literal["sigmoid", "robust", "sigmoid_norm"]
+Reference = Literal["base", "warm_start"]
+FRESH = "fresh"
+PEFT_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq", "lora_ga")
+DATA_DRIVEN = ("eva", "corda", "lora_ga")
+
+
+def is_named_init(name: str) -> bool:
+    """Say whether a beginning is a new adapter: fresh, or by an initialization of PEFT's."""
+    return name == FRESH or name in PEFT_INITS or re.fullmatch(r"pissa_niter_\d+", name) is not None
 
 
 class Settings(BaseModel):
@@ -104,6 +117,11 @@ class LoraSettings(Settings):
     """Dropout on the adapter's input, probability. Default 0."""
     targets: tuple[str, ...] | None = None
     """Module names that get an adapter, as in `q_proj v_proj`, or `all-linear` (default)."""
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(rank): rank-stabilized LoRA. A warm start brings its own."""
+    dora: bool = False
+    """Learn the weights' magnitudes apart from their directions (DoRA); slower. A warm start
+    brings its own."""
 
 
 class TrainSettings(Settings):
@@ -124,6 +142,8 @@ class TrainSettings(Settings):
     """Most examples in one forward pass. None: only micro_batch_tokens counts."""
     lean: bool = True
     """Use the faster pass through LoRA layers where it is equal to PEFT's."""
+    lora_plus_ratio: float = Field(default=1.0, gt=0)
+    """LoRA+: B learns at this many times the learning rate. 1: as A does."""
     schedule: Schedule = "linear"
     """Learning rate after the warm-up steps: linear or cosine to zero, or constant."""
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
@@ -154,13 +174,55 @@ class TrainSettings(Settings):
     """Seed of dropout. None: from seed."""
 
 
-class PhaseSettings(BaseSettings, FormatSettings, LoraSettings, TrainSettings):
+class ObjectiveSettings(Settings):
+    """What is minimised; names and defaults are TRL's."""
+
+    objective: ObjectiveName = "sft"
+    """sft: learn completions; dpo, orpo: learn which of two is better, from rows with `prompt`,
+    `chosen` and `rejected`. sft on such rows learns the chosen completions. dpo wants a lower
+    learning rate than sft."""
+    beta: float = Field(default=0.1, gt=0)
+    """dpo: how strongly the policy is held to the reference. orpo: weight of the odds ratio."""
+    loss_type: DPOLoss = "sigmoid"
+    """dpo: sigmoid, robust (to flipped labels) or sigmoid_norm (log ratios per token)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """dpo: probability that a label is flipped."""
+    reference: Reference | None = None
+    """dpo: the reference policy: base, or warm_start (the adapter as it begins). None:
+    warm_start where the run begins from one, else base."""
+    orpo_prompt_loss: bool = False
+    """orpo: take the cross-entropy over the prompt too, as TRL does; the paper's eq. 2 does
+    not."""
+
+    @model_validator(mode="after")
+    def _of_the_objective(self) -> Self:
+        own = {
+            "dpo": {"loss_type", "label_smoothing", "reference"},
+            "orpo": {"orpo_prompt_loss"},
+        }
+        for objective, names in own.items():
+            for name in sorted(names):
+                default = type(self).model_fields[name].default
+                if objective != self.objective and getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name} is a setting of --objective {objective}, not of {self.objective}"
+                    )
+        return self
+
+
+class PhaseSettings(BaseSettings, FormatSettings, LoraSettings, ObjectiveSettings, TrainSettings):
     """What warm-up and adaptation share."""
 
     data: tuple[str, ...]
     """Training data: files (JSONL, JSON, CSV, Parquet) or hub ids (`owner/name:split`)."""
     out: Path
     """Run folder to write."""
+    init: str = FRESH
+    """How the adapter begins: `fresh` (random A, zero B) or one of PEFT's initializations:
+    gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, corda, loftq, lora_ga. Those that
+    change the base are converted when saved, to an ordinary adapter of twice the rank."""
+    init_samples: int = Field(default=64, ge=1)
+    """Training rows that eva, corda and lora_ga look at, at most."""
     validation_data: tuple[str, ...] = ()
     """Held-out rows for validation loss, instead of validation_fraction."""
     resume: bool = False
@@ -177,16 +239,46 @@ class WarmupSettings(PhaseSettings):
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of the rows kept for the general loss before and after, in the manifest."""
 
+    @field_validator("init")
+    @classmethod
+    def _new(cls, init: str) -> str:
+        if not is_named_init(init):
+            hint = did_you_mean(init, (FRESH, *PEFT_INITS))
+            raise ValueError(
+                f"a warm-up begins anew: expected fresh, {', '.join(PEFT_INITS)} or "
+                f"pissa_niter_N.{hint}"
+            )
+        return init
+
+    @field_validator("reference")
+    @classmethod
+    def _no_warm_start_yet(cls, reference: Reference | None) -> Reference | None:
+        if reference == "warm_start":
+            raise ValueError("a warm-up begins from no warm start; use base")
+        return reference
+
 
 class AdaptSettings(PhaseSettings):
     """`d2lora adapt`: base + scarce task data + init -> adapter."""
 
-    init: str = "fresh"
-    """How the adapter begins: `fresh` (random A, zero B) or the folder of a warm start."""
+    init: str = FRESH
+    """How the adapter begins: the folder of a warm start, `fresh` (random A, zero B) or one of
+    PEFT's initializations: gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, corda, loftq,
+    lora_ga. Those that change the base are converted when saved, to an ordinary adapter of twice
+    the rank."""
     init_scale: float = Field(default=1.0, ge=0, le=1)
     """Strength of the warm start: its B is multiplied by this. 0: its A with zero B."""
     n: int | None = Field(default=None, ge=1)
     """Rows to use, validation rows included; subsets nest. None: all."""
+
+    @model_validator(mode="after")
+    def _reference_is_there(self) -> Self:
+        if self.reference == "warm_start" and is_named_init(self.init):
+            raise ValueError(
+                "--reference warm_start, but the run begins from no warm start; give --init its "
+                "folder, or use --reference base"
+            )
+        return self
 
 
 class GenerationSettings(Settings):
@@ -239,8 +331,33 @@ class GenerateSettings(BaseSettings, GenerationSettings):
     """JSONL file to write. None: print."""
 
 
+class PairsSettings(BaseSettings, FormatSettings, GenerationSettings):
+    """`d2lora pairs`: task rows with gold answers -> preference rows, by sampling."""
+
+    data: tuple[str, ...]
+    """Rows of a task that has gold answers."""
+    out: Path
+    """Folder to write: `pairs.jsonl` and how it came about."""
+    adapter: str | None = None
+    """Adapter to sample from. None: the base alone."""
+    n: int | None = Field(default=None, ge=1)
+    """Prompts to sample, a seeded choice. None: all."""
+    samples: int = Field(default=4, ge=1)
+    """Samples of each prompt; exact duplicates count once."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of sampling."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Only the likeliest tokens with this total probability."""
+    chosen: Literal["gold", "sample"] = "gold"
+    """The better completion: the gold answer, or a sample as good as it where there is one."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the choice of prompts and of sampling."""
+    quiet: bool = False
+    """No progress bar and no messages."""
+
+
 class ConvertSettings(BaseSettings):
-    """`d2lora convert`: another rank, another strength, or a merge into the base."""
+    """`d2lora convert`: another rank or strength, a mixture, a part, or a merge into the base."""
 
     adapter: str
     """Adapter or warm start to convert; it stays as it is."""
@@ -250,6 +367,17 @@ class ConvertSettings(BaseSettings):
     """New rank: a higher one keeps the function, a lower one the best part of it."""
     scale: float | None = Field(default=None, gt=0)
     """Multiply the update by this."""
+    mix: tuple[str, ...] = ()
+    """Further adapters of the same base to mix with this one."""
+    mix_weights: tuple[float, ...] = ()
+    """Weight of each adapter, this one first. Empty: equal, with sum 1."""
+    mix_method: Literal["cat", "average"] = "cat"
+    """cat: exact, the ranks add up (--rank R brings them down); average: of A and of B, where
+    shapes agree, which is not the average of the updates."""
+    targets: tuple[str, ...] | None = None
+    """Keep these modules only, as in `q_proj v_proj`."""
+    layers: tuple[int, ...] | None = None
+    """Keep these layers only, by number."""
     merge: bool = False
     """Fold the adapter into the base and write a plain model folder."""
     seed: int = Field(default=0, ge=0)
@@ -326,5 +454,8 @@ def _explained(kind: type[Settings], error: ValidationError) -> str:
             faults.append(f"`{name}` is needed: give it as --{name} or in the settings file")
         else:
             reason = fault["msg"].removeprefix("Value error, ")
+            if not name:  # two settings contradict each other
+                faults.append(reason)
+                continue
             faults.append(f"`{name}`: {reason[0].lower()}{reason[1:]}, got {fault['input']!r}")
     return f"wrong settings:\n{listed(faults)}"

@@ -11,31 +11,10 @@ from typing import Any, Literal
 
 from d2lora.data import Fault, read_source
 from d2lora.errors import DataError, listed
+from d2lora.preferences import read_preference
+from d2lora.rows import BadRowError, Example, fields_of, text_field, turns_of, user
 
-Role = Literal["system", "user", "assistant"]
-Score = Literal["exact_match", "rouge", "loss"]
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: Role
-    content: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row made ready: the turns that are given, and the completion to be learnt."""
-
-    prompt: tuple[Message, ...]
-    completion: str
-    source: str = ""
-    row: int = 0
-
-
-class BadRowError(ValueError):
-    """A row cannot be read; its text says what was expected and what was found."""
+Score = Literal["exact_match", "rouge", "loss", "preference"]
 
 
 Reader = Callable[[Mapping[str, Any]], Example]
@@ -50,43 +29,25 @@ class Task:
     score: Score
 
 
-def _text(row: Mapping[str, Any], field: str, *, empty: bool = False) -> str:
-    if field not in row:
-        raise BadRowError(f"field `{field}` is missing; found {_fields(row)}")
-    value = row[field]
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise BadRowError(f"field `{field}` must be text, found {kind}: {value!r:.60}")
-    if not value.strip() and not empty:
-        raise BadRowError(f"field `{field}` is empty")
-    return value
-
-
-def _fields(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{name}`" for name in row) or "no fields"
-
-
-def _user(text: str) -> tuple[Message, ...]:
-    return (Message("user", text),)
-
-
 def read_word_problem(row: Mapping[str, Any]) -> Example:
     """Read `question` and `answer`, the fields of GSM8K; the answer ends in `#### N`."""
-    answer = _text(row, "answer")
+    answer = text_field(row, "answer")
     if "####" not in answer:
         raise BadRowError("field `answer` must end in `#### N`; without it use --task instruct")
-    return Example(_user(_text(row, "question")), answer)
+    return Example(user(text_field(row, "question")), answer)
 
 
 def read_title(row: Mapping[str, Any]) -> Example:
     """Read `text` and `title`."""
     instruction = "Write a title for this text."
-    return Example(_user(f"{instruction}\n\n{_text(row, 'text').strip()}"), _text(row, "title"))
+    return Example(
+        user(f"{instruction}\n\n{text_field(row, 'text').strip()}"), text_field(row, "title")
+    )
 
 
 def read_document(row: Mapping[str, Any]) -> Example:
     """Read `text` alone: no prompt, every token is supervised."""
-    return Example((), _text(row, "text"))
+    return Example((), text_field(row, "text"))
 
 
 def read_instruction(row: Mapping[str, Any]) -> Example:
@@ -97,28 +58,30 @@ def read_instruction(row: Mapping[str, Any]) -> Example:
         extra = row.get("input") or ""
         if not isinstance(extra, str):
             raise BadRowError(f"field `input` must be text, found {type(extra).__name__}")
-        prompt = _text(row, "instruction") + (f"\n\n{extra}" if extra.strip() else "")
-        return Example(_user(prompt), _text(row, "output"))
+        prompt = text_field(row, "instruction") + (f"\n\n{extra}" if extra.strip() else "")
+        return Example(user(prompt), text_field(row, "output"))
     if "prompt" in row:
         answer = "completion" if "completion" in row else "response"
         if answer not in row:
             raise BadRowError(
                 f"field `completion` (or `response`) is missing beside `prompt`; "
-                f"found {_fields(row)}"
+                f"found {fields_of(row)}"
             )
         source = row.get("source")
         named = source if isinstance(source, str) else ""
-        return Example(_user(_text(row, "prompt")), _text(row, answer), named)
+        return Example(user(text_field(row, "prompt")), text_field(row, answer), named)
     if "question" in row:
-        return Example(_user(_text(row, "question")), _text(row, "answer"))
+        return Example(user(text_field(row, "question")), text_field(row, "answer"))
     raise BadRowError(
         "expected messages, prompt/completion, instruction/input/output, question/answer, "
-        f"text/title or text; found {_fields(row)}"
+        f"text/title or text; found {fields_of(row)}"
     )
 
 
 def read_prompt(row: Mapping[str, Any]) -> Example:
     """Read the prompt alone of a row of any kind; a completion beside it is not needed."""
+    if {"chosen", "rejected"} <= row.keys():
+        return replace(read_preference(row), completion="", rejected=None)
     if "messages" in row:
         turns = row["messages"]
         open_end = isinstance(turns, list) and turns and dict(turns[-1]).get("role") == "user"
@@ -127,27 +90,14 @@ def read_prompt(row: Mapping[str, Any]) -> Example:
     if "text" in row:
         return read_title({**row, "title": "-"})
     if "question" in row:
-        return Example(_user(_text(row, "question")), "")
+        return Example(user(text_field(row, "question")), "")
     if "instruction" in row:
         return read_instruction({**row, "output": "-"})
-    return Example(_user(_text(row, "prompt")), "")
+    return Example(user(text_field(row, "prompt")), "")
 
 
 def _read_messages(row: Mapping[str, Any]) -> Example:
-    turns = row["messages"]
-    if not isinstance(turns, list) or not turns:
-        raise BadRowError(f"field `messages` must be a list of turns, found {type(turns).__name__}")
-    messages: list[Message] = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise BadRowError(f"turn {number} of `messages` must have `role` and `content`")
-        role, content = turn["role"], turn["content"]
-        if role not in ("system", "user", "assistant"):
-            expected = "system, user or assistant"
-            raise BadRowError(f"turn {number}: role must be {expected}, found {role!r}")
-        if not isinstance(content, str) or not content.strip():
-            raise BadRowError(f"turn {number}: `content` must be text that is not empty")
-        messages.append(Message(role, content))
+    messages = turns_of(row, "messages")
     if messages[-1].role != "assistant":
         raise BadRowError(f"the last turn must be the assistant's, found {messages[-1].role!r}")
     if len(messages) == 1:
@@ -160,6 +110,7 @@ TASKS = {
     "titles": Task("titles", read_title, "rouge"),
     "instruct": Task("instruct", read_instruction, "rouge"),
     "text": Task("text", read_document, "loss"),
+    "preferences": Task("preferences", read_preference, "preference"),
     "prompts": Task("prompts", read_prompt, "loss"),
 }
 
@@ -169,6 +120,8 @@ def task_of(name: str, first_row: Mapping[str, Any]) -> Task:
     if name != "auto":
         return TASKS[name]
     fields = first_row.keys()
+    if {"chosen", "rejected"} <= fields:
+        return TASKS["preferences"]
     if {"question", "answer"} <= fields and "####" in str(first_row["answer"]):
         return TASKS["gsm8k"]
     if {"text", "title"} <= fields:
@@ -201,7 +154,7 @@ def read_choice(row: Mapping[str, Any]) -> Choice:
         )
     benchmark = row.get("benchmark", "")
     named = benchmark if isinstance(benchmark, str) else ""
-    return Choice(_text(row, "prompt"), tuple(choices), answer, named)
+    return Choice(text_field(row, "prompt"), tuple(choices), answer, named)
 
 
 @dataclass(frozen=True)

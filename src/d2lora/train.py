@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from d2lora import checkpoint
+from d2lora.batches import T, micro_batches
 from d2lora.console import Reporter
 from d2lora.cost import Cost, TrainingFlops, peak_memory_bytes
 from d2lora.data import stream_seed
-from d2lora.encode import Encoded, micro_batches
 from d2lora.errors import TrainingError
+from d2lora.inits import adamw
 from d2lora.lean import lean_layers
 from d2lora.models import causal_model
 from d2lora.objectives import Objective
 from d2lora.runs import RunFolder, is_main_process
 from d2lora.schedule import Plan, learning_rate
-from d2lora.scorer import TokenScorer, mean_loss, pass_tokens
+from d2lora.scorer import TokenScorer, pass_tokens
 from d2lora.settings import TrainSettings
 
 
@@ -71,9 +72,9 @@ class _State:
 
 def train(
     model: nn.Module,
-    train_set: Sequence[Encoded],
-    valid_set: Sequence[Encoded],
-    objective: Objective,
+    train_set: Sequence[T],
+    valid_set: Sequence[T],
+    objective: Objective[T],
     settings: TrainSettings,
     run: RunFolder,
     reporter: Reporter,
@@ -106,16 +107,15 @@ def train(
     device = next(iter(parameters.values())).device
     accelerator = Accelerator(cpu=device.type == "cpu")
     scorer = accelerator.prepare(TokenScorer(model))
-    optimizer = AdamW(
-        parameters.values(), lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay
-    )
+    optimizer = adamw(model, settings)
     plan = Plan.of(len(train_set), settings, seed_of(settings, "order"))
     causal = causal_model(model)
     state = _State(parameters, optimizer, TrainingFlops.of(causal, causal.config))
 
-    def validate() -> float:
+    def validate() -> dict[str, float]:
         model.eval()
-        return mean_loss(scorer, valid_set, pad_id, settings.micro_batch_tokens)
+        limit = pass_tokens(device, settings.micro_batch_tokens)
+        return _measured(scorer, valid_set, objective, limit, pad_id)
 
     began = time.perf_counter()
     lean = lean_layers(model) if settings.lean else nullcontext()
@@ -128,8 +128,9 @@ def train(
             run.cut_log(state.progress.step)
             reporter.say(f"resumed at step {state.progress.step} of {plan.n_steps}")
         elif valid_set:
-            state.progress.validation_before = state.progress.validation_after = validate()
-            run.log(step=0, validation_loss=state.progress.validation_before)
+            before = validate()
+            state.progress.validation_before = state.progress.validation_after = before["loss"]
+            run.log(step=0, **_validation_names(before))
         began -= state.progress.elapsed_s
         progress = state.progress
         tokens_before, resumed_at = progress.n_tokens, time.perf_counter()
@@ -138,21 +139,21 @@ def train(
                 items = [train_set[index] for index in plan.batch(progress.step)]
                 rate = learning_rate(progress.step, plan.n_steps, settings)
                 model.train()
-                loss, norm = _step(
+                measured, norm = _step(
                     accelerator, scorer, items, objective, settings, state, rate, pad_id
                 )
                 progress.elapsed_s = time.perf_counter() - began
                 run.log(
                     step=progress.step,
                     epoch=round(progress.step / plan.steps_per_epoch, 4),
-                    loss=loss,
+                    **measured,
                     learning_rate=rate,
                     grad_norm=norm,
                     n_tokens=progress.n_tokens,
                     elapsed_s=round(progress.elapsed_s, 3),
                 )
                 speed = (progress.n_tokens - tokens_before) / (time.perf_counter() - resumed_at)
-                bar.update(progress.step, f"loss {loss:.3f}  {speed:,.0f} tokens/s")
+                bar.update(progress.step, f"loss {measured['loss']:.3f}  {speed:,.0f} tokens/s")
                 if valid_set and _due(
                     progress.step, settings.eval_every or plan.steps_per_epoch, plan
                 ):
@@ -178,32 +179,33 @@ def seed_of(settings: TrainSettings, stream: str) -> int:
 def _step(
     accelerator: Accelerator,
     scorer: nn.Module,
-    items: Sequence[Encoded],
-    objective: Objective,
+    items: Sequence[T],
+    objective: Objective[T],
     settings: TrainSettings,
     state: _State,
     rate: float,
     pad_id: int,
-) -> tuple[float, float]:
-    """Take one optimizer step; return the batch's loss and the norm of its gradient."""
-    weight = objective.weight(items)
+) -> tuple[dict[str, float], float]:
+    """Take one optimizer step; return the batch's loss and metrics, and its gradient's norm."""
     world = accelerator.num_processes
     # A process without a share still has to take part in the synchronisation: with weight 0.
     mine = items[accelerator.process_index :: world] or items[:1]
-    share = world if len(items) > accelerator.process_index else 0
+    weight = world if len(items) > accelerator.process_index else 0
     limit = pass_tokens(accelerator.device, settings.micro_batch_tokens)
     groups = micro_batches(mine, limit, settings.micro_batch_size)
-    total = torch.zeros((), device=accelerator.device)
+    total: dict[str, Tensor] = {}
     for number, group in enumerate(groups, 1):
         with (
             accelerator.accumulate(scorer) if number == len(groups) else accelerator.no_sync(scorer)
         ):
-            loss = objective.loss_sum(scorer, group, pad_id) / weight * share
-            accelerator.backward(loss)
-        total += loss.detach()
-    reduced = accelerator.reduce(total, "mean")
+            share = objective.share(scorer, group, items, pad_id)
+            accelerator.backward(share.loss * weight)
+        for name, value in {"loss": share.loss.detach(), **share.metrics}.items():
+            total[name] = total[name] + value * weight if name in total else value * weight
+    reduced = accelerator.reduce(torch.stack([total[name].float() for name in total]), "mean")
     assert isinstance(reduced, Tensor)
-    mean = float(reduced)
+    measured = dict(zip(total, reduced.tolist(), strict=True))
+    mean = measured["loss"]
     progress = state.progress
     largest = settings.max_grad_norm or math.inf
     norm = float(nn.utils.clip_grad_norm_(list(state.parameters.values()), largest))
@@ -213,28 +215,55 @@ def _step(
             f"--learning-rate (now {settings.learning_rate:g}), or use --dtype float32"
         )
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)
     state.optimizer.step()
     state.optimizer.zero_grad()
     progress.step += 1
-    progress.n_tokens += sum(len(item.ids) for item in items)
+    progress.n_tokens += sum(item.n_tokens for item in items)
     progress.n_supervised_tokens += sum(item.n_supervised for item in items)
-    progress.flops += sum(state.flops.of_sequence(len(i.ids), i.n_supervised) for i in items)
+    progress.flops += sum(state.flops.of_rows(i.n_rows, i.n_tokens, i.n_supervised) for i in items)
     progress.first_loss = mean if progress.first_loss is None else progress.first_loss
     progress.last_loss = mean
-    return mean, norm
+    return measured, norm
+
+
+@torch.no_grad()
+def _measured(
+    scorer: nn.Module, items: Sequence[T], objective: Objective[T], limit: int, pad_id: int
+) -> dict[str, float]:
+    """Return the loss and metrics of a set of items, as if it were one batch."""
+    total: dict[str, float] = {}
+    for group in micro_batches(items, limit):
+        share = objective.share(scorer, group, items, pad_id)
+        for name, value in {"loss": share.loss, **share.metrics}.items():
+            total[name] = total.get(name, 0.0) + float(value)
+    return total
+
+
+def _validation_names(measured: Mapping[str, float]) -> dict[str, float]:
+    return {f"validation_{name}": value for name, value in measured.items()}
 
 
 def _due(step: int, every: int, plan: Plan) -> bool:
     return step % every == 0 or step == plan.n_steps
 
 
-def _judge(loss: float, state: _State, patience: int, run: RunFolder, reporter: Reporter) -> None:
+def _judge(
+    measured: Mapping[str, float],
+    state: _State,
+    patience: int,
+    run: RunFolder,
+    reporter: Reporter,
+) -> None:
     """Take note of a validation loss, and stop after `patience` without a better one."""
-    progress = state.progress
+    progress, loss = state.progress, measured["loss"]
     progress.validation_after = loss
-    run.log(step=progress.step, validation_loss=loss)
-    reporter.say(f"step {progress.step}: loss {progress.last_loss:.4f}, validation loss {loss:.4f}")
+    run.log(step=progress.step, **_validation_names(measured))
+    accuracy = measured.get("rewards/accuracies")
+    reporter.say(
+        f"step {progress.step}: loss {progress.last_loss:.4f}, validation loss {loss:.4f}"
+        + ("" if accuracy is None else f", chosen over rejected {accuracy:.1%}")
+    )
     if loss < progress.best_validation:
         progress.best_validation, progress.best_step, progress.n_worse = loss, progress.step, 0
         if patience:

@@ -17,11 +17,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from d2lora.artifacts import Adapter, Manifest, differences
-from d2lora.errors import WarmStartError
+from d2lora.errors import ModelError, WarmStartError, did_you_mean
 from d2lora.inits import ALL_LINEAR, LoraShape
 from d2lora.models import attach_adapter, fingerprint_of_model, read_adapter_config
 from d2lora.runs import DONE
-from d2lora.settings import LoraSettings
+from d2lora.settings import FRESH, PEFT_INITS, LoraSettings
 
 
 class WarmStart(Adapter):
@@ -36,14 +36,20 @@ class WarmStart(Adapter):
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise WarmStartError(f"{folder}: no such folder; make a warm start with d2lora warmup")
+            raise WarmStartError(
+                f"{folder}: no such folder; make a warm start with d2lora warmup."
+                f"{did_you_mean(str(path), (FRESH, *PEFT_INITS))}"
+            )
         if not (folder / "warm_start.json").is_file():
             if (folder / "settings.yaml").is_file() and not (folder / DONE).is_file():
                 raise WarmStartError(
                     f"{folder}: the warm-up is unfinished; continue it with d2lora warmup --resume"
                 )
             raise WarmStartError(f"{folder}: no warm start: it has no warm_start.json")
-        read_adapter_config(folder)
+        try:
+            read_adapter_config(folder)
+        except ModelError as error:
+            raise WarmStartError(str(error)) from None
         return cls(folder, Manifest.read(folder))
 
     def apply_to(
@@ -88,7 +94,7 @@ class WarmStart(Adapter):
             wanted["targets"] = None
         elif wanted["targets"] is not None:
             wanted["targets"] = tuple(sorted(wanted["targets"]))
-            shape = LoraShape(shape.rank, shape.alpha, shape.dropout, tuple(sorted(shape.targets)))
+            shape = replace(shape, targets=tuple(sorted(shape.targets)))
         clashes = differences(wanted, shape)
         if clashes:
             told = "; ".join(
@@ -110,4 +116,6 @@ class WarmStart(Adapter):
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"

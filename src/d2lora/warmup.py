@@ -2,7 +2,8 @@
 
 from d2lora.console import Reporter
 from d2lora.encode import Encoder
-from d2lora.inits import LoraShape, attach_fresh
+from d2lora.initialization import begin
+from d2lora.inits import LoraShape
 from d2lora.models import Base, load_base
 from d2lora.phase import prepare_rows, run_phase
 from d2lora.runs import RunFolder
@@ -27,8 +28,9 @@ def warm_up(settings: WarmupSettings, base: Base | None = None) -> WarmStart:
     encoder = Encoder.of(base, settings.chat_format)
     rows = prepare_rows(settings, settings.m, encoder, reporter)
     shape = LoraShape.fresh(settings)
-    model = attach_fresh(base.model, shape, seed_of(settings, "init"))
-    run_phase(settings, base, model, shape, rows, encoder, (), run, reporter)
+    seed = seed_of(settings, "init")
+    with begin(settings, base, shape, seed, rows.train, reporter) as beginning:
+        run_phase(settings, base, beginning, rows, encoder, run, reporter)
     return WarmStart.load(settings.out)
 
 

@@ -1,0 +1,255 @@
+"""Token ids and the batches made of them: rows, pairs, and prompts with several endings.
+
+Shapes: B rows, T tokens of the longest, P predicted tokens in the whole batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+
+class Item(Protocol):
+    """What the loop learns from: one or several rows of token ids that belong together."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        ...
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in a forward pass."""
+        ...
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all rows, padding not."""
+        ...
+
+    @property
+    def n_supervised(self) -> int:
+        """Tokens that are predicted."""
+        ...
+
+    def truncated(self, max_length: int) -> Self:
+        """Return the item cut to `max_length` tokens a row."""
+        ...
+
+
+T = TypeVar("T", bound=Item)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one example; those from `n_prompt` on are the completion, EOS included."""
+
+    ids: tuple[int, ...]
+    n_prompt: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row."""
+        return len(self.ids)
+
+    @property
+    def n_rows(self) -> int:
+        """One row."""
+        return 1
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the row."""
+        return len(self.ids)
+
+    @property
+    def n_supervised(self) -> int:
+        """Tokens that are predicted; a completion without any prompt lacks its first."""
+        return len(self.ids) - max(1, self.n_prompt)
+
+    def truncated(self, max_length: int) -> "Encoded":
+        """Cut the row: the prompt's start first, then the completion's end.
+
+        The prompt keeps its first token (BOS) and its end, a quarter of the length where it has
+        so much, so neither part is ever cut away whole.
+        """
+        return _cut(self, len(self.ids) - max_length, max_length)
+
+
+def _cut(item: Encoded, excess: int, max_length: int) -> Encoded:
+    if excess <= 0:
+        return item
+    least = min(item.n_prompt, max(1, max_length // 4))
+    n_cut = min(excess, item.n_prompt - least)
+    ids = item.ids[:1] + item.ids[1 + n_cut :] if n_cut else item.ids
+    return replace(item, ids=ids[:max_length], n_prompt=item.n_prompt - n_cut)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two completions of one prompt, the better one named; the prompt's ids are the same."""
+
+    chosen: Encoded
+    rejected: Encoded
+    reference: tuple[float, float] | None = None
+    """Log-probabilities of both completions under the reference policy, in nats."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer row."""
+        return max(self.chosen.length, self.rejected.length)
+
+    @property
+    def n_rows(self) -> int:
+        """A row for each completion."""
+        return 2
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of both rows, the prompt counted twice."""
+        return self.chosen.n_tokens + self.rejected.n_tokens
+
+    @property
+    def n_supervised(self) -> int:
+        """Tokens of both completions."""
+        return self.chosen.n_supervised + self.rejected.n_supervised
+
+    def truncated(self, max_length: int) -> "Pair":
+        """Cut both rows; the prompt is cut alike, as the longer row needs it."""
+        excess = self.length - max_length
+        chosen, rejected = (_cut(i, excess, max_length) for i in (self.chosen, self.rejected))
+        return replace(self, chosen=chosen, rejected=rejected)
+
+
+class Batch(NamedTuple):
+    """Right-padded ids, and where the predicted tokens stand."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    rows_P: Tensor
+    columns_P: Tensor
+    targets_P: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device."""
+        return Batch(*(tensor.to(device) for tensor in self))
+
+    def row(self, index: int) -> "Batch":
+        """Return one row with its padding, as a batch of one."""
+        own = self.rows_P == index
+        columns_P, targets_P = self.columns_P[own], self.targets_P[own]
+        one = slice(index, index + 1)
+        rows_P = torch.zeros_like(columns_P)
+        return Batch(self.ids_BT[one], self.mask_BT[one], rows_P, columns_P, targets_P)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and its endings, as token ids; the prompt is not empty."""
+
+    prompt: tuple[int, ...]
+    endings: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def length(self) -> int:
+        """Tokens of the row."""
+        return len(self.prompt) + sum(map(len, self.endings))
+
+
+class Branches(NamedTuple):
+    """A row for each question: the prompt once, then its endings, blind to each other."""
+
+    ids_BT: Tensor
+    positions_BT: Tensor
+    mask_B1TT: Tensor
+    """0 where a token sees another, the number format's least value where not."""
+    rows_P: Tensor
+    columns_P: Tensor
+    targets_P: Tensor
+    owners_P: Tensor
+    """The ending, counted over the whole batch, that a position belongs to."""
+
+    def to(self, device: torch.device) -> "Branches":
+        """Return the batch on a device."""
+        return Branches(*(tensor.to(device) for tensor in self))
+
+
+def collate(items: Sequence[Encoded], pad_id: int) -> Batch:
+    """Pad examples on the right and list the positions whose next token is supervised."""
+    longest = max(len(item.ids) for item in items)
+    ids_BT = torch.full((len(items), longest), pad_id, dtype=torch.long)
+    mask_BT = torch.zeros((len(items), longest), dtype=torch.long)
+    rows: list[Tensor] = []
+    columns: list[Tensor] = []
+    for row, item in enumerate(items):
+        length = len(item.ids)
+        ids_BT[row, :length] = torch.tensor(item.ids)
+        mask_BT[row, :length] = 1
+        column = torch.arange(max(1, item.n_prompt) - 1, length - 1)
+        columns.append(column)
+        rows.append(torch.full_like(column, row))
+    rows_P, columns_P = torch.cat(rows), torch.cat(columns)
+    return Batch(ids_BT, mask_BT, rows_P, columns_P, ids_BT[rows_P, columns_P + 1])
+
+
+def micro_batches(
+    items: Sequence[T], max_tokens: int, max_size: int | None = None
+) -> list[list[T]]:
+    """Cut a batch into forward passes of like length, longest first, with little padding.
+
+    Each holds at most `max_tokens` padded tokens and `max_size` examples, at least one example.
+    """
+    ordered = sorted(items, key=lambda item: -item.length)
+    groups: list[list[T]] = []
+    for item in ordered:
+        group = groups[-1] if groups else []
+        full = len(group) == max_size
+        if not group or full or (len(group) + 1) * item.n_rows * group[0].length > max_tokens:
+            groups.append([item])
+        else:
+            group.append(item)
+    return groups
+
+
+def branch(questions: Sequence[Question], pad_id: int, dtype: torch.dtype) -> Branches:
+    """Lay out a row for each question, every ending right behind the prompt by its positions.
+
+    Args:
+        questions: The prompts and their endings.
+        pad_id: Token id for padding.
+        dtype: The model's number format, of the mask.
+    """
+    longest = max(question.length for question in questions)
+    ids_BT = torch.full((len(questions), longest), pad_id)
+    positions_BT = torch.zeros_like(ids_BT)
+    sees_BTT = torch.eye(longest, dtype=torch.bool).repeat(len(questions), 1, 1)
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    owner = 0
+    for row, question in enumerate(questions):
+        n_prompt = len(question.prompt)
+        ids_BT[row, :n_prompt] = torch.tensor(question.prompt)
+        positions_BT[row, :n_prompt] = torch.arange(n_prompt)
+        sees_BTT[row, :n_prompt, :n_prompt] = torch.ones(n_prompt, n_prompt).tril().bool()
+        begin = n_prompt
+        for ending in question.endings:
+            end = begin + len(ending)
+            ids_BT[row, begin:end] = torch.tensor(ending)
+            positions_BT[row, begin:end] = torch.arange(n_prompt, n_prompt + len(ending))
+            sees_BTT[row, begin:end, :n_prompt] = True
+            own = torch.ones(len(ending), len(ending)).tril().bool()
+            sees_BTT[row, begin:end, begin:end] = own
+            columns += [n_prompt - 1, *range(begin, end - 1)]
+            rows += [row] * len(ending)
+            targets += ending
+            owners += [owner] * len(ending)
+            owner, begin = owner + 1, end
+    hidden = torch.zeros(sees_BTT.shape, dtype=dtype)
+    hidden.masked_fill_(~sees_BTT, torch.finfo(dtype).min)
+    where = (torch.tensor(values) for values in (rows, columns, targets, owners))
+    return Branches(ids_BT, positions_BT, hidden[:, None], *where)

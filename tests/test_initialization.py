@@ -1,0 +1,298 @@
+"""PEFT's initializations: the function at the start, the base afterwards, the adapter on disk."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from support import read_rows, write_rows
+from transformers import AutoModelForCausalLM
+
+from d2lora import (
+    Adapter,
+    AdaptSettings,
+    SettingsError,
+    TrainingError,
+    WarmStart,
+    WarmStartError,
+    WarmupSettings,
+    adapt,
+    phase,
+    warm_up,
+)
+from d2lora.initialization import Beginning
+from d2lora.models import Base, load_base
+from d2lora.settings import BaseSettings
+
+CHANGING = ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"]
+KEEPING = ["gaussian", "orthogonal", "eva"]
+PROBE = torch.arange(5, 60)[None]
+
+
+def run(out: Path, base: str, data: str, loaded: Base | None = None, **changes: Any) -> Adapter:
+    settings = {
+        "max_steps": 3, "batch_size": 8, "rank": 4, "learning_rate": 1e-2, "quiet": True, **changes,
+    }  # fmt: skip
+    return adapt(AdaptSettings(base=base, data=(data,), out=out, **settings), loaded)
+
+
+def weights(adapter: Adapter) -> dict[str, torch.Tensor]:
+    return load_file(adapter.path / "adapter_model.safetensors")
+
+
+def logits(base: str, adapter: Path | None = None) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        return (PeftModel.from_pretrained(model, str(adapter)) if adapter else model)(
+            input_ids=PROBE
+        ).logits
+
+
+def losses(adapter: Adapter) -> list[float]:
+    return [row["loss"] for row in read_rows(adapter.path / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.fixture
+def loaded(tiny_base: str) -> Base:
+    return load_base(BaseSettings(base=tiny_base, device="cpu"))
+
+
+def state(base: Base) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in base.model.state_dict().items()}
+
+
+def assert_untouched(base: Base, before: dict[str, torch.Tensor]) -> None:
+    after = base.model.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+    for name, module in base.model.named_modules():
+        left = {"eigens", "covariance_matrix", "_peft_loraga_grad", "corda_method"} & set(
+            vars(module)
+        )
+        assert not left, name
+        assert not module._forward_hooks, name
+        assert not module._backward_hooks, name
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+@pytest.mark.parametrize("init", CHANGING + KEEPING)
+def test_an_adapter_says_on_a_fresh_base_what_was_trained_and_the_shared_base_is_untouched(
+    tmp_path: Path, tiny_base: str, problems: str, loaded: Base, init: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    before = state(loaded)
+    trained: list[torch.Tensor] = []
+    save = phase._save_weights
+
+    def listening(beginning: Beginning, *args: Any) -> Any:
+        with torch.no_grad():
+            trained.append(beginning.model(input_ids=PROBE).logits)
+        return save(beginning, *args)
+
+    monkeypatch.setattr(phase, "_save_weights", listening)
+    adapter = run(tmp_path / "a", tiny_base, problems, loaded, init=init)
+    assert_untouched(loaded, before)
+    torch.testing.assert_close(logits(tiny_base, adapter.path), trained[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(trained[0], logits(tiny_base), atol=1e-3)
+    config = json.loads((adapter.path / "adapter_config.json").read_text())
+    rank = 8 if init in CHANGING else 4
+    assert (config["r"], config["init_lora_weights"]) == (rank, True)
+    assert (adapter.manifest.lora.rank, adapter.manifest.lora.alpha) == (rank, 2.0 * rank)
+    about = adapter.manifest.initialization
+    assert about is not None
+    assert about["name"] == init
+    if init in CHANGING:
+        assert about["converted_from_rank"] == 4
+        assert about["largest_logit_difference"] < 1e-3
+    data_driven = init in {"eva", "corda", "lora_ga"}
+    assert about["n_samples"] == (40 if data_driven else 0)
+    assert (adapter.manifest.cost["n_prepass_tokens"] > 0) == data_driven
+
+
+@pytest.mark.parametrize("init", CHANGING + KEEPING)
+def test_every_initialization_begins_as_the_base(
+    tmp_path: Path, tiny_base: str, problems: str, init: str
+) -> None:
+    fresh = run(tmp_path / "f", tiny_base, problems, max_steps=1)
+    adapter = run(tmp_path / "a", tiny_base, problems, init=init, max_steps=1)
+    assert losses(adapter)[0] == pytest.approx(losses(fresh)[0], rel=1e-4)
+    untrained = run(tmp_path / "u", tiny_base, problems, init=init, max_steps=0)
+    torch.testing.assert_close(logits(tiny_base, untrained.path), logits(tiny_base))
+
+
+@pytest.mark.parametrize("init", [*CHANGING, "eva", "gaussian"])
+def test_beginnings_differ_and_repeat(
+    tmp_path: Path, tiny_base: str, problems: str, init: str
+) -> None:
+    first = run(tmp_path / "1", tiny_base, problems, init=init)
+    second = run(tmp_path / "2", tiny_base, problems, init=init)
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(second)[name])
+    fresh = run(tmp_path / "3", tiny_base, problems)
+    assert losses(fresh)[-1] != losses(first)[-1]
+
+
+@pytest.mark.parametrize("init", ["pissa", "corda", "lora_ga", "eva"])
+def test_a_killed_run_resumes_to_the_same_adapter(
+    tmp_path: Path, tiny_base: str, problems: str, init: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {"init": init, "checkpoint_every": 2, "max_steps": 5}
+    whole = run(tmp_path / "whole", tiny_base, problems, **common)
+    from d2lora import train
+
+    class Killed(BaseException):
+        pass
+
+    step, taken = train._step, 0
+
+    def dying_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == 4:
+            raise Killed
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_step", dying_step)
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", tiny_base, problems, **common)
+    resumed = run(tmp_path / "killed", tiny_base, problems, resume=True, **common)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name])
+
+
+def test_a_run_that_fails_leaves_the_base_as_it_was(
+    tmp_path: Path, tiny_base: str, problems: str, loaded: Base
+) -> None:
+    before = state(loaded)
+    for init in ("pissa", "fresh"):
+        with pytest.raises(TrainingError, match="learning-rate"):
+            run(
+                tmp_path / init, tiny_base, problems, loaded, init=init, learning_rate=1e30,
+                warmup_fraction=0, max_grad_norm=0, max_steps=20,
+            )  # fmt: skip
+        assert_untouched(loaded, before)
+
+
+def test_a_warm_up_begins_by_an_initialization_and_serves_a_task(
+    tmp_path: Path, tiny_base: str, general: str, problems: str
+) -> None:
+    warm = warm_up(
+        WarmupSettings(
+            base=tiny_base, data=(general,), out=tmp_path / "w", init="pissa", rank=4, max_steps=3,
+            quiet=True,
+        )
+    )  # fmt: skip
+    assert warm.manifest.lora.rank == 8
+    adapter = run(
+        tmp_path / "a", tiny_base, problems, init=str(warm.path), rank=None, max_steps=0
+    )  # fmt: skip
+    torch.testing.assert_close(logits(tiny_base, adapter.path), logits(tiny_base, warm.path))
+
+
+def test_an_adapter_that_was_never_converted_is_refused(
+    tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart
+) -> None:
+    shutil.copytree(warm_start.path, tmp_path / "w")
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights="pissa")
+    get_peft_model(model, config).save_pretrained(tmp_path / "w")
+    with pytest.raises(WarmStartError, match="never converted"):
+        run(tmp_path / "a", tiny_base, problems, init=str(tmp_path / "w"), rank=None)
+
+
+def test_dpo_from_pissa_is_held_to_the_base_as_it_was(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    rows = [
+        {"prompt": row["question"], "chosen": row["answer"], "rejected": "I cannot tell."}
+        for row in read_rows(Path(problems))
+    ]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    common = {"objective": "dpo", "max_steps": 1}
+    runs = [
+        run(tmp_path / init, tiny_base, data, init=init, **common) for init in ("fresh", "pissa")
+    ]
+    kept = [json.loads((a.path / "reference.json").read_text()) for a in runs]
+    for ours, theirs in zip(*(k["log_probabilities"] for k in kept), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert losses(runs[1])[0] == pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"init": "orthogonal", "rank": 3}, "even rank, got 3"),
+        ({"init": "pissa", "rank": 33}, "rank of at most 16"),
+        ({"init": "lora_ga", "rank": 9}, "rank of at most 8"),
+        ({"init": "loftq"}, "bitsandbytes and a CUDA device"),
+        ({"init": "pissa", "dora": True}, "cannot be converted back"),
+        ({"init": "pissa", "init_scale": 0.5}, "--init pissa is none"),
+        ({"init": "pissa", "objective": "dpo", "reference": "warm_start"}, "no warm start"),
+        ({"init": "pisa"}, "Did you mean `pissa`"),
+    ],
+)
+def test_what_an_initialization_cannot_do_is_told(
+    tmp_path: Path, tiny_base: str, problems: str, changes: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises((SettingsError, WarmStartError), match=fault):
+        run(tmp_path / "a", tiny_base, problems, **changes)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_warm_up_takes_no_folder_as_its_beginning(general: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="a warm-up begins anew"):
+        WarmupSettings(data=(general,), out=tmp_path, init="warm")
+
+
+def test_b_learns_faster_by_the_ratio_of_lora_plus(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    common = {"max_steps": 1, "warmup_fraction": 0.0, "seed_init": 1}
+    plain = weights(run(tmp_path / "1", tiny_base, problems, **common))
+    plus = weights(run(tmp_path / "2", tiny_base, problems, lora_plus_ratio=4.0, **common))
+    for name, value in plain.items():
+        factor = 4.0 if "lora_B" in name else 1.0
+        torch.testing.assert_close(plus[name], value * factor, rtol=1e-5, atol=1e-7)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    # alpha 8 over sqrt(4) is alpha 16 over 4.
+    rslora = run(tmp_path / "1", tiny_base, problems, rslora=True, alpha=8)
+    plain = run(tmp_path / "2", tiny_base, problems, alpha=16)
+    for name, value in weights(plain).items():
+        assert torch.equal(weights(rslora)[name], value)
+    torch.testing.assert_close(logits(tiny_base, rslora.path), logits(tiny_base, plain.path))
+    converted = run(tmp_path / "3", tiny_base, problems, rslora=True, alpha=8, init="pissa")
+    assert converted.manifest.initialization is not None
+    assert converted.manifest.initialization["largest_logit_difference"] < 1e-3
+
+
+def test_dora_trains_magnitudes_and_a_warm_start_hands_it_on(
+    tmp_path: Path, tiny_base: str, general: str, problems: str, warm_start: WarmStart
+) -> None:
+    warm = warm_up(
+        WarmupSettings(
+            base=tiny_base, data=(general,), out=tmp_path / "w", rank=4, dora=True, max_steps=3,
+            learning_rate=1e-2, quiet=True,
+        )
+    )  # fmt: skip
+    magnitudes = {n for n in load_file(warm.path / "adapter_model.safetensors") if "magnitude" in n}
+    assert magnitudes
+    adapter = run(tmp_path / "a", tiny_base, problems, init=str(warm.path), rank=None)
+    moved = weights(adapter)
+    before = load_file(warm.path / "adapter_model.safetensors")
+    assert all((moved[name] != before[name]).any() for name in magnitudes)
+    assert adapter.manifest.lora.dora
+    with pytest.raises(WarmStartError, match="--dora on, but it has off"):
+        run(
+            tmp_path / "b", tiny_base, problems, init=str(warm_start.path), rank=None, dora=True
+        )  # fmt: skip
