@@ -72,6 +72,8 @@ class Manifest(_Part):
     provenance: dict[str, Any]
     conversion: dict[str, Any] | None = None
     """What `d2lora convert` did to it, if anything."""
+    kept_out: dict[str, Any] | None = None
+    """Evaluation files that the rows were checked against, and how many were taken out."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:

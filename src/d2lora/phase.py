@@ -6,7 +6,7 @@ base, rows, adapter -> train -> folder with adapter, manifest, card and marker o
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate import PartialState
 from peft import PeftModel
@@ -23,6 +23,7 @@ from d2lora.artifacts import (
     write_manifest,
 )
 from d2lora.console import Reporter
+from d2lora.contamination import Guard
 from d2lora.data import Fault, nested_order, split_validation
 from d2lora.encode import Encoded, Encoder, encode_all
 from d2lora.errors import DataError
@@ -38,7 +39,7 @@ from d2lora.runs import (
     write_text,
 )
 from d2lora.settings import AdaptSettings, PhaseSettings, WarmupSettings
-from d2lora.tasks import read_task
+from d2lora.tasks import TaskData, read_task
 from d2lora.train import Trained, seed_of, train
 
 
@@ -51,6 +52,8 @@ class Rows:
     sources: list[dict[str, object]]
     selection: str
     faults: list[Fault]
+    kept_out: dict[str, object] | None = None
+    """Evaluation files that were checked, and how many rows were taken out."""
 
 
 def prepare_rows(
@@ -58,12 +61,14 @@ def prepare_rows(
 ) -> Rows:
     """Read, choose, encode and split the rows of a phase.
 
-    Subsets of one seed nest, and the validation rows are part of the n.
+    Rows that give an evaluation file away are taken out first. Subsets of one seed nest, and the
+    validation rows are part of the n.
 
     Raises:
         DataError: If there are fewer than n rows, or rows are bad or too long.
     """
     data = read_task(settings.data, settings.task, skip_bad=settings.skip_bad_rows)
+    data, kept_out = _without_leaks(settings, data, reporter)
     if n is not None and n > len(data.examples):
         raise DataError(f"{n} rows are asked for, but the data has {len(data.examples)}")
     chosen = nested_order(len(data.examples), seed_of(settings, "subset"))[:n]
@@ -85,7 +90,55 @@ def prepare_rows(
         f"rows: {len(train_rows):,} for training, {len(valid):,} for validation ({selection}; "
         f"task {data.task.name}, chat format {encoder.format})"
     )
-    return Rows([items[index] for index in train_rows], valid, data.sources, selection, data.faults)
+    train_items = [items[index] for index in train_rows]
+    return Rows(train_items, valid, data.sources, selection, data.faults, kept_out)
+
+
+def _without_leaks(
+    settings: PhaseSettings, data: TaskData, reporter: Reporter
+) -> tuple[TaskData, dict[str, object] | None]:
+    """Take out the rows that give an evaluation file away; say how many, and which.
+
+    Validation rows mostly share the wording of training rows, so there only the same question
+    counts.
+
+    Raises:
+        DataError: If a file cannot be read, or no row is left.
+    """
+    guards = [Guard(settings.keep_out, settings.keep_out_words)] if settings.keep_out else []
+    guards += [Guard(settings.validation_data, 0)] if settings.validation_data else []
+    if not guards:
+        return data, None
+    leaks = {leak.index: leak for guard in guards for leak in guard.leaks(data.examples)}
+    kept = [index for index in range(len(data.examples)) if index not in leaks]
+    files = [name for guard in guards for name in guard.files]
+    n = len(data.rows)
+    record: dict[str, object] = {"files": files, "n_checked": n, "n_removed": len(leaks)}
+    if not leaks:
+        reporter.say(f"contamination: none of {n:,} rows is in {' '.join(files)}")
+        return data, record
+    found = [leaks[index] for index in sorted(leaks)]
+    reporter.say(
+        f"contamination: took out {len(leaks):,} of {n:,} rows, the first as it "
+        f"{found[0].how} {found[0].file}, line {found[0].line}"
+    )
+    if not kept:
+        raise DataError(
+            f"every row of {' '.join(settings.data)} is in {' '.join(files)}; train on other "
+            "rows. Where only the wording of a template is the same, set --keep-out-words 0"
+        )
+    faults = [
+        Fault(row.file, row.line, leak.reason, json.dumps(row.values, default=str))
+        for leak in found
+        for row in [data.rows[leak.index]]
+    ]
+    left = replace(
+        data,
+        examples=[data.examples[index] for index in kept],
+        rows=[data.rows[index] for index in kept],
+        faults=[*data.faults, *faults],
+    )
+    return left, record
 
 
 def run_phase(
@@ -180,6 +233,7 @@ def _manifest(
         lineage=list(lineage),
         adapter_fingerprint=fingerprint_of_adapter(run.path),
         provenance=provenance(),
+        kept_out=rows.kept_out,
     )
 
 
@@ -190,7 +244,7 @@ def _set_aside(faults: Sequence[Fault], run: RunFolder, reporter: Reporter) -> N
             for f in faults
         ]
         write_text(run.path / "bad_rows.jsonl", "\n".join(lines) + "\n")
-        reporter.say(f"set aside {len(faults)} bad row(s) in {run.path / 'bad_rows.jsonl'}")
+        reporter.say(f"set aside {len(faults)} row(s) in {run.path / 'bad_rows.jsonl'}")
 
 
 def _report(text: str | None, reporter: Reporter) -> None:

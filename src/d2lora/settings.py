@@ -91,6 +91,30 @@ class FormatSettings(Settings):
     """Set bad rows aside in `bad_rows.jsonl` of the run folder instead of stopping."""
 
 
+class KeepOutSettings(Settings):
+    """What must not be learnt from, because it is tested on."""
+
+    keep_out: tuple[str, ...] = ()
+    """Evaluation files of any kind: rows that share keep_out_words words in a row with one of
+    theirs, or ask the same question, are taken out and told."""
+    keep_out_words: int = Field(default=13, ge=0)
+    """Words in a row that give a test row away. 0: only the same question does."""
+
+
+class HygieneSettings(KeepOutSettings):
+    """What is taken out of a pool before anything is chosen from it."""
+
+    max_length: int = Field(default=1024, ge=8)
+    """Longest row, in the base's tokens, prompt and answer together."""
+    near_duplicates: float = Field(default=0.8, gt=0, le=1)
+    """Rows that share so much of their 5-word shingles (Jaccard), and answer the same, are one.
+    1: only exact duplicates are."""
+    languages: tuple[str, ...] = ()
+    """ISO 639-1 codes to keep, as in `en de`. Empty: any; short texts are easily mistaken."""
+    source_cap: int | None = Field(default=None, ge=1)
+    """Most rows of one source (field `source`, else the file), a seeded choice. None: any."""
+
+
 class LoraSettings(Settings):
     """Shape of the adapter. None: the warm start's value, else the default named."""
 
@@ -152,7 +176,7 @@ class TrainSettings(Settings):
     """Seed of dropout. None: from seed."""
 
 
-class PhaseSettings(BaseSettings, FormatSettings, LoraSettings, TrainSettings):
+class PhaseSettings(BaseSettings, FormatSettings, KeepOutSettings, LoraSettings, TrainSettings):
     """What warm-up and adaptation share."""
 
     data: tuple[str, ...]
