@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from d2lora.generation import generate
     from d2lora.inspection import Inspection, inspect
     from d2lora.scores import Evaluation
+    from d2lora.selection import Selection, select
     from d2lora.settings import (
         AdaptSettings,
         ConvertSettings,
         EvaluateSettings,
         GenerateSettings,
         InspectSettings,
+        SelectSettings,
         WarmupSettings,
     )
     from d2lora.warmstart import WarmStart
@@ -62,6 +64,9 @@ _HOMES = {
     "AdaptSettings": "settings",
     "EvaluateSettings": "settings",
     "GenerateSettings": "settings",
+    "Selection": "selection",
+    "SelectSettings": "settings",
+    "select": "selection",
     "WarmupSettings": "settings",
     "WarmStart": "warmstart",
     "warm_up": "warmup",
@@ -81,6 +86,8 @@ __all__ = [
     "Inspection",
     "ModelError",
     "RunError",
+    "SelectSettings",
+    "Selection",
     "SettingsError",
     "TrainingError",
     "WarmStart",
@@ -91,6 +98,7 @@ __all__ = [
     "evaluate",
     "generate",
     "inspect",
+    "select",
     "warm_up",
 ]
 

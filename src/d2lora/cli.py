@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "demo": "the whole story on the embedded base, offline, on a CPU",
     "warmup": "base + general data -> warm start",
+    "select": "pool + task examples -> warm-up set, cleaned, with reasons",
     "adapt": "base + task data + init -> adapter",
     "evaluate": "base + adapters + task -> scores, records, forgetting",
     "inspect": "what is in an adapter: spectrum, origin, fit, advice",
@@ -71,6 +72,7 @@ def _run(command: str, words: list[str]) -> None:
     homes: dict[str, tuple[str, type[Settings]]] = {
         "demo": ("demo", settings.DemoSettings),
         "warmup": ("warmup", settings.WarmupSettings),
+        "select": ("selection", settings.SelectSettings),
         "adapt": ("adaptation", settings.AdaptSettings),
         "evaluate": ("evaluation", settings.EvaluateSettings),
         "inspect": ("inspection", settings.InspectSettings),
@@ -98,6 +100,7 @@ def _parse(kind: "type[Settings]", command: str, words: list[str]) -> "Settings"
     from d2lora.settings_file import read_settings_file
 
     given: dict[str, Any] = {}
+    words = _spelt_out(kind, words)
     if words and not words[0].startswith("-"):
         given = read_settings_file(kind, Path(words.pop(0)))
     defaults: dict[str, Any] = {
@@ -106,8 +109,20 @@ def _parse(kind: "type[Settings]", command: str, words: list[str]) -> "Settings"
     }
     return tyro.cli(
         kind,
-        prog=f"d2lora {command} [SETTINGS.yaml]",
+        prog=f"d2lora {command} [{'POOL ...|' if kind.positional else ''}SETTINGS.yaml]",
         args=words,
         default=kind.model_construct(**defaults),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def _spelt_out(kind: "type[Settings]", words: list[str]) -> list[str]:
+    """Return the words with short options written out, and words before them as an option."""
+    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    alone, options = words[:first], words[first:]
+    for place, word in enumerate(options):
+        name, equals, value = word.partition("=")
+        options[place] = kind.aliases.get(name, name) + equals + value
+    if kind.positional is None or not alone or alone[0].endswith((".yaml", ".yml")):
+        return [*alone, *options]
+    return [*options, f"--{kind.positional}", *alone]

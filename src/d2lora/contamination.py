@@ -107,13 +107,12 @@ class Guard:
                 yield leak
 
     def _leak(self, index: int, example: Example) -> Leak | None:
-        prompt = " ".join(turn.content for turn in example.prompt)
         last = example.prompt[-1].content if example.prompt else ""
-        for text in {prompt, last} - {""}:
+        for text in {example.question, last} - {""}:
             number = self._questions.get(_digest(word_hashes(words(text))))
             if number is not None:
                 return self._told(index, number, "asks the same question as")
-        whole = word_hashes(words(f"{prompt} {example.completion}"))
+        whole = word_hashes(words(example.text))
         for length in sorted(self._grams, reverse=True):
             known, owners = self._grams[length]
             mine = gram_hashes(whole, length)
@@ -169,13 +168,12 @@ def _items(name: str) -> Iterator[_Item]:
     faults = [str(fault) for fault in source.faults]
     items: list[_Item] = []
     for row in source.rows:
-        texts = _texts(row)
-        if texts is None:
+        example = _read(row)
+        if example is None:
             fields = ", ".join(f"`{field}`" for field in row.values)
             faults.append(f"{row.file}, line {row.line}: no prompt and no text; found {fields}")
             continue
-        question, answer = texts
-        asked, whole = word_hashes(words(question)), word_hashes(words(f"{question} {answer}"))
+        asked, whole = word_hashes(words(example.question)), word_hashes(words(example.text))
         items.append(_Item(row.file, row.line, asked if len(asked) else whole, whole))
     if faults:
         raise DataError(
@@ -184,8 +182,8 @@ def _items(name: str) -> Iterator[_Item]:
     yield from items
 
 
-def _texts(row: Row) -> tuple[str, str] | None:
-    """Return question and answer of an evaluation row, whatever its kind."""
+def _read(row: Row) -> Example | None:
+    """Read an evaluation row, whatever its kind."""
     values = row.values
     readers: tuple[Any, ...] = (task_of("auto", values).read, _choice, read_prompt)
     for read in readers:
@@ -193,7 +191,7 @@ def _texts(row: Row) -> tuple[str, str] | None:
             example: Example = read(values)
         except (BadRowError, ValueError, TypeError, KeyError):
             continue
-        return " ".join(turn.content for turn in example.prompt), example.completion
+        return example
     return None
 
 

@@ -60,12 +60,12 @@ class Duplicates:
         return None
 
     def _near(self, index: int, example: Example) -> Duplicate | None:
-        mine = shingles(_text(example), SHINGLE_WORDS)
+        mine = shingles(example.text, SHINGLE_WORDS)
         sketch = RMinHash(N_PERMUTATIONS, _SEED)
         sketch.update([value.tobytes() for value in mine])
         for other in sorted(self._index.query(sketch)):
             kept = self._kept[other]
-            similarity = overlap(mine, shingles(_text(kept), SHINGLE_WORDS))
+            similarity = overlap(mine, shingles(kept.text, SHINGLE_WORDS))
             if similarity >= self._threshold and _same_answer(example, kept):
                 return Duplicate(index, other, similarity)
         self._index.insert(index, sketch)
@@ -82,14 +82,9 @@ def duplicates(examples: Iterable[Example], threshold: float) -> Iterator[Duplic
             yield found
 
 
-def _text(example: Example) -> str:
-    prompt = " ".join(turn.content for turn in example.prompt)
-    return f"{prompt} {example.completion}"
-
-
 def _exact_key(example: Example) -> bytes:
-    prompt = " ".join(word for turn in example.prompt for word in words(turn.content))
-    text = f"{prompt}\n{' '.join(words(example.completion)) or example.completion.strip()}"
+    answer = " ".join(words(example.completion)) or example.completion.strip()
+    text = f"{' '.join(words(example.question))}\n{answer}"
     return xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
 
 

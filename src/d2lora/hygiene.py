@@ -135,7 +135,7 @@ def _row_judge(settings: HygieneSettings, encoder: Encoder | None) -> Callable[[
     def judge(example: Example) -> Finding:
         finding = answer_fault(example)
         if finding is None and languages:
-            found = language_of(f"{_prompt(example)} {example.completion}")
+            found = language_of(example.text)
             if found not in languages:
                 finding = ("language", f"the language is {found}")
         if finding is None and encoder is not None:
@@ -163,7 +163,7 @@ def _answer_faults(example: Example) -> Iterator[tuple[str, str]]:
         yield "boilerplate", f"the answer holds {match.group()!r}"
     if reason := _truncated(answer, its_words):
         yield "truncated", reason
-    asked = words(_prompt(example))
+    asked = words(example.question)
     if len(asked) >= _ECHO_WORDS and its_words[: len(asked)] == asked:
         yield "echo", "the answer begins with the whole prompt"
     if len(its_words) >= _LONG_ANSWER:
@@ -216,10 +216,6 @@ def source_of(pool: TaskData, index: int) -> str:
     """Return the source of a row: its field `source`, else its file."""
     named = pool.rows[index].values.get("source")
     return named if isinstance(named, str) and named else pool.rows[index].file
-
-
-def _prompt(example: Example) -> str:
-    return " ".join(turn.content for turn in example.prompt)
 
 
 def check_languages(languages: Iterable[str]) -> None:

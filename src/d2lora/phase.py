@@ -38,6 +38,7 @@ from d2lora.runs import (
     write_json,
     write_text,
 )
+from d2lora.selection import selection_behind
 from d2lora.settings import AdaptSettings, PhaseSettings, WarmupSettings
 from d2lora.tasks import TaskData, read_task
 from d2lora.train import Trained, seed_of, train
@@ -86,6 +87,8 @@ def prepare_rows(
         valid = more.items
     total = len(data.examples)
     selection = "all rows" if len(chosen) == total else f"a seeded choice of {total:,}"
+    origins = [origin for name in settings.data if (origin := selection_behind(name))]
+    selection = "; ".join([selection, *origins])
     reporter.say(
         f"rows: {len(train_rows):,} for training, {len(valid):,} for validation ({selection}; "
         f"task {data.task.name}, chat format {encoder.format})"
@@ -244,7 +247,7 @@ def _set_aside(faults: Sequence[Fault], run: RunFolder, reporter: Reporter) -> N
             for f in faults
         ]
         write_text(run.path / "bad_rows.jsonl", "\n".join(lines) + "\n")
-        reporter.say(f"set aside {len(faults)} row(s) in {run.path / 'bad_rows.jsonl'}")
+        reporter.say(f"set aside {len(faults)} bad row(s) in {run.path / 'bad_rows.jsonl'}")
 
 
 def _report(text: str | None, reporter: Reporter) -> None:

@@ -6,7 +6,7 @@ here and nowhere else.
 """
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
@@ -24,12 +24,20 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["linear", "cosine", "constant"]
 TaskName = Literal["auto", "gsm8k", "titles", "instruct", "text"]
+SelectMethod = Literal[
+    "auto", "random", "stratified", "diverse", "similar", "dsir", "representation", "gradient",
+    "perplexity", "mixture",
+]  # fmt: skip
 
 
 class Settings(BaseModel):
     """A frozen set of settings; an unknown name is an error with the nearest known one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    aliases: ClassVar[dict[str, str]] = {}
+    """Short forms of options on the command line."""
+    positional: ClassVar[str | None] = None
+    """Field that words before the options belong to, where they are no settings file."""
 
     def __init__(self, **values: Any) -> None:
         """Validate `values`.
@@ -194,8 +202,15 @@ class PhaseSettings(BaseSettings, FormatSettings, KeepOutSettings, LoraSettings,
 class WarmupSettings(PhaseSettings):
     """`d2lora warmup`: base + general data -> warm start."""
 
+    aliases: ClassVar[dict[str, str]] = {"--for": "--for-task", "-m": "--m"}
+
     m: int | None = Field(default=None, ge=1)
-    """Rows to use, a seeded choice. None: all."""
+    """Rows to use, a seeded choice unless `select` says how. None: all."""
+    select: SelectMethod | None = None
+    """Clean the data and choose the m rows of it as `d2lora select` does, with its defaults; the
+    choice is written to `selection` in the run folder. None: use the data as they are."""
+    for_task: tuple[str, ...] = ()
+    """Examples of the tasks that select chooses for (short: --for)."""
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of the rows kept for the general loss before and after, in the manifest."""
 
@@ -209,6 +224,46 @@ class AdaptSettings(PhaseSettings):
     """Strength of the warm start: its B is multiplied by this. 0: its A with zero B."""
     n: int | None = Field(default=None, ge=1)
     """Rows to use, validation rows included; subsets nest. None: all."""
+
+
+class SelectSettings(BaseSettings, HygieneSettings):
+    """`d2lora select`: pool + a few task examples -> warm-up set, with reasons."""
+
+    aliases: ClassVar[dict[str, str]] = {"--for": "--for-task", "-m": "--m"}
+    positional: ClassVar[str | None] = "data"
+
+    data: tuple[str, ...]
+    """The pool: files (JSONL, JSON, CSV, Parquet) or hub ids; may stand before the options."""
+    m: int = Field(ge=1)
+    """Rows to choose (short: -m)."""
+    for_task: tuple[str, ...] = ()
+    """Training examples of the tasks to choose for, a file each (short: --for). Empty: none."""
+    out: Path = Path("selection")
+    """Folder to write: data.jsonl, reasons.jsonl, rejected.jsonl, the data card."""
+    method: SelectMethod = "auto"
+    """How to choose; docs/selection.md explains. auto: similar with a task, else stratified."""
+    embedding: str = "base"
+    """What diverse, similar and mixture compare rows by: `base` (the base's hidden states), `words`
+    (no model, for large pools) or the name of a sentence-transformers model."""
+    relevance: float = Field(default=0.5, ge=0, le=1)
+    """For mixture: 0 covers the pool, 1 takes what is most like the task."""
+    feature_tokens: int = Field(default=256, ge=8)
+    """Most tokens of a row that are read for its hidden states, loss or gradient."""
+    gradient_steps: int = Field(default=100, ge=1)
+    """Optimizer steps, of 16 rows, of the short warm-up that gradient begins with."""
+    gradient_width: int = Field(default=4096, ge=64)
+    """Numbers that a gradient is reduced to."""
+    task: TaskName = "auto"
+    """How pool rows are read. auto: told from the fields of the first row."""
+    chat_format: ChatFormat | None = None
+    """template, plain or auto, as for warmup. None: auto."""
+    cache: Path | None = None
+    """Where hidden states, losses and gradients are kept. None: $D2LORA_CACHE or
+    ~/.cache/d2lora."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of every choice."""
+    quiet: bool = False
+    """No progress bar and no messages."""
 
 
 class GenerationSettings(Settings):
