@@ -25,6 +25,7 @@ from d2lora.artifacts import (
 from d2lora.console import Reporter
 from d2lora.contamination import Guard
 from d2lora.data import Fault, nested_order, split_validation
+from d2lora.diagnosis import Start, losses_at_start, overfitting
 from d2lora.encode import Encoded, Encoder, encode_all
 from d2lora.errors import DataError
 from d2lora.inits import LoraShape
@@ -165,6 +166,7 @@ def run_phase(
         run.begin(settings.to_yaml())
         _set_aside(rows.faults, run, reporter)
     everyone.wait_for_everyone()
+    start = _start(settings, base, model, rows, lineage, run, reporter)
     trained = train(
         model,
         rows.train,
@@ -176,9 +178,14 @@ def run_phase(
         pad_id=base.pad_id,
         resume=settings.resume,
     )
+    warnings = [] if start is None or start.warning is None else [start.warning]
+    if isinstance(settings, WarmupSettings):
+        warnings += _warmup_warnings(trained, reporter)
     if is_main_process():
         _save_weights(model, run)
         manifest = _manifest(settings, base, shape, rows, encoder, lineage, trained, run)
+        told = None if start is None else start.to_json()
+        manifest = manifest.model_copy(update={"before_training": told, "warnings": warnings})
         _finish(manifest, rows, str(base.model.device), run)
     everyone.wait_for_everyone()
     detach_adapter(model)
@@ -187,6 +194,42 @@ def run_phase(
         f"written to {run.path} ({cost.n_steps:,} steps, {cost.n_tokens:,} tokens, "
         f"{cost.elapsed_s:.0f} s)"
     )
+
+
+def _start(
+    settings: PhaseSettings,
+    base: Base,
+    model: PeftModel,
+    rows: Rows,
+    lineage: Sequence[Ancestor],
+    run: RunFolder,
+    reporter: Reporter,
+) -> Start | None:
+    """Tell how the base and the warm start do on the task; a fresh adapter is the base itself."""
+    if not lineage:
+        return None
+    start = losses_at_start(model, rows.train, base.pad_id)
+    reporter.say(str(start))
+    if start.warning is not None:
+        reporter.say(f"warning: {start.warning}")
+    if not settings.resume:
+        run.log(step=0, loss_base=start.loss_base, loss_warm_start=start.loss_warm_start)
+    return start
+
+
+def _warmup_warnings(trained: Trained, reporter: Reporter) -> list[str]:
+    progress = trained.progress
+    warning = overfitting(
+        progress.validation_before,
+        progress.best_validation,
+        progress.best_step,
+        progress.validation_after,
+        progress.step,
+    )
+    if warning is None:
+        return []
+    reporter.say(f"warning: {warning}")
+    return [warning]
 
 
 def _save_weights(model: PeftModel, run: RunFolder) -> None:
