@@ -49,6 +49,7 @@ bench: $(VENV)/.test  ## benchmarks side by side with TRL and transformers, some
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix_products.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/selection.py --sizes 1000 10000
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) demo-out build dist

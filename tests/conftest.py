@@ -1,5 +1,6 @@
 """Tiny real objects: a random Llama with a real tokenizer, rows of the small world."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,11 @@ from d2lora.embedded.tokenizer import train_tokenizer
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["D2LORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def save_tiny_base(folder: Path, seed: int, **changes: int) -> str:

@@ -17,7 +17,10 @@ def test_a_hub_id_is_fetched_without_code_or_pickles(
 ) -> None:
     asked: dict[str, object] = {}
 
-    def fetched(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def fetched(
+        name: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool
+    ) -> str:
+        assert not local_files_only
         asked.update(name=name, revision=revision, patterns=allow_patterns)
         return tiny_base
 

@@ -30,6 +30,8 @@ def own_files(tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch) -
     write_rows(tmp_path / "general.jsonl", general_rows("train", 60))
     write_rows(tmp_path / "task.jsonl", title_rows("train", 70))
     write_rows(tmp_path / "test.jsonl", title_rows("test", 4))
+    (plan,) = blocks("yaml")
+    (tmp_path / "study.yaml").write_text(plan)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

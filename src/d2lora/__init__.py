@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from d2lora.inspection import Inspection, inspect
     from d2lora.pairs import PairsMade, make_pairs
     from d2lora.scores import Evaluation
+    from d2lora.selection import Selection, select
     from d2lora.settings import (
         AdaptSettings,
         ConvertSettings,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         GenerateSettings,
         InspectSettings,
         PairsSettings,
+        SelectSettings,
         WarmupSettings,
     )
     from d2lora.warmstart import WarmStart
@@ -67,6 +69,9 @@ _HOMES = {
     "AdaptSettings": "settings",
     "EvaluateSettings": "settings",
     "GenerateSettings": "settings",
+    "Selection": "selection",
+    "SelectSettings": "settings",
+    "select": "selection",
     "WarmupSettings": "settings",
     "WarmStart": "warmstart",
     "warm_up": "warmup",
@@ -88,6 +93,8 @@ __all__ = [
     "PairsMade",
     "PairsSettings",
     "RunError",
+    "SelectSettings",
+    "Selection",
     "SettingsError",
     "TrainingError",
     "WarmStart",
@@ -99,6 +106,7 @@ __all__ = [
     "generate",
     "inspect",
     "make_pairs",
+    "select",
     "warm_up",
 ]
 

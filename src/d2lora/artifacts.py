@@ -83,6 +83,12 @@ class Manifest(_Part):
     """How it began, its cost, and what a conversion changed."""
     conversion: dict[str, Any] | None = None
     """What `d2lora convert` did to it, if anything."""
+    kept_out: dict[str, Any] | None = None
+    """Evaluation files that the rows were checked against, and how many were taken out."""
+    before_training: dict[str, Any] | None = None
+    """Losses of the base and of the warm start on rows of the task, before any training on it."""
+    warnings: list[str] = []
+    """What is likely wrong, with what to try."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:

@@ -75,3 +75,10 @@ def load(
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
     return json.loads((run_path / FOLDER / "progress.json").read_text(encoding="utf-8"))
+
+
+def moments(run_path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return Adam's two moments of each parameter in a run's checkpoint."""
+    tensors = load_file(run_path / FOLDER / "state.safetensors")
+    names = [name.removeprefix("exp_avg/") for name in tensors if name.startswith("exp_avg/")]
+    return {name: (tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"]) for name in names}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "demo": "the whole story on the embedded base, offline, on a CPU",
     "warmup": "base + general data -> warm start",
+    "select": "pool + task examples -> warm-up set, cleaned, with reasons",
     "adapt": "base + task data + init -> adapter",
     "evaluate": "base + adapters + task -> scores, records, forgetting",
     "study": "compare ways to begin, over tasks, sizes and seeds",
@@ -73,6 +74,7 @@ def _run(command: str, words: list[str]) -> None:
     homes: dict[str, tuple[str, type[Settings]]] = {
         "demo": ("demo", settings.DemoSettings),
         "warmup": ("warmup", settings.WarmupSettings),
+        "select": ("selection", settings.SelectSettings),
         "adapt": ("adaptation", settings.AdaptSettings),
         "evaluate": ("evaluation", settings.EvaluateSettings),
         "study": ("study", settings.StudySettings),
@@ -102,17 +104,36 @@ def _parse(kind: "type[Settings]", command: str, words: list[str]) -> "Settings"
     from d2lora.settings_file import read_settings_file
 
     given: dict[str, Any] = {}
+    words = _spelt_out(kind, words)
     if words and not words[0].startswith("-"):
-        first = words.pop(0)
-        given = {kind.subject: first} if kind.subject else read_settings_file(kind, Path(first))
+        given = read_settings_file(kind, Path(words.pop(0)))
     defaults: dict[str, Any] = {
         name: given.get(name, tyro.MISSING if field.is_required() else field.default)
         for name, field in kind.model_fields.items()
     }
     return tyro.cli(
         kind,
-        prog=f"d2lora {command} [{(kind.subject or 'settings.yaml').upper()}]",
+        prog=f"d2lora {command} [{_first_word(kind)}]",
         args=words,
         default=kind.model_construct(**defaults),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def _spelt_out(kind: "type[Settings]", words: list[str]) -> list[str]:
+    """Return the words with short options written out, and words before them as an option."""
+    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    alone, options = words[:first], words[first:]
+    for place, word in enumerate(options):
+        name, equals, value = word.partition("=")
+        options[place] = kind.aliases.get(name, name) + equals + value
+    named = kind.settings_file and bool(alone) and alone[0].endswith((".yaml", ".yml"))
+    if kind.positional is None or not alone or named:
+        return [*alone, *options]
+    return [*options, f"--{kind.positional}", *alone]
+
+
+def _first_word(kind: "type[Settings]") -> str:
+    """Return what the first word of a command line may be, for its help."""
+    words = [kind.positional.upper()] if kind.positional else []
+    return "|".join([*words, "SETTINGS.yaml"] if kind.settings_file else words)

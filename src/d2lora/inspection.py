@@ -13,9 +13,11 @@ from peft import LoraConfig
 from rich.table import Table
 from safetensors.torch import load_file
 
-from d2lora.artifacts import Manifest, has_manifest
+from d2lora.artifacts import Manifest, check_fit, has_manifest
 from d2lora.console import table_console
-from d2lora.errors import ModelError
+from d2lora.diagnosis import MOST_ROWS, Start, losses_at_start
+from d2lora.encode import Encoder, encode_all
+from d2lora.errors import ModelError, SettingsError
 from d2lora.factors import (
     Factors,
     effective_rank,
@@ -23,12 +25,22 @@ from d2lora.factors import (
     singular_values,
     subspace_overlap,
 )
-from d2lora.models import ADAPTER_WEIGHTS, base_folder, fingerprint_of, read_adapter_config
+from d2lora.models import (
+    ADAPTER_WEIGHTS,
+    attach_adapter,
+    base_folder,
+    fingerprint_of,
+    load_base,
+    read_adapter_config,
+)
 from d2lora.plots import spectra
 from d2lora.runs import write_json
-from d2lora.settings import InspectSettings
+from d2lora.settings import BaseSettings, InspectSettings
+from d2lora.tasks import read_task
 
 ENERGY = 0.99
+LONGEST = 1024
+"""Tokens of a task row that are read."""
 _A, _B, _PREFIX = ".lora_A.weight", ".lora_B.weight", "base_model.model."
 
 
@@ -60,6 +72,8 @@ class Inspection:
     fits_base: bool | None
     """Whether the base is the one that it was made on; None where that cannot be told."""
     advice: list[str]
+    start: Start | None = None
+    """How it and the base do on rows of a task, where one was named."""
 
 
 def inspect(settings: InspectSettings) -> Inspection:
@@ -79,7 +93,29 @@ def inspect(settings: InspectSettings) -> Inspection:
     if settings.base is not None and manifest is not None:
         own = fingerprint_of(base_folder(settings.base, settings.revision))
         fits = own == manifest.base.fingerprint
-    return Inspection(folder, layers, manifest, fits, advice_on(layers, manifest))
+    advice = advice_on(layers, manifest)
+    start = _on_task(settings, folder, manifest) if settings.data else None
+    if start is not None and start.warning is not None:
+        advice.append(f"{start.warning[0].upper()}{start.warning[1:]}.")
+    return Inspection(folder, layers, manifest, fits, advice, start)
+
+
+def _on_task(settings: InspectSettings, folder: Path, manifest: Manifest | None) -> Start:
+    """Measure the adapter and its base on a few rows of a task.
+
+    Raises:
+        D2LoraError: If the base is not known, or it or the data cannot be used.
+    """
+    name = settings.base or (manifest.base.id if manifest else None)
+    if name is None:
+        raise SettingsError("--data needs --base: the adapter does not say which it was made on")
+    base = load_base(BaseSettings(base=name, revision=settings.revision))
+    check_fit(folder, base)
+    encoder = Encoder.of(base, manifest.chat_format if manifest else None)
+    examples = read_task(settings.data).examples[:MOST_ROWS]
+    items = encode_all(encoder, examples, LONGEST, "truncate").items
+    model = attach_adapter(base.model, folder, trainable=False)
+    return losses_at_start(model, items, base.pad_id)
 
 
 def _updates(folder: Path) -> dict[str, Factors]:
@@ -142,7 +178,9 @@ def advice_on(layers: list[Layer], manifest: Manifest | None) -> list[str]:
             f"Rank {rank} may be too small: singular values hardly decay (median effective rank "
             f"{typical:.1f} of {rank}). Try twice the rank."
         )
-    if manifest is not None:
+    if manifest is not None and manifest.warnings:
+        advice += [f"{text[0].upper()}{text[1:]}." for text in manifest.warnings]
+    elif manifest is not None:
         before, after = manifest.validation_loss_before, manifest.validation_loss_after
         if before is not None and after is not None and after >= before:
             advice.append(
@@ -188,6 +226,9 @@ def _origin(found: Inspection) -> list[str]:
         f"{manifest.objective}, {manifest.n_examples:,} rows, rank {manifest.lora.rank}, alpha "
         f"{manifest.lora.alpha:g}, targets {' '.join(manifest.lora.targets)}"
     ]
+    if manifest.before_training is not None:
+        told = {k: v for k, v in manifest.before_training.items() if k != "warning"}
+        lines.append(str(Start(**told)))
     lines += [f"began from {a.path} (weights {a.fingerprint[:12]})" for a in manifest.lineage]
     if found.fits_base is not None:
         lines.append("the base fits" if found.fits_base else "the base has OTHER weights")
@@ -203,6 +244,7 @@ def to_json(found: Inspection) -> dict[str, Any]:
         "manifest": None if manifest is None else manifest.model_dump(mode="json"),
         "fits_base": found.fits_base,
         "advice": found.advice,
+        "on_task": None if found.start is None else found.start.to_json(),
     }
 
 
@@ -212,7 +254,8 @@ def command(settings: InspectSettings) -> None:
         found = inspect(settings)
     console = table_console()
     console.print(layer_table(found))
-    for line in (*_origin(found), *found.advice):
+    measured = [] if found.start is None else [str(found.start)]
+    for line in (*_origin(found), *measured, *found.advice):
         console.print(line, markup=False)
     if settings.plot is not None:
         values = {layer.name: layer.singular_values for layer in found.layers}

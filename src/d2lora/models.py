@@ -77,11 +77,28 @@ def load_base(settings: BaseSettings) -> Base:
     device = device_of(settings.device)
     folder = base_folder(settings.base, settings.revision)
     fingerprint = fingerprint_of(folder)
+    tokenizer = load_tokenizer(settings)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype_of(settings.dtype, device), use_safetensors=True
         )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{settings.base}: not a causal language model: {reason}") from None
+    model.requires_grad_(False)
+    nn.Module.to(model, device).eval()
+    return Base(model, tokenizer, settings.base, settings.revision, fingerprint)
+
+
+def load_tokenizer(settings: BaseSettings) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the base alone.
+
+    Raises:
+        ModelError: If there is none, or it has no EOS token.
+    """
+    folder = base_folder(settings.base, settings.revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{settings.base}: not a causal language model: {reason}") from None
@@ -90,9 +107,7 @@ def load_base(settings: BaseSettings) -> Base:
             f"{settings.base}: the tokenizer has no EOS token, so completions could not end; set "
             "`eos_token` in its tokenizer_config.json"
         )
-    model.requires_grad_(False)
-    nn.Module.to(model, device).eval()
-    return Base(model, tokenizer, settings.base, settings.revision, fingerprint)
+    return tokenizer
 
 
 def base_folder(name: str, revision: str | None = None, *, fetch: bool = True) -> Path:

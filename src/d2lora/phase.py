@@ -21,7 +21,9 @@ from d2lora.artifacts import (
     write_manifest,
 )
 from d2lora.console import Reporter
+from d2lora.contamination import Guard
 from d2lora.data import Fault, nested_order, split_validation
+from d2lora.diagnosis import Start, losses_at_start, overfitting
 from d2lora.encode import EncodedSet, Encoder, encode_all, encode_pairs
 from d2lora.errors import DataError
 from d2lora.initialization import Beginning
@@ -37,6 +39,7 @@ from d2lora.runs import (
     write_json,
     write_text,
 )
+from d2lora.selection import selection_behind
 from d2lora.settings import AdaptSettings, PhaseSettings, Reference, WarmupSettings
 from d2lora.tasks import TaskData, read_task
 from d2lora.train import Trained, seed_of, train
@@ -52,6 +55,8 @@ class Rows:
     sources: list[dict[str, object]]
     selection: str
     faults: list[Fault]
+    kept_out: dict[str, object] | None = None
+    """Evaluation files that were checked, and how many rows were taken out."""
 
 
 def prepare_rows(
@@ -59,13 +64,15 @@ def prepare_rows(
 ) -> Rows:
     """Read, choose, encode and split the rows of a phase.
 
-    Subsets of one seed nest, and the validation rows are part of the n.
+    Rows that give an evaluation file away are taken out first. Subsets of one seed nest, and the
+    validation rows are part of the n.
 
     Raises:
         DataError: If there are fewer than n rows, or rows are bad or too long.
     """
     data = read_task(settings.data, settings.task, skip_bad=settings.skip_bad_rows)
     _check_objective(settings, data, reporter)
+    data, kept_out = _without_leaks(settings, data, reporter)
     if n is not None and n > len(data.examples):
         raise DataError(f"{n} rows are asked for, but the data has {len(data.examples)}")
     chosen = nested_order(len(data.examples), seed_of(settings, "subset"))[:n]
@@ -83,11 +90,61 @@ def prepare_rows(
         valid = more.items
     total = len(data.examples)
     selection = "all rows" if len(chosen) == total else f"a seeded choice of {total:,}"
+    origins = [origin for name in settings.data if (origin := selection_behind(name))]
+    selection = "; ".join([selection, *origins])
     reporter.say(
         f"rows: {len(train_rows):,} for training, {len(valid):,} for validation ({selection}; "
         f"task {data.task.name}, chat format {encoder.format})"
     )
-    return Rows([items[index] for index in train_rows], valid, data.sources, selection, data.faults)
+    train_items = [items[index] for index in train_rows]
+    return Rows(train_items, valid, data.sources, selection, data.faults, kept_out)
+
+
+def _without_leaks(
+    settings: PhaseSettings, data: TaskData, reporter: Reporter
+) -> tuple[TaskData, dict[str, object] | None]:
+    """Take out the rows that give an evaluation file away; say how many, and which.
+
+    Validation rows mostly share the wording of training rows, so there only the same question
+    counts.
+
+    Raises:
+        DataError: If a file cannot be read, or no row is left.
+    """
+    guards = [Guard(settings.keep_out, settings.keep_out_words)] if settings.keep_out else []
+    guards += [Guard(settings.validation_data, 0)] if settings.validation_data else []
+    if not guards:
+        return data, None
+    leaks = {leak.index: leak for guard in guards for leak in guard.leaks(data.examples)}
+    kept = [index for index in range(len(data.examples)) if index not in leaks]
+    files = [name for guard in guards for name in guard.files]
+    n = len(data.rows)
+    record: dict[str, object] = {"files": files, "n_checked": n, "n_removed": len(leaks)}
+    if not leaks:
+        reporter.say(f"contamination: none of {n:,} rows is in {' '.join(files)}")
+        return data, record
+    found = [leaks[index] for index in sorted(leaks)]
+    reporter.say(
+        f"contamination: took out {len(leaks):,} of {n:,} rows, the first as it "
+        f"{found[0].how} {found[0].file}, line {found[0].line}"
+    )
+    if not kept:
+        raise DataError(
+            f"every row of {' '.join(settings.data)} is in {' '.join(files)}; train on other "
+            "rows. Where only the wording of a template is the same, set --keep-out-words 0"
+        )
+    faults = [
+        Fault(row.file, row.line, leak.reason, json.dumps(row.values, default=str))
+        for leak in found
+        for row in [data.rows[leak.index]]
+    ]
+    left = replace(
+        data,
+        examples=[data.examples[index] for index in kept],
+        rows=[data.rows[index] for index in kept],
+        faults=[*data.faults, *faults],
+    )
+    return left, record
 
 
 def _encoded(
@@ -133,6 +190,7 @@ def run_phase(
         run.begin(settings.to_yaml())
         _set_aside(rows.faults, run, reporter)
     everyone.wait_for_everyone()
+    start = _start(settings, base, beginning, rows, run, reporter)
     model = beginning.model
     n_scored_tokens = 0
     reference = reference_name(settings, beginning)
@@ -164,9 +222,14 @@ def run_phase(
     )
     n_before = n_scored_tokens + beginning.about.n_tokens
     trained = replace(trained, cost=replace(trained.cost, n_prepass_tokens=n_before))
+    warnings = [] if start is None or start.warning is None else [start.warning]
+    if isinstance(settings, WarmupSettings):
+        warnings += _warmup_warnings(trained, reporter)
     if is_main_process():
         saved = _save_weights(beginning, run)
         manifest = _manifest(settings, base, saved, rows, encoder, trained, run)
+        told = None if start is None else start.to_json()
+        manifest = manifest.model_copy(update={"before_training": told, "warnings": warnings})
         _finish(manifest, rows, str(base.model.device), run)
     everyone.wait_for_everyone()
     cost = trained.cost
@@ -183,6 +246,41 @@ def reference_name(
     if settings.objective != "dpo":
         return None
     return settings.reference or ("warm_start" if beginning.lineage else "base")
+
+
+def _start(
+    settings: PhaseSettings,
+    base: Base,
+    beginning: Beginning,
+    rows: Rows,
+    run: RunFolder,
+    reporter: Reporter,
+) -> Start | None:
+    """Tell how the base and the warm start do on the task; a fresh adapter is the base itself."""
+    if not beginning.lineage or settings.objective != "sft":
+        return None
+    start = losses_at_start(beginning.model, rows.train, base.pad_id)
+    reporter.say(str(start))
+    if start.warning is not None:
+        reporter.say(f"warning: {start.warning}")
+    if not settings.resume:
+        run.log(step=0, loss_base=start.loss_base, loss_warm_start=start.loss_warm_start)
+    return start
+
+
+def _warmup_warnings(trained: Trained, reporter: Reporter) -> list[str]:
+    progress = trained.progress
+    warning = overfitting(
+        progress.validation_before,
+        progress.best_validation,
+        progress.best_step,
+        progress.validation_after,
+        progress.step,
+    )
+    if warning is None:
+        return []
+    reporter.say(f"warning: {warning}")
+    return [warning]
 
 
 def _save_weights(beginning: Beginning, run: RunFolder) -> Beginning:
@@ -232,6 +330,7 @@ def _manifest(
         initialization=beginning.about.to_json(),
         adapter_fingerprint=fingerprint_of_adapter(run.path),
         provenance=provenance(),
+        kept_out=rows.kept_out,
     )
 
 

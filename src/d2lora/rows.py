@@ -26,6 +26,16 @@ class Example:
     rejected: str | None = None
     """The worse completion, where the row is a preference and `completion` the chosen one."""
 
+    @property
+    def question(self) -> str:
+        """The turns that are given, as one text."""
+        return "\n".join(turn.content for turn in self.prompt)
+
+    @property
+    def text(self) -> str:
+        """What is given and the completion, as one text."""
+        return f"{self.question}\n{self.completion}"
+
 
 class BadRowError(ValueError):
     """A row cannot be read; its text says what was expected and what was found."""

@@ -26,6 +26,10 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["linear", "cosine", "constant"]
 TaskName = Literal["auto", "gsm8k", "titles", "instruct", "text", "preferences"]
+SelectMethod = Literal[
+    "auto", "random", "stratified", "diverse", "similar", "dsir", "representation", "gradient",
+    "perplexity", "mixture",
+]  # fmt: skip
 ObjectiveName = Literal["sft", "dpo", "orpo"]
 DPOLoss = Literal["sigmoid", "robust", "sigmoid_norm"]
 Reference = Literal["base", "warm_start"]
@@ -43,8 +47,12 @@ class Settings(BaseModel):
     """A frozen set of settings; an unknown name is an error with the nearest known one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    subject: ClassVar[str] = ""
-    """The setting that the first word of a command line gives; empty: a settings file."""
+    aliases: ClassVar[dict[str, str]] = {}
+    """Short forms of options on the command line."""
+    positional: ClassVar[str | None] = None
+    """Field that words before the options belong to, where they are no settings file."""
+    settings_file: ClassVar[bool] = True
+    """Whether the first word may be a settings file."""
 
     def __init__(self, **values: Any) -> None:
         """Validate `values`.
@@ -104,6 +112,30 @@ class FormatSettings(Settings):
     prompt's start first and never the whole completion)."""
     skip_bad_rows: bool = False
     """Set bad rows aside in `bad_rows.jsonl` of the run folder instead of stopping."""
+
+
+class KeepOutSettings(Settings):
+    """What must not be learnt from, because it is tested on."""
+
+    keep_out: tuple[str, ...] = ()
+    """Evaluation files of any kind: rows that share keep_out_words words in a row with one of
+    theirs, or ask the same question, are taken out and told."""
+    keep_out_words: int = Field(default=13, ge=0)
+    """Words in a row that give a test row away. 0: only the same question does."""
+
+
+class HygieneSettings(KeepOutSettings):
+    """What is taken out of a pool before anything is chosen from it."""
+
+    max_length: int = Field(default=1024, ge=8)
+    """Longest row, in the base's tokens, prompt and answer together."""
+    near_duplicates: float = Field(default=0.8, gt=0, le=1)
+    """Rows that share so much of their 5-word shingles (Jaccard), and answer the same, are one.
+    1: only exact duplicates are."""
+    languages: tuple[str, ...] = ()
+    """ISO 639-1 codes to keep, as in `en de`. Empty: any; short texts are easily mistaken."""
+    source_cap: int | None = Field(default=None, ge=1)
+    """Most rows of one source (field `source`, else the file), a seeded choice. None: any."""
 
 
 class LoraSettings(Settings):
@@ -210,7 +242,9 @@ class ObjectiveSettings(Settings):
         return self
 
 
-class PhaseSettings(BaseSettings, FormatSettings, LoraSettings, ObjectiveSettings, TrainSettings):
+class PhaseSettings(
+    BaseSettings, FormatSettings, KeepOutSettings, LoraSettings, ObjectiveSettings, TrainSettings
+):
     """What warm-up and adaptation share."""
 
     data: tuple[str, ...]
@@ -234,8 +268,15 @@ class PhaseSettings(BaseSettings, FormatSettings, LoraSettings, ObjectiveSetting
 class WarmupSettings(PhaseSettings):
     """`d2lora warmup`: base + general data -> warm start."""
 
+    aliases: ClassVar[dict[str, str]] = {"--for": "--for-task", "-m": "--m"}
+
     m: int | None = Field(default=None, ge=1)
-    """Rows to use, a seeded choice. None: all."""
+    """Rows to use, a seeded choice unless `select` says how. None: all."""
+    select: SelectMethod | None = None
+    """Clean the data and choose the m rows of it as `d2lora select` does, with its defaults; the
+    choice is written to `selection` in the run folder. None: use the data as they are."""
+    for_task: tuple[str, ...] = ()
+    """Examples of the tasks that select chooses for (short: --for)."""
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of the rows kept for the general loss before and after, in the manifest."""
 
@@ -279,6 +320,46 @@ class AdaptSettings(PhaseSettings):
                 "folder, or use --reference base"
             )
         return self
+
+
+class SelectSettings(BaseSettings, HygieneSettings):
+    """`d2lora select`: pool + a few task examples -> warm-up set, with reasons."""
+
+    aliases: ClassVar[dict[str, str]] = {"--for": "--for-task", "-m": "--m"}
+    positional: ClassVar[str | None] = "data"
+
+    data: tuple[str, ...]
+    """The pool: files (JSONL, JSON, CSV, Parquet) or hub ids; may stand before the options."""
+    m: int = Field(ge=1)
+    """Rows to choose (short: -m)."""
+    for_task: tuple[str, ...] = ()
+    """Training examples of the tasks to choose for, a file each (short: --for). Empty: none."""
+    out: Path = Path("selection")
+    """Folder to write: data.jsonl, reasons.jsonl, rejected.jsonl, the data card."""
+    method: SelectMethod = "auto"
+    """How to choose; docs/selection.md explains. auto: similar with a task, else stratified."""
+    embedding: str = "base"
+    """What diverse, similar and mixture compare rows by: `base` (the base's hidden states), `words`
+    (no model, for large pools) or the name of a sentence-transformers model."""
+    relevance: float = Field(default=0.5, ge=0, le=1)
+    """For mixture: 0 covers the pool, 1 takes what is most like the task."""
+    feature_tokens: int = Field(default=256, ge=8)
+    """Most tokens of a row that are read for its hidden states, loss or gradient."""
+    gradient_steps: int = Field(default=100, ge=1)
+    """Optimizer steps, of 16 rows, of the short warm-up that gradient begins with."""
+    gradient_width: int = Field(default=4096, ge=64)
+    """Numbers that a gradient is reduced to."""
+    task: TaskName = "auto"
+    """How pool rows are read. auto: told from the fields of the first row."""
+    chat_format: ChatFormat | None = None
+    """template, plain or auto, as for warmup. None: auto."""
+    cache: Path | None = None
+    """Where hidden states, losses and gradients are kept. None: $D2LORA_CACHE or
+    ~/.cache/d2lora."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of every choice."""
+    quiet: bool = False
+    """No progress bar and no messages."""
 
 
 class GenerationSettings(Settings):
@@ -395,6 +476,8 @@ class InspectSettings(Settings):
     """Base to check the fingerprint of: `embedded`, a local folder or a hub id."""
     revision: str | None = None
     """Revision of a hub model. None: the hub's default."""
+    data: tuple[str, ...] = ()
+    """Rows of a task: the loss of the base and of the adapter on the first 32 are told."""
     plot: Path | None = None
     """PNG to write: the spectrum of every layer."""
     out: Path | None = None
@@ -404,7 +487,8 @@ class InspectSettings(Settings):
 class StudySettings(Settings):
     """`d2lora study PLAN`: run what is missing of a study."""
 
-    subject: ClassVar[str] = "plan"
+    positional: ClassVar[str | None] = "plan"
+    settings_file: ClassVar[bool] = False
     plan: str
     """Plan: a YAML file, or the name of a shipped one."""
     out: Path | None = None

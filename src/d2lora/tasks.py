@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from d2lora.data import Fault, read_source
+from d2lora.data import Fault, Row, read_source
 from d2lora.errors import DataError, listed
 from d2lora.preferences import read_preference
 from d2lora.rows import BadRowError, Example, fields_of, text_field, turns_of, user
@@ -159,10 +159,11 @@ def read_choice(row: Mapping[str, Any]) -> Choice:
 
 @dataclass(frozen=True)
 class TaskData:
-    """Examples of one task, with the manifest of the sources and the rows set aside."""
+    """Examples of one task and their raw rows, the sources' manifest and the rows set aside."""
 
     task: Task
     examples: list[Example]
+    rows: list[Row]
     sources: list[dict[str, Any]]
     faults: list[Fault]
 
@@ -185,6 +186,7 @@ def read_task(names: Sequence[str], task_name: str = "auto", *, skip_bad: bool =
     rows = [row for source in sources for row in source.rows]
     task = task_of(task_name, rows[0].values) if rows else TASKS["instruct"]
     examples: list[Example] = []
+    good: list[Row] = []
     for row in rows:
         try:
             example = task.read(row.values)
@@ -194,8 +196,9 @@ def read_task(names: Sequence[str], task_name: str = "auto", *, skip_bad: bool =
             )
         else:
             examples.append(replace(example, row=len(examples)))
+            good.append(row)
     _check_faults(faults, len(examples), skip_bad=skip_bad)
-    return TaskData(task, examples, [source.manifest() for source in sources], faults)
+    return TaskData(task, examples, good, [source.manifest() for source in sources], faults)
 
 
 def read_choices(names: Sequence[str]) -> list[Choice]:

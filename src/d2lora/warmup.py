@@ -1,13 +1,17 @@
 """Phase 1: base + general data -> warm start."""
 
+import os
+
 from d2lora.console import Reporter
 from d2lora.encode import Encoder
+from d2lora.errors import SettingsError
 from d2lora.initialization import begin
 from d2lora.inits import LoraShape
 from d2lora.models import Base, load_base
 from d2lora.phase import prepare_rows, run_phase
-from d2lora.runs import RunFolder
-from d2lora.settings import WarmupSettings
+from d2lora.runs import DONE, RunFolder
+from d2lora.selection import DATA, select
+from d2lora.settings import SelectSettings, WarmupSettings
 from d2lora.train import seed_of
 from d2lora.warmstart import WarmStart
 
@@ -24,14 +28,42 @@ def warm_up(settings: WarmupSettings, base: Base | None = None) -> WarmStart:
     """
     reporter = Reporter(quiet=settings.quiet)
     run = RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume)
+    chosen = _chosen(settings, run)
     base = base or load_base(settings)
     encoder = Encoder.of(base, settings.chat_format)
-    rows = prepare_rows(settings, settings.m, encoder, reporter)
+    rows = prepare_rows(chosen, chosen.m, encoder, reporter)
     shape = LoraShape.fresh(settings)
     seed = seed_of(settings, "init")
     with begin(settings, base, shape, seed, rows.train, reporter) as beginning:
         run_phase(settings, base, beginning, rows, encoder, run, reporter)
     return WarmStart.load(settings.out)
+
+
+def _chosen(settings: WarmupSettings, run: RunFolder) -> WarmupSettings:
+    """Return the settings with the rows that `select` chooses as data, where that is asked for.
+
+    A resumed run finds its choice already made.
+
+    Raises:
+        SettingsError: If the choice lacks its size, or a task is named without a choice.
+    """
+    if settings.select is None:
+        if settings.for_task:
+            raise SettingsError("--for needs a choice to be made: add --select similar, say")
+        return settings
+    if settings.m is None:
+        raise SettingsError(f"--select {settings.select} needs -m, the number of rows to choose")
+    folder = settings.out / "selection"
+    if not (folder / DONE).is_file():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise SettingsError(
+                "--select chooses in one process: run d2lora select first, and give its data.jsonl"
+            )
+        run.begin(settings.to_yaml())
+        shared = SelectSettings.model_fields.keys() & WarmupSettings.model_fields.keys()
+        common = {name: getattr(settings, name) for name in shared - {"out"}}
+        select(SelectSettings(**common, out=folder, method=settings.select))
+    return settings.changed(data=(str(folder / DATA),))
 
 
 def command(settings: WarmupSettings) -> None:

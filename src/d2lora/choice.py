@@ -1,0 +1,333 @@
+"""Ways to choose m rows of a pool: numbers in, indices out; no model and no file is touched.
+
+Each method is a function of `Features` and `Request`, listed in `METHODS`. What a method needs it
+asks of the features, so nothing else is computed.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from d2lora.bags import count_bags
+from d2lora.data import nested_order
+from d2lora.errors import SettingsError
+from d2lora.feature_cache import Array, unit_rows
+
+Floats = NDArray[np.floating[Any]]
+DSIR_BUCKETS = 10_000
+DSIR_SMOOTHING = 0.1
+REFERENCES = 2048
+"""Rows whose coverage stands for that of the whole pool."""
+MISSED = 0.05
+"""Chance that a step of the stochastic greedy choice sees none of the best candidates."""
+EASY, HARD = 0.2, 0.8
+"""Quantiles of the base's loss between which rows are neither too easy nor too hard."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for."""
+
+    m: int
+    seed: int
+    relevance: float = 0.5
+    """For `mixture`: 0 is all diversity, 1 all likeness to the task."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A chosen row and why."""
+
+    index: int
+    reason: str
+    score: float | None = None
+
+
+class Features(Protocol):
+    """What is known of the pool (N rows) and of the task's examples (M rows, of some files)."""
+
+    n_pool: int
+
+    def sources(self) -> list[str]:
+        """Return the source of each pool row."""
+        ...
+
+    def task_files(self) -> list[int]:
+        """Return the number of the file that each task row is from; empty without a task."""
+        ...
+
+    def texts(self) -> tuple[list[str], list[str]]:
+        """Return the texts of pool and task rows."""
+        ...
+
+    def embeddings(self, name: str | None = None) -> tuple[Array, Array]:
+        """Return vectors of length 1, shapes (N, D) and (M, D); None: the kind that is set."""
+        ...
+
+    def gradients(self) -> tuple[Array, Array]:
+        """Return sketched gradients, shapes (N, K) and (M, K)."""
+        ...
+
+    def losses(self) -> Array:
+        """Return the base's mean loss of each pool row's answer, in nats a token, shape (N,)."""
+        ...
+
+
+Method = Callable[[Features, Request], list[Pick]]
+
+
+def random(features: Features, request: Request) -> list[Pick]:
+    """Choose at random: the baseline that is hard to beat (Ivison et al. 2025, 2503.01807)."""
+    order = nested_order(features.n_pool, request.seed)[: request.m]
+    return [Pick(index, "chosen at random") for index in order]
+
+
+def stratified(features: Features, request: Request) -> list[Pick]:
+    """Take every source alike, at random inside of each; small sources are taken whole.
+
+    Equal allocation of stratified sampling (Cochran 1977, chapter 5), as in the examples-
+    proportional mixing with a limit of T5 (Raffel et al. 2020, arXiv 1910.10683, section 3.5.2).
+    """
+    sources = features.sources()
+    queues: dict[str, list[int]] = {}
+    for index in reversed(nested_order(features.n_pool, request.seed)):
+        queues.setdefault(sources[index], []).append(index)
+    picks: list[Pick] = []
+    while len(picks) < request.m:
+        for name in sorted(queues):
+            if queues[name] and len(picks) < request.m:
+                picks.append(Pick(queues[name].pop(), f"a turn of source {name}"))
+    return picks
+
+
+def diverse(features: Features, request: Request) -> list[Pick]:
+    """Cover the pool: facility location on embeddings (Wei, Iyer and Bilmes 2015, PMLR 37).
+
+    The greedy choice is stochastic (Mirzasoleiman et al. 2015, arXiv 1409.7938), which keeps
+    1 - 1/e of the best coverage, less 5 %, at a cost that does not grow with m.
+    """
+    pool, _ = features.embeddings()
+    return _facility_location(pool, None, request, 0.0)
+
+
+def mixture(features: Features, request: Request) -> list[Pick]:
+    """Weigh coverage of the pool against likeness to the task (Lin and Bilmes 2011, P11-1052).
+
+    Maximises `(1 - w) coverage + w mean likeness`, both from 0 to 1, with w = `relevance`; a
+    sum of a submodular and a modular part, so the greedy choice keeps its guarantee.
+    """
+    pool, task = features.embeddings()
+    _need_task(task, "mixture")
+    likeness = (1 + _best_likeness(pool, task)) / np.float32(2)
+    return _facility_location(pool, likeness, request, request.relevance)
+
+
+def similar(features: Features, request: Request) -> list[Pick]:
+    """Let the task's examples choose their nearest rows in turn (round-robin).
+
+    As RDS+ does (Ivison et al. 2025, arXiv 2503.01807, section 3), on any embedding. Several task
+    files take turns first, so that each has an equal part.
+    """
+    pool, task = features.embeddings()
+    return _nearest_in_turn(pool, task, features.task_files(), request.m)
+
+
+def representation(features: Features, request: Request) -> list[Pick]:
+    """Choose as RDS+ does: `similar` on the base's own hidden states (arXiv 2503.01807)."""
+    pool, task = features.embeddings("base")
+    return _nearest_in_turn(pool, task, features.task_files(), request.m)
+
+
+def dsir(features: Features, request: Request) -> list[Pick]:
+    """Resample the pool by importance towards the task (Xie et al. 2023, arXiv 2302.03169).
+
+    Weights are ratios of probabilities of hashed word uni- and bigrams; Gumbel noise makes the
+    choice a sample without replacement. Two things are ours, as the paper has millions of task
+    rows and rows of one length. The task's counts are mixed with a tenth of the pool's, since
+    tens of examples leave most n-grams unseen. And log ratios are taken less the pool's mean, and
+    weights brought to the median length k, times 2 k / (n + k) for n n-grams, else the shortest
+    rows always win.
+    """
+    pool_texts, task_texts = features.texts()
+    _need_task(task_texts, "dsir")
+    pool = count_bags(pool_texts, DSIR_BUCKETS, 2)
+    task = count_bags(task_texts, DSIR_BUCKETS, 2)
+    raw, target = (
+        np.asarray(counts.sum(axis=0), dtype=np.float64).ravel() for counts in (pool, task)
+    )
+    raw = (raw + 1e-8) / (raw + 1e-8).sum()
+    target = (1 - DSIR_SMOOTHING) * target / max(target.sum(), 1.0) + DSIR_SMOOTHING * raw
+    ratios = np.log(target / raw)
+    lengths = np.asarray(pool.sum(axis=1)).ravel()
+    typical = np.median(lengths)
+    weights: Floats = (pool @ (ratios - ratios @ raw)) * 2 * typical / (lengths + typical)
+    noise = np.random.default_rng(request.seed).gumbel(size=len(weights))
+    order = np.argsort(-(weights + noise), kind="stable")[: request.m]
+    return [Pick(int(index), "importance for the task", float(weights[index])) for index in order]
+
+
+def gradient(features: Features, request: Request) -> list[Pick]:
+    """Choose rows whose training would help the task most (LESS, Xia et al. 2024, 2402.04333).
+
+    A row's score is the largest, over the task's files, of its mean cosine with that file's
+    examples (LESS, section 4.2).
+    """
+    pool, task = features.gradients()
+    _need_task(task, "gradient")
+    files = np.array(features.task_files())
+    likely = unit_rows(task)
+    wanted = np.stack([likely[files == number].mean(axis=0) for number in np.unique(files)])
+    scores = (unit_rows(pool) @ wanted.T).max(axis=1)
+    order = np.argsort(-scores, kind="stable")[: request.m]
+    return [Pick(int(i), "its gradient agrees with the task's", float(scores[i])) for i in order]
+
+
+def perplexity(features: Features, request: Request) -> list[Pick]:
+    """Leave out what the base finds too easy or too hard, and choose at random of the middle.
+
+    Marion et al. 2023 (arXiv 2309.04564) found the middle of the perplexities to prune best. The
+    band is between the quantiles 0.2 and 0.8 of the loss, wider where m is more.
+    """
+    losses = features.losses()
+    n = features.n_pool
+    spare = max(0, request.m - math.floor(n * (HARD - EASY))) / 2
+    low, high = math.floor(n * EASY - spare), math.ceil(n * HARD + spare)
+    middle = np.argsort(losses, kind="stable")[max(0, low) : high]
+    order = [int(middle[place]) for place in nested_order(len(middle), request.seed)]
+    return [Pick(i, "neither easy nor hard", float(losses[i])) for i in order[: request.m]]
+
+
+METHODS: dict[str, Method] = {
+    "random": random,
+    "stratified": stratified,
+    "diverse": diverse,
+    "similar": similar,
+    "dsir": dsir,
+    "representation": representation,
+    "gradient": gradient,
+    "perplexity": perplexity,
+    "mixture": mixture,
+}
+
+
+def choose(method: str, features: Features, request: Request) -> list[Pick]:
+    """Choose m distinct rows, best or first first.
+
+    Raises:
+        SettingsError: If the pool has fewer than m rows, or the method needs a task.
+    """
+    if request.m > features.n_pool:
+        raise SettingsError(
+            f"-m {request.m:,}: only {features.n_pool:,} rows are left of the pool; ask for fewer"
+        )
+    picks = METHODS[method](features, request)
+    assert len({pick.index for pick in picks}) == request.m == len(picks)
+    return picks
+
+
+def _need_task(task: Sequence[object] | Array, method: str) -> None:
+    if len(task) == 0:
+        raise SettingsError(
+            f"--method {method} needs examples of the task: give them with --for, or choose "
+            "random, stratified, diverse or perplexity"
+        )
+
+
+def _index(pool: Array) -> faiss.IndexFlatIP:
+    index = faiss.IndexFlatIP(pool.shape[1])
+    index.add(np.ascontiguousarray(pool))
+    return index
+
+
+def _best_likeness(pool: Array, task: Array) -> Array:
+    """Return the largest cosine of each pool row with a task row, shape (N,)."""
+    scores, _ = _index(task).search(np.ascontiguousarray(pool), 1)
+    return scores[:, 0]
+
+
+def _nearest_in_turn(pool: Array, task: Array, files: Sequence[int], m: int) -> list[Pick]:
+    _need_task(task, "similar")
+    index = _index(pool)
+    wishes = {
+        number: [_wishes(index, task[row : row + 1], m, len(task)) for row in rows]
+        for number, rows in _grouped(files).items()
+    }
+    turns = {number: _round(queues) for number, queues in wishes.items()}
+    taken: set[int] = set()
+    picks: list[Pick] = []
+    while len(picks) < m:
+        for number, turn in turns.items():
+            if len(picks) < m:
+                place, wish = next(turn)
+                row, score = next((r, s) for r, s in wish if r not in taken)
+                taken.add(row)
+                picks.append(
+                    Pick(row, f"near example {place + 1} of task file {number + 1}", score)
+                )
+    return picks
+
+
+def _grouped(files: Sequence[int]) -> dict[int, list[int]]:
+    rows: dict[int, list[int]] = {}
+    for row, number in enumerate(files):
+        rows.setdefault(number, []).append(row)
+    return rows
+
+
+def _round(
+    queues: Sequence[Iterator[tuple[int, float]]],
+) -> Iterator[tuple[int, Iterator[tuple[int, float]]]]:
+    while True:
+        yield from enumerate(queues)
+
+
+def _wishes(
+    index: faiss.IndexFlatIP, query: Array, m: int, n_queries: int
+) -> Iterator[tuple[int, float]]:
+    """Yield all pool rows from the nearest on; the search goes deeper as it is asked."""
+    depth, seen = min(index.ntotal, 2 * m // n_queries + 32), 0
+    while seen < index.ntotal:
+        scores, rows = index.search(np.ascontiguousarray(query), depth)
+        for place in range(seen, depth):
+            yield int(rows[0, place]), float(scores[0, place])
+        seen, depth = depth, min(index.ntotal, 4 * depth)
+
+
+def _facility_location(
+    pool: Array, likeness: Array | None, request: Request, weight: float
+) -> list[Pick]:
+    """Choose greedily for coverage of reference rows and, with a weight, for likeness.
+
+    Coverage of a reference is the largest similarity, from 0 to 1, of a chosen row with it. Each
+    step looks at as many random candidates as leave a chance of `MISSED` to see none of the best
+    m; so memory is that of candidates times references, whatever the pool.
+    """
+    rng = np.random.default_rng(request.seed)
+    n = len(pool)
+    references = pool[rng.permutation(n)[:REFERENCES]]
+    n_seen = min(n, math.ceil(n / request.m * math.log(1 / MISSED)))
+    covered = np.zeros(len(references), dtype=np.float32)
+    free = rng.permutation(n)
+    picks: list[Pick] = []
+    for _ in range(request.m):
+        places = rng.choice(len(free), size=min(n_seen, len(free)), replace=False)
+        candidates = free[places]
+        gains = np.zeros(len(candidates))
+        for begin in range(0, len(candidates), REFERENCES):
+            part = slice(begin, begin + REFERENCES)
+            near = (1 + pool[candidates[part]] @ references.T) / 2
+            gains[part] = (1 - weight) * np.maximum(near - covered, 0).mean(axis=1)
+        if likeness is not None:
+            gains += weight * likeness[candidates] / request.m
+        best = int(np.argmax(gains))
+        row = int(candidates[best])
+        covered = np.maximum(covered, (1 + references @ pool[row]) / 2)
+        free[places[best]] = free[-1]
+        free = free[:-1]
+        picks.append(Pick(row, "adds most to what is covered", float(gains[best])))
+    return picks

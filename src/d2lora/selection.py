@@ -1,0 +1,143 @@
+"""pool + a few task examples -> warm-up set: cleaned, chosen, explained.
+
+data.jsonl       the chosen rows as they stand in the pool, for `d2lora warmup --data`
+reasons.jsonl    where each chosen row stands in the pool, and why it was chosen
+rejected.jsonl   what hygiene took out: step, reason and row
+README.md        the data card; card.json has its numbers
+provenance.json  versions, commit and date
+done.json        the marker of completion
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2lora import datacard
+from d2lora.choice import Pick, Request, choose
+from d2lora.console import Reporter
+from d2lora.data import stream_seed
+from d2lora.encode import Encoder, resolve_format
+from d2lora.errors import DataError
+from d2lora.hygiene import Cleaned, Rejected, clean
+from d2lora.models import load_tokenizer
+from d2lora.pool_features import PoolFeatures
+from d2lora.rows import Example
+from d2lora.runs import DONE, SETTINGS, RunFolder, new_folder, provenance, read_json, write_json
+from d2lora.settings import SelectSettings
+from d2lora.tasks import TaskData, read_task
+
+DATA, REASONS, REJECTED, CARD = "data.jsonl", "reasons.jsonl", "rejected.jsonl", "card.json"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A chosen warm-up set on disk."""
+
+    path: Path
+    card: dict[str, Any]
+
+    @property
+    def data(self) -> Path:
+        """The file of the chosen rows."""
+        return self.path / DATA
+
+
+def select(settings: SelectSettings) -> Selection:
+    """Clean a pool and choose a warm-up set of m rows from it.
+
+    Raises:
+        D2LoraError: One of its kinds, for settings, data or a base that cannot be used, and where
+            fewer than m rows are left.
+    """
+    reporter = Reporter(quiet=settings.quiet)
+    RunFolder.open(settings.out, settings.to_yaml())
+    tokenizer = load_tokenizer(settings)
+    encoder = Encoder(tokenizer, resolve_format(tokenizer, settings.chat_format))
+    pool = read_task(settings.data, settings.task, skip_bad=True)
+    tasks = [read_task([name]).examples for name in settings.for_task]
+    seed = stream_seed(settings.seed, "source_cap")
+    cleaned = clean(pool, settings, encoder, seed, reporter)
+    reporter.say(cleaned.report())
+    if not cleaned.kept:
+        raise DataError(f"hygiene left no row of the pool: {cleaned.report()}")
+    method = _method(settings)
+    features = PoolFeatures(settings, pool, cleaned.kept, tasks, reporter)
+    request = Request(settings.m, stream_seed(settings.seed, "select"), settings.relevance)
+    picks = choose(method, features, request)
+    chosen = [cleaned.kept[pick.index] for pick in picks]
+    task = [example for examples in tasks for example in examples]
+    card = datacard.measure(settings, method, pool, task, cleaned, chosen, encoder)
+    _write(settings, pool, cleaned, picks, card)
+    reporter.say(f"{method}: {len(picks):,} rows written to {settings.out / DATA}; {_told(card)}")
+    return Selection(settings.out, card)
+
+
+def _method(settings: SelectSettings) -> str:
+    if settings.method != "auto":
+        return settings.method
+    return "similar" if settings.for_task else "stratified"
+
+
+def _write(
+    settings: SelectSettings, pool: TaskData, cleaned: Cleaned, picks: Sequence[Pick],
+    card: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write the folder whole, or not at all."""
+    chosen = [cleaned.kept[pick.index] for pick in picks]
+    examples: list[Example] = [pool.examples[index] for index in chosen]
+    rows = [pool.rows[index] for index in chosen]
+    reasons = (
+        {"file": row.file, "line": row.line, "reason": pick.reason, "score": pick.score}
+        for row, pick in zip(rows, picks, strict=True)
+    )
+    with new_folder(settings.out) as folder:
+        (folder / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
+        _lines(folder / DATA, (row.values for row in rows))
+        _lines(folder / REASONS, reasons)
+        _lines(folder / REJECTED, map(_aside, cleaned.rejected))
+        (folder / "README.md").write_text(datacard.page(card, examples), encoding="utf-8")
+        write_json(folder / CARD, card)
+        write_json(folder / "provenance.json", {**provenance(), "data": pool.sources})
+        write_json(folder / DONE, {"kind": "selection", "m": len(rows)})
+
+
+def _lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for value in values:
+            file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+
+
+def _aside(item: Rejected) -> dict[str, Any]:
+    return {
+        "file": item.row.file, "line": item.row.line, "step": item.step, "reason": item.reason,
+        "row": item.row.values,
+    }  # fmt: skip
+
+
+def _told(card: dict[str, Any]) -> str:
+    vendi, likeness = card["vendi_score"], card["similarity_to_task"]
+    told = f"Vendi score {vendi['chosen']:.1f} (random choice {vendi['random']:.1f})"
+    if likeness is not None:
+        told += (
+            f", similarity to the task {likeness['chosen']:.3f} (random choice "
+            f"{likeness['random']:.3f})"
+        )
+    return told
+
+
+def selection_behind(file: str) -> str | None:
+    """Say how the rows of a data file were chosen, where `select` wrote it; else None."""
+    path = Path(file)
+    if path.name != DATA or not (path.parent / CARD).is_file():
+        return None
+    card = read_json(path.parent / CARD)
+    task = f" for {' '.join(card['for_task'])}" if card["for_task"] else ""
+    pool = " ".join(source["file"] for source in card["pool"])
+    return f"{card['m']:,} rows chosen by {card['method']}{task} of {card['n_clean']:,} of {pool}"
+
+
+def command(settings: SelectSettings) -> None:
+    """Run `d2lora select`."""
+    select(settings)

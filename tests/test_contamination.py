@@ -1,0 +1,147 @@
+"""Test rows in a pool are all found, and nothing else is taken for one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import SHARED, needs_shared_data, read_rows, write_rows
+
+from d2lora import AdaptSettings, DataError, adapt
+from d2lora.contamination import Guard, contaminated_rows
+from d2lora.tasks import read_task
+
+LONG = (
+    "Natalia sold clips to forty eight of her friends in April, and then she sold half as many "
+    "clips in May."
+)
+
+
+def pool(folder: Path, *rows: dict[str, str]) -> list[str]:
+    return [write_rows(folder / "pool.jsonl", rows)]
+
+
+def evaluation(folder: Path, *rows: dict[str, str]) -> list[str]:
+    return [write_rows(folder / "test.jsonl", rows)]
+
+
+@needs_shared_data
+def test_a_planted_leak_of_gsm8k_is_found_whole_and_nothing_else_is(tmp_path: Path) -> None:
+    test_rows = read_rows(SHARED / "gsm8k" / "test.jsonl")
+    general = read_rows(SHARED / "general" / "train.jsonl")
+    rng = np.random.default_rng(0)
+    leaked = [test_rows[i] for i in rng.choice(len(test_rows), len(test_rows) // 100, False)]
+    planted = [
+        {"prompt": row["question"].upper().replace(",", " ,"), "response": row["answer"]}
+        for row in leaked
+    ]
+    places = set(rng.choice(len(general) + len(planted), len(planted), replace=False).tolist())
+    clean, dirty = iter(general), iter(planted)
+    mixed = [next(dirty if i in places else clean) for i in range(len(general) + len(planted))]
+    found = contaminated_rows(
+        pool(tmp_path, *mixed), [str(SHARED / "gsm8k" / "test.jsonl")], task="instruct"
+    )
+    indices = {leak.index for leak in found}
+    assert len(places) == 13
+    assert places <= indices
+    assert len(indices - places) < 0.001 * len(general)
+
+
+def test_thirteen_words_in_a_row_are_a_leak_and_twelve_are_not(tmp_path: Path) -> None:
+    test = evaluation(tmp_path, {"prompt": LONG, "response": "72"})
+    words = LONG.split()
+    for n_shared, expected in ((13, 1), (12, 0)):
+        text = "Here is something: " + " ".join(words[4 : 4 + n_shared]) + " and so on"
+        found = contaminated_rows(pool(tmp_path, {"prompt": text, "response": "a"}), test)
+        assert len(found) == expected
+
+
+def test_a_short_question_is_found_alone_in_a_prompt_or_inside_a_text(tmp_path: Path) -> None:
+    question = "What is the capital city of the northern province of Zambia?"
+    test = evaluation(
+        tmp_path, {"prompt": question, "response": "Kasama"}, {"prompt": "Who?", "response": "Me"}
+    )
+    rows = pool(
+        tmp_path,
+        {"prompt": "what is THE capital city of the Northern Province of Zambia", "response": "x"},
+        {"prompt": f"Answer: {question} Be brief.", "response": "y"},
+        {"prompt": "who", "response": "z"},
+        {"prompt": "Who are you, and who is that?", "response": "z"},
+    )
+    found = contaminated_rows(rows, test)
+    assert [(leak.index, leak.line) for leak in found] == [(0, 1), (1, 1), (2, 2)]
+    assert found[1].how == "shares 11 words in a row with"
+
+
+def test_the_wording_of_a_template_is_no_leak(tmp_path: Path) -> None:
+    template = "Read the following short text with care and then say in one word what it is about:"
+    test = evaluation(
+        tmp_path, *({"prompt": f"{template} {n} {n} tea", "response": "x"} for n in range(11))
+    )
+    rows = pool(tmp_path, {"prompt": f"{template} quite another text", "response": "x"})
+    assert not contaminated_rows(rows, test)
+    assert len(contaminated_rows(rows, evaluation(tmp_path, *read_rows(Path(test[0]))[:10]))) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": LONG, "answer": "#### 72"},
+        {"prompt": LONG, "chosen": "a", "rejected": "b"},
+        {"prompt": LONG, "choices": ["a", "b"], "answer": 0},
+        {"text": LONG},
+        {"messages": [{"role": "user", "content": LONG}, {"role": "assistant", "content": "a"}]},
+    ],
+)
+def test_evaluation_files_of_every_kind_are_read(tmp_path: Path, row: dict[str, object]) -> None:
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    rows = pool(tmp_path, {"prompt": f"Solve. {LONG}", "response": "72"})
+    assert len(contaminated_rows(rows, [str(tmp_path / "test.jsonl")])) == 1
+
+
+def test_scripts_without_spaces_count_signs(tmp_path: Path) -> None:
+    text = "今天天气很好我们一起去公园散步吧"
+    test = evaluation(tmp_path, {"prompt": text, "response": "好"})
+    assert contaminated_rows(pool(tmp_path, {"prompt": f"请说:{text}", "response": "a"}), test)
+
+
+def test_an_evaluation_row_without_a_prompt_is_told_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"(?s)test.jsonl, line 1: no prompt and no text.*`label`"):
+        Guard(evaluation(tmp_path, {"label": "x"}))
+
+
+def test_adapt_takes_test_rows_out_and_says_so(
+    tmp_path: Path, tiny_base: str, titles: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = write_rows(tmp_path / "test.jsonl", read_rows(Path(titles))[:3])
+    settings = AdaptSettings(
+        base=tiny_base, data=(titles,), keep_out=(test,), keep_out_words=0, max_steps=0,
+        out=tmp_path / "a",
+    )  # fmt: skip
+    adapter = adapt(settings)
+    assert adapter.manifest.kept_out == {"files": [test], "n_checked": 40, "n_removed": 3}
+    assert adapter.manifest.n_examples == 37
+    aside = read_rows(tmp_path / "a" / "bad_rows.jsonl")
+    assert [row["line"] for row in aside] == [1, 2, 3]
+    assert "asks the same question as" in aside[0]["reason"]
+    assert "took out 3 of 40 rows" in capsys.readouterr().err
+
+
+def test_training_only_on_test_rows_is_refused(tmp_path: Path, tiny_base: str, titles: str) -> None:
+    settings = AdaptSettings(
+        base=tiny_base, data=(titles,), keep_out=(titles,), out=tmp_path / "a", quiet=True
+    )
+    with pytest.raises(DataError, match="every row of"):
+        adapt(settings)
+
+
+def test_rows_of_the_validation_data_are_not_trained_on(
+    tmp_path: Path, tiny_base: str, titles: str
+) -> None:
+    valid = write_rows(tmp_path / "valid.jsonl", read_rows(Path(titles))[:5])
+    settings = AdaptSettings(
+        base=tiny_base, data=(titles,), validation_data=(valid,), max_steps=0, out=tmp_path / "a",
+        quiet=True,
+    )  # fmt: skip
+    assert adapt(settings).manifest.n_examples == 35
+    assert len(read_task([titles]).examples) == 40
