@@ -49,6 +49,8 @@ bench: $(VENV)/.test  ## benchmarks side by side with TRL and transformers, some
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix_products.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/rank_change.py
+	$(BIN)/python benchmarks/preferences.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) demo-out build dist

@@ -19,7 +19,7 @@ COMMANDS = {
     "adapt": "base + task data + init -> adapter",
     "evaluate": "base + adapters + task -> scores, records, forgetting",
     "inspect": "what is in an adapter: spectrum, origin, fit, advice",
-    "convert": "another rank or strength, or a merge into the base",
+    "convert": "another rank or strength, a mixture, a part, or a merge",
     "pairs": "task rows with gold answers -> preference rows, by sampling",
     "generate": "try an adapter on a prompt or a file of prompts",
 }
