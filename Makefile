@@ -50,6 +50,8 @@ bench: $(VENV)/.test  ## benchmarks side by side with TRL and transformers, some
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/selection.py --sizes 1000 10000
+	$(BIN)/python benchmarks/rank_change.py
+	$(BIN)/python benchmarks/preferences.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) demo-out build dist

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -474,3 +476,26 @@ def test_evaluate_says_how_often_the_chosen_completion_is_likelier(
     assert interval.mean == pytest.approx(sum(right) / len(right))
     assert interval.low <= interval.mean <= interval.high
     assert "preference_accuracy" in evaluation.differences["base"]
+
+
+@pytest.mark.slow
+def test_two_processes_score_the_reference_and_train_as_one(
+    tmp_path: Path, tiny_base: str, preferences: str
+) -> None:
+    words = [
+        "adapt", "--base", tiny_base, "--data", preferences, "--objective", "dpo", "--rank", "4",
+        "--batch-size", "6", "--max-steps", "3", "--device", "cpu", "--threads", "1", "--quiet",
+    ]  # fmt: skip
+    alone = [sys.executable, "-m", "d2lora", *words, "--out", str(tmp_path / "alone")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    both = [*launch, "--standalone", "-m", "d2lora", "--", *words, "--out", str(tmp_path / "both")]
+    for command in (alone, both):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+        assert done.returncode == 0, done.stderr
+    adapters = [Adapter.load(tmp_path / name) for name in ("alone", "both")]
+    kept = [json.loads((a.path / "reference.json").read_text()) for a in adapters]
+    for ours, theirs in zip(*(k["log_probabilities"] for k in kept), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    for name in ("loss", "rewards/margins", "rewards/accuracies"):
+        first, second = (losses(adapter, name) for adapter in adapters)
+        assert first == pytest.approx(second, rel=1e-3, abs=1e-4)

@@ -21,7 +21,7 @@ COMMANDS = {
     "evaluate": "base + adapters + task -> scores, records, forgetting",
     "study": "compare ways to begin, over tasks, sizes and seeds",
     "inspect": "what is in an adapter: spectrum, origin, fit, advice",
-    "convert": "another rank or strength, or a merge into the base",
+    "convert": "another rank or strength, a mixture, a part, or a merge",
     "pairs": "task rows with gold answers -> preference rows, by sampling",
     "generate": "try an adapter on a prompt or a file of prompts",
 }
