@@ -220,5 +220,11 @@ def _behind(
 def command(settings: StudySettings) -> None:
     """Run `d2lora study`."""
     study = run_study(settings)
-    show(read_findings(study.path), table_console())
-    Reporter(quiet=settings.quiet).say(f"written to {study.path}")
+    findings = read_findings(study.path)
+    show(findings, table_console())
+    reporter = Reporter(quiet=settings.quiet)
+    reporter.say(f"written to {study.path}")
+    if settings.report:
+        from d2lora.report import write_report
+
+        reporter.say(f"report: {write_report(findings)}")

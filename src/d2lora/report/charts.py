@@ -62,11 +62,11 @@ class Palette:
 
     def colour(self, shown: Sequence[str]) -> alt.Color:
         """Return the encoding of the arms that a chart shows."""
-        return alt.Color("arm:N", scale=self._scale(self.colours, shown), legend=_legend(shown))
+        return alt.Color("arm:N", scale=self._scale(self.colours, shown))
 
     def shape(self, shown: Sequence[str]) -> alt.Shape:
         """Return the encoding of the arms that a chart shows."""
-        return alt.Shape("arm:N", scale=self._scale(self.shapes, shown), legend=_legend(shown))
+        return alt.Shape("arm:N", scale=self._scale(self.shapes, shown))
 
     def ordered(self, arms: Sequence[str]) -> list[str]:
         """Return arms in the plan's order, once each."""
@@ -146,9 +146,14 @@ def score_over_n(findings: Findings, palette: Palette, task: str) -> Chart | Non
         for v in sorted(own, key=lambda v: v.n)
     ]
     title = f"{findings.title(task)}: {findings.score_name(task)} over n"
-    words = f"Line chart of {findings.score_name(task)} in percent over the task size n. " + " ".join(
-        f"{arm}: " + ", ".join(f"{percent(v.interval.mean)} at n = {v.n}" for v in _by(sized, arm)) + "."
-        for arm in shown
+    words = (
+        f"Line chart of {findings.score_name(task)} in percent over the task size n. "
+        + " ".join(
+            f"{arm}: "
+            + ", ".join(f"{percent(v.interval.mean)} at n = {v.n}" for v in _by(sized, arm))
+            + "."
+            for arm in shown
+        )
     )
     grid = Grid(title, ("n", "arm", name, "95 % interval", "each seed"), rows)
     return _chart(f"score-{task}", title, words, layers, grid)
@@ -186,21 +191,20 @@ def differences(findings: Findings, palette: Palette, task: str) -> Chart | None
         alt.Tooltip(f"{name}:N") for name in ("arm", "against")
     ] + [alt.Tooltip("n:Q")]  # fmt: skip
     numbers = [alt.Tooltip(f"{name}:Q", format="+.1f") for name in ("difference", "low", "high")]
-    seen, unseen = f"datum.verdict != '{NOTHING_SEEN}'", f"datum.verdict == '{NOTHING_SEEN}'"
     tips = [*told, *numbers, alt.Tooltip("verdict:N")]
-    layers = [
+    layers: list[Any] = [
         alt.Chart(alt.Data(values=[{}])).mark_rule(strokeWidth=1.5).encode(y=alt.datum(0)),
         base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q"), y2="high:Q"),
         _data(seeds)
         .mark_circle(size=22, opacity=0.4)
         .encode(x=x, y=y, color=colour, tooltip=["arm:N", "n:Q", "seed:Q", numbers[0]]),
-        base.transform_filter(unseen)
-        .mark_point(filled=False, size=75, strokeWidth=2, opacity=1)
-        .encode(y=y, shape=palette.shape(shown), tooltip=tips),
-        base.transform_filter(seen)
-        .mark_point(filled=True, size=90, opacity=1)
-        .encode(y=y, shape=palette.shape(shown), tooltip=tips),
     ]
+    for filled in (False, True):
+        points = [row for row in means if (row["verdict"] != NOTHING_SEEN) == filled]
+        if points:
+            mark = _data(points).mark_point(filled=filled, size=80, strokeWidth=2, opacity=1)
+            shape = palette.shape(shown)
+            layers.append(mark.encode(x=x, y=y, color=colour, shape=shape, tooltip=tips))
     rows = [
         (
             f"{c.n:,}",
@@ -229,9 +233,7 @@ def curves(findings: Findings, palette: Palette, task: str, n: int) -> Chart | N
         return None
     lines = {arm: curve for c in own for arm, curve in c.curves.items()}
     shown = palette.ordered(list(lines))
-    rows = [
-        {"arm": arm, "step": step, "loss": loss} for arm in shown for step, loss in lines[arm]
-    ]
+    rows = [{"arm": arm, "step": step, "loss": loss} for arm in shown for step, loss in lines[arm]]
     x = alt.X("step:Q", title="optimizer step")
     y = alt.Y("loss:Q", title="validation loss", scale=alt.Scale(zero=False))
     told = ["arm:N", "step:Q", alt.Tooltip("loss:Q", format=".3f")]
@@ -357,7 +359,8 @@ def theme(text: str, faint: str, line: str) -> dict[str, Any]:
             "title": None,
             "labelColor": text,
             "labelFontSize": 12,
-            "symbolStrokeWidth": 0,
+            "columns": 4,
+            "symbolOpacity": 1,
         },
         "title": {"color": text, "fontSize": 15, "offset": 14},
         "rule": {"color": faint},
@@ -380,10 +383,6 @@ def _chart(
 
 def _data(rows: Rows) -> alt.Chart:
     return alt.Chart(alt.Data(values=rows))
-
-
-def _legend(shown: Sequence[str]) -> alt.Legend:
-    return alt.Legend(columns=min(4, len(shown)))
 
 
 def _over_n(own: Sequence[Any]) -> alt.X:
@@ -410,9 +409,7 @@ def _by(levels: Sequence[Level], arm: str) -> list[Level]:
 def _reached(c: Convergence) -> str:
     if c.steps is None:
         return f"{c.arm} does not reach the final loss of {c.against} ({c.n_steps:.0f} steps)."
-    return (
-        f"{c.arm} reaches the final loss of {c.against} after {c.steps:.0f} of {c.n_steps:.0f} steps."
-    )
+    return f"{c.arm} reaches the final loss of {c.against} after {c.steps:.0f} of {c.n_steps:.0f} steps."
 
 
 def _version() -> str:

@@ -102,7 +102,11 @@ def rate_table(findings: Findings) -> Grid:
             continue
         rate = chosen.get((level.task, level.arm, level.n))
         tried = [t for t in findings.trials if _place(t) == (level.task, level.arm, level.n)]
-        edge = NONE if rate is None else ("yes: a rate beyond may be better" if rate["at_edge"] else "no")
+        edge = (
+            NONE
+            if rate is None
+            else ("yes: a rate beyond may be better" if rate["at_edge"] else "no")
+        )
         rows.append(
             (
                 str(level.n),

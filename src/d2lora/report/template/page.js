@@ -20,15 +20,6 @@ async function draw(name, spec) {
 }
 const drawAll = () => Promise.all(Object.entries(charts).map(([name, spec]) => draw(name, spec)));
 
-function focusOn(arm) {
-  for (const button of document.querySelectorAll("[data-arm]"))
-    button.setAttribute("aria-pressed", String(button.dataset.arm === arm));
-  for (const { view } of views.values()) view.signal("focus", arm).runAsync();
-}
-for (const button of document.querySelectorAll("[data-arm]"))
-  button.addEventListener("click", () =>
-    focusOn(button.getAttribute("aria-pressed") === "true" ? null : button.dataset.arm));
-
 dark.addEventListener("change", drawAll);
 drawAll().then(() => document.documentElement.setAttribute("data-drawn", ""));
 
