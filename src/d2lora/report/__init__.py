@@ -13,7 +13,8 @@ from pathlib import Path
 from d2lora.console import Reporter
 from d2lora.errors import RunError
 from d2lora.findings import Findings, read_findings
-from d2lora.report.charts import Palette, charts, png
+from d2lora.report.canvas import Palette, png
+from d2lora.report.charts import charts
 from d2lora.report.examples import read_examples
 from d2lora.report.files import cell_table, item_table, summary_text
 from d2lora.report.page import page

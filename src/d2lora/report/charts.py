@@ -1,80 +1,20 @@
-"""The charts of a report: one specification each, drawn as a PNG and, live, in the page.
+"""The charts of a report: one specification each, drawn as a PNG and, live, in the page."""
 
-Colours of axes and text are left to the page's or the PNG's theme; those of arms are fixed.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
-import vl_convert
 
 from d2lora.findings import BASE, Convergence, Findings, Level
+from d2lora.report.canvas import Chart, Palette, chart_of
 from d2lora.report.tables import NONE, percent
 from d2lora.report.words import NOTHING_SEEN, signed
 from d2lora.summary import Grid
 
 Rows = list[dict[str, Any]]
-BASE_COLOUR = "#7a828e"
-COLOURS = (
-    "#c2570c",
-    "#1f78b8",
-    "#0f8f6e",
-    "#b1559b",
-    "#8a7a12",
-    "#6a63c9",
-    "#a5544a",
-    "#4d8a3a",
-    "#4a8a99",
-)
-"""Of arms, in the plan's order; told apart with any colour vision together with the shapes."""
-SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
-FONT = "sans-serif"
 DODGE = 1.035
 """Factor between arms at one n, so that intervals do not hide each other."""
-PNG_WIDTH, HEIGHT, SMALL_HEIGHT = 560, 300, 200
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart, what it shows in words, and its numbers."""
-
-    name: str
-    """Name of its file, without the ending."""
-    title: str
-    alt: str
-    spec: dict[str, Any]
-    """Vega-Lite, as wide as its container."""
-    data: Grid
-
-
-class Palette:
-    """Gives an arm the same colour and shape in every chart."""
-
-    def __init__(self, arms: Sequence[str]) -> None:
-        """Deal colours out to arms, in order."""
-        self.arms = [*arms, BASE]
-        own = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
-        self.colours = {**own, BASE: BASE_COLOUR}
-        self.shapes = {arm: SHAPES[i % len(SHAPES)] for i, arm in enumerate(self.arms)}
-
-    def colour(self, shown: Sequence[str]) -> alt.Color:
-        """Return the encoding of the arms that a chart shows."""
-        return alt.Color("arm:N", scale=self._scale(self.colours, shown))
-
-    def shape(self, shown: Sequence[str]) -> alt.Shape:
-        """Return the encoding of the arms that a chart shows."""
-        return alt.Shape("arm:N", scale=self._scale(self.shapes, shown))
-
-    def ordered(self, arms: Sequence[str]) -> list[str]:
-        """Return arms in the plan's order, once each."""
-        return [arm for arm in self.arms if arm in set(arms)]
-
-    @staticmethod
-    def _scale(values: Mapping[str, str], shown: Sequence[str]) -> alt.Scale:
-        return alt.Scale(domain=list(shown), range=[values[arm] for arm in shown])
+SMALL_HEIGHT = 200
 
 
 def charts(findings: Findings, palette: Palette) -> dict[str, list[Chart]]:
@@ -156,7 +96,7 @@ def score_over_n(findings: Findings, palette: Palette, task: str) -> Chart | Non
         )
     )
     grid = Grid(title, ("n", "arm", name, "95 % interval", "each seed"), rows)
-    return _chart(f"score-{task}", title, words, layers, grid)
+    return chart_of(f"score-{task}", title, words, layers, grid)
 
 
 def differences(findings: Findings, palette: Palette, task: str) -> Chart | None:
@@ -219,11 +159,12 @@ def differences(findings: Findings, palette: Palette, task: str) -> Chart | None
     ]
     title = f"{findings.title(task)}: difference in {findings.score_name(task)}"
     words = "Paired differences with 95 % intervals over the task size n. " + " ".join(
-        f"{c.arm} minus {c.against} at n = {c.n}: {signed(100 * c.difference.mean)} points, {c.verdict}."
+        f"{c.arm} minus {c.against} at n = {c.n}: "
+        f"{signed(100 * c.difference.mean)} points, {c.verdict}."
         for c in own
     )
     columns = ("n", "arm", "against", "difference", "95 % interval", "each seed", "verdict")
-    return _chart(f"difference-{task}", title, words, layers, Grid(title, columns, rows))
+    return chart_of(f"difference-{task}", title, words, layers, Grid(title, columns, rows))
 
 
 def curves(findings: Findings, palette: Palette, task: str, n: int) -> Chart | None:
@@ -251,7 +192,7 @@ def curves(findings: Findings, palette: Palette, task: str, n: int) -> Chart | N
         ("step", "arm", "validation loss"),
         [(f"{row['step']:.0f}", row["arm"], f"{row['loss']:.3f}") for row in rows],
     )
-    return _chart(f"curves-{task}-{n}", title, words, layers, grid, SMALL_HEIGHT)
+    return chart_of(f"curves-{task}-{n}", title, words, layers, grid, SMALL_HEIGHT)
 
 
 def forgetting(findings: Findings, palette: Palette, task: str) -> Chart | None:
@@ -260,7 +201,7 @@ def forgetting(findings: Findings, palette: Palette, task: str) -> Chart | None:
     if not any(v.arm != BASE for v in own):
         return None
     shown = palette.ordered([v.arm for v in own])
-    rows = [
+    rows: Rows = [
         {
             "arm": v.arm,
             "n": v.n,
@@ -315,70 +256,7 @@ def forgetting(findings: Findings, palette: Palette, task: str) -> Chart | None:
             for row in sorted(rows, key=lambda row: row["n"])
         ],
     )
-    return _chart(f"forgetting-{task}", title, words, layers, grid)
-
-
-def png(chart: Chart) -> bytes:
-    """Draw a chart on white, with its title and legend."""
-    spec = {**chart.spec, "width": PNG_WIDTH, "title": {"text": chart.title, "anchor": "start"}}
-    return vl_convert.vegalite_to_png(
-        spec, vl_version=_version(), scale=2, config={**LIGHT, "background": "#ffffff"}
-    )
-
-
-@cache
-def scripts() -> str:
-    """Return Vega, Vega-Lite and Vega-Embed as one script, to be put into a page."""
-    return vl_convert.javascript_bundle(vl_version=_version())
-
-
-def theme(text: str, faint: str, line: str) -> dict[str, Any]:
-    """Return a Vega-Lite configuration of the given colours."""
-    return {
-        "background": "transparent",
-        "font": FONT,
-        "padding": 4,
-        "view": {"stroke": None},
-        "axis": {
-            "labelColor": faint,
-            "titleColor": faint,
-            "titleFontWeight": "normal",
-            "titlePadding": 10,
-            "labelFontSize": 12,
-            "titleFontSize": 12,
-            "gridColor": line,
-            "domainColor": line,
-            "tickColor": line,
-            "labelPadding": 6,
-            "tickSize": 4,
-        },
-        "axisY": {"domain": False, "ticks": False, "tickCount": 5},
-        "axisX": {"grid": False, "tickCount": 6},
-        "legend": {
-            "orient": "bottom",
-            "title": None,
-            "labelColor": text,
-            "labelFontSize": 12,
-            "columns": 4,
-            "symbolOpacity": 1,
-        },
-        "title": {"color": text, "fontSize": 15, "offset": 14},
-        "rule": {"color": faint},
-        "text": {"color": faint, "fontSize": 11},
-    }
-
-
-LIGHT = theme("#1b1f24", "#57606a", "#dfe3e8")
-DARK = theme("#e8ebef", "#a3adb8", "#323a44")
-
-
-def _chart(
-    name: str, title: str, words: str, layers: Sequence[Any], data: Grid, height: int = HEIGHT
-) -> Chart:
-    whole = alt.layer(*layers).properties(width="container", height=height)
-    spec = whole.to_dict()
-    del spec["config"]
-    return Chart(name, title, words, spec, data)
+    return chart_of(f"forgetting-{task}", title, words, layers, grid)
 
 
 def _data(rows: Rows) -> alt.Chart:
@@ -409,9 +287,5 @@ def _by(levels: Sequence[Level], arm: str) -> list[Level]:
 def _reached(c: Convergence) -> str:
     if c.steps is None:
         return f"{c.arm} does not reach the final loss of {c.against} ({c.n_steps:.0f} steps)."
-    return f"{c.arm} reaches the final loss of {c.against} after {c.steps:.0f} of {c.n_steps:.0f} steps."
-
-
-def _version() -> str:
-    """Return the version of Vega-Lite that altair writes for, as `6.1`."""
-    return alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
+    steps = f"{c.steps:.0f} of {c.n_steps:.0f} steps"
+    return f"{c.arm} reaches the final loss of {c.against} after {steps}."

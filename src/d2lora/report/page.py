@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from d2lora.findings import Findings
 from d2lora.report import tables, words
-from d2lora.report.charts import DARK, LIGHT, Chart, Palette, scripts
+from d2lora.report.canvas import DARK, LIGHT, Chart, Palette, scripts
 from d2lora.report.examples import Examples
 
 SECTIONS = {
@@ -87,9 +87,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.tests["numeric"] = lambda text: text[:1] in "+−0123456789" and bool(text)
+    environment.tests["numeric"] = _is_number
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return environment
+
+
+def _is_number(text: Any) -> bool:
+    return str(text)[:1] in tuple("+−0123456789")
 
 
 def _facts(findings: Findings) -> dict[str, str]:
