@@ -12,6 +12,7 @@ from rich.console import Console
 from d2lora.console import WIDTH, Reporter
 from d2lora.errors import RunError
 from d2lora.findings import Findings, read_findings
+from d2lora.report import write_report
 from d2lora.runs import provenance, write_json
 from d2lora.settings import DemoSettings, StudySettings
 from d2lora.study import run_study
@@ -51,7 +52,9 @@ def demo(settings: DemoSettings) -> Findings:
     findings = read_findings(out / "study")
     console = Console(width=WIDTH)
     show(findings, console)
+    page = write_report(findings)
     console.print(f"Whole demo: {time.perf_counter() - began:.0f} s.", highlight=False)
+    console.print(f"Report: {page}", highlight=False, markup=False)
     return findings
 
 

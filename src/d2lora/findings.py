@@ -166,6 +166,8 @@ class Findings:
     failures: dict[str, str]
     provenance: dict[str, Any]
     store: Path
+    cells: list[dict[str, Any]]
+    """Finished cells as in results.jsonl; `key` names the folder of one in the store."""
 
     def level(self, task: str, arm: str, n: int) -> Level | None:
         """Return one level, or None where no cell of it is finished."""
@@ -179,6 +181,17 @@ class Findings:
     def score_name(self, task: str) -> str:
         """Return the main score's name for people."""
         return MAIN_SCORES.get(self.score_of[task], self.score_of[task])
+
+    def not_compared(self) -> list[tuple[str, str, str, int]]:
+        """Return (task, arm, reference, n) where both were measured, but with unequal seeds."""
+        compared = {(c.task, c.arm, c.n) for c in self.comparisons}
+        return [
+            (v.task, v.arm, other, v.n)
+            for v in self.levels
+            if (other := _references(self.plan).get(v.arm)) is not None
+            and (v.task, v.arm, v.n) not in compared
+            and self.level(v.task, other, v.n) is not None
+        ]
 
     def verdicts(self) -> list[str]:
         """Return what was found in words, one sentence a comparison."""
@@ -229,6 +242,7 @@ def read_findings(path: Path) -> Findings:
         failures=study["failures"],
         provenance=study["provenance"],
         store=Path(study["store"]),
+        cells=rows,
     )
 
 

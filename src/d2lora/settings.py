@@ -513,6 +513,17 @@ class StudySettings(Settings):
     """No progress bar and no messages."""
 
 
+class ReportSettings(Settings):
+    """`d2lora report STUDY`: one page, and files, of what a study found."""
+
+    positional: ClassVar[str | None] = "study"
+    settings_file: ClassVar[bool] = False
+    study: str
+    """Folder of a study."""
+    out: Path | None = None
+    """Folder to write; an earlier report in it is replaced. None: `report` in the study."""
+
+
 class DemoSettings(Settings):
     """`d2lora demo`: the whole story on the embedded base."""
 

@@ -63,7 +63,7 @@ def run_study(settings: StudySettings) -> Study:
     ):
         run = _Run(needs, submit, bar, reporter)
         run.all(cells)
-    results = [_row(plan, cell, run.finished[cell]) for cell in cells if cell in run.finished]
+    results = [_row(needs, cell, run.finished[cell]) for cell in cells if cell in run.finished]
     told = {str(cell): reason for cell, reason in run.failures.items()}
     _write(out, plan, needs, cells, results, told)
     return Study(out, plan, results, told)
@@ -194,10 +194,11 @@ class _Run:
         self._ask(free)
 
 
-def _row(plan: StudyPlan, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
+def _row(needs: Needs, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
     told = {k: v for k, v in result.items() if k not in ("label", "about", "provenance")}
-    kind = next((arm.kind for arm in plan.arms if arm.name == cell.arm), BASE)
-    return {"arm": cell.arm, "kind": kind, **asdict(cell), **told}
+    kind = next((arm.kind for arm in needs.plan.arms if arm.name == cell.arm), BASE)
+    key = needs.last_job(cell).key
+    return {"arm": cell.arm, "kind": kind, "key": key, **asdict(cell), **told}
 
 
 def _write(
@@ -261,5 +262,11 @@ def command(settings: StudySettings) -> None:
             table_console().print(as_table(grid))
         return
     study = run_study(settings)
-    show(read_findings(study.path), table_console())
-    Reporter(quiet=settings.quiet).say(f"written to {study.path}")
+    findings = read_findings(study.path)
+    show(findings, table_console())
+    reporter = Reporter(quiet=settings.quiet)
+    reporter.say(f"written to {study.path}")
+    if settings.report:
+        from d2lora.report import write_report
+
+        reporter.say(f"report: {write_report(findings)}")

@@ -1,0 +1,95 @@
+"""Outputs of finished cells, to be browsed side by side in the page."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from d2lora.findings import Findings
+
+MAX_OUTPUTS = 12_000
+"""Outputs in a page, over all cells; each cell shows the same first test rows."""
+MAX_CHARACTERS = 2_000
+"""Of a text; a longer one is cut, and says so."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What the page's browser of outputs reads, and what of it was left out."""
+
+    data: dict[str, Any]
+    """Texts once each, and per task its rows and cells as indices of texts."""
+    notes: list[str]
+    """What is not shown, in words."""
+
+
+def read_examples(findings: Findings) -> Examples:
+    """Read the records of every cell from the study's store."""
+    paths = [findings.store / cell.get("key", "") / "records.parquet" for cell in findings.cells]
+    there = [
+        (cell, path)
+        for cell, path in zip(findings.cells, paths, strict=True)
+        if cell.get("key") and path.is_file()
+    ]
+    texts = _Texts()
+    tasks: dict[str, Any] = {}
+    notes: list[str] = []
+    most = max(1, MAX_OUTPUTS // max(1, len(there)))
+    for cell, path in there:
+        score = findings.score_of[cell["task"]]
+        records = pd.read_parquet(path, columns=["prompt", "target", "output", score])
+        shown = records.head(most)
+        task = tasks.setdefault(cell["task"], _task(findings, cell["task"], shown, texts))
+        if len(shown) < len(records):
+            note = f"{task['title']}: the first {len(shown)} of {len(records)} test rows are here."
+            notes += [] if note in notes else [note]
+        values = [float(value) for value in shown[score]]
+        task["graded"] = task["graded"] or any(value not in (0.0, 1.0) for value in values)
+        task["cells"].append(
+            {
+                "arm": cell["arm"],
+                "n": cell["n"],
+                "seed": cell["seed"],
+                "outputs": [texts.index(text) for text in shown["output"]],
+                "scores": [round(value, 4) for value in values],
+            }
+        )
+    if len(there) < len(findings.cells):
+        notes.append(
+            f"The outputs of {len(findings.cells) - len(there)} of {len(findings.cells)} cells are "
+            f"not in the store that the study names; run d2lora study again to have them."
+        )
+    if texts.n_cut:
+        notes.append(f"{texts.n_cut} texts are cut after {MAX_CHARACTERS:,} characters.")
+    sizes = list(findings.plan.sizes)
+    arms = [arm.name for arm in findings.plan.arms]
+    data = {"texts": texts.all, "tasks": tasks, "sizes": sizes, "arms": arms}
+    return Examples(data, notes)
+
+
+class _Texts:
+    """Every text once; arms often answer alike."""
+
+    def __init__(self) -> None:
+        self.all: list[str] = []
+        self.n_cut = 0
+        self._places: dict[str, int] = {}
+
+    def index(self, text: str) -> int:
+        if text not in self._places:
+            cut = len(text) > MAX_CHARACTERS
+            self.n_cut += cut
+            self._places[text] = len(self.all)
+            self.all.append(f"{text[:MAX_CHARACTERS]} […]" if cut else text)
+        return self._places[text]
+
+
+def _task(findings: Findings, task: str, records: pd.DataFrame, texts: _Texts) -> dict[str, Any]:
+    return {
+        "title": findings.title(task),
+        "score": findings.score_name(task),
+        "graded": False,
+        "prompts": [texts.index(text) for text in records["prompt"]],
+        "targets": [texts.index(text) for text in records["target"]],
+        "cells": [],
+    }

@@ -1,0 +1,81 @@
+"""What a study found as files for other tools: tables, and Markdown for people."""
+
+from typing import Any
+
+import pandas as pd
+
+from d2lora.findings import BASE, Findings
+from d2lora.grids import markdown
+from d2lora.report import words
+from d2lora.summary import cost_grid, score_grid
+
+
+def cell_table(findings: Findings) -> pd.DataFrame:
+    """Return one row a cell: mean scores (0 to 1), forgetting, learning rate, cost, key.
+
+    `general_loss` is in nats per token; `choices_accuracy` is a share; costs have their units in
+    their names, under `cost_`.
+    """
+    bases = {cell["task"]: cell for cell in findings.cells if cell["arm"] == BASE}
+    rows: list[dict[str, Any]] = []
+    for cell in findings.cells:
+        right, loss = cell["choices_right"], cell["general_loss"]
+        reference = bases.get(cell["task"], {}).get("general_loss")
+        rows.append(
+            {
+                **{name: cell[name] for name in ("task", "arm", "kind", "n", "seed")},
+                **{name: sum(values) / len(values) for name, values in cell["scores"].items()},
+                "n_items": len(next(iter(cell["scores"].values()))),
+                "general_loss": loss,
+                "general_loss_change": None if None in (loss, reference) else loss - reference,
+                "choices_accuracy": None if right is None else sum(right) / len(right),
+                "learning_rate": cell["learning_rate"],
+                "validation_loss_before": cell.get("validation_loss_before"),
+                "validation_loss_after": cell.get("validation_loss_after"),
+                "n_output_tokens": cell["n_output_tokens"],
+                "evaluation_s": cell["evaluation_s"],
+                **{f"cost_{name}": value for name, value in cell.get("cost", {}).items()},
+                "key": cell.get("key"),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def item_table(findings: Findings) -> pd.DataFrame:
+    """Return one row a cell and test row, with every score (0 to 1), for statistics of one's own.
+
+    Prompts and outputs stay in the store, in `KEY/records.parquet`.
+    """
+    parts = [
+        pd.DataFrame(
+            {
+                **{name: cell[name] for name in ("task", "arm", "n", "seed")},
+                "row": range(len(next(iter(cell["scores"].values())))),
+                **cell["scores"],
+            }
+        )
+        for cell in findings.cells
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def summary_text(findings: Findings) -> str:
+    """Return verdict, cautions, tables and provenance as Markdown."""
+    plan, made = findings.plan, findings.provenance
+    verdicts = words.task_verdicts(findings)
+    lines = [
+        f"# {plan.question or findings.path.resolve().name}",
+        "",
+        *(f"{sentence}\n" for sentence in words.headline(findings)),
+        *(f"- {sentence}" for sentence in findings.verdicts()),
+        "",
+        *(f"- {verdict.title}: {verdict.power}" for verdict in verdicts),
+        *(f"- {caution}" for caution in words.cautions(findings)),
+        "",
+    ]
+    grids = [score_grid(findings, task) for task in plan.tasks]
+    tables = [markdown(grid) for grid in (*grids, cost_grid(findings)) if grid.rows]
+    failed = [f"- failed: {cell}: {reason}" for cell, reason in findings.failures.items()]
+    versions = ", ".join(f"{k} {v}" for k, v in made.get("versions", {}).items())
+    end = f"{plan.seeds} seeds, base {plan.base}, {made.get('date')}, {versions}."
+    return "\n".join([*lines, *tables, *failed, end, ""])

@@ -1,0 +1,127 @@
+"""The page: one HTML file that needs nothing else and asks for nothing from outside.
+
+Every text is escaped by jinja2; data travel as JSON in which `<`, `>` and `&` are escaped. The
+content security policy lets run only the scripts whose hashes it names.
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from d2lora.findings import Findings
+from d2lora.report import tables, words
+from d2lora.report.canvas import DARK, LIGHT, Chart, Palette, scripts
+from d2lora.report.examples import Examples
+
+SECTIONS = {
+    "verdict": "What was found",
+    "score": "Score over n",
+    "difference": "Paired differences",
+    "curves": "Learning curves",
+    "forgetting": "Learnt and forgotten",
+    "tables": "Scores",
+    "cost": "Cost",
+    "rates": "Learning rates",
+    "failures": "Failures",
+    "examples": "Examples",
+    "provenance": "Provenance",
+}
+
+
+def page(
+    findings: Findings,
+    drawn: Mapping[str, list[Chart]],
+    palette: Palette,
+    examples: Examples,
+    provenance: Mapping[str, Any],
+) -> str:
+    """Return the page as HTML.
+
+    Args:
+        findings: What the study found.
+        drawn: The charts of every section.
+        palette: Colours of the arms.
+        examples: Outputs to browse.
+        provenance: Where and when the report itself was made.
+    """
+    plan = findings.plan
+    specs = {chart.name: chart.spec for charts in drawn.values() for chart in charts}
+    code = {"vega": _inline(scripts()), "page": _inline(_file("page.js"))}
+    return _environment().get_template("index.html.j2").render(
+        csp=_policy(code.values()),
+        style=Markup(_file("style.css")),  # noqa: S704  # our own file
+        code={name: Markup(text) for name, text in code.items()},  # noqa: S704
+        sections=SECTIONS,
+        title=plan.question or f"Study {findings.path.resolve().name}",
+        facts=_facts(findings),
+        headline=words.headline(findings),
+        verdicts=words.task_verdicts(findings),
+        cautions=words.cautions(findings),
+        charts=drawn,
+        palette=palette,
+        specs={"charts": specs, "themes": {"light": LIGHT, "dark": DARK}},
+        examples=examples,
+        scores=[tables.score_table(findings, task) for task in plan.tasks],
+        cost=tables.cost_table(findings),
+        efficiency=tables.efficiency_table(findings),
+        rates=tables.rate_table(findings),
+        failures=tables.failure_table(findings),
+        warm_ups=tables.warm_up_table(findings),
+        versions=tables.version_table(findings.provenance),
+        fingerprints=tables.fingerprint_table(plan),
+        plan=plan.to_yaml(),
+        made=provenance,
+    )  # fmt: skip
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("d2lora.report", "template"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.tests["numeric"] = _is_number  # pyright: ignore[reportArgumentType]  # typed by its builtins
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment
+
+
+def _is_number(text: Any) -> bool:
+    return str(text)[:1] in tuple("+−0123456789")
+
+
+def _facts(findings: Findings) -> dict[str, str]:
+    plan = findings.plan
+    sizes = ", ".join(f"{n:,}" for n in plan.sizes)
+    return {
+        "base": plan.base,
+        "tasks": ", ".join(findings.title(task) for task in plan.tasks),
+        "sizes n": sizes,
+        "seeds": str(plan.seeds),
+        "cells": f"{len(findings.cells):,}",
+        "run": str(findings.provenance.get("date", "")).partition("T")[0],
+    }
+
+
+def _file(name: str) -> str:
+    return (resources.files("d2lora.report") / "template" / name).read_text("utf-8")
+
+
+def _inline(script: str) -> str:
+    """Return a script that can stand inside an element: nothing in it ends the element."""
+    return script.replace("\r", "").replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _policy(codes: Any) -> str:
+    digests = (hashlib.sha256(code.encode()).digest() for code in codes)
+    allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; base-uri 'none'; "
+        "form-action 'none'"
+    )

@@ -1,0 +1,189 @@
+"""What was found, in plain sentences. A difference that was not seen is said as such."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from d2lora.findings import Comparison, Findings
+
+NOTHING_SEEN = "no difference seen"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one comparison says."""
+
+    n: int
+    verdict: str
+    """`helps`, `hurts` or `no difference seen`."""
+    numbers: str
+    seeds: str
+    """Said where the seeds disagree, or where there is one alone; else empty."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An arm and what it is compared with, on one task."""
+
+    arm: str
+    against: str
+    claims: list[Claim]
+
+
+@dataclass(frozen=True)
+class TaskVerdict:
+    """All that is said of one task."""
+
+    task: str
+    title: str
+    score: str
+    pairs: list[Pair]
+    power: str
+
+
+def headline(findings: Findings) -> list[str]:
+    """Return one sentence for each pair of arms, over all tasks and sizes."""
+    if not findings.comparisons:
+        return ["No two arms could be compared: too few cells are finished."]
+    sentences: list[str] = []
+    for arm, against in dict.fromkeys((c.arm, c.against) for c in findings.comparisons):
+        own = [c for c in findings.comparisons if (c.arm, c.against) == (arm, against)]
+        parts = [
+            f"{verdict} {_places(findings, found)}"
+            for verdict in ("helps", "hurts")
+            if (found := [c for c in own if c.verdict == verdict])
+        ]
+        unseen = [c for c in own if c.verdict == NOTHING_SEEN]
+        subject = f"Compared with {against}, {arm}"
+        if not parts:
+            where = "" if len(own) == 1 else f" in any of {len(own)} comparisons"
+            sentences.append(f"{subject} makes no difference that could be seen{where}.")
+            continue
+        rest = ""
+        if unseen:
+            rest = f"; no difference was seen {_places(findings, unseen)}"
+        sentences.append(f"{subject} {' and '.join(parts)}{rest}.")
+    return sentences
+
+
+def task_verdicts(findings: Findings) -> list[TaskVerdict]:
+    """Return what is said of every task, in the plan's order."""
+    found: list[TaskVerdict] = []
+    for task in findings.plan.tasks:
+        own = [c for c in findings.comparisons if c.task == task]
+        pairs = [
+            Pair(arm, against, [_claim(c) for c in own if (c.arm, c.against) == (arm, against)])
+            for arm, against in dict.fromkeys((c.arm, c.against) for c in own)
+        ]
+        name = findings.score_name(task)
+        found.append(TaskVerdict(task, findings.title(task), name, pairs, power_line(own)))
+    return found
+
+
+def power_line(comparisons: Sequence[Comparison]) -> str:
+    """Say what it would take to see one point, at worst and at best over some comparisons."""
+    if not comparisons:
+        return "No arm of this task could be compared."
+    known = [(c.difference, c.power) for c in comparisons if c.power is not None]
+    if not known:
+        return (
+            "What it would take to see a difference of 1 point cannot be foretold: the arms "
+            "answer alike, row by row."
+        )
+    rows = [power.n_items for _, power in known]
+    seeds = [power.n_seeds for _, power in known]
+    n_items, n_seeds = known[0][0].n_items, known[0][0].n_seeds
+    return (
+        f"To see a difference of 1 point four times out of five takes {_range(rows)} test rows "
+        f"with {_count(n_seeds, 'seed')} (here: {n_items:,} rows); or, with these rows, "
+        f"{_seeds(seeds)}."
+    )
+
+
+def cautions(findings: Findings) -> list[str]:
+    """Return what a reader should know before believing a number."""
+    said: list[str] = []
+    if findings.failures:
+        said.append(f"{_count(len(findings.failures), 'cell')} failed and is missing here.")
+        if len(findings.failures) > 1:
+            said[-1] = f"{len(findings.failures)} cells failed and are missing here."
+    if findings.plan.seeds == 1:
+        said.append(
+            "Every number rests on one seed: how much another seed would change it is not known."
+        )
+    said += [
+        f"{findings.title(task)}: {arm} and {other} are not compared at n = {n}, as they do not "
+        "have the same seeds."
+        for task, arm, other, n in findings.not_compared()
+    ]
+    edges = [rate for rate in findings.rates if rate["at_edge"]]
+    if edges:
+        said.append(
+            f"{len(edges)} of {len(findings.rates)} chosen learning rates lie at the edge of the "
+            "rates tried; a rate beyond it may be better. They are marked in the table of rates."
+        )
+    return said
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """Return a number with its sign, with a true minus, and never -0."""
+    text = f"{value:+.{digits}f}"
+    if float(text) == 0:
+        return text[1:]
+    return text.replace("-", "−")
+
+
+def points(c: Comparison) -> str:
+    """Return a difference with its interval, in points."""
+    d = c.difference
+    return (
+        f"{signed(100 * d.mean)} points, 95 % interval {signed(100 * d.low)} to "
+        f"{signed(100 * d.high)}"
+    )
+
+
+def seeds_said(c: Comparison) -> str:
+    """Say where the seeds disagree with the mean; empty where all agree."""
+    d = c.difference
+    if d.n_seeds == 1:
+        return "one seed"
+    if d.mean == 0 or d.n_agree == d.n_seeds:
+        return ""
+    side = "above" if d.mean > 0 else "below"
+    return f"the seeds disagree: {d.n_agree} of {d.n_seeds} {side} zero"
+
+
+def _claim(c: Comparison) -> Claim:
+    return Claim(c.n, c.verdict, points(c), seeds_said(c))
+
+
+def _places(findings: Findings, comparisons: Sequence[Comparison]) -> str:
+    """Return where: `on Titles at n = 16, 64 and on Word problems at n = 64`."""
+    by_task: dict[str, list[int]] = {}
+    for c in comparisons:
+        by_task.setdefault(c.task, []).append(c.n)
+    return " and ".join(
+        f"on {findings.title(task)} at n = {_joined(sizes)}" for task, sizes in by_task.items()
+    )
+
+
+def _joined(sizes: Sequence[int]) -> str:
+    return ", ".join(f"{n:,}" for n in sorted(sizes))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _seeds(needed: Sequence[float]) -> str:
+    enough = [int(value) for value in needed if math.isfinite(value)]
+    if not enough:
+        return "no number of seeds is enough"
+    if len(enough) == len(needed):
+        return f"{_range(enough)} seeds"
+    return f"{_range(enough)} seeds at some sizes and no number of seeds at others"

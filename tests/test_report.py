@@ -1,0 +1,258 @@
+"""The report of a study: a hand-made study of known numbers, read as people and browsers do."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from support import write_rows
+
+from d2lora.cli import main
+from d2lora.errors import RunError
+from d2lora.findings import read_findings
+from d2lora.report import write_report
+from d2lora.report.canvas import BASE_COLOUR, COLOURS
+from d2lora.report.words import headline
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PLANTED = "<script>document.title = 'planted'</script>"
+N_ITEMS = 40
+COST = {
+    "n_steps": 8,
+    "n_tokens": 900,
+    "n_supervised_tokens": 300,
+    "flops": 2_000_000_000_000,
+    "elapsed_s": 1.5,
+    "peak_memory_bytes": 500_000_000,
+    "n_trainable_parameters": 1234,
+}
+
+
+def cell(arm: str, n: int, seed: int, right: int, general_loss: float | None) -> dict[str, Any]:
+    """Answer the first `right` of the items."""
+    return {
+        "arm": arm,
+        "kind": "base" if arm == "base" else arm,
+        "key": f"{arm}-{n}-{seed}",
+        "task": "sums",
+        "n": n,
+        "seed": seed,
+        "scores": {"exact_match": [float(i < right) for i in range(N_ITEMS)]},
+        "general_loss": general_loss,
+        "choices_right": None,
+        "learning_rate": None if arm == "base" else 0.01,
+        "adapter": None,
+        "n_output_tokens": 80,
+        "evaluation_s": 0.5,
+        **({} if arm == "base" else {"cost": COST}),
+    }
+
+
+def study(
+    folder: Path, *, fresh: int = 10, warm: int = 30, seeds: int = 2, loss: float | None = 1.5,
+    curves: bool = True,
+) -> Path:  # fmt: skip
+    """Write a finished study by hand: fresh and warm answer so many of 40 items."""
+    base = [cell("base", 0, 0, 0, None if loss is None else 1.0)]
+    cells = base + [
+        cell(arm, n, seed, right, loss)
+        for arm, right in (("fresh", fresh), ("warm", warm))
+        for n in (16, 64)
+        for seed in range(seeds)
+    ]
+    path = folder / "study"
+    path.mkdir(parents=True)
+    write_rows(path / "results.jsonl", cells)
+    for row in cells:
+        place = folder / "store" / row["key"]
+        place.mkdir(parents=True)
+        pd.DataFrame(
+            {
+                "prompt": [f"How much is {i} and one? {PLANTED}" for i in range(N_ITEMS)],
+                "target": [f"#### {i + 1}" for i in range(N_ITEMS)],
+                "output": [f"{row['arm']} says {i} {PLANTED}" for i in range(N_ITEMS)],
+                **row["scores"],
+            }
+        ).to_parquet(place / "records.parquet")
+    place = [{"task": "sums", "arm": arm, "n": 16} for arm in ("fresh", "warm")]
+    rates = [{**p, "learning_rate": 0.01, "at_edge": True} for p in place] if curves else []
+    ends = {"fresh": 1.0, "warm": 0.5}
+    trials = [
+        {
+            **rate,
+            "seed": 0,
+            "validation_loss_after": ends[rate["arm"]],
+            "curve": [[0, 2.0], [8, ends[rate["arm"]]]],
+        }
+        for rate in rates
+    ]
+    write_rows(path / "trials.jsonl", trials)
+    plan = {
+        "question": f"Does it help? {PLANTED}",
+        "tasks": {"sums": {"data": ["a.jsonl"], "test": ["b.jsonl"], "title": f"Sums {PLANTED}"}},
+        "sizes": [16, 64],
+        "seeds": seeds,
+        "arms": [{"kind": "fresh", "name": "fresh"},
+                 {"kind": "warm", "name": "warm", "warm_up": "general"}],
+    }  # fmt: skip
+    warm_up = {"cost": COST, "validation_loss_before": 2.0, "validation_loss_after": 1.25}
+    told = {
+        "plan": plan,
+        "n_cells": len(cells),
+        "failures": {},
+        "rates": rates,
+        "warm_ups": {"general": warm_up},
+        "store": str(folder / "store"),
+        "provenance": {"date": "2026-11-24T12:00:00+00:00", "versions": {"d2lora": "0.1.0"}},
+    }
+    (path / "study.json").write_text(json.dumps(told), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a study in which warm answers 75 % and fresh 25 %."""
+    path = study(tmp_path_factory.mktemp("known"))
+    assert main(["report", str(path)]) == 0
+    return path / "report"
+
+
+def visible(page: str) -> str:
+    """Return a page without its scripts."""
+    return re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+
+
+def test_the_page_says_the_known_numbers(known: Path) -> None:
+    text = visible((known / "index.html").read_text("utf-8"))
+    assert "Compared with fresh, warm helps" in text
+    assert "+50.0 points" in text
+    assert ">75.0<" in text
+    assert ">25.0<" in text
+    assert "takes" in text
+    assert "test rows with 2 seeds (here: 40 rows)" in text
+    assert "lie at the edge" in text
+    assert "1.250" in text
+
+
+def test_no_text_of_plan_or_model_can_become_markup(known: Path) -> None:
+    page = (known / "index.html").read_text("utf-8")
+    assert "<script>document" not in page
+    assert page.count("<script") == page.count("</script>") == 4
+    assert "&lt;script&gt;document" in page
+    assert "\\u003cscript\\u003edocument" in page
+
+
+def test_the_tables_hold_a_row_a_cell_and_a_row_an_item(known: Path) -> None:
+    cells = pd.read_csv(known / "results.csv")
+    assert len(cells) == len(pd.read_parquet(known / "results.parquet")) == 9
+    assert cells.loc[cells.arm == "warm", "exact_match"].tolist() == [0.75] * 4
+    items = pd.read_parquet(known / "items.parquet")
+    assert len(items) == 9 * N_ITEMS
+    assert items[items.arm == "fresh"].exact_match.mean() == 0.25
+
+
+def test_every_chart_is_a_picture_too(known: Path) -> None:
+    names = {path.stem for path in known.glob("*.png")}
+    assert names == {"score-sums", "difference-sums", "curves-sums-16", "forgetting-sums"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in known.glob("*.png"))
+
+
+def test_the_summary_is_markdown_with_verdict_and_tables(known: Path) -> None:
+    text = (known / "summary.md").read_text("utf-8")
+    assert "+50.0 points" in text
+    assert "| n | arm |" in text
+
+
+@pytest.mark.parametrize(("fresh", "warm"), [(N_ITEMS, N_ITEMS), (0, 0)])
+def test_arms_that_answer_alike_are_not_made_to_differ(
+    tmp_path: Path, fresh: int, warm: int
+) -> None:
+    path = study(tmp_path, fresh=fresh, warm=warm, seeds=1, loss=None, curves=False)
+    text = visible(write_report(read_findings(path)).read_text("utf-8"))
+    assert "makes no difference that could be seen" in text
+    assert "one seed" in text
+    assert "cannot be foretold" in text
+    assert "Forgetting was not measured" in text
+    assert "There are no learning curves" in text
+    assert "No cell failed." in text
+    assert not re.search(r"\b(nan|None|inf)\b", text.split("The plan, with all defaults")[0])
+
+
+def test_an_arm_that_loses_is_said_to_hurt(tmp_path: Path) -> None:
+    findings = read_findings(study(tmp_path, fresh=30, warm=10))
+    assert "warm hurts" in headline(findings)[0]
+
+
+def test_outputs_that_are_gone_are_said_to_be_gone(tmp_path: Path) -> None:
+    path = study(tmp_path)
+    shutil.rmtree(tmp_path / "store")
+    text = visible(write_report(read_findings(path)).read_text("utf-8"))
+    assert "The outputs of 9 of 9 cells are not in the store" in text
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    path = study(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match="not a report"):
+        write_report(read_findings(path), other)
+    assert (other / "thesis.txt").read_text() == "mine"
+    write_report(read_findings(path))
+    write_report(read_findings(path))  # a report is replaced
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    lights = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * lights[0] + 0.7152 * lights[1] + 0.0722 * lights[2]
+
+
+@pytest.mark.parametrize("colour", [*COLOURS, BASE_COLOUR])
+@pytest.mark.parametrize("page", ["#ffffff", "#12161b"])
+def test_arms_stand_out_from_light_and_dark_pages(colour: str, page: str) -> None:
+    """WCAG 2.2, 1.4.11: graphics have a contrast of 3 to 1."""
+    low, high = sorted((luminance(colour), luminance(page)))
+    assert (high + 0.05) / (low + 0.05) >= 3
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("CI"), reason="needs Chromium on the path"
+)
+def test_a_browser_opens_searches_and_filters_the_page(known: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM is not None, "CI installs Chromium"
+    url = (known / "index.html").resolve().as_uri()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for scheme, width in (("light", 1200), ("dark", 360)):
+            page = browser.new_page(
+                viewport={"width": width, "height": 800},
+                color_scheme=scheme,  # pyright: ignore[reportArgumentType]
+            )
+            said: list[str] = []
+            asked: list[str] = []
+            page.on("console", lambda message, said=said: said.append(message.text))
+            page.on("pageerror", lambda error, said=said: said.append(str(error)))
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.goto(url)
+            page.wait_for_selector("html[data-drawn]")
+            assert page.locator(".chart svg").count() == 4
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert page.locator("#count").text_content() == "40 of 40 rows, 10 shown"
+            page.select_option("[name=filter]", "b")
+            assert page.locator("#count").text_content() == "20 of 40 rows, 10 shown"
+            page.fill("[name=search]", "How much is 17")
+            assert page.locator("#count").text_content() == "2 of 40 rows"  # target of 16
+            assert PLANTED in (page.locator(".example").first.text_content() or "")
+            assert page.locator(".example script").count() == 0
+            assert "planted" not in page.title().replace(PLANTED, "")
+            assert said == []
+            assert asked == [url]
+            page.close()
+        browser.close()
