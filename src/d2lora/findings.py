@@ -132,7 +132,7 @@ class ArmCost:
     n_tasks: int
     """Tasks of the study that share it."""
     flops_saved_per_task: float | None
-    """By stopping where the reference's final validation loss is reached; None: not reached."""
+    """By stopping where the reference's final validation loss is reached; None: not measured."""
 
     @property
     def amortised_flops(self) -> float:
@@ -400,8 +400,11 @@ def _costs(
 
 
 def _saved(reached: Sequence[Convergence], flops: float) -> float | None:
-    """Return the mean saving of an arm that stops where its reference ends up."""
-    shares = [1 - c.steps / c.n_steps for c in reached if c.steps is not None]
-    if not shares or len(shares) < len(reached):
+    """Return the mean saving of an arm that stops where its reference ends up.
+
+    An arm that does not get there saves nothing on that task; None where nothing was measured.
+    """
+    if not reached:
         return None
+    shares = [0.0 if c.steps is None else 1 - c.steps / c.n_steps for c in reached]
     return flops * float(np.mean(shares))

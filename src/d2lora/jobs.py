@@ -337,8 +337,12 @@ def _loaded(settings_yaml: str) -> Any:
 
 
 def _identity(settings: Settings) -> dict[str, Any]:
-    """Return settings with contents in place of paths and without what decides nothing."""
-    values = {k: v for k, v in settings.model_dump(mode="json").items() if k not in _FREE}
+    """Return settings with contents in place of paths and without what decides nothing.
+
+    Values at their defaults are left out, so that a new setting leaves earlier results valid.
+    """
+    told = settings.model_dump(mode="json", exclude_defaults=True)
+    values = {k: v for k, v in told.items() if k not in _FREE}
     for name in _FILES & values.keys():
         values[name] = [_content(path) for path in values[name] or ()]
     if isinstance(settings, BaseSettings):

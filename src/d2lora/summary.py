@@ -1,8 +1,10 @@
 """What a study found, as tables and sentences."""
 
+import math
+
 from rich.console import Console
 
-from d2lora.findings import Comparison, Findings, Level
+from d2lora.findings import ArmCost, Comparison, Findings, Level
 from d2lora.grids import Grid, as_table
 
 
@@ -44,7 +46,7 @@ def cost_grid(findings: Findings) -> Grid:
             f"{c.amortised_flops / 1e12:.2f}",
             f"{c.training_s_per_task:.1f}",
             f"{c.n_tokens_per_task:,.0f}",
-            _pays(c.warm_up_flops, c.break_even_tasks),
+            _pays(c),
         )
         for c in sorted(findings.costs, key=lambda c: c.n)
     ]
@@ -103,7 +105,10 @@ def _row(level: Level, comparison: Comparison | None) -> tuple[str, ...]:
     )
 
 
-def _pays(warm_up_flops: float, tasks: float) -> str:
-    if not warm_up_flops:
+def _pays(cost: ArmCost) -> str:
+    if not cost.warm_up_flops:
         return ""
-    return "never" if tasks == float("inf") else f"{tasks:.0f} tasks"
+    if cost.flops_saved_per_task is None:
+        return "not measured"
+    tasks = cost.break_even_tasks
+    return "never" if tasks == math.inf else f"{math.ceil(tasks):,} tasks"
