@@ -1,10 +1,23 @@
 """Intervals with known answers, and honest ones where there is little to know."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from scipy import stats as reference
 
-from d2lora.stats import mean_interval, paired_difference
+from d2lora.stats import (
+    holm,
+    mean_interval,
+    paired_difference,
+    permutation_p,
+    power,
+    size_that_scores,
+    steps_to_reach,
+)
+
+Pair = tuple[np.ndarray, np.ndarray]
+Maker = Callable[[np.random.Generator, int, int, float], Pair]
 
 
 def test_right_or_wrong_scores_take_wilson_s_interval() -> None:
@@ -61,6 +74,115 @@ def test_equal_arms_show_no_difference_without_claiming_certainty() -> None:
 def test_shapes_that_do_not_pair_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected two equal shapes"):
         paired_difference(np.zeros((2, 3)), np.zeros((2, 4)))
+
+
+def test_the_permutation_test_agrees_with_all_sign_flips() -> None:
+    by_item = np.array([0.3, 0.1, -0.2, 0.4, 0.5, 0.2, 0.1, -0.1])
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 8)).reshape(8, -1).T
+    exact = np.mean(np.abs(signs @ by_item) >= by_item.sum() - 1e-12)
+    first = np.zeros((2, 8))
+    assert permutation_p(first, first + by_item) == pytest.approx(exact, abs=0.01)
+
+
+def test_arms_that_never_differ_have_p_value_1_and_no_p_value_is_0() -> None:
+    same = np.ones((3, 40))
+    assert permutation_p(same, same) == 1
+    assert 0 < permutation_p(np.zeros((1, 200)), np.ones((1, 200))) < 0.001
+
+
+def test_holm_adjusts_as_in_the_textbook() -> None:
+    # statsmodels.stats.multitest.multipletests([...], method="holm") gives the same.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm([]) == []
+
+
+def answers(generator: np.random.Generator, n_seeds: int, n_items: int, gain: float) -> Pair:
+    """Two arms that answer items of their own difficulty, the second better by `gain`."""
+    chance = generator.uniform(0.2, 0.7, n_items)
+    first, second = (generator.random((n_seeds, n_items)) < chance + g for g in (0.0, gain))
+    return first.astype(float), second.astype(float)
+
+
+def rouge_like(generator: np.random.Generator, n_seeds: int, n_items: int, gain: float) -> Pair:
+    """Two arms with scores of titles: many in the middle, some right to the word."""
+    mean = generator.beta(2, 2, n_items)
+    noise = generator.normal(0, 0.15, (2, n_seeds, n_items))
+    own = generator.normal(gain, 0.1, n_items)
+    scores = np.clip(np.stack([mean + noise[0], mean + own + noise[1]]), 0, 1)
+    return scores[0], scores[1]
+
+
+def test_the_items_that_power_asks_for_show_the_difference_four_times_out_of_five() -> None:
+    generator = np.random.default_rng(3)
+    needed = power(*answers(generator, 3, 4000, 0.1), effect=0.1)
+    assert needed is not None
+    seen = [
+        paired_difference(*answers(generator, 3, needed.n_items, 0.1), seed=trial).low > 0
+        for trial in range(200)
+    ]
+    assert 0.7 <= np.mean(seen) <= 0.9
+
+
+def test_power_says_where_no_number_of_seeds_is_enough_and_where_nothing_varies() -> None:
+    generator = np.random.default_rng(4)
+    lasting = generator.choice([-1.0, 1.0], 100)
+    zeros = np.zeros((2, 100))
+    stuck = power(zeros, zeros + lasting)
+    assert stuck is not None
+    assert stuck.n_seeds == np.inf
+    assert stuck.n_items == pytest.approx((2.8016 / 0.01) ** 2 * lasting.var(ddof=1), rel=1e-3)
+    assert power(zeros, zeros) is None
+
+
+def test_a_curve_reaches_a_loss_between_two_points() -> None:
+    curve = [(0.0, 4.0), (10.0, 2.0), (20.0, 1.0)]
+    assert steps_to_reach(curve, 3.0) == 5
+    assert steps_to_reach(curve, 1.5) == 15
+    assert steps_to_reach(curve, 4.5) == 0
+    assert steps_to_reach(curve, 0.5) is None
+
+
+def test_the_size_that_scores_as_much_is_found_on_a_logarithmic_scale() -> None:
+    sizes, scores = [16, 64, 256], [0.2, 0.4, 0.3]
+    assert size_that_scores(sizes, scores, 0.3) == pytest.approx(32)
+    assert size_that_scores(sizes, scores, 0.1) == 16
+    assert size_that_scores(sizes, scores, 0.5) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [answers, rouge_like])
+def test_95_percent_intervals_cover_93_to_97_percent_of_the_time(
+    make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d2lora.stats.N_RESAMPLES", 1000)
+    generator = np.random.default_rng(5)
+    first, second = make(generator, 3, 400_000, 0.03)
+    truth = float((second - first).mean())
+    covered = []
+    for trial in range(1000):
+        d = paired_difference(*make(generator, 3, 200, 0.03), seed=trial)
+        covered.append(d.low <= truth <= d.high)
+    assert 0.93 <= np.mean(covered) <= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [answers, rouge_like])
+def test_a_difference_is_claimed_in_at_most_5_percent_of_null_studies(
+    make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d2lora.stats.N_RESAMPLES", 1000)
+    generator = np.random.default_rng(6)
+    claimed = 0
+    for _ in range(400):  # a study of three sizes each, in which both arms are the same
+        pairs = [make(generator, 3, 150, 0.0) for _ in range(3)]
+        p_values = holm([permutation_p(*pair) for pair in pairs])
+        intervals = [paired_difference(*pair) for pair in pairs]
+        claimed += any(
+            p < 0.05 and d.verdict != "no difference seen"
+            for p, d in zip(p_values, intervals, strict=True)
+        )
+    assert claimed / 400 <= 0.05 + 1.645 * np.sqrt(0.05 * 0.95 / 400)
 
 
 def test_95_percent_intervals_cover_the_truth_about_as_often() -> None:
