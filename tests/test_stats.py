@@ -160,7 +160,7 @@ def test_95_percent_intervals_cover_93_to_97_percent_of_the_time(
     first, second = make(generator, 3, 400_000, 0.03)
     truth = float((second - first).mean())
     covered = []
-    for trial in range(1000):
+    for trial in range(3000):
         d = paired_difference(*make(generator, 3, 200, 0.03), seed=trial)
         covered.append(d.low <= truth <= d.high)
     assert 0.93 <= np.mean(covered) <= 0.97

@@ -83,8 +83,8 @@ def png(chart: Chart) -> bytes:
 @cache
 def scripts() -> str:
     """Return Vega, Vega-Lite and Vega-Embed as one script, to be put into a page."""
-    whole: Any = None  # its type says text, its meaning is "everything"
-    return vl_convert.javascript_bundle(whole, vl_version=_version())
+    version = _version()
+    return vl_convert.javascript_bundle(vl_version=version)  # pyright: ignore[reportCallIssue]
 
 
 def theme(text: str, faint: str, line: str) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def curves(findings: Findings, palette: Palette, task: str, n: int) -> Chart | N
     grid = Grid(
         f"{title}: validation loss",
         ("step", "arm", "validation loss"),
-        [(f"{row['step']:.0f}", str(row["arm"]), f"{row['loss']:.3f}") for row in rows],
+        [(f"{step:.0f}", arm, f"{loss:.3f}") for arm in shown for step, loss in lines[arm]],
     )
     return chart_of(f"curves-{task}-{n}", title, words, layers, grid, SMALL_HEIGHT)
 

@@ -87,7 +87,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.tests["numeric"] = _is_number  # pyright: ignore[reportArgumentType]  # typed by its builtins
+    tests: dict[str, Any] = environment.tests
+    tests["numeric"] = _is_number
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return environment
 
