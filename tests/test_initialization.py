@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from support import read_rows, write_rows
+from support import dies_at_step, read_rows, write_rows
 from transformers import AutoModelForCausalLM
 
 from d2lora import (
@@ -144,24 +144,8 @@ def test_a_killed_run_resumes_to_the_same_adapter(
 ) -> None:
     common = {"init": init, "checkpoint_every": 2, "max_steps": 5}
     whole = run(tmp_path / "whole", tiny_base, problems, **common)
-    from d2lora import train
-
-    class Killed(BaseException):
-        pass
-
-    step, taken = train._step, 0
-
-    def dying_step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        if taken == 4:
-            raise Killed
-        return step(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "_step", dying_step)
-        with pytest.raises(Killed):
-            run(tmp_path / "killed", tiny_base, problems, **common)
+    with monkeypatch.context() as patch, pytest.raises(dies_at_step(patch, 4)):
+        run(tmp_path / "killed", tiny_base, problems, **common)
     resumed = run(tmp_path / "killed", tiny_base, problems, resume=True, **common)
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import SHARED, needs_shared_data, read_rows, write_rows
+from support import SHARED, dies_at_step, needs_shared_data, read_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from d2lora import (
@@ -270,24 +270,10 @@ def test_a_killed_run_resumes_and_scores_the_reference_once(
 ) -> None:  # fmt: skip
     common = {"objective": objective, "checkpoint_every": 2, "max_steps": 5, "epochs": 3}
     whole = run(tmp_path / "whole", tiny_base, preferences, **common)
-    from d2lora import reference, train
+    from d2lora import reference
 
-    class Killed(BaseException):
-        pass
-
-    step, taken = train._step, 0
-
-    def dying_step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        if taken == 4:
-            raise Killed
-        return step(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "_step", dying_step)
-        with pytest.raises(Killed):
-            run(tmp_path / "killed", tiny_base, preferences, **common)
+    with monkeypatch.context() as patch, pytest.raises(dies_at_step(patch, 4)):
+        run(tmp_path / "killed", tiny_base, preferences, **common)
 
     def again(*_: Any, **__: Any) -> None:
         raise AssertionError("the reference was scored again")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import write_rows
+from support import small_plan
 
-from d2lora.embedded import title_rows
 from d2lora.settings import StudySettings
 from d2lora.study import run_study
 
@@ -50,23 +49,7 @@ print(json.dumps(study.failures))
 def test_a_study_on_ray_survives_the_loss_of_a_node(
     tmp_path: Path, tiny_base: str, general: str, titles: str
 ) -> None:
-    plan = {
-        "base": tiny_base,
-        "warm_up": {"data": general, "m": 40, "rank": 4, "max_steps": 4},
-        "tasks": {
-            "titles": {
-                "data": [titles],
-                "test": [write_rows(tmp_path / "test.jsonl", title_rows("test", 6))],
-                "max_new_tokens": 6,
-            }
-        },
-        "sizes": [4, 8],
-        "seeds": 2,
-        "adapt": {"rank": 4, "batch_size": 4},
-        "learning_rates": [0.01],
-        "general_text": [],
-        "choices": [],
-    }
+    plan = small_plan(tmp_path, tiny_base, general, titles)
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(plan))
     here = run_study(

@@ -13,13 +13,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support import read_rows, write_rows
+from support import read_rows, small_plan, write_rows
 
 from d2lora import AdaptSettings, WarmStart, WarmupSettings
 from d2lora.artifacts import Manifest
 from d2lora.cli import main
 from d2lora.conversion import randomise
-from d2lora.embedded import choice_rows, general_rows, title_rows
 from d2lora.errors import DataError, SettingsError
 from d2lora.findings import read_findings
 from d2lora.jobs import Job, Scored, Trial, perform
@@ -32,25 +31,7 @@ from d2lora.study import Study, run_study
 
 @pytest.fixture
 def plan(tmp_path: Path, tiny_base: str, general: str, titles: str) -> dict[str, Any]:
-    """The smallest study that has everything: 2 arms x 1 task x 2 sizes x 2 seeds, 2 rates."""
-    return {
-        "base": tiny_base,
-        "warm_up": {"data": general, "m": 40, "rank": 4, "max_steps": 4},
-        "tasks": {
-            "titles": {
-                "data": [titles],
-                "test": [write_rows(tmp_path / "test.jsonl", title_rows("test", 6))],
-                "max_new_tokens": 6,
-            }
-        },
-        "sizes": [4, 8],
-        "seeds": 2,
-        "adapt": {"rank": 4, "batch_size": 4},
-        "epochs": {4: 2},
-        "learning_rates": [0.003, 0.03],
-        "general_text": [write_rows(tmp_path / "general.jsonl", general_rows("valid", 6))],
-        "choices": [write_rows(tmp_path / "choices.jsonl", choice_rows(6))],
-    }
+    return small_plan(tmp_path, tiny_base, general, titles)
 
 
 def settings(folder: Path, plan: dict[str, Any], **values: Any) -> StudySettings:
@@ -220,6 +201,15 @@ def test_the_rate_with_the_lowest_validation_loss_is_used_and_one_that_diverges_
             for rate in (1e-4, 0.03)
         }
         assert row["learning_rate"] == min(means, key=lambda rate: means[rate])
+
+
+def test_a_cell_without_a_usable_rate_tells_the_reason_of_the_trial_that_failed(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    plan["learning_rates"] = [1e30, 1e31]
+    study = run_study(settings(tmp_path, plan))
+    assert len(study.failures) == 2 * 2 * 2
+    assert all("no learning rate could be used" in r for r in study.failures.values())
 
 
 def test_a_rate_at_the_edge_of_the_grid_is_marked(tmp_path: Path, plan: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from d2lora import checkpoint
-from d2lora.batches import collate
+from d2lora.batches import Encoded, collate
 from d2lora.console import Reporter
 from d2lora.encode import Encoder
 from d2lora.feature_cache import Array
@@ -157,7 +157,7 @@ class GradientFeatures:
                 found[row] = self.sketch(gradient).cpu().numpy()
         return found
 
-    def _item(self, example: Example):  # noqa: ANN202
+    def _item(self, example: Example) -> Encoded:
         return self._encoder.encode(example).truncated(self._max_tokens)
 
 

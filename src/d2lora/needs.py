@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2lora.data import split_validation
 from d2lora.jobs import Job, Merged, Mixed, Norms, Scored, Trial, WarmUp
 from d2lora.plan import (
     NEEDS_WARM_UP,
@@ -54,7 +55,7 @@ class Missing(Exception):  # noqa: N818  # no error: it says what to run next
         self.jobs = jobs
 
 
-class Failed(Exception):  # noqa: N818
+class CellFailedError(Exception):
     """A job that a cell needs has failed; the text is the reason."""
 
 
@@ -87,7 +88,7 @@ class Needs:
 
         Raises:
             Missing: If jobs have to be run first.
-            Failed: If one of them has failed.
+            CellFailedError: If one of them has failed.
         """
         return self._need(self.last_job(cell))
 
@@ -141,7 +142,8 @@ class Needs:
         means = {rate: sum(values) / len(values) for rate, values in losses.items()}
         best = min(sorted(means), key=lambda rate: means[rate])
         if not math.isfinite(means[best]):
-            raise Failed(f"no learning rate could be used: {self.failed[trials[0].key]}")
+            reason = next(self.failed[t.key] for t in trials if t.key in self.failed)
+            raise CellFailedError(f"no learning rate could be used: {reason}")
         return best
 
     def _given(self, cell: Cell) -> float | None:
@@ -157,8 +159,7 @@ class Needs:
         own = Cell(cell.arm, cell.task, cell.n, seed)
         held_out = {"validation_fraction": self.plan.validation_fraction}
         training = self._training(own, warm_up, learning_rate=rate, **held_out)
-        n_rows = cell.n - round(cell.n * self.plan.validation_fraction)
-        every = max(1, Plan.of(n_rows, training, 0).n_steps // CURVE_POINTS)
+        every = max(1, _n_steps(cell.n, training) // CURVE_POINTS)
         label = f"{own}, trial of {rate:g}"
         return Trial(label, (cell.task, cell.n), self.store, training.changed(eval_every=every))
 
@@ -171,9 +172,8 @@ class Needs:
         changes: dict[str, Any]
         match arm.kind:
             case "longer":
-                n_rows = cell.n - round(cell.n * plain.validation_fraction)
-                own = Plan.of(n_rows, plain, 0).n_steps
-                changes = {"max_steps": own + self._need(warm_up)["cost"]["n_steps"]}
+                more = self._need(warm_up)["cost"]["n_steps"]
+                changes = {"max_steps": _n_steps(cell.n, plain) + more}
             case "merged":
                 merged = Merged(
                     f"{arm.warm_up}, merged", ("", 0), self.store, self._base(), warm_up
@@ -231,7 +231,7 @@ class Needs:
     def _need(self, job: Job) -> dict[str, Any]:
         self.need_all([job])
         if job.key in self.failed:
-            raise Failed(f"{job.label}: {self.failed[job.key]}")
+            raise CellFailedError(f"{job.label}: {self.failed[job.key]}")
         return self.done[job.key]
 
     def need_all(self, jobs: Sequence[Job]) -> None:
@@ -247,3 +247,9 @@ class Needs:
                 self.done[job.key] = result
         if missing:
             raise Missing(missing)
+
+
+def _n_steps(n: int, settings: AdaptSettings) -> int:
+    """Return the optimizer steps of a run on n rows, validation rows among them."""
+    shown, _ = split_validation(range(n), settings.validation_fraction)
+    return Plan.of(len(shown), settings, 0).n_steps

@@ -25,7 +25,7 @@ from d2lora.forecast import forecast
 from d2lora.grids import as_table
 from d2lora.jobs import Job, WarmUp
 from d2lora.models import base_folder
-from d2lora.needs import BASE, Cell, Failed, Missing, Needs, cells_of
+from d2lora.needs import BASE, Cell, CellFailedError, Missing, Needs, cells_of
 from d2lora.plan import WORLD, StudyPlan, read_plan
 from d2lora.runs import DONE, provenance, write_json, write_text
 from d2lora.settings import StudySettings
@@ -158,7 +158,7 @@ class _Run:
                     if job.key not in queued:
                         queued.add(job.key)
                         new.append(job)
-            except Failed as reason:
+            except CellFailedError as reason:
                 self.failures[cell] = str(reason)
                 self._reporter.say(f"failed: {cell}: {reason}")
         # What others wait for first, then the longest, so that no core is idle at the end.
@@ -235,7 +235,7 @@ def _behind(
         try:
             own = needs.trials(cell)
             rate = needs.rate(cell) if own else None
-        except (Failed, Missing):
+        except (CellFailedError, Missing):
             continue
         if rate is not None:
             grid = needs.plan.learning_rates

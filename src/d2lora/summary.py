@@ -46,7 +46,7 @@ def cost_grid(findings: Findings) -> Grid:
             f"{c.amortised_flops / 1e12:.2f}",
             f"{c.training_s_per_task:.1f}",
             f"{c.n_tokens_per_task:,.0f}",
-            _pays(c),
+            pays_off(c),
         )
         for c in sorted(findings.costs, key=lambda c: c.n)
     ]
@@ -105,7 +105,8 @@ def _row(level: Level, comparison: Comparison | None) -> tuple[str, ...]:
     )
 
 
-def _pays(cost: ArmCost) -> str:
+def pays_off(cost: ArmCost) -> str:
+    """Return after how many tasks the warm-up is paid for; empty where an arm has none."""
     if not cost.warm_up_flops:
         return ""
     if cost.flops_saved_per_task is None:

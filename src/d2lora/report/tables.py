@@ -10,6 +10,7 @@ from d2lora.grids import Grid
 from d2lora.plan import StudyPlan
 from d2lora.report.words import seeds_said, signed
 from d2lora.runs import sha256_of
+from d2lora.summary import pays_off
 
 NONE = "–"
 """Stands where there is no number."""
@@ -69,7 +70,7 @@ def cost_table(findings: Findings) -> Grid:
             f"{c.n_tokens_per_task:,.0f}",
             f"{c.n_trainable_parameters:,}",
             f"{c.peak_memory_bytes / 1e6:,.0f}",
-            _pays_off(c.warm_up_flops, c.flops_saved_per_task, c.break_even_tasks),
+            pays_off(c) or NONE,
         )
         for c in sorted(findings.costs, key=lambda c: c.n)
     ]
@@ -208,14 +209,6 @@ def _forgetting(level: Level) -> tuple[str, str]:
         NONE if loss is None else signed(float(loss.mean()), 2),
         NONE if choices is None else signed(100 * choices.mean),
     )
-
-
-def _pays_off(warm_up_flops: float, saved: float | None, tasks: float) -> str:
-    if not warm_up_flops:
-        return NONE
-    if saved is None:
-        return "not known: no curves, or the loss is not reached"
-    return "never" if math.isinf(tasks) else f"{math.ceil(tasks):,} tasks"
 
 
 def _place(trial: dict[str, Any]) -> tuple[str, str, int]:
