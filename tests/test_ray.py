@@ -49,7 +49,10 @@ print(json.dumps(study.failures))
 def test_a_study_on_ray_survives_the_loss_of_a_node(
     tmp_path: Path, tiny_base: str, general: str, titles: str
 ) -> None:
-    plan = small_plan(tmp_path, tiny_base, general, titles)
+    plan = {
+        **small_plan(tmp_path, tiny_base, general, titles),
+        "learning_rates": [0.01], "epochs": {}, "general_text": [], "choices": [],
+    }  # fmt: skip
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(plan))
     here = run_study(
