@@ -290,6 +290,36 @@ def test_every_kind_of_arm_runs(tmp_path: Path, plan: dict[str, Any]) -> None:
     assert shots["general_loss"] == base["general_loss"]
 
 
+def test_an_objective_of_preferences_learns_from_pairs_of_the_same_rows(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    """Pairs are sampled from what each training begins from, and made once."""
+    plan["warm_ups"] = {"sft": {}, "dpo": {"objective": "dpo"}}
+    plan["arms"] = [
+        {"kind": "fresh", "name": "fresh", "adapt": {"objective": "orpo"}},
+        {"kind": "warm", "name": "warm", "warm_up": "sft", "adapt": {"objective": "dpo"}},
+        {"kind": "warm", "name": "dpo first", "warm_up": "dpo"},
+    ]
+    plan |= {"sizes": [4], "seeds": 1, "pairs": {"samples": 2, "max_new_tokens": 6}}
+    study = run_study(settings(tmp_path, plan))
+    assert not study.failures
+    made = {
+        path.parent.parent: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (tmp_path / "store").glob("*/pairs/pairs.jsonl")
+    }
+    assert sorted(len(rows) for rows in made.values()) == [4, 4, 40]
+    adapters = [
+        yaml.safe_load((f / "pairs" / "settings.yaml").read_text())["adapter"] for f in made
+    ]
+    assert sum(adapter is not None for adapter in adapters) == 1
+    objectives = {
+        row["arm"]: Manifest.read(Path(row["adapter"])).objective
+        for row in study.results
+        if row["arm"] != "base"
+    }
+    assert objectives == {"fresh": "orpo", "warm": "dpo", "dpo first": "sft"}
+
+
 def test_random_weights_have_the_norms_of_the_warm_start_and_nothing_else(
     warm_start: WarmStart, tmp_path: Path
 ) -> None:

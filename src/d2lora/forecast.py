@@ -14,7 +14,8 @@ from d2lora.runs import read_json
 
 _WORDS = {
     "WarmUp": "warm-ups", "Merged": "merged bases", "Norms": "random adapters",
-    "Mixed": "mixed files", "Trial": "trials of rates", "Scored": "cells",
+    "Mixed": "mixed files", "Paired": "preference pairs",
+    "Trial": "trials of rates", "Scored": "cells",
 }  # fmt: skip
 
 

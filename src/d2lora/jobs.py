@@ -27,6 +27,7 @@ from d2lora.settings import (
     BaseSettings,
     ConvertSettings,
     EvaluateSettings,
+    PairsSettings,
     Settings,
     WarmupSettings,
 )
@@ -35,7 +36,7 @@ FORMAT = 1
 """Changes when results of earlier versions of the code no longer count."""
 RESULT = "result.json"
 _FREE = {"out", "quiet", "resume", "threads", "checkpoint_every"}
-_FILES = {"data", "validation_data", "general_text", "choices"}
+_FILES = {"data", "validation_data", "general_text", "choices", "for_task"}
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,31 @@ class Mixed(Job):
 
 
 @dataclass(frozen=True)
+class Paired(Job):
+    """Preference pairs of the rows that a run would train on."""
+
+    settings: PairsSettings
+
+    @property
+    def path(self) -> Path:
+        """The pairs."""
+        return self.folder / "pairs" / "pairs.jsonl"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return _identity(self.settings)
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        from d2lora.pairs import make_pairs
+
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+        settings = self.settings.changed(out=self.path.parent)
+        made = make_pairs(settings, _shared_base(settings))
+        return {"n_prompts": made.n_prompts, "n_pairs": made.n_pairs}
+
+
+@dataclass(frozen=True)
 class Trial(Job):
     """A learning rate tried on validation rows out of the n; the adapter is thrown away."""
 
@@ -347,10 +373,10 @@ def _identity(settings: Settings) -> dict[str, Any]:
         values[name] = [_content(path) for path in values[name] or ()]
     if isinstance(settings, BaseSettings):
         values["base"] = _base_content(settings.base, settings.revision)
-    if isinstance(settings, AdaptSettings) and Path(settings.init).is_dir():
-        values["init"] = _of_job(Path(settings.init)) or sha256_of(
-            Path(settings.init) / "adapter_model.safetensors"
-        )
+    for name in ("init", "adapter"):
+        folder = Path(getattr(settings, name, None) or "")
+        if name in values and folder.is_dir():
+            values[name] = _of_job(folder) or sha256_of(folder / "adapter_model.safetensors")
     return values
 
 

@@ -1,6 +1,6 @@
 """What a cell of a study needs: which jobs, one after the other, lead to its result.
 
-warm-up ─▶ (merged base | random adapter | mixed rows) ─▶ trials of rates ─▶ the cell, scored
+warm-up ─▶ (merged base | random adapter | mixed rows | pairs) ─▶ trials of rates ─▶ the cell
 
 The rate of an arm at a size is chosen from trials on validation rows out of the n; the job that
 sees the test rows comes last and decides nothing.
@@ -9,21 +9,24 @@ sees the test rows comes last and decides nothing.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from d2lora.data import split_validation
-from d2lora.jobs import Job, Merged, Mixed, Norms, Scored, Trial, WarmUp
+from d2lora.jobs import Job, Merged, Mixed, Norms, Paired, Scored, Trial, WarmUp
 from d2lora.plan import (
     NEEDS_WARM_UP,
     UNTRAINED,
     ArmPlan,
     StudyPlan,
     adapt_settings,
+    pairs_settings,
     warm_up_settings,
 )
 from d2lora.schedule import Plan
-from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings
+from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, PhaseSettings
+from d2lora.tasks import read_task
 
 CURVE_POINTS = 8
 """Validation losses in a trial's curve."""
@@ -168,7 +171,8 @@ class Needs:
         arm = self._arms[cell.arm]
         plain = adapt_settings(self.plan, arm, cell.task, cell.n, cell.seed, Path(), **values)
         if warm_up is None:
-            return plain.changed(init=arm.init or plain.init)
+            init = arm.init or plain.init
+            return self._with_pairs(cell, plain.changed(init=init), None)
         changes: dict[str, Any]
         match arm.kind:
             case "longer":
@@ -196,7 +200,21 @@ class Needs:
             case _:
                 scale = 0.0 if arm.kind == "warm_a" else plain.init_scale
                 changes = {"init": str(warm_up.path), "init_scale": scale, **_INHERITED}
-        return plain.changed(**changes)
+        return self._with_pairs(cell, plain.changed(**changes), warm_up)
+
+    def _with_pairs(
+        self, cell: Cell, plain: AdaptSettings, warm_up: WarmUp | None
+    ) -> AdaptSettings:
+        """Put pairs of the n rows in the place of the rows where preferences are to be learnt."""
+        if _learns_as_is(plain):
+            return plain
+        adapter = warm_up.path if warm_up and plain.init == str(warm_up.path) else None
+        longest = {"max_new_tokens": self.plan.tasks[cell.task].max_new_tokens}
+        made = pairs_settings(self.plan, plain, cell.n, adapter, **longest)
+        place = (cell.task, cell.n)
+        pairs = Paired(f"{cell}, pairs", place, self.store, made)
+        self._need(pairs)
+        return plain.changed(data=(str(pairs.path),), task="preferences", n=None)
 
     def _warm_up(self, arm: ArmPlan) -> WarmUp:
         job = self.warm_up(arm.warm_up or "")
@@ -206,7 +224,14 @@ class Needs:
     def warm_up(self, name: str) -> WarmUp:
         """Return the job that makes a warm start."""
         settings = warm_up_settings(self.plan, name, Path())
-        return WarmUp(f"warm-up {name}", ("", settings.m or 0), self.store, settings)
+        place = ("", settings.m or 0)
+        if not _learns_as_is(settings):
+            made = pairs_settings(self.plan, settings, settings.m, None)
+            pairs = Paired(f"pairs for {name}", place, self.store, made)
+            self._need(pairs)
+            changes = {"data": (str(pairs.path),), "task": "preferences", "m": None}
+            settings = settings.changed(**changes)
+        return WarmUp(f"warm-up {name}", place, self.store, settings)
 
     def _base(self) -> BaseSettings:
         return BaseSettings(
@@ -253,3 +278,13 @@ def _n_steps(n: int, settings: AdaptSettings) -> int:
     """Return the optimizer steps of a run on n rows, validation rows among them."""
     shown, _ = split_validation(range(n), settings.validation_fraction)
     return Plan.of(len(shown), settings, 0).n_steps
+
+
+def _learns_as_is(settings: PhaseSettings) -> bool:
+    """Say whether an objective finds what it learns from in the rows: preferences, or none."""
+    return settings.objective == "sft" or _hold_preferences(settings.data, settings.task)
+
+
+@cache
+def _hold_preferences(data: tuple[str, ...], task: str) -> bool:
+    return read_task(data, task).task.score == "preference"

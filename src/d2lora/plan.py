@@ -13,7 +13,15 @@ import yaml
 from pydantic import Field, field_validator
 
 from d2lora.errors import SettingsError, did_you_mean, listed
-from d2lora.settings import AdaptSettings, BaseSettings, Settings, TaskName, WarmupSettings
+from d2lora.settings import (
+    AdaptSettings,
+    BaseSettings,
+    PairsSettings,
+    PhaseSettings,
+    Settings,
+    TaskName,
+    WarmupSettings,
+)
 
 Kind = Literal[
     "fresh", "warm", "longer", "mixed", "merged", "warm_a", "norms", "warm_only", "few_shot", "init"
@@ -37,6 +45,7 @@ WORLD = "world:"
 writes them."""
 
 _FIXED = {"base", "revision", "dtype", "device", "threads", "out", "resume", "quiet"}
+_FIXED_PAIRS = _FIXED | {"data", "adapter", "n", "seed", "task"}
 _FIXED_ADAPT = _FIXED | {
     "data", "init", "n", "seed", "validation_data", "validation_fraction", "task",
 }  # fmt: skip
@@ -107,6 +116,9 @@ class StudyPlan(BaseSettings):
     """Share of the n held out while rates are tried; the chosen rate then trains on all n."""
     rates: dict[str, dict[str, dict[int, float]]] = Field(default_factory=dict)
     """Task -> arm -> n -> a rate chosen before, which is then not tried again."""
+    pairs: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `pairs`: where an objective learns preferences and the rows hold none, they are
+    made of the same rows, the worse completions sampled from what the training begins from."""
     shots: int = Field(default=4, ge=1)
     """Rows shown to the base in the arm `few_shot`, at most n."""
     general_text: tuple[str, ...] = ()
@@ -188,6 +200,25 @@ def adapt_settings(
     return AdaptSettings(**settings)
 
 
+def pairs_settings(
+    plan: StudyPlan, rows: PhaseSettings, n: int | None, adapter: Path | None, **values: Any
+) -> PairsSettings:
+    """Return the settings that make preference pairs of the rows of a run."""
+    settings: dict[str, Any] = {
+        **_of_base(plan),
+        "data": rows.data,
+        "n": n,
+        "seed": rows.seed,
+        "task": rows.task,
+        "adapter": None if adapter is None else str(adapter),
+        "out": Path(),
+        "quiet": True,
+        **values,
+        **plan.pairs,
+    }
+    return PairsSettings(**settings)
+
+
 def _of_base(plan: StudyPlan) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in BaseSettings.model_fields}
 
@@ -260,6 +291,12 @@ def _faults_of_settings(plan: StudyPlan) -> list[str]:
             warm_up_settings(plan, name, nowhere)
         except SettingsError as error:
             faults.append(f"warm_ups.{name}: {error}")
+    faults += _forbidden("pairs", plan.pairs, _FIXED_PAIRS)
+    try:
+        pairs: dict[str, Any] = {"data": ("unused",), "out": nowhere, **plan.pairs}
+        PairsSettings(**pairs)
+    except SettingsError as error:
+        faults.append(f"pairs: {error}")
     places = {
         "adapt": plan.adapt,
         **{f"tasks.{name}.adapt": task.adapt for name, task in plan.tasks.items()},

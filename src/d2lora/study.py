@@ -245,12 +245,14 @@ def _behind(
             result = needs.done.get(trial.key, {"failed": needs.failed.get(trial.key)})
             told = {k: v for k, v in result.items() if k not in ("label", "about", "provenance")}
             trials.append({**place, "seed": trial.training.seed, **told})
-    warm_ups = {
-        name: {"path": str(job.path), **needs.done[job.key]}
-        for name in needs.plan.warm_ups
-        for job in (needs.warm_up(name),)
-        if job.key in needs.done
-    }
+    warm_ups: dict[str, Any] = {}
+    for name in needs.plan.warm_ups:
+        try:
+            job = needs.warm_up(name)
+        except (CellFailedError, Missing):
+            continue
+        if job.key in needs.done:
+            warm_ups[name] = {"path": str(job.path), **needs.done[job.key]}
     return trials, rates, warm_ups
 
 

@@ -12,6 +12,7 @@ from d2lora.embedded import (
     title_rows,
     word_problem_rows,
 )
+from d2lora.embedded.skills import NUMBERS, WORDS, gist, with_wrong_answers
 
 
 def write_world(
@@ -21,12 +22,17 @@ def write_world(
     rows: dict[str, Iterable[Mapping[str, object]]] = {
         "general-train": general_rows("train", n_general),
         "general-valid": general_rows("valid", 400),
+        "numbers-train": general_rows("train", n_general, skills=NUMBERS),
+        "words-train": general_rows("train", n_general, skills=WORDS),
+        "gist-train": general_rows("train", n_general, skills=[gist]),
+        "poor-train": with_wrong_answers(general_rows("train", n_general)),
         "text-valid": text_rows("valid", 80),
         "choices": choice_rows(90),
     }
     for name, make in (("problems", word_problem_rows), ("titles", title_rows)):
         rows[f"{name}-train"] = make("train", n_task)
         rows[f"{name}-valid"] = make("valid", 200)
+        rows[f"{name}-few"] = make("valid", 16)
         rows[f"{name}-test"] = make("test", n_test)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.jsonl" for name in rows}

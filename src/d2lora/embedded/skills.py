@@ -1,7 +1,7 @@
 """General instruction data of the small world, for the warm-up: many skills, no target task."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from d2lora.embedded.documents import method_of
@@ -35,6 +35,9 @@ class Exchange(NamedTuple):
 
     prompt: str
     completion: str
+
+
+Skill = Callable[[Chance], Exchange]
 
 
 def arithmetic(chance: Chance) -> Exchange:
@@ -321,34 +324,57 @@ def joining(chance: Chance) -> Exchange:
     return Exchange(f"A is {first}, B is {second}, C is {third}. Write: {pattern}", joint)
 
 
-SKILLS: tuple[Callable[[Chance], Exchange], ...] = (
+NUMBERS: tuple[Skill, ...] = (
+    arithmetic, chained_arithmetic, bookkeeping, stock_taking, sorting_numbers, comparing, counting,
+    continuing, number_words,
+)  # fmt: skip
+WORDS: tuple[Skill, ...] = (
+    lookup, sorting_words, copying, reversing, extraction, opposites, yes_or_no, gist, memo,
+    joining,
+)  # fmt: skip
+SKILLS: tuple[Skill, ...] = (
     arithmetic, chained_arithmetic, bookkeeping, stock_taking, lookup, sorting_numbers,
     sorting_words, copying, reversing, extraction, comparing, counting, continuing, opposites,
     number_words, yes_or_no, gist, memo, joining,
 )  # fmt: skip
 
 
-def general_rows(split: Split, n: int, seed: int = 0) -> list[dict[str, str]]:
+def general_rows(
+    split: Split, n: int, seed: int = 0, skills: Sequence[Skill] = SKILLS
+) -> list[dict[str, str]]:
     """Return n general exchanges of a split: `prompt`, `completion` and the skill as `source`.
 
     Skills take turns; one with few distinct prompts drops out when they are spent. Fewer rows
     of the same seed are a beginning of more; no prompt stands in two splits.
     """
     chance = chance_for("general", split, seed)
-    skills, seen, rows = list(SKILLS), set[str](), list[dict[str, str]]()
-    while skills and len(rows) < n:
-        for skill in tuple(skills):
+    left, seen, rows = list(skills), set[str](), list[dict[str, str]]()
+    while left and len(rows) < n:
+        for skill in tuple(left):
             exchange = _new_one(skill, chance, split, seen)
             if exchange is None:
-                skills.remove(skill)
+                left.remove(skill)
             elif len(rows) < n:
                 rows.append({**exchange._asdict(), "source": skill.__name__})
     return rows
 
 
-def _new_one(
-    skill: Callable[[Chance], Exchange], chance: Chance, split: Split, seen: set[str]
-) -> Exchange | None:
+def with_wrong_answers(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the rows with every second answer of a skill exchanged for that of its next row.
+
+    What is left looks right, and half of it is not: a pool of poor quality.
+    """
+    by_skill: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_skill.setdefault(row["source"], []).append(index)
+    answers = [row["completion"] for row in rows]
+    for indices in by_skill.values():
+        for first, second in zip(indices[::4], indices[2::4], strict=False):
+            answers[first], answers[second] = answers[second], answers[first]
+    return [{**row, "completion": answer} for row, answer in zip(rows, answers, strict=True)]
+
+
+def _new_one(skill: Skill, chance: Chance, split: Split, seen: set[str]) -> Exchange | None:
     for _ in range(300):
         exchange = skill(chance)
         if split_of(exchange.prompt) == split and exchange.prompt not in seen:
