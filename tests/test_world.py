@@ -20,6 +20,7 @@ from d2lora.embedded import (
     title_rows,
     word_problem_rows,
 )
+from d2lora.embedded.skills import NUMBERS, SKILLS, WORDS, with_wrong_answers
 
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 MAKERS = {
@@ -73,6 +74,22 @@ def test_the_general_mix_has_many_skills_and_neither_target_task() -> None:
         assert "####" not in row["prompt"] + row["completion"]
         assert "title" not in row["prompt"].lower()
         assert row["prompt"] not in questions | abstracts
+
+
+def test_half_the_answers_of_the_poor_rows_are_those_of_other_rows_of_the_same_skill() -> None:
+    rows = general_rows("train", 400, seed=1)
+    poor = with_wrong_answers(rows)
+    assert [row["prompt"] for row in poor] == [row["prompt"] for row in rows]
+    wrong = [new != old for new, old in zip(poor, rows, strict=True)]
+    assert 0.4 < sum(wrong) / len(wrong) <= 0.55
+    by_skill = lambda some: sorted((row["source"], row["completion"]) for row in some)  # noqa: E731
+    assert by_skill(poor) == by_skill(rows)
+
+
+def test_a_group_of_skills_gives_only_its_own() -> None:
+    sources = {row["source"] for row in general_rows("train", 200, skills=NUMBERS)}
+    assert sources == {skill.__name__ for skill in NUMBERS}
+    assert {*NUMBERS, *WORDS} == {*SKILLS}
 
 
 def test_pretraining_text_holds_neither_target_task() -> None:

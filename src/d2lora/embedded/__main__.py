@@ -25,7 +25,7 @@ def write_world(
         "numbers-train": general_rows("train", n_general, skills=NUMBERS),
         "words-train": general_rows("train", n_general, skills=WORDS),
         "gist-train": general_rows("train", n_general, skills=[gist]),
-        "poor-train": with_wrong_answers(general_rows("train", n_general)),
+        "poor-train": with_wrong_answers(general_rows("train", n_general, seed=1)),
         "text-valid": text_rows("valid", 80),
         "choices": choice_rows(90),
     }
