@@ -222,6 +222,16 @@ def test_every_command_explains_its_settings(capsys: pytest.CaptureFixture[str])
         assert "--out" in capsys.readouterr().out
 
 
+def test_a_reader_that_leaves_early_sees_no_traceback() -> None:
+    words = [sys.executable, "-m", "d2lora", "adapt", "--help"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; from d2lora.cli import main; main(['--help']); "

@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command is known, so `d2lora --help` answers in a blink.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -41,7 +42,10 @@ Settings come from a YAML file, from options, or both; options win.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code: 0 done, 2 a mistake of the user's, 130 interrupted."""
+    """Run a command; return the exit code.
+
+    0: done; 2: a mistake of the user's; 130: interrupted; 141: nobody reads on.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         sys.stdout.write(help_text())
@@ -53,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         _run(words[0], words[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `d2lora ... | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except D2LoraError as error:
         sys.stderr.write(f"d2lora: {error}\n")
         return 2

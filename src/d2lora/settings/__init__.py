@@ -1,0 +1,64 @@
+"""Settings of every command: frozen, validated, flat in YAML and on the command line.
+
+Each command has one class; what both phases share is inherited, so a function asks for the
+section that it needs (`train(settings: TrainSettings)`) and is handed the whole. Defaults live
+here and nowhere else.
+"""
+
+from d2lora.settings.core import Settings
+from d2lora.settings.phases import AdaptSettings, PhaseSettings, WarmupSettings
+from d2lora.settings.sections import (
+    DATA_DRIVEN,
+    FRESH,
+    PEFT_INITS,
+    BaseSettings,
+    DPOLoss,
+    GenerationSettings,
+    HygieneSettings,
+    LoraSettings,
+    ObjectiveSettings,
+    Overlong,
+    Reference,
+    TaskName,
+    TrainSettings,
+    is_named_init,
+)
+from d2lora.settings.studies import DemoSettings, ReportSettings, StudySettings
+from d2lora.settings.tools import (
+    ConvertSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    InspectSettings,
+    PairsSettings,
+    SelectSettings,
+)
+
+__all__ = [
+    "DATA_DRIVEN",
+    "FRESH",
+    "PEFT_INITS",
+    "AdaptSettings",
+    "BaseSettings",
+    "ConvertSettings",
+    "DPOLoss",
+    "DemoSettings",
+    "EvaluateSettings",
+    "GenerateSettings",
+    "GenerationSettings",
+    "HygieneSettings",
+    "InspectSettings",
+    "LoraSettings",
+    "ObjectiveSettings",
+    "Overlong",
+    "PairsSettings",
+    "PhaseSettings",
+    "Reference",
+    "ReportSettings",
+    "SelectSettings",
+    "Settings",
+    "StudySettings",
+    "TaskName",
+    "TrainSettings",
+    "WarmupSettings",
+    "is_named_init",
+]

@@ -1,0 +1,63 @@
+"""`d2lora study`, `d2lora report` and `d2lora demo`."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from d2lora.settings.core import Settings
+
+
+class StudySettings(Settings):
+    """`d2lora study PLAN`: run what is missing of a study."""
+
+    positional: ClassVar[str | None] = "plan"
+    settings_file: ClassVar[bool] = False
+    plan: str
+    """Plan: a YAML file, or the name of a shipped one."""
+    out: Path | None = None
+    """Folder of the study. None: studies/NAME, after the plan."""
+    store: Path | None = None
+    """Folder of finished runs, which studies may share. None: `store` beside the study."""
+    set: tuple[str, ...] = ()
+    """Changes of the plan, `name=value`, as in `seeds=3 tasks.titles.n_test=50`."""
+    executor: Literal["processes", "inline", "ray"] = "processes"
+    """Where runs happen: a pool of processes, this process, or a Ray cluster."""
+    workers: int = Field(default=0, ge=0)
+    """Runs at a time. 0: one per GPU, or per core where there is none."""
+    address: str | None = None
+    """Ray cluster to join, as in `ray://host:10001` or `auto`. None: this machine alone."""
+    keep_adapters: bool = True
+    """Keep the adapters of all cells."""
+    dry_run: bool = False
+    """List the cells, what is there already and the time left; run nothing."""
+    report: bool = True
+    """Write the report at the end."""
+    quiet: bool = False
+    """No progress bar and no messages."""
+
+
+class ReportSettings(Settings):
+    """`d2lora report STUDY`: one page, and files, of what a study found."""
+
+    positional: ClassVar[str | None] = "study"
+    settings_file: ClassVar[bool] = False
+    study: str
+    """Folder of a study."""
+    out: Path | None = None
+    """Folder to write; an earlier report in it is replaced. None: `report` in the study."""
+
+
+class DemoSettings(Settings):
+    """`d2lora demo`: the whole story on the embedded base."""
+
+    out: Path = Path("demo-out")
+    """Folder to write; an earlier demo in it is replaced."""
+    sizes: tuple[int, ...] = (16, 64, 256)
+    """Task sizes n."""
+    seeds: int = Field(default=3, ge=1)
+    """Seeds per cell."""
+    n_test: int = Field(default=200, ge=1)
+    """Test rows per task."""
+    workers: int = Field(default=0, ge=0)
+    """Processes of one thread each. 0: one per core."""
