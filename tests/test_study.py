@@ -290,6 +290,18 @@ def test_every_kind_of_arm_runs(tmp_path: Path, plan: dict[str, Any]) -> None:
     assert shots["general_loss"] == base["general_loss"]
 
 
+def test_what_becomes_of_long_rows_holds_for_training_and_for_test_rows(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    plan |= {"arms": ["fresh"], "sizes": [4], "seeds": 1, "learning_rates": [0.01]}
+    plan["adapt"] |= {"max_length": 40, "overlong": "truncate"}
+    study = run_study(settings(tmp_path, plan))
+    assert not study.failures
+    plan["adapt"] |= {"overlong": "error"}
+    study = run_study(settings(tmp_path, plan))
+    assert "longer than --max-length 40" in study.failures["base, titles, n = 0, seed 0"]
+
+
 def test_an_objective_of_preferences_learns_from_pairs_of_the_same_rows(
     tmp_path: Path, plan: dict[str, Any]
 ) -> None:

@@ -32,6 +32,8 @@ CURVE_POINTS = 8
 """Validation losses in a trial's curve."""
 _INHERITED = {"rank": None, "alpha": None, "targets": None}
 """What an arm takes over from a warm start, whatever the plan says of fresh ones."""
+_LENGTHS = ("max_length", "overlong")
+"""What holds for test rows as for training rows."""
 BASE = "base"
 """The arm of the base alone, without examples: what forgetting is measured against."""
 
@@ -249,7 +251,7 @@ class Needs:
             general_text=self.plan.general_text,
             choices=self.plan.choices,
             max_new_tokens=task.max_new_tokens,
-            max_length=self.plan.adapt.get("max_length", 1024),
+            **{name: self.plan.adapt[name] for name in _LENGTHS if name in self.plan.adapt},
             quiet=True,
         )
 
