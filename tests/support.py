@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read JSONL rows."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def visible(page: str) -> str:
+    """Return an HTML page without its scripts."""
+    return re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
 
 
 def dies_at_step(monkeypatch: pytest.MonkeyPatch, last: int) -> type[BaseException]:

@@ -73,6 +73,14 @@ def test_a_short_question_is_found_alone_in_a_prompt_or_inside_a_text(tmp_path: 
     assert found[1].how == "shares 11 words in a row with"
 
 
+def test_a_sign_between_numbers_makes_another_question(tmp_path: Path) -> None:
+    test = evaluation(tmp_path, {"prompt": "6 / 1 =", "response": "6"})
+    rows = pool(
+        tmp_path, {"prompt": "6 * 1 = ?", "response": "6"}, {"prompt": "6/1?", "response": "6"}
+    )
+    assert [leak.index for leak in contaminated_rows(rows, test)] == [1]
+
+
 def test_the_wording_of_a_template_is_no_leak(tmp_path: Path) -> None:
     template = "Read the following short text with care and then say in one word what it is about:"
     test = evaluation(

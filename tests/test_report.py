@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from support import write_rows
+from support import visible, write_rows
 
 from d2lora.cli import main
 from d2lora.errors import RunError
@@ -119,11 +119,6 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = study(tmp_path_factory.mktemp("known"))
     assert main(["report", str(path)]) == 0
     return path / "report"
-
-
-def visible(page: str) -> str:
-    """Return a page without its scripts."""
-    return re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
 
 
 def test_the_page_says_the_known_numbers(known: Path) -> None:

@@ -13,18 +13,21 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support import read_rows, small_plan, write_rows
+from support import read_rows, small_plan, visible, write_rows
 
 from d2lora import AdaptSettings, WarmStart, WarmupSettings
 from d2lora.artifacts import Manifest
 from d2lora.cli import main
 from d2lora.conversion import randomise
+from d2lora.decontamination import decontaminated
+from d2lora.embedded.__main__ import write_world
 from d2lora.errors import DataError, SettingsError
 from d2lora.findings import read_findings
 from d2lora.jobs import Job, Scored, Trial, perform
 from d2lora.mixture import write_mixture
 from d2lora.needs import Cell, Needs
 from d2lora.plan import KINDS, StudyPlan, read_plan, shipped
+from d2lora.report import write_report
 from d2lora.settings import StudySettings
 from d2lora.study import Study, run_study
 
@@ -270,6 +273,71 @@ def wait_until(true: Callable[[], bool], process: "subprocess.Popen[bytes]") -> 
         assert process.poll() is None, "the study ended before it could be killed"
         time.sleep(0.1)
     pytest.fail("nothing was run in two minutes")
+
+
+# Contamination
+
+
+def test_training_rows_that_are_test_rows_are_taken_out_and_told_and_the_study_runs(
+    tmp_path: Path, plan: dict[str, Any], titles: str, general: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    own, pool = read_rows(Path(titles)), read_rows(Path(general))
+    (test,) = plan["tasks"]["titles"]["test"]
+    plan["keep_out_words"] = 0  # the small world's rows share the wording of templates
+    plan["tasks"]["titles"]["test"] = [write_rows(Path(test), [own[3], own[30]])]
+    leaks = [{"prompt": f"Write a title for this text.\n\n{own[30]['text']}", "response": "x"}]
+    plan["warm_up"]["data"] = write_rows(tmp_path / "pool.jsonl", [*pool, *leaks])
+    study = run_study(settings(tmp_path, plan, quiet=False))
+    assert not study.failures
+    (cleaned,) = study.plan.tasks["titles"].data
+    assert read_rows(Path(cleaned)) == [r for i, r in enumerate(own) if i not in (3, 30)]
+    assert read_rows(Path(study.plan.warm_ups["general"]["data"][0])) == pool
+    removed = read_rows(tmp_path / "study" / "removed_rows.jsonl")
+    assert [(Path(row["file"]), row["line"]) for row in removed] == [
+        (tmp_path / "pool.jsonl", len(pool) + 1), (Path(titles), 4), (Path(titles), 31)
+    ]  # fmt: skip
+    assert "task titles: 2 of 40 training rows give an evaluation row away" in (
+        capsys.readouterr().err.replace("\n", " ")
+    )
+    findings = read_findings(study.path)
+    assert [(c["use"], c["n_rows"], c["n_removed"]) for c in findings.contamination] == [
+        ("warm-up general", len(pool) + 1, 1), ("task titles", 40, 2)
+    ]  # fmt: skip
+    text = visible(write_report(findings).read_text("utf-8"))
+    assert "Task titles: 2 of 40 training rows give an evaluation row away" in text
+    assert run_study(settings(tmp_path, plan)).plan == study.plan
+
+
+def test_files_that_lose_no_row_are_used_as_they_are(tmp_path: Path, plan: dict[str, Any]) -> None:
+    plan["keep_out_words"] = 0
+    path = settings(tmp_path, plan).plan
+    asked = read_plan(path)
+    left, checks = decontaminated(asked, tmp_path, tmp_path / "world")
+    assert left == asked
+    assert [len(check.removed) for check in checks] == [0, 0]
+    assert not (tmp_path / "cleaned").exists()
+
+
+def test_the_small_world_loses_no_row_to_its_templates_and_other_files_do(tmp_path: Path) -> None:
+    world = write_world(tmp_path / "world", n_general=300, n_task=60, n_test=60)
+    plan = read_plan("quick")
+    values = json.loads(plan.model_dump_json())
+    text = json.dumps(values)
+    for name, file in world.items():
+        text = text.replace(f'"world:{name}"', json.dumps(str(file)))
+    asked = StudyPlan(**json.loads(text)).changed(sizes=(8,), warm_up={**plan.warm_up, "m": 300,
+        "data": [str(world["general-train"])]})  # fmt: skip
+    _, checks = decontaminated(asked, tmp_path, tmp_path / "world")
+    assert [(check.n_rows, len(check.removed)) for check in checks] == [(300, 0), (60, 0), (60, 0)]
+    _, checks = decontaminated(asked, tmp_path, tmp_path / "elsewhere")
+    assert len(checks[2].removed) > 20
+
+
+def test_a_study_that_is_left_too_few_rows_says_why(tmp_path: Path, plan: dict[str, Any]) -> None:
+    plan["tasks"]["titles"]["test"] = plan["tasks"]["titles"]["data"]
+    with pytest.raises(DataError, match=r"task titles: 8 rows are asked for, but 0 of 40 are left"):
+        run_study(settings(tmp_path, plan))
 
 
 # Arms and controls

@@ -3,9 +3,11 @@
 A training row is contaminated where it shares n words in a row (13, as in Brown et al. 2020,
 arXiv 2005.14165, appendix C) with an evaluation row, asks the same question, or holds a whole
 question that is itself shorter than n words. What more than ten evaluation rows have in common is
-the wording of a template and counts for nothing, as there.
+the wording of a template and counts for nothing; there it is what more than ten training documents
+have in common, which a small set of task rows cannot show.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,9 @@ COMMON = 10
 """What more evaluation rows than this share is a template."""
 SHORTEST_INSIDE = 8
 """A question of fewer words is looked for as a whole prompt, not inside of other texts."""
+
+# Between numbers a sign is all that tells one calculation from another.
+_SIGN = re.compile(r"(?<=\d)\s*([-+*/^<>=×÷−])\s*(?=\d)")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class _Item:
 
     file: str
     line: int
+    asked: int
+    """Digest of the question."""
     question: Hashes
     whole: Hashes
 
@@ -71,8 +78,7 @@ class Guard:
         self.n_words = n_words
         self._items = [item for name in files for item in _items(name)]
         self._questions = _without_common(
-            (_digest(item.question), number) for number, item in enumerate(self._items)
-            if len(item.question)
+            (item.asked, number) for number, item in enumerate(self._items) if len(item.question)
         )  # fmt: skip
         # Hashes of each length in order, with the evaluation row that each stands for.
         self._grams: dict[int, tuple[Hashes, list[int]]] = {}
@@ -103,7 +109,7 @@ class Guard:
     def _leak(self, index: int, example: Example) -> Leak | None:
         last = example.prompt[-1].content if example.prompt else ""
         for text in {example.question, last} - {""}:
-            number = self._questions.get(_digest(word_hashes(words(text))))
+            number = self._questions.get(_digest(text))
             if number is not None:
                 return self._told(index, number, "asks the same question as")
         whole = word_hashes(words(example.text))
@@ -153,8 +159,10 @@ def _without_common(pairs: Iterable[tuple[int, int]]) -> dict[int, int]:
     return owner
 
 
-def _digest(hashes: Hashes) -> int:
-    return xxhash.xxh3_64_intdigest(hashes.tobytes())
+def _digest(question: str) -> int:
+    """Return a hash of a question's words and of the signs between its numbers."""
+    told = [*words(question), *_SIGN.findall(question)]
+    return xxhash.xxh3_64_intdigest(word_hashes(told).tobytes())
 
 
 def _items(name: str) -> Iterator[_Item]:
@@ -167,8 +175,9 @@ def _items(name: str) -> Iterator[_Item]:
             fields = ", ".join(f"`{field}`" for field in row.values)
             faults.append(f"{row.file}, line {row.line}: no prompt and no text; found {fields}")
             continue
-        asked, whole = word_hashes(words(example.question)), word_hashes(words(example.text))
-        items.append(_Item(row.file, row.line, asked if len(asked) else whole, whole))
+        asked = example.question if words(example.question) else example.text
+        question, whole = word_hashes(words(asked)), word_hashes(words(example.text))
+        items.append(_Item(row.file, row.line, _digest(asked), question, whole))
     if faults:
         raise DataError(
             f"{name}: {len(faults)} row(s) cannot be checked for contamination:\n{listed(faults)}"

@@ -164,6 +164,8 @@ class Findings:
     rates: list[dict[str, Any]]
     warm_ups: dict[str, Any]
     failures: dict[str, str]
+    contamination: list[dict[str, Any]]
+    """Of each warm-up and task: training rows checked and taken out, as `Check.to_json`."""
     provenance: dict[str, Any]
     store: Path
     cells: list[dict[str, Any]]
@@ -240,6 +242,7 @@ def read_findings(path: Path) -> Findings:
         rates=study["rates"],
         warm_ups=study["warm_ups"],
         failures=study["failures"],
+        contamination=study.get("contamination", []),
         provenance=study["provenance"],
         store=Path(study["store"]),
         cells=rows,

@@ -125,6 +125,9 @@ class StudyPlan(BaseSettings):
     """Held-out general rows: the change of loss on them is forgetting."""
     choices: tuple[str, ...] = ()
     """Multiple-choice rows: the change of accuracy on them is forgetting."""
+    keep_out_words: int = Field(default=13, ge=0)
+    """Words in a row by which a training row gives a test or multiple-choice row away and is taken
+    out. 0: only the same question does."""
 
     @field_validator("arms", mode="before")
     @classmethod

@@ -1,9 +1,10 @@
 """Run what is missing of a study: `d2lora study PLAN`.
 
-study.json      the plan, every cell with its state, the warm-ups, the rates chosen
-results.jsonl   one line per finished cell
-trials.jsonl    one line per trial of a learning rate
-done.json       the marker of completion, once no cell is left
+study.json          the plan, every cell with its state, the warm-ups, the rates chosen
+results.jsonl       one line per finished cell
+trials.jsonl        one line per trial of a learning rate
+removed_rows.jsonl  where training rows give an evaluation row away: they, and the reason
+done.json           the marker of completion, once no cell is left
 
 What is run lies in the store, so a killed study continues where it was, and a changed plan runs
 only what is new.
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.console import Bar, Reporter, table_console
+from d2lora.decontamination import Check, contamination_said, decontaminated
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, RunError, listed
 from d2lora.executors import Submit, executor
@@ -55,8 +57,12 @@ def run_study(settings: StudySettings) -> Study:
             fails while it runs is reported in the result instead.
     """
     reporter = Reporter(quiet=settings.quiet)
-    plan, needs, cells, out = _prepare(settings)
+    plan, store, out = _prepare(settings)
     _check(plan)
+    plan, checks = decontaminated(plan, store, store / "world")
+    for said in contamination_said(check.to_json() for check in checks if check.removed):
+        reporter.say(f"contamination: {said}")
+    needs, cells = Needs(plan, store, keep_adapters=settings.keep_adapters), cells_of(plan)
     with (
         executor(settings.executor, settings.workers, settings.address) as submit,
         reporter.bar("cells", len(cells)) as bar,
@@ -65,18 +71,18 @@ def run_study(settings: StudySettings) -> Study:
         run.all(cells)
     results = [_row(needs, cell, run.finished[cell]) for cell in cells if cell in run.finished]
     told = {str(cell): reason for cell, reason in run.failures.items()}
-    _write(out, plan, needs, cells, results, told)
+    _write(out, plan, needs, cells, results, told, checks)
     return Study(out, plan, results, told)
 
 
-def _prepare(settings: StudySettings) -> tuple[StudyPlan, Needs, list[Cell], Path]:
+def _prepare(settings: StudySettings) -> tuple[StudyPlan, Path, Path]:
+    """Return the plan with its data in place, the store and the study's folder."""
     name = Path(settings.plan).stem
     out = settings.out or Path("studies") / name
     if out.is_dir() and any(out.iterdir()) and not (out / "study.json").is_file():
         raise RunError(f"{out} holds something that is not a study; choose another --out")
     store = (settings.store or out.parent / "store").resolve()
-    plan = _with_world(read_plan(settings.plan, settings.set), store / "world")
-    return plan, Needs(plan, store, keep_adapters=settings.keep_adapters), cells_of(plan), out
+    return _with_world(read_plan(settings.plan, settings.set), store / "world"), store, out
 
 
 def _check(plan: StudyPlan) -> None:
@@ -203,15 +209,17 @@ def _row(needs: Needs, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
 
 def _write(
     out: Path, plan: StudyPlan, needs: Needs, cells: Sequence[Cell],
-    results: Sequence[dict[str, Any]], failures: dict[str, str],
+    results: Sequence[dict[str, Any]], failures: dict[str, str], checks: Sequence[Check],
 ) -> None:  # fmt: skip
     """Write what the report reads."""
     lines = "".join(json.dumps(row) + "\n" for row in results)
     write_text(out / "results.jsonl", lines)
     trials, rates, warm_ups = _behind(needs, cells)
     write_text(out / "trials.jsonl", "".join(json.dumps(row) + "\n" for row in trials))
+    _write_removed(out / "removed_rows.jsonl", checks)
     study = {
         "plan": plan.model_dump(mode="json"),
+        "contamination": [check.to_json() for check in checks],
         "n_cells": len(cells),
         "failures": failures,
         "rates": rates,
@@ -222,6 +230,26 @@ def _write(
     write_json(out / "study.json", study)
     if not failures:
         write_json(out / DONE, {"kind": "study", "n_cells": len(cells)})
+
+
+def _write_removed(path: Path, checks: Sequence[Check]) -> None:
+    """Write the rows that were taken out, each once; no file where there are none."""
+    lines = dict.fromkeys(
+        json.dumps(
+            {
+                "file": one.row.file,
+                "line": one.row.line,
+                "reason": one.leak.reason,
+                "row": json.dumps(one.row.values, default=str),
+            }
+        )
+        for check in checks
+        for one in check.removed
+    )
+    if lines:
+        write_text(path, "\n".join(lines) + "\n")
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _behind(
@@ -259,9 +287,12 @@ def _behind(
 def command(settings: StudySettings) -> None:
     """Run `d2lora study`."""
     if settings.dry_run:
-        plan, needs, cells, _ = _prepare(settings)
-        for grid in forecast(plan, needs.store, cells, settings.workers):
+        plan, store, _ = _prepare(settings)
+        plan, checks = decontaminated(plan, store, store / "world", fetch=False)
+        for grid in forecast(plan, store, cells_of(plan), settings.workers):
             table_console().print(as_table(grid))
+        for said in contamination_said(check.to_json() for check in checks):
+            table_console().print(f"contamination: {said}", highlight=False, markup=False)
         return
     study = run_study(settings)
     findings = read_findings(study.path)

@@ -4,6 +4,7 @@ import math
 
 from rich.console import Console
 
+from d2lora.decontamination import contamination_said
 from d2lora.findings import ArmCost, Comparison, Findings, Level
 from d2lora.grids import Grid, as_table
 
@@ -71,6 +72,8 @@ def show(findings: Findings, console: Console) -> None:
             "once for all tasks.",
             highlight=False,
         )
+    for said in contamination_said(findings.contamination):
+        console.print(f"Contamination: {said}.", highlight=False, markup=False)
     console.print("What was seen:", style="bold")
     for verdict in findings.verdicts():
         console.print(f"  {verdict}", highlight=False)

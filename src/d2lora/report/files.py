@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 
+from d2lora.decontamination import contamination_said
 from d2lora.findings import BASE, Findings
 from d2lora.grids import markdown
 from d2lora.report import words
@@ -71,6 +72,7 @@ def summary_text(findings: Findings) -> str:
         "",
         *(f"- {verdict.title}: {verdict.power}" for verdict in verdicts),
         *(f"- {caution}" for caution in words.cautions(findings)),
+        *(f"- Contamination: {said}." for said in contamination_said(findings.contamination)),
         "",
     ]
     grids = [score_grid(findings, task) for task in plan.tasks]

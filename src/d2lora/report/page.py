@@ -72,6 +72,8 @@ def page(
         rates=tables.rate_table(findings),
         failures=tables.failure_table(findings),
         warm_ups=tables.warm_up_table(findings),
+        keep_out_words=plan.keep_out_words,
+        contamination=tables.contamination_table(findings),
         versions=tables.version_table(findings.provenance),
         fingerprints=tables.fingerprint_table(plan),
         plan=plan.to_yaml(),

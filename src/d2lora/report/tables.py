@@ -149,6 +149,21 @@ def warm_up_table(findings: Findings) -> Grid:
     return Grid("Warm-ups, once for all tasks; loss on held-out general rows", columns, rows)
 
 
+def contamination_table(findings: Findings) -> Grid:
+    """Return how many training rows were compared with the evaluation files and taken out."""
+    rows = [
+        (
+            check["use"],
+            NONE if check["n_rows"] is None else f"{check['n_rows']:,}",
+            f"{check['n_removed']:,}",
+            check["first"] or NONE,
+        )
+        for check in findings.contamination
+    ]
+    columns = ("rows of", "checked", "taken out", "the first of them")
+    return Grid("Training rows that give an evaluation row away", columns, rows)
+
+
 def version_table(provenance: dict[str, Any]) -> Grid:
     """Return versions, commit, platform and date."""
     plain = {k: v for k, v in provenance.items() if k != "versions" and v is not None}

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from d2lora.decontamination import contamination_said
 from d2lora.findings import Comparison, Findings
 
 NOTHING_SEEN = "no difference seen"
@@ -115,6 +116,10 @@ def cautions(findings: Findings) -> list[str]:
         f"{findings.title(task)}: {arm} and {other} are not compared at n = {n}, as they do not "
         "have the same seeds."
         for task, arm, other, n in findings.not_compared()
+    ]
+    said += [
+        f"{sentence[0].upper()}{sentence[1:]}."
+        for sentence in contamination_said(c for c in findings.contamination if c["n_removed"])
     ]
     edges = [rate for rate in findings.rates if rate["at_edge"]]
     if edges:
