@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.data import split_validation
-from d2lora.jobs import Job, Merged, Mixed, Norms, Scored, Trial, WarmUp
+from d2lora.jobs import Merged, Mixed, Norms, Scored, Trial, WarmUp
 from d2lora.plan import (
     NEEDS_WARM_UP,
     UNTRAINED,
@@ -24,6 +24,7 @@ from d2lora.plan import (
 )
 from d2lora.schedule import Plan
 from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings
+from d2lora.store import Job
 
 CURVE_POINTS = 8
 """Validation losses in a trial's curve."""

@@ -25,12 +25,13 @@ from d2lora.executors import Submit, executor
 from d2lora.findings import read_findings
 from d2lora.forecast import forecast
 from d2lora.grids import as_table
-from d2lora.jobs import Job, WarmUp
+from d2lora.jobs import WarmUp
 from d2lora.models import base_folder
 from d2lora.needs import BASE, Cell, CellFailedError, Missing, Needs, cells_of
 from d2lora.plan import WORLD, StudyPlan, read_plan
 from d2lora.runs import DONE, provenance, write_json, write_text
 from d2lora.settings import StudySettings
+from d2lora.store import Job
 from d2lora.summary import show
 from d2lora.tasks import read_task
 
@@ -287,8 +288,10 @@ def command(settings: StudySettings) -> None:
     if settings.dry_run:
         plan, store, _ = _prepare(settings)
         plan, checks = decontaminated(plan, store, store / "world", fetch=False)
-        for grid in forecast(plan, store, cells_of(plan), settings.workers):
+        grids, note = forecast(plan, store, cells_of(plan), settings.workers)
+        for grid in grids:
             table_console().print(as_table(grid))
+        table_console().print(note, highlight=False, markup=False)
         for said in contamination_said(check.to_json() for check in checks):
             table_console().print(f"contamination: {said}", highlight=False, markup=False)
         return
