@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from support import visible, write_rows
 
+from d2lora.analysis import read_findings
 from d2lora.cli import main
 from d2lora.errors import RunError
-from d2lora.findings import read_findings
 from d2lora.report import write_report
 from d2lora.report.canvas import BASE_COLOUR, COLOURS
 from d2lora.report.words import headline
@@ -180,6 +180,19 @@ def test_arms_that_answer_alike_are_not_made_to_differ(
 def test_an_arm_that_loses_is_said_to_hurt(tmp_path: Path) -> None:
     findings = read_findings(study(tmp_path, fresh=30, warm=10))
     assert "warm hurts" in headline(findings)[0]
+
+
+def test_seeds_without_a_difference_are_not_said_to_disagree(tmp_path: Path) -> None:
+    path = study(tmp_path, fresh=10, warm=30, seeds=3)
+    cells = [json.loads(line) for line in (path / "results.jsonl").read_text().splitlines()]
+    for row in cells:
+        if row["arm"] == "warm" and row["seed"] == 2:
+            row["scores"] = cells[1]["scores"]  # fresh, seed 0: 10 of 40
+    write_rows(path / "results.jsonl", cells)
+    findings = read_findings(path)
+    assert all(c.seeds == "of 3 seeds 2 above zero, 1 equal" for c in findings.comparisons)
+    assert findings.verdicts()[0].endswith("; of 3 seeds 2 above zero, 1 equal)")
+    assert "of 3 seeds 2 above zero, 1 equal" in visible(write_report(findings).read_text("utf-8"))
 
 
 def test_outputs_that_are_gone_are_said_to_be_gone(tmp_path: Path) -> None:

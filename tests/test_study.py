@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from support import read_rows, small_plan, visible, write_rows
 
 from d2lora import AdaptSettings, WarmStart, WarmupSettings
+from d2lora.analysis import read_findings
 from d2lora.artifacts import Manifest
 from d2lora.calibration import Calibration
 from d2lora.cli import main
@@ -24,7 +25,6 @@ from d2lora.conversion import randomise
 from d2lora.decontamination import decontaminated
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import DataError, SettingsError
-from d2lora.findings import read_findings
 from d2lora.jobs import Scored, Trial
 from d2lora.mixture import write_mixture
 from d2lora.needs import Cell, Needs

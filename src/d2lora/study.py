@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from d2lora.analysis import read_findings
 from d2lora.console import Bar, Reporter, table_console
 from d2lora.decontamination import Check, contamination_said, decontaminated
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, RunError, listed
 from d2lora.executors import Submit, executor
-from d2lora.findings import read_findings
 from d2lora.forecast import forecast
 from d2lora.grids import as_table
 from d2lora.jobs import WarmUp

@@ -8,7 +8,7 @@ from typing import Any
 from d2lora.findings import BASE, Comparison, Findings, Level
 from d2lora.grids import Grid
 from d2lora.plan import StudyPlan
-from d2lora.report.words import seeds_said, signed
+from d2lora.report.words import signed
 from d2lora.runs import sha256_of
 from d2lora.summary import pays_off
 
@@ -206,8 +206,7 @@ def _difference(c: Comparison | None) -> tuple[str, str, str, str]:
     if c is None:
         return (NONE, NONE, NONE, NONE)
     d = c.difference
-    verdict = c.verdict
-    said = seeds_said(c)
+    verdict, said = c.verdict, c.seeds
     return (
         signed(100 * d.mean),
         f"{signed(100 * d.low)} to {signed(100 * d.high)}",
