@@ -120,6 +120,7 @@ class ArmCost:
     n_tokens_per_task: float
     n_trainable_parameters: int
     peak_memory_bytes: int
+    """The highest of all runs; of a process it counts libraries and base, too."""
     warm_up_flops: float
     """Paid once for all tasks."""
     n_tasks: int
