@@ -1,10 +1,13 @@
 """What a run costs is counted as torch counts it."""
 
+import sys
+
+import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2lora.cost import TrainingFlops
+from d2lora.cost import TrainingFlops, peak_memory_bytes, reset_peak_memory
 from d2lora.inits import LoraShape, attach_fresh
 from d2lora.models import causal_model, load_base
 from d2lora.settings import BaseSettings
@@ -23,3 +26,17 @@ def test_the_formula_is_within_five_percent_of_torch_s_counter() -> None:
         n_tokens = n_rows * length
         ratio = formula.of_rows(n_rows, n_tokens, n_tokens) / counter.get_total_flops()
         assert 1.0 <= ratio <= 1.05
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets the peak of a process")
+def test_the_peak_of_memory_is_that_of_one_run() -> None:
+    cpu = torch.device("cpu")
+    torch.ones(600_000_000, dtype=torch.uint8)  # touched, and free again
+    after_much = peak_memory_bytes(cpu)
+    if not reset_peak_memory(cpu):
+        pytest.skip("this system does not let a process reset its peak")
+    begun = peak_memory_bytes(cpu)
+    assert begun < after_much - 400_000_000
+    small = torch.ones(300_000_000, dtype=torch.uint8)
+    assert 200_000_000 < peak_memory_bytes(cpu) - begun < 310_000_000
+    assert small.numel()

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from support import visible, write_rows
 
+from d2lora.analysis import read_findings
 from d2lora.cli import main
 from d2lora.errors import RunError
-from d2lora.findings import read_findings
 from d2lora.report import write_report
 from d2lora.report.canvas import BASE_COLOUR, COLOURS
 from d2lora.report.words import headline
@@ -182,6 +182,19 @@ def test_an_arm_that_loses_is_said_to_hurt(tmp_path: Path) -> None:
     assert "warm hurts" in headline(findings)[0]
 
 
+def test_seeds_without_a_difference_are_not_said_to_disagree(tmp_path: Path) -> None:
+    path = study(tmp_path, fresh=10, warm=30, seeds=3)
+    cells = [json.loads(line) for line in (path / "results.jsonl").read_text().splitlines()]
+    for row in cells:
+        if row["arm"] == "warm" and row["seed"] == 2:
+            row["scores"] = cells[1]["scores"]  # fresh, seed 0: 10 of 40
+    write_rows(path / "results.jsonl", cells)
+    findings = read_findings(path)
+    assert all(c.seeds == "of 3 seeds 2 above zero, 1 equal" for c in findings.comparisons)
+    assert findings.verdicts()[0].endswith("; of 3 seeds 2 above zero, 1 equal)")
+    assert "of 3 seeds 2 above zero, 1 equal" in visible(write_report(findings).read_text("utf-8"))
+
+
 def test_outputs_that_are_gone_are_said_to_be_gone(tmp_path: Path) -> None:
     path = study(tmp_path)
     shutil.rmtree(tmp_path / "store")
@@ -211,13 +224,84 @@ def luminance(colour: str) -> float:
 @pytest.mark.parametrize("page", ["#ffffff", "#12161b"])
 def test_arms_stand_out_from_light_and_dark_pages(colour: str, page: str) -> None:
     """WCAG 2.2, 1.4.11: graphics have a contrast of 3 to 1."""
-    low, high = sorted((luminance(colour), luminance(page)))
-    assert (high + 0.05) / (low + 0.05) >= 3
+    assert contrast(colour, page) >= 3
 
 
-@pytest.mark.skipif(
+needs_chromium = pytest.mark.skipif(
     CHROMIUM is None and not os.environ.get("CI"), reason="needs Chromium on the path"
 )
+SCHEMES = (("light", 1200), ("dark", 360))
+# Of every text that is shown, in the page and in its pictures: its colour, what is behind it, and
+# whether it is large (WCAG 2.2: 24 px, or 18.66 px and bold).
+TEXTS = """
+() => {
+  const rgb = (c) => c.match(/[\\d.]+/g).map(Number);
+  const behind = (e) => {
+    for (; e; e = e.parentElement) {
+      const c = rgb(getComputedStyle(e).backgroundColor);
+      if (c.length === 3 || c[3] === 1) return c.slice(0, 3);
+      if (c[3] !== 0) throw new Error(`half transparent: ${e.outerHTML.slice(0, 80)}`);
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  for (const e of document.querySelectorAll("body *")) {
+    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+    if (!own || !e.checkVisibility({ visibilityProperty: true, opacityProperty: true })) continue;
+    const style = getComputedStyle(e);
+    const size = parseFloat(style.fontSize);
+    const colour = rgb(e.closest("svg") ? style.fill : style.color);
+    const opacity = (colour[3] ?? 1) * style.opacity;
+    const large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+    found.push([e.textContent.trim().slice(0, 40), colour.slice(0, 3), opacity, behind(e), large]);
+  }
+  return found;
+}
+"""
+
+
+def hexadecimal(colour: list[float]) -> str:
+    return "#" + "".join(f"{round(part):02x}" for part in colour)
+
+
+def contrast(first: str, second: str) -> float:
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@needs_chromium
+def test_every_text_stands_out_and_the_page_is_accessible(known: Path) -> None:
+    """WCAG 2.2 AA: a contrast of 4.5 to 1 (3 to 1 where large), and the rules of axe-core."""
+    from axe_playwright_python.sync_playwright import Axe
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM is not None, "CI installs Chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for scheme, width in SCHEMES:
+            page = browser.new_page(
+                viewport={"width": width, "height": 800},
+                color_scheme=scheme,  # pyright: ignore[reportArgumentType]
+            )
+            page.goto((known / "index.html").resolve().as_uri())
+            page.wait_for_selector("html[data-drawn]")
+            page.locator("details").evaluate_all("all => all.forEach((one) => (one.open = true))")
+            texts = page.evaluate(TEXTS)
+            assert len(texts) > 200
+            too_faint = [
+                (scheme, text, hexadecimal(colour), hexadecimal(behind), opacity)
+                for text, colour, opacity, behind, large in texts
+                if opacity < 1
+                or contrast(hexadecimal(colour), hexadecimal(behind)) < (3 if large else 4.5)
+            ]
+            assert too_faint == []
+            found = Axe().run(page)
+            assert found.violations_count == 0, found.generate_report()
+            page.close()
+        browser.close()
+
+
+@needs_chromium
 def test_a_browser_opens_searches_and_filters_the_page(known: Path) -> None:
     from playwright.sync_api import sync_playwright
 
@@ -225,7 +309,7 @@ def test_a_browser_opens_searches_and_filters_the_page(known: Path) -> None:
     url = (known / "index.html").resolve().as_uri()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        for scheme, width in (("light", 1200), ("dark", 360)):
+        for scheme, width in SCHEMES:
             page = browser.new_page(
                 viewport={"width": width, "height": 800},
                 color_scheme=scheme,  # pyright: ignore[reportArgumentType]

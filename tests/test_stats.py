@@ -84,6 +84,13 @@ def test_the_permutation_test_agrees_with_all_sign_flips() -> None:
     assert permutation_p(first, first + by_item) == pytest.approx(exact, abs=0.01)
 
 
+def test_seeds_are_counted_above_equal_and_below() -> None:
+    first = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [0, 0.1, 0.2]], dtype=float)
+    second = np.array([[1, 1, 1], [1, 0, 1], [0, 0, 0], [0.2, 0.1, 0]], dtype=float)
+    d = paired_difference(first, second)
+    assert (d.n_above, d.n_equal, d.n_below) == (1, 2, 1)
+
+
 def test_arms_that_never_differ_have_p_value_1_and_no_p_value_is_0() -> None:
     same = np.ones((3, 40))
     assert permutation_p(same, same) == 1

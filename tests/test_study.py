@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,21 @@ from safetensors.torch import load_file
 from support import read_rows, small_plan, visible, write_rows
 
 from d2lora import AdaptSettings, WarmStart, WarmupSettings
+from d2lora.analysis import read_findings
 from d2lora.artifacts import Manifest
+from d2lora.calibration import Calibration
 from d2lora.cli import main
 from d2lora.conversion import randomise
 from d2lora.decontamination import decontaminated
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import DataError, SettingsError
-from d2lora.findings import read_findings
-from d2lora.jobs import Job, Scored, Trial, perform
+from d2lora.jobs import Scored, Trial
 from d2lora.mixture import write_mixture
 from d2lora.needs import Cell, Needs
 from d2lora.plan import KINDS, StudyPlan, read_plan, shipped
 from d2lora.report import write_report
 from d2lora.settings import StudySettings
+from d2lora.store import Job, perform
 from d2lora.study import Study, run_study
 
 
@@ -478,6 +481,45 @@ def test_findings_pair_arms_by_seed_and_item_and_speak_plainly(tmp_path: Path) -
     assert level.general_loss_change.tolist() == [0.25, 0.25]
 
 
+def foretold(said: str, what: str) -> list[str]:
+    """Return a row of the table of runs: in the store, to be run, minutes."""
+    line = next(line for line in said.splitlines() if line.startswith(f"│ {what}"))
+    return [part.strip() for part in line.split("│")][2:5]
+
+
+def test_a_dry_run_guesses_roughly_where_nothing_has_run_and_leaves_no_run(
+    tmp_path: Path, plan: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan["arms"] = ["fresh", "warm", "longer", "mixed", "merged", "few_shot"]
+    given = settings(tmp_path, plan)
+    words = ["study", given.plan, "--out", str(given.out), "--store", str(tmp_path / "store")]
+    assert main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for what in ("warm-ups", "trials", "cells", "all"):
+        *_, minutes = foretold(said, what)
+        assert minutes.startswith("about")
+    assert "a rough guess from 4 steps" in said
+    assert not runs_in(tmp_path / "store")
+    assert main([*words, "--dry-run", "--set", "base=who/knows"]) == 0
+    said = capsys.readouterr().out
+    assert foretold(said, "all")[2] == "unknown"
+    assert "the base who/knows is not on this machine" in said
+
+
+def test_a_guess_knows_how_much_more_work_a_longer_run_is(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    checked = read_plan(settings(tmp_path, plan).plan)
+    needs = Needs(checked, tmp_path / "store", keep_adapters=True)
+    guess = Calibration(checked, [], n_threads=1)
+    short = needs.warm_up("general")
+    long = replace(short, settings=short.settings.changed(max_steps=400))
+    first, second = guess.seconds(short), guess.seconds(long)
+    assert first is not None
+    assert first > 0
+    assert second == pytest.approx(100 * first)
+
+
 def test_a_dry_run_foretells_from_what_has_run(
     tmp_path: Path, plan: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -485,8 +527,6 @@ def test_a_dry_run_foretells_from_what_has_run(
     run_study(given)
     words = ["study", given.plan, "--out", str(given.out), "--store", str(tmp_path / "store")]
     assert main([*words, "--dry-run", "--set", "seeds=3"]) == 0
-    said = capsys.readouterr().out
-    line = next(line for line in said.splitlines() if line.startswith("│ cells"))
-    _, _, present, missing, minutes, _ = (part.strip() for part in line.split("│"))
+    present, missing, minutes = foretold(capsys.readouterr().out, "cells")
     assert (present, missing) == ("9", "4")
     assert 0 <= float(minutes) < 5

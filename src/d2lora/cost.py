@@ -1,8 +1,10 @@
 """What a run cost: tokens, steps, operations, time, memory, trainable parameters."""
 
+import re
 import resource
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,10 +33,38 @@ class Cost:
         return asdict(self)
 
 
+def reset_peak_memory(device: torch.device) -> bool:
+    """Begin the peak of memory anew with what is in use, so that it is that of one run.
+
+    Linux resets the peak of a process where 5 is written to `clear_refs` (proc(5)). Elsewhere, and
+    where that is forbidden, the peak stays that of the whole process.
+
+    Returns:
+        Whether it could be done.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory used so far: of the GPU, or of the process on a CPU."""
+    """Return the most memory used since the reset: of the GPU, or of the process on a CPU.
+
+    A process holds its libraries and the base beside what a run takes. Where the peak cannot be
+    reset it is that of all runs of the process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        peaks = re.findall(r"^VmHWM:\s+(\d+) kB$", status.read_text("utf-8"), re.MULTILINE)
+        if peaks:
+            return int(peaks[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

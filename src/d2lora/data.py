@@ -57,6 +57,11 @@ class Source:
         return {"file": self.name, "rows": len(self.rows), "sha256": self.sha256}
 
 
+def is_local(name: str) -> bool:
+    """Say whether a source is a file that is here, which is read without asking a hub."""
+    return Path(name).suffix in SUFFIXES and Path(name).is_file()
+
+
 def read_source(name: str) -> Source:
     """Read one source.
 

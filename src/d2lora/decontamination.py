@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.contamination import Guard, Leak
-from d2lora.data import SUFFIXES, Row, read_source
+from d2lora.data import Row, is_local, read_source
 from d2lora.errors import DataError, listed
 from d2lora.plan import StudyPlan, warm_up_settings
 from d2lora.runs import write_text
@@ -122,7 +122,7 @@ class _Cleaner:
     def cleaned(self, use: str, data: tuple[str, ...], task: str) -> tuple[tuple[str, ...], Check]:
         """Return the files to train on, and what was found in them."""
         files = (*data, *self._tests, *self._general)
-        if not self._fetch and not all(_is_here(name) for name in files):
+        if not self._fetch and not all(is_local(name) for name in files):
             return data, Check(use, None, ())
         found = [self._cleaned(name, task) for name in data]
         kept = tuple(name for name, _, _ in found if name is not None)
@@ -167,7 +167,3 @@ def _too_few(check: Check, wanted: int) -> list[str]:
         f"the others give an evaluation row away (the first {leak.how} {leak.file}, line "
         f"{leak.line}). Where only the wording of a template is the same, set keep_out_words: 0"
     ]
-
-
-def _is_here(name: str) -> bool:
-    return Path(name).suffix in SUFFIXES and Path(name).is_file()

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from d2lora.analysis import read_findings
 from d2lora.console import WIDTH, Reporter
 from d2lora.errors import RunError
-from d2lora.findings import Findings, read_findings
+from d2lora.findings import Findings
 from d2lora.report import write_report
 from d2lora.runs import provenance, write_json
 from d2lora.settings import DemoSettings, StudySettings

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from d2lora.console import quiet_libraries
 from d2lora.errors import SettingsError
-from d2lora.jobs import Job, perform
+from d2lora.store import Job, perform
 
 Submit = Callable[[Job], "Future[dict[str, Any]]"]
 

@@ -1,11 +1,6 @@
-"""What a study found: a pure function of its folder's files.
+"""What a study found, as records: levels (arm x task x n), comparisons, convergence, cost."""
 
-study folder ─▶ levels (arm x task x n) ─▶ comparisons, convergence, data efficiency, cost
-"""
-
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2lora.errors import RunError
-from d2lora.plan import NEEDS_WARM_UP, StudyPlan
-from d2lora.runs import read_json
-from d2lora.stats import (
-    Difference,
-    Interval,
-    Power,
-    holm,
-    mean_interval,
-    paired_difference,
-    permutation_p,
-    power,
-    size_that_scores,
-    steps_to_reach,
-)
+from d2lora.plan import StudyPlan
+from d2lora.stats import Difference, Interval, Power
 
 Array = NDArray[np.float64]
 BASE = "base"
@@ -87,6 +69,17 @@ class Comparison:
         """`helps`, `hurts` or `no difference seen`: the interval and Holm's test must agree."""
         return self.difference.verdict if self.p_holm < 0.05 else "no difference seen"
 
+    @property
+    def seeds(self) -> str:
+        """Where the seeds do not all say the same, how they do; empty where they do."""
+        d = self.difference
+        if d.n_seeds == 1:
+            return "one seed"
+        if d.n_seeds in (d.n_above, d.n_equal, d.n_below):
+            return ""
+        parts = ((d.n_above, "above zero"), (d.n_equal, "equal"), (d.n_below, "below zero"))
+        return f"of {d.n_seeds} seeds {', '.join(f'{n} {word}' for n, word in parts if n)}"
+
 
 @dataclass(frozen=True)
 class Convergence:
@@ -127,6 +120,7 @@ class ArmCost:
     n_tokens_per_task: float
     n_trainable_parameters: int
     peak_memory_bytes: int
+    """The highest of all runs; of a process it counts libraries and base, too."""
     warm_up_flops: float
     """Paid once for all tasks."""
     n_tasks: int
@@ -190,7 +184,7 @@ class Findings:
         return [
             (v.task, v.arm, other, v.n)
             for v in self.levels
-            if (other := _references(self.plan).get(v.arm)) is not None
+            if (other := references(self.plan).get(v.arm)) is not None
             and (v.task, v.arm, v.n) not in compared
             and self.level(v.task, other, v.n) is not None
         ]
@@ -206,208 +200,12 @@ class Findings:
         place = f"{self.title(c.task)}, n = {c.n}"
         if c.verdict == "no difference seen":
             return f"{place}: no difference seen between {c.arm} and {c.against} ({points})"
-        seeds = "" if d.n_agree == d.n_seeds else f", in {d.n_agree} of {d.n_seeds} seeds"
+        seeds = f"; {c.seeds}" if c.seeds else ""
         return f"{place}: {c.arm} {c.verdict} against {c.against} ({points}{seeds})"
 
 
-def read_findings(path: Path) -> Findings:
-    """Read a study's folder and work out what it found.
-
-    Raises:
-        RunError: If it is no study, or no cell of it is finished.
-    """
-    if not (path / "study.json").is_file():
-        raise RunError(f"{path}: no study: it has no study.json; run d2lora study first")
-    study = read_json(path / "study.json")
-    plan = StudyPlan(**study["plan"])
-    rows = _lines(path / "results.jsonl")
-    if not rows:
-        raise RunError(f"{path}: no cell of the study is finished")
-    trials = _lines(path / "trials.jsonl")
-    score_of = {task: _main_score(rows, task) for task in plan.tasks}
-    levels = _levels(rows, plan, score_of)
-    against = _references(plan)
-    comparisons = _comparisons(levels, against)
-    convergence = _convergence(trials, study["rates"], against)
-    return Findings(
-        path=path,
-        plan=plan,
-        levels=levels,
-        comparisons=comparisons,
-        convergence=convergence,
-        efficiency=_efficiency(levels, against),
-        costs=_costs(levels, plan, study["warm_ups"], convergence),
-        score_of=score_of,
-        trials=trials,
-        rates=study["rates"],
-        warm_ups=study["warm_ups"],
-        failures=study["failures"],
-        contamination=study.get("contamination", []),
-        provenance=study["provenance"],
-        store=Path(study["store"]),
-        cells=rows,
-    )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def _main_score(rows: Sequence[dict[str, Any]], task: str) -> str:
-    columns = next((row["scores"] for row in rows if row["task"] == task), {})
-    return next((name for name in MAIN_SCORES if name in columns), next(iter(columns), ""))
-
-
-def _references(plan: StudyPlan) -> dict[str, str]:
+def references(plan: StudyPlan) -> dict[str, str]:
     """Return what each arm is compared with."""
     first = plan.arms[0].name
     wanted = {arm.name: arm.against or first for arm in plan.arms}
     return {arm: other for arm, other in wanted.items() if arm != other}
-
-
-def _levels(
-    rows: Sequence[dict[str, Any]], plan: StudyPlan, score_of: dict[str, str]
-) -> list[Level]:
-    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["task"], row["arm"], row["n"]), []).append(row)
-    bases = {task: groups.get((task, BASE, 0), [{}])[0] for task in plan.tasks}
-    levels: list[Level] = []
-    for (task, arm, n), group in groups.items():
-        group.sort(key=lambda row: row["seed"])
-        scores = np.array([row["scores"][score_of[task]] for row in group], dtype=float)
-        levels.append(
-            Level(
-                task=task,
-                arm=arm,
-                kind=group[0]["kind"],
-                n=n,
-                scores=scores,
-                interval=mean_interval(scores.mean(axis=0)),
-                learning_rate=group[0]["learning_rate"],
-                general_loss_change=_loss_change(group, bases[task]),
-                choices_change=_choices_change(group, bases[task]),
-                costs=tuple(row["cost"] for row in group if "cost" in row),
-                folders=tuple(row["adapter"] for row in group),
-            )
-        )
-    return levels
-
-
-def _loss_change(group: Sequence[dict[str, Any]], base: dict[str, Any]) -> Array | None:
-    reference = base.get("general_loss")
-    if reference is None or any(row["general_loss"] is None for row in group):
-        return None
-    return np.array([row["general_loss"] - reference for row in group])
-
-
-def _choices_change(group: Sequence[dict[str, Any]], base: dict[str, Any]) -> Difference | None:
-    right = base.get("choices_right")
-    if right is None or any(row["choices_right"] is None for row in group):
-        return None
-    own = np.array([row["choices_right"] for row in group], dtype=float)
-    return paired_difference(np.repeat(np.array([right], dtype=float), len(own), 0), own)
-
-
-def _comparisons(levels: Sequence[Level], against: dict[str, str]) -> list[Comparison]:
-    found = {(v.task, v.arm, v.n): v for v in levels}
-    comparisons: list[Comparison] = []
-    for task in dict.fromkeys(v.task for v in levels):
-        for arm, other in against.items():
-            pairs = [
-                (v, found[task, other, v.n])
-                for v in levels
-                if (v.task, v.arm) == (task, arm) and (task, other, v.n) in found
-            ]
-            pairs = [(v, w) for v, w in pairs if v.scores.shape == w.scores.shape]
-            p_values = [permutation_p(w.scores, v.scores) for v, w in pairs]
-            for (v, w), p, adjusted in zip(pairs, p_values, holm(p_values), strict=True):
-                difference = paired_difference(w.scores, v.scores)
-                needed = power(w.scores, v.scores)
-                comparisons.append(
-                    Comparison(task, arm, other, v.n, difference, p, adjusted, needed)
-                )
-    return comparisons
-
-
-def _convergence(
-    trials: Sequence[dict[str, Any]], rates: Sequence[dict[str, Any]], against: dict[str, str]
-) -> list[Convergence]:
-    curves: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
-    for rate in rates:
-        place = (rate["task"], rate["arm"], rate["n"])
-        own = [
-            trial["curve"]
-            for trial in trials
-            if (trial["task"], trial["arm"], trial["n"]) == place
-            and trial.get("learning_rate") == rate["learning_rate"]
-        ]
-        if own and len({len(curve) for curve in own}) == 1:
-            curves[place] = [(float(s), float(v)) for s, v in np.mean(own, axis=0)]
-    found: list[Convergence] = []
-    for (task, arm, n), curve in curves.items():
-        reference = curves.get((task, against.get(arm, ""), n))
-        if reference is not None:
-            steps = steps_to_reach(curve, reference[-1][1])
-            both = {arm: curve, against[arm]: reference}
-            found.append(Convergence(task, arm, against[arm], n, reference[-1][0], steps, both))
-    return found
-
-
-def _efficiency(levels: Sequence[Level], against: dict[str, str]) -> list[Efficiency]:
-    found: list[Efficiency] = []
-    for level in levels:
-        other = against.get(level.arm)
-        curve = sorted(
-            (v.n, v.interval.mean) for v in levels if (v.task, v.arm) == (level.task, other)
-        )
-        if other is None or level.n == 0 or not curve:
-            continue
-        sizes, scores = zip(*curve, strict=True)
-        equals = size_that_scores(sizes, scores, level.interval.mean)
-        found.append(Efficiency(level.task, level.arm, other, level.n, equals))
-    return found
-
-
-def _costs(
-    levels: Sequence[Level], plan: StudyPlan, warm_ups: dict[str, Any],
-    convergence: Sequence[Convergence],
-) -> list[ArmCost]:  # fmt: skip
-    found: list[ArmCost] = []
-    for arm in plan.arms:
-        shared = arm.kind in NEEDS_WARM_UP - {"longer", "mixed"} and arm.warm_up in warm_ups
-        warm_up_flops = warm_ups[arm.warm_up or ""]["cost"]["flops"] if shared else 0.0
-        for n in plan.sizes:
-            own = [v for v in levels if (v.arm, v.n) == (arm.name, n)]
-            costs = [cost for v in own for cost in v.costs]
-            if not costs:
-                continue
-            flops = float(np.mean([cost["flops"] for cost in costs]))
-            reached = [c for c in convergence if (c.arm, c.n) == (arm.name, n)]
-            found.append(
-                ArmCost(
-                    arm=arm.name,
-                    n=n,
-                    flops_per_task=flops,
-                    training_s_per_task=float(np.mean([cost["elapsed_s"] for cost in costs])),
-                    n_tokens_per_task=float(np.mean([cost["n_tokens"] for cost in costs])),
-                    n_trainable_parameters=costs[0]["n_trainable_parameters"],
-                    peak_memory_bytes=max(cost["peak_memory_bytes"] for cost in costs),
-                    warm_up_flops=warm_up_flops,
-                    n_tasks=len(plan.tasks),
-                    flops_saved_per_task=_saved(reached, flops),
-                )
-            )
-    return found
-
-
-def _saved(reached: Sequence[Convergence], flops: float) -> float | None:
-    """Return the mean saving of an arm that stops where its reference ends up.
-
-    An arm that does not get there saves nothing on that task; None where nothing was measured.
-    """
-    if not reached:
-        return None
-    shares = [0.0 if c.steps is None else 1 - c.steps / c.n_steps for c in reached]
-    return flops * float(np.mean(shares))

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+from d2lora.calibration import N_STEPS, Calibration
 from d2lora.executors import n_cores
 from d2lora.grids import Grid
-from d2lora.jobs import RESULT, Job, Scored, Trial
+from d2lora.jobs import Mixed, Scored, Trial
 from d2lora.needs import Cell, Needs
 from d2lora.plan import StudyPlan
 from d2lora.runs import read_json
+from d2lora.store import RESULT, Job
 
 _WORDS = {
     "WarmUp": "warm-ups", "Merged": "merged bases", "Norms": "random adapters",
@@ -35,18 +37,25 @@ class _Assumed(Needs):
             self.done[job.key] = done if result is None else result
 
 
-def forecast(plan: StudyPlan, store: Path, cells: Sequence[Cell], n_workers: int) -> list[Grid]:
-    """Return two tables: the cells of each arm, and the runs there and missing with their time.
+def forecast(
+    plan: StudyPlan, store: Path, cells: Sequence[Cell], n_workers: int
+) -> tuple[list[Grid], str]:
+    """Return two tables and what is to be known of their times.
 
-    Times are those of runs of the same kind in the store, of the same task and size or the nearest
-    size; where there is none, nothing is foretold.
+    The tables are the cells of each arm, and the runs there and missing with their time. Times are
+    those of runs of the same kind in the store, of the same task and size or the nearest size;
+    where there is none they are guessed from a few steps measured here.
     """
     needs = _Assumed(plan, store)
     last = {cell: needs.last_job(cell) for cell in cells}
     done = {cell: job.result() is not None for cell, job in last.items()}
     for job in last.values():
         needs.need_all([job])
-    return [_cells(cells, done), _runs(needs, _times(store), n_workers or n_cores())]
+    n_workers = n_workers or n_cores()
+    mixed = [job for job in needs.missing.values() if isinstance(job, Mixed)]
+    guess = Calibration(plan, mixed, max(1, n_cores() // n_workers))
+    runs, note = _runs(needs, _Seconds(_times(store), guess), n_workers)
+    return [_cells(cells, done), runs], note
 
 
 def _cells(cells: Sequence[Cell], done: dict[Cell, bool]) -> Grid:
@@ -69,37 +78,72 @@ def _times(store: Path) -> dict[tuple[str, str, int], list[float]]:
     return times
 
 
-def _runs(needs: _Assumed, times: dict[tuple[str, str, int], list[float]], n_workers: int) -> Grid:
+class _Seconds:
+    """Foretells the seconds of runs, and keeps in mind whether any of them is a guess."""
+
+    def __init__(self, times: dict[tuple[str, str, int], list[float]], guess: Calibration) -> None:
+        self._times, self._guess = times, guess
+
+    def of(self, jobs: Sequence[Job]) -> tuple[float | None, bool]:
+        """Return the seconds of all jobs (None: not known), and whether they are a guess."""
+        total, guessed = 0.0, False
+        for job in jobs:
+            seconds = self._like(job)
+            if seconds is None:
+                seconds, guessed = self._guess.seconds(job), True
+            if seconds is None:
+                return None, False
+            total += seconds
+        return total, guessed
+
+    def note(self, *, guessed: bool, unknown: bool) -> str:
+        """Say what the times are worth."""
+        if unknown:
+            why = self._guess.why_not
+            return f"No time can be foretold until runs of each kind are done: {why}"
+        if guessed:
+            return (
+                f"about: a rough guess from {N_STEPS} steps and one batch of answers, measured "
+                "here; once runs of each kind are done, their times are used"
+            )
+        return "Times are those of finished runs of the same kind"
+
+    def _like(self, job: Job) -> float | None:
+        """Return the mean seconds of runs of its kind and task at the nearest size, by ratio."""
+        kind = type(job).__name__
+        task, n = job.about
+        like = {s: seconds for (k, t, s), seconds in self._times.items() if (k, t) == (kind, task)}
+        if not like:
+            return None
+        nearest = min(like, key=lambda s: max(s, 1) / max(n, 1) if s > n else n / max(s, 1))
+        ratio = max(n, 1) / max(nearest, 1) if isinstance(job, Trial | Scored) else 1.0
+        return mean(like[nearest]) * max(ratio, 1.0)
+
+
+def _runs(needs: _Assumed, seconds: _Seconds, n_workers: int) -> tuple[Grid, str]:
     rows: list[tuple[str, ...]] = []
-    total, known = 0.0, True
+    kinds: list[tuple[float | None, bool]] = []
     for kind, word in _WORDS.items():
         missing = [job for job in needs.missing.values() if type(job).__name__ == kind]
         present = sum(type(job).__name__ == kind for job in needs.present.values())
-        if not missing and not present:
-            continue
-        seconds = [_foretold(job, times) for job in missing]
-        sure = [s for s in seconds if s is not None]
-        known = known and len(sure) == len(seconds)
-        total += sum(sure)
-        told = f"{sum(sure) / n_workers / 60:.1f}" if len(sure) == len(seconds) else "unknown"
-        rows.append((word, str(present), str(len(missing)), told))
-    minutes = f"{total / n_workers / 60:.1f}" if known else "unknown until some have run"
+        if missing or present:
+            total, guessed = seconds.of(missing)
+            kinds.append((total, guessed))
+            minutes = _minutes(total, n_workers, guessed=guessed)
+            rows.append((word, str(present), str(len(missing)), minutes))
+    unknown = any(total is None for total, _ in kinds)
+    guessed = any(guess for _, guess in kinds)
+    total = None if unknown else sum(total or 0.0 for total, _ in kinds)
+    minutes = _minutes(total, n_workers, guessed=guessed)
     rows.append(("all", str(len(needs.present)), str(len(needs.missing)), minutes))
-    return Grid(
+    grid = Grid(
         f"Runs; minutes with {n_workers} at a time",
         ("what", "in the store", "to be run", "minutes"), rows,
     )  # fmt: skip
+    return grid, seconds.note(guessed=guessed, unknown=unknown)
 
 
-def _foretold(job: Job, times: dict[tuple[str, str, int], list[float]]) -> float | None:
-    """Return a run's seconds, from those of its kind and task at the nearest size, by ratio."""
-    kind = type(job).__name__
-    task, n = job.about
-    like: dict[int, list[float]] = {
-        size: seconds for (k, t, size), seconds in times.items() if (k, t) == (kind, task)
-    }
-    if not like:
-        return None
-    nearest = min(like, key=lambda size: max(size, 1) / max(n, 1) if size > n else n / max(size, 1))
-    ratio = max(n, 1) / max(nearest, 1) if isinstance(job, Trial | Scored) else 1.0
-    return mean(like[nearest]) * max(ratio, 1.0)
+def _minutes(seconds: float | None, n_workers: int, *, guessed: bool) -> str:
+    if seconds is None:
+        return "unknown"
+    return f"{'about ' if guessed else ''}{seconds / n_workers / 60:.1f}"

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+NONE = "–"
+"""Stands where there is no number."""
 _LEFT = {"arm", "task", "what"}
 
 

@@ -1,93 +1,25 @@
 """The pieces of a study that are run: warm-ups, controls made of them, trials of rates, cells.
 
-A job is known by the hash of all that decides its result, so a finished one is never run again
-and a changed setting runs anew only what it touches. Its folder in the store is `KEY/`, its
-marker of completion `KEY/result.json`, written last.
-
 Only jobs of the last kind, `Scored`, can name test data: what is chosen before cannot look at it.
 """
 
-import hashlib
 import json
 import shutil
 import time
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-from filelock import FileLock
-
-from d2lora.errors import ModelError
-from d2lora.runs import DONE, SETTINGS, read_json, sha256_of, write_json
+from d2lora.runs import DONE, SETTINGS
 from d2lora.settings import (
     AdaptSettings,
     BaseSettings,
     ConvertSettings,
     EvaluateSettings,
     PairsSettings,
-    Settings,
     WarmupSettings,
 )
-
-FORMAT = 1
-"""Changes when results of earlier versions of the code no longer count."""
-RESULT = "result.json"
-_FREE = {"out", "quiet", "resume", "threads", "checkpoint_every"}
-_FILES = {"data", "validation_data", "general_text", "choices", "for_task"}
-
-
-@dataclass(frozen=True)
-class Job(ABC):
-    """Something to run once; heavy imports happen in `run`, in the worker."""
-
-    label: str
-    """What it is, for people."""
-    about: tuple[str, int]
-    """Task and n, or an empty name and the number of rows; by it times are foretold."""
-    store: Path
-    """Folder of all jobs."""
-
-    @cached_property
-    def key(self) -> str:
-        """The hash of what decides the result; names the folder."""
-        identity = {"format": FORMAT, "kind": type(self).__name__, **self.identity()}
-        text = json.dumps(identity, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-    @property
-    def folder(self) -> Path:
-        """Where it writes."""
-        return self.store / self.key
-
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """Return what decides the result."""
-
-    @abstractmethod
-    def run(self) -> dict[str, Any]:
-        """Do it; return the result as plain values."""
-
-    def result(self) -> dict[str, Any] | None:
-        """Return the result of an earlier run, or None."""
-        path = self.folder / RESULT
-        return read_json(path) if path.is_file() else None
-
-
-def perform(job: Job) -> dict[str, Any]:
-    """Run a job unless it is done; two processes never run the same one at once."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(job.folder / ".lock"):
-        done = job.result()
-        if done is not None:
-            return done
-        began = time.perf_counter()
-        result = {"label": job.label, "about": [type(job).__name__, *job.about], **job.run()}
-        result["job_s"] = round(time.perf_counter() - began, 3)
-        write_json(job.folder / RESULT, result)
-        return result
+from d2lora.store import Job, identity_of, shared_base
 
 
 @dataclass(frozen=True)
@@ -103,7 +35,7 @@ class WarmUp(Job):
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the result."""
-        return _identity(self.settings)
+        return identity_of(self.settings)
 
     def run(self) -> dict[str, Any]:
         """Do it."""
@@ -111,7 +43,7 @@ class WarmUp(Job):
 
         if not (self.path / DONE).exists():
             settings = self.settings.changed(out=self.path, resume=_can_resume(self.path))
-            warm_up(settings, _shared_base(settings))
+            warm_up(settings, shared_base(settings))
         return _told(self.path)
 
 
@@ -185,7 +117,7 @@ class Mixed(Job):
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the result."""
-        return {"general": _identity(self.general), "training": _identity(self.training)}
+        return {"general": identity_of(self.general), "training": identity_of(self.training)}
 
     def run(self) -> dict[str, Any]:
         """Do it."""
@@ -207,7 +139,7 @@ class Paired(Job):
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the result."""
-        return _identity(self.settings)
+        return identity_of(self.settings)
 
     def run(self) -> dict[str, Any]:
         """Do it."""
@@ -215,7 +147,7 @@ class Paired(Job):
 
         shutil.rmtree(self.path.parent, ignore_errors=True)
         settings = self.settings.changed(out=self.path.parent)
-        made = make_pairs(settings, _shared_base(settings))
+        made = make_pairs(settings, shared_base(settings))
         return {"n_prompts": made.n_prompts, "n_pairs": made.n_pairs}
 
 
@@ -227,7 +159,7 @@ class Trial(Job):
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the result."""
-        return _identity(self.training)
+        return identity_of(self.training)
 
     def run(self) -> dict[str, Any]:
         """Do it."""
@@ -256,10 +188,10 @@ class Scored(Job):
     def identity(self) -> dict[str, Any]:
         """Return what decides the result."""
         return {
-            "tests": _identity(self.tests),
-            "training": None if self.training is None else _identity(self.training),
+            "tests": identity_of(self.tests),
+            "training": None if self.training is None else identity_of(self.training),
             "adapter": None if self.adapter is None else self.adapter.parent.name,
-            "shots": None if self.shots is None else _identity(self.shots),
+            "shots": None if self.shots is None else identity_of(self.shots),
         }
 
     def run(self) -> dict[str, Any]:
@@ -276,7 +208,7 @@ class Scored(Job):
         sets = TestSets.read(self.tests)
         if self.shots is not None:
             sets = replace(sets, task=_with_shots(sets.task, self.shots))
-        base = _shared_base(self.training or self.tests)
+        base = shared_base(self.training or self.tests)
         name = BASE if path is None else str(path)
         measured = measure(name, base, sets, self.tests, Reporter(quiet=True))
         records = pd.DataFrame(measured.records)
@@ -303,7 +235,7 @@ def _adapted(settings: AdaptSettings, path: Path) -> dict[str, Any]:
 
     if not (path / DONE).exists():
         settings = settings.changed(out=path, resume=_can_resume(path))
-        adapt(settings, _shared_base(settings))
+        adapt(settings, shared_base(settings))
     return _told(path)
 
 
@@ -344,62 +276,3 @@ def _can_resume(path: Path) -> bool:
         return True
     shutil.rmtree(path, ignore_errors=True)
     return False
-
-
-def _base_of(settings: BaseSettings) -> BaseSettings:
-    return BaseSettings(**{name: getattr(settings, name) for name in BaseSettings.model_fields})
-
-
-def _shared_base(settings: BaseSettings) -> Any:
-    """Load a base once in a process."""
-    return _loaded(_base_of(settings).to_yaml())
-
-
-@cache
-def _loaded(settings_yaml: str) -> Any:
-    from d2lora.models import load_base
-
-    return load_base(BaseSettings(**yaml.safe_load(settings_yaml)))
-
-
-def _identity(settings: Settings) -> dict[str, Any]:
-    """Return settings with contents in place of paths and without what decides nothing.
-
-    Values at their defaults are left out, so that a new setting leaves earlier results valid.
-    """
-    told = settings.model_dump(mode="json", exclude_defaults=True)
-    values = {k: v for k, v in told.items() if k not in _FREE}
-    for name in _FILES & values.keys():
-        values[name] = [_content(path) for path in values[name] or ()]
-    if isinstance(settings, BaseSettings):
-        values["base"] = _base_content(settings.base, settings.revision)
-    for name in ("init", "adapter"):
-        folder = Path(getattr(settings, name, None) or "")
-        if name in values and folder.is_dir():
-            values[name] = _of_job(folder) or sha256_of(folder / "adapter_model.safetensors")
-    return values
-
-
-def _of_job(path: Path) -> str | None:
-    """Return the key of the job that made a path, as the key is the hash of its content."""
-    key = path.parent.name
-    return key if len(key) == 20 and (path.parent / RESULT).is_file() else None
-
-
-@cache
-def _content(name: str) -> str:
-    path = Path(name)
-    return sha256_of(path) if path.is_file() else name
-
-
-@cache
-def _base_content(name: str, revision: str | None) -> str:
-    made = _of_job(Path(name))
-    if made is not None:
-        return made
-    from d2lora.models import base_folder, fingerprint_of
-
-    try:
-        return fingerprint_of(base_folder(name, revision, fetch=False))
-    except ModelError:  # a hub model not fetched yet: a dry run may name it
-        return f"{name}@{revision}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.data import split_validation
-from d2lora.jobs import Job, Merged, Mixed, Norms, Paired, Scored, Trial, WarmUp
+from d2lora.jobs import Merged, Mixed, Norms, Paired, Scored, Trial, WarmUp
 from d2lora.plan import (
     NEEDS_WARM_UP,
     UNTRAINED,
@@ -26,6 +26,7 @@ from d2lora.plan import (
 )
 from d2lora.schedule import Plan
 from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, PhaseSettings
+from d2lora.store import Job
 from d2lora.tasks import read_task
 
 CURVE_POINTS = 8

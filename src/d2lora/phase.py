@@ -22,6 +22,7 @@ from d2lora.artifacts import (
 )
 from d2lora.console import Reporter
 from d2lora.contamination import Guard
+from d2lora.cost import reset_peak_memory
 from d2lora.data import Fault, nested_order, split_validation
 from d2lora.diagnosis import Start, losses_at_start, overfitting
 from d2lora.encode import EncodedSet, Encoder, encode_all, encode_pairs
@@ -190,6 +191,7 @@ def run_phase(
         run.begin(settings.to_yaml())
         _set_aside(rows.faults, run, reporter)
     everyone.wait_for_everyone()
+    reset_peak_memory(base.model.device)
     start = _start(settings, base, beginning, rows, run, reporter)
     model = beginning.model
     n_scored_tokens = 0

@@ -14,6 +14,8 @@ from scipy import stats
 Array = NDArray[np.float64]
 CONFIDENCE = 0.95
 N_RESAMPLES = 10_000
+ROUNDING = 1e-12
+"""A difference of means no larger than this is none."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,19 @@ class Difference:
     n_seeds: int
 
     @property
-    def n_agree(self) -> int:
-        """Seeds whose difference has the sign of the mean."""
-        return sum(value * self.mean > 0 for value in self.by_seed)
+    def n_above(self) -> int:
+        """Seeds in which the second arm scores higher."""
+        return sum(value > ROUNDING for value in self.by_seed)
+
+    @property
+    def n_below(self) -> int:
+        """Seeds in which the second arm scores lower."""
+        return sum(value < -ROUNDING for value in self.by_seed)
+
+    @property
+    def n_equal(self) -> int:
+        """Seeds in which both score the same."""
+        return self.n_seeds - self.n_above - self.n_below
 
     @property
     def verdict(self) -> str:

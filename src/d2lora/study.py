@@ -17,20 +17,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from d2lora.analysis import read_findings
 from d2lora.console import Bar, Reporter, table_console
 from d2lora.decontamination import Check, contamination_said, decontaminated
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, RunError, listed
 from d2lora.executors import Submit, executor
-from d2lora.findings import read_findings
 from d2lora.forecast import forecast
 from d2lora.grids import as_table
-from d2lora.jobs import Job, WarmUp
+from d2lora.jobs import WarmUp
 from d2lora.models import base_folder
 from d2lora.needs import BASE, Cell, CellFailedError, Missing, Needs, cells_of
 from d2lora.plan import WORLD, StudyPlan, read_plan
 from d2lora.runs import DONE, provenance, write_json, write_text
 from d2lora.settings import StudySettings
+from d2lora.store import Job
 from d2lora.summary import show
 from d2lora.tasks import read_task
 
@@ -289,8 +290,10 @@ def command(settings: StudySettings) -> None:
     if settings.dry_run:
         plan, store, _ = _prepare(settings)
         plan, checks = decontaminated(plan, store, store / "world", fetch=False)
-        for grid in forecast(plan, store, cells_of(plan), settings.workers):
+        grids, note = forecast(plan, store, cells_of(plan), settings.workers)
+        for grid in grids:
             table_console().print(as_table(grid))
+        table_console().print(note, highlight=False, markup=False)
         for said in contamination_said(check.to_json() for check in checks):
             table_console().print(f"contamination: {said}", highlight=False, markup=False)
         return

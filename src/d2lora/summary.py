@@ -6,7 +6,7 @@ from rich.console import Console
 
 from d2lora.decontamination import contamination_said
 from d2lora.findings import ArmCost, Comparison, Findings, Level
-from d2lora.grids import Grid, as_table
+from d2lora.grids import NONE, Grid, as_table
 
 
 def score_grid(findings: Findings, task: str) -> Grid:
@@ -29,7 +29,7 @@ def score_grid(findings: Findings, task: str) -> Grid:
 
 
 def cost_grid(findings: Findings) -> Grid:
-    """Return what each arm cost, with its share of the warm-up and the break-even."""
+    """Return what training cost each arm, with its share of the warm-up and the break-even."""
     columns = (
         "n",
         "arm",
@@ -37,21 +37,27 @@ def cost_grid(findings: Findings) -> Grid:
         "with the warm-up's share",
         "seconds",
         "tokens",
-        "pays off after",
+        "trainable parameters",
+        "peak memory, MB",
+        "warm-up pays off after",
     )
     rows = [
         (
             str(c.n),
             c.arm,
-            f"{c.flops_per_task / 1e12:.2f}",
-            f"{c.amortised_flops / 1e12:.2f}",
+            f"{c.flops_per_task / 1e12:.3g}",
+            f"{c.amortised_flops / 1e12:.3g}",
             f"{c.training_s_per_task:.1f}",
             f"{c.n_tokens_per_task:,.0f}",
-            pays_off(c),
+            f"{c.n_trainable_parameters:,}",
+            f"{c.peak_memory_bytes / 1e6:,.0f}",
+            _pays_off(c),
         )
         for c in sorted(findings.costs, key=lambda c: c.n)
     ]
-    return Grid("Cost of training, mean of tasks and seeds", columns, rows)
+    return Grid(
+        "Cost of training, mean of tasks and seeds; the highest peak of memory", columns, rows
+    )
 
 
 def show(findings: Findings, console: Console) -> None:
@@ -108,10 +114,10 @@ def _row(level: Level, comparison: Comparison | None) -> tuple[str, ...]:
     )
 
 
-def pays_off(cost: ArmCost) -> str:
-    """Return after how many tasks the warm-up is paid for; empty where an arm has none."""
+def _pays_off(cost: ArmCost) -> str:
+    """Return after how many tasks the warm-up is paid for."""
     if not cost.warm_up_flops:
-        return ""
+        return NONE
     if cost.flops_saved_per_task is None:
         return "not measured"
     tasks = cost.break_even_tasks

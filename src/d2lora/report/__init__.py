@@ -10,9 +10,10 @@ done.json         the marker of completion
 
 from pathlib import Path
 
+from d2lora.analysis import read_findings
 from d2lora.console import Reporter
 from d2lora.errors import RunError
-from d2lora.findings import Findings, read_findings
+from d2lora.findings import Findings
 from d2lora.report.canvas import Palette, png
 from d2lora.report.charts import charts
 from d2lora.report.examples import read_examples

@@ -133,7 +133,9 @@ def differences(findings: Findings, palette: Palette, task: str) -> Chart | None
     numbers = [alt.Tooltip(f"{name}:Q", format="+.1f") for name in ("difference", "low", "high")]
     tips = [*told, *numbers, alt.Tooltip("verdict:N")]
     layers: list[Any] = [
-        alt.Chart(alt.Data(values=[{}])).mark_rule(strokeWidth=1.5).encode(y=alt.datum(0)),
+        alt.Chart(alt.Data(values=[{}]))
+        .mark_rule(strokeWidth=1.5, aria=False)
+        .encode(y=alt.datum(0)),
         base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q"), y2="high:Q"),
         _data(seeds)
         .mark_circle(size=22, opacity=0.4)

@@ -17,6 +17,7 @@ from d2lora.findings import Findings
 from d2lora.report import tables, words
 from d2lora.report.canvas import DARK, LIGHT, Chart, Palette, scripts
 from d2lora.report.examples import Examples
+from d2lora.summary import cost_grid
 
 SECTIONS = {
     "verdict": "What was found",
@@ -67,7 +68,7 @@ def page(
         specs={"charts": specs, "themes": {"light": LIGHT, "dark": DARK}},
         examples=examples,
         scores=[tables.score_table(findings, task) for task in plan.tasks],
-        cost=tables.cost_table(findings),
+        cost=cost_grid(findings),
         efficiency=tables.efficiency_table(findings),
         rates=tables.rate_table(findings),
         failures=tables.failure_table(findings),

@@ -6,14 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.findings import BASE, Comparison, Findings, Level
-from d2lora.grids import Grid
+from d2lora.grids import NONE, Grid
 from d2lora.plan import StudyPlan
-from d2lora.report.words import seeds_said, signed
+from d2lora.report.words import signed
 from d2lora.runs import sha256_of
-from d2lora.summary import pays_off
-
-NONE = "–"
-"""Stands where there is no number."""
 
 
 def score_table(findings: Findings, task: str) -> Grid:
@@ -45,36 +41,6 @@ def score_table(findings: Findings, task: str) -> Grid:
         "choices",
     )
     return Grid(f"{findings.title(task)}: scores", columns, rows)
-
-
-def cost_table(findings: Findings) -> Grid:
-    """Return what training cost, with the warm-up's share and the break-even."""
-    columns = (
-        "n",
-        "arm",
-        "TFLOP a task",
-        "with warm-up's share",
-        "seconds",
-        "tokens",
-        "trainable parameters",
-        "peak memory, MB",
-        "warm-up pays off after",
-    )
-    rows = [
-        (
-            str(c.n),
-            c.arm,
-            f"{c.flops_per_task / 1e12:.3g}",
-            f"{c.amortised_flops / 1e12:.3g}",
-            f"{c.training_s_per_task:.1f}",
-            f"{c.n_tokens_per_task:,.0f}",
-            f"{c.n_trainable_parameters:,}",
-            f"{c.peak_memory_bytes / 1e6:,.0f}",
-            pays_off(c) or NONE,
-        )
-        for c in sorted(findings.costs, key=lambda c: c.n)
-    ]
-    return Grid("Cost of training, mean of tasks and seeds", columns, rows)
 
 
 def efficiency_table(findings: Findings) -> Grid:
@@ -206,8 +172,7 @@ def _difference(c: Comparison | None) -> tuple[str, str, str, str]:
     if c is None:
         return (NONE, NONE, NONE, NONE)
     d = c.difference
-    verdict = c.verdict
-    said = seeds_said(c)
+    verdict, said = c.verdict, c.seeds
     return (
         signed(100 * d.mean),
         f"{signed(100 * d.low)} to {signed(100 * d.high)}",

@@ -19,7 +19,7 @@ class Claim:
     """`helps`, `hurts` or `no difference seen`."""
     numbers: str
     seeds: str
-    """Said where the seeds disagree, or where there is one alone; else empty."""
+    """Said where not all seeds say the same, or where there is one alone; else empty."""
 
 
 @dataclass(frozen=True)
@@ -147,19 +147,8 @@ def points(c: Comparison) -> str:
     )
 
 
-def seeds_said(c: Comparison) -> str:
-    """Say where the seeds disagree with the mean; empty where all agree."""
-    d = c.difference
-    if d.n_seeds == 1:
-        return "one seed"
-    if d.mean == 0 or d.n_agree == d.n_seeds:
-        return ""
-    side = "above" if d.mean > 0 else "below"
-    return f"the seeds disagree: {d.n_agree} of {d.n_seeds} {side} zero"
-
-
 def _claim(c: Comparison) -> Claim:
-    return Claim(c.n, c.verdict, points(c), seeds_said(c))
+    return Claim(c.n, c.verdict, points(c), c.seeds)
 
 
 def _places(findings: Findings, comparisons: Sequence[Comparison]) -> str:

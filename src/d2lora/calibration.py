@@ -1,0 +1,173 @@
+"""How long runs would take, guessed from a few steps and test rows measured here.
+
+For a study of which nothing has run yet. What is measured is the study's own code: a few optimizer
+steps of each warm-up and task, one batch of answers of the base, a few rows of what forgetting is
+measured on.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+from d2lora.data import is_local, split_validation
+from d2lora.errors import D2LoraError
+from d2lora.jobs import Mixed, Scored, Trial, WarmUp
+from d2lora.plan import ArmPlan, StudyPlan, adapt_settings
+from d2lora.runs import METRICS
+from d2lora.schedule import Plan
+from d2lora.settings import AdaptSettings, EvaluateSettings, WarmupSettings
+from d2lora.store import Job, shared_base
+
+N_STEPS = 4
+"""Optimizer steps that are measured of each kind; the first, which is slow, does not count."""
+N_ROWS = 16
+"""Rows that are measured of what forgetting is measured on."""
+_SHORT: dict[str, Any] = {
+    "max_steps": N_STEPS, "validation_fraction": 0.0, "validation_data": ()
+}  # fmt: skip
+S = TypeVar("S", WarmupSettings, AdaptSettings)
+
+
+class Calibration:
+    """Guesses seconds of runs; measures on first use, and only what is asked for."""
+
+    def __init__(self, plan: StudyPlan, mixed: Iterable[Mixed], n_threads: int) -> None:
+        """Guess for a plan whose data are named by paths.
+
+        Args:
+            plan: The plan.
+            mixed: Mixtures to be written: the rows of runs that train on one.
+            n_threads: Threads that a run will have.
+        """
+        self._plan, self._n_threads = plan, n_threads
+        self._mixed = {str(job.path): job for job in mixed}
+        self._step_s: dict[object, float] = {}
+        self._scoring_s: dict[str, float] = {}
+        self._failed: str | None = None
+
+    @cached_property
+    def _obstacle(self) -> str | None:
+        """What speaks against loading the base and data in a dry run."""
+        from d2lora.models import base_folder
+
+        tasks = self._plan.tasks.values()
+        files = [f for task in tasks for f in (*task.data, *task.test)]
+        files += [*self._plan.general_text, *self._plan.choices]
+        away = [name for name in files if not is_local(name)]
+        if away:
+            return f"{away[0]} is not on this machine"
+        try:
+            folder = base_folder(self._plan.base, self._plan.revision, fetch=False)
+        except D2LoraError:
+            return f"the base {self._plan.base} is not on this machine"
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        # Weights may be kept in a type of twice the size.
+        return f"the base {self._plan.base} may not fit here" if 2 * weights > memory else None
+
+    @property
+    def why_not(self) -> str | None:
+        """Why nothing can be guessed, or None."""
+        return self._obstacle or self._failed
+
+    def seconds(self, job: Job) -> float | None:
+        """Return a run's guessed seconds; None where nothing can be measured.
+
+        Merging, mixing and random adapters, done in a moment, count as nothing.
+        """
+        if self.why_not is not None:
+            return None
+        try:
+            if isinstance(job, WarmUp):
+                return self._steps(job.settings) * self._warm_up_step_s(job.settings)
+            total = 0.0
+            if isinstance(job, Trial | Scored) and job.training is not None:
+                total += self._steps(job.training) * self._task_step_s(job.about[0])
+            if isinstance(job, Scored):
+                total += self._scoring(job.about[0], job.tests)
+        except D2LoraError as error:
+            self._failed = str(error)
+            return None
+        return total
+
+    def _steps(self, settings: WarmupSettings | AdaptSettings) -> int:
+        from d2lora.tasks import read_task
+
+        n = settings.m if isinstance(settings, WarmupSettings) else settings.n
+        mixed = self._mixed.get(settings.data[0])
+        if mixed is not None:
+            general, own = mixed.general, mixed.training
+            n = round((general.m or 0) * general.epochs + (own.n or 0) * own.epochs)
+        if n is None:
+            n = len(read_task(settings.data, settings.task, skip_bad=True).rows)
+        shown, _ = split_validation(range(n), settings.validation_fraction)
+        return Plan.of(len(shown), settings, 0).n_steps
+
+    def _warm_up_step_s(self, settings: WarmupSettings) -> float:
+        from d2lora.warmup import warm_up
+
+        what = (settings.data, settings.batch_size, settings.objective, settings.rank)
+        if what not in self._step_s:
+            m = min(settings.m or N_ROWS, N_STEPS * settings.batch_size)
+            few = settings.changed(m=m, select=None, for_task=(), **_SHORT)
+            self._step_s[what] = self._step_s_of(few, warm_up)
+        return self._step_s[what]
+
+    def _task_step_s(self, task: str) -> float:
+        from d2lora.adaptation import adapt
+
+        if task not in self._step_s:
+            arm = ArmPlan(kind="fresh", name="fresh")
+            few = adapt_settings(self._plan, arm, task, max(self._plan.sizes), 0, Path(), **_SHORT)
+            few = few.changed(n=min(max(self._plan.sizes), N_STEPS * few.batch_size))
+            self._step_s[task] = self._step_s_of(few, adapt)
+        return self._step_s[task]
+
+    def _step_s_of(self, settings: S, phase: Callable[[S, Any], Any]) -> float:
+        """Run a few steps in a folder of their own; return the seconds of one."""
+        with tempfile.TemporaryDirectory() as folder:
+            tried = settings.changed(out=Path(folder) / "tried")
+            phase(tried, self._base)
+            lines = (tried.out / METRICS).read_text(encoding="utf-8").splitlines()
+        ends = [row["elapsed_s"] for row in map(json.loads, lines) if "elapsed_s" in row]
+        steps = [end - begin for begin, end in pairwise(ends)]
+        return median(steps) if steps else ends[0]
+
+    @cached_property
+    def _base(self) -> Any:
+        import torch
+
+        base = shared_base(self._plan)
+        if base.model.device.type == "cpu":
+            torch.set_num_threads(self._n_threads)
+        return base
+
+    def _scoring(self, task: str, tests: EvaluateSettings) -> float:
+        from d2lora.console import Reporter
+        from d2lora.evaluation import BASE, TestSets, measure
+
+        if task not in self._scoring_s:
+            sets = TestSets.read(tests)
+            assert sets.task is not None
+            n = min(len(sets.task.rows), tests.limit or len(sets.task.rows))
+            few = min(n, tests.batch_size)
+            text, choices = sets.general[:N_ROWS], sets.choices[:N_ROWS]
+            total = 0.0
+            for own, scale in (
+                (replace(sets, general=[], choices=[]), n / few),
+                (TestSets(None, text, []), len(sets.general) / max(1, len(text))),
+                (TestSets(None, [], choices), len(sets.choices) / max(1, len(choices))),
+            ):
+                began = time.perf_counter()
+                measure(BASE, self._base, own, tests.changed(limit=few), Reporter(quiet=True))
+                total += scale * (time.perf_counter() - began)
+            self._scoring_s[task] = total
+        return self._scoring_s[task]
