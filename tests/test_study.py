@@ -28,7 +28,8 @@ from d2lora.errors import DataError, SettingsError
 from d2lora.jobs import Scored, Trial
 from d2lora.mixture import write_mixture
 from d2lora.needs import Cell, Needs
-from d2lora.plan import KINDS, StudyPlan, read_plan, shipped
+from d2lora.plan import KINDS, StudyPlan
+from d2lora.plan_file import read_plan, shipped
 from d2lora.report import write_report
 from d2lora.settings import StudySettings
 from d2lora.store import Job, perform

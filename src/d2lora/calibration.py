@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 from d2lora.data import is_local, split_validation
 from d2lora.errors import D2LoraError
 from d2lora.jobs import Mixed, Scored, Trial, WarmUp
-from d2lora.plan import ArmPlan, StudyPlan, adapt_settings
+from d2lora.plan import ArmPlan, StudyPlan
+from d2lora.recipes import adapt_settings
 from d2lora.runs import METRICS
 from d2lora.schedule import Plan
 from d2lora.settings import AdaptSettings, EvaluateSettings, WarmupSettings

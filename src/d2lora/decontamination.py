@@ -16,7 +16,8 @@ from typing import Any
 from d2lora.contamination import Guard, Leak
 from d2lora.data import Row, is_local, read_source
 from d2lora.errors import DataError, listed
-from d2lora.plan import StudyPlan, warm_up_settings
+from d2lora.plan import StudyPlan
+from d2lora.recipes import warm_up_settings
 from d2lora.runs import write_text
 from d2lora.tasks import read_task
 

@@ -20,10 +20,8 @@ from d2lora.plan import (
     UNTRAINED,
     ArmPlan,
     StudyPlan,
-    adapt_settings,
-    pairs_settings,
-    warm_up_settings,
 )
+from d2lora.recipes import adapt_settings, base_values, pairs_settings, warm_up_settings
 from d2lora.schedule import Plan
 from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, PhaseSettings
 from d2lora.store import Job
@@ -237,9 +235,7 @@ class Needs:
         return WarmUp(f"warm-up {name}", place, self.store, settings)
 
     def _base(self) -> BaseSettings:
-        return BaseSettings(
-            **{name: getattr(self.plan, name) for name in BaseSettings.model_fields}
-        )
+        return BaseSettings(**base_values(self.plan))
 
     def _tests(self, name: str) -> EvaluateSettings:
         task = self.plan.tasks[name]

@@ -28,7 +28,8 @@ from d2lora.grids import as_table
 from d2lora.jobs import WarmUp
 from d2lora.models import base_folder
 from d2lora.needs import BASE, Cell, CellFailedError, Missing, Needs, cells_of
-from d2lora.plan import WORLD, StudyPlan, read_plan
+from d2lora.plan import WORLD, StudyPlan
+from d2lora.plan_file import read_plan
 from d2lora.runs import DONE, provenance, write_json, write_text
 from d2lora.settings import StudySettings
 from d2lora.store import Job
