@@ -10,28 +10,16 @@ completions only, as the rows are prompt and completion. Prints a Markdown table
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from common import base_of, head, medians, parser_of, row, taking_turns, worker
+
 SIDES = ("d2lora", "trl best", "trl defaults")
-SHAPES: dict[str, dict[str, int]] = {
-    "40M": {
-        "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 8,
-    },
-    "135M": {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3,
-    },
-}  # fmt: skip
-VOCABULARIES = {"40M": 32_000, "135M": 49_152}
 BATCH, RANK, RATE = 8, 16, 1e-3
 
 
@@ -41,71 +29,29 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measured(args.worker, args.base, args.data, args.steps, args.threads)))
         return
-    print(
-        "| base | side | tokens/s | d2lora is | peak memory, MB | share | first, last loss |\n"
-        "|---|---|---|---|---|---|---|"
-    )
+    head("base", "side", "tokens/s", "d2lora is", "peak memory, MB", "share", "first, last loss")
     with tempfile.TemporaryDirectory() as folder:
         for size in args.sizes:
             base = base_of(size, Path(folder), args.data)
-            runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-            for _ in range(args.rounds):
-                for side in SIDES:
-                    runs[side].append(run_apart(side, base, args))
+            sides = {side: partial(run_apart, side, base, args) for side in SIDES}
+            runs = taking_turns(sides, args.rounds)
             print_rows(size, runs)
 
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/gsm8k/train.jsonl"))
+    parser = parser_of(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["embedded", "40M"])
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--base", default="embedded", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def base_of(size: str, folder: Path, data: Path) -> str:
-    """Return a base of a size: the embedded one, or random weights with its own tokenizer."""
-    if size == "embedded":
-        return size
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from d2lora.embedded.tokenizer import train_tokenizer
-
-    lines = data.read_text(encoding="utf-8").strip().split("\n")
-    texts = (" ".join(map(str, json.loads(line).values())) for line in lines)
-    path = folder / size
-    tokenizer = train_tokenizer(texts, VOCABULARIES[size])
-    tokenizer.save_pretrained(path)
-    config = LlamaConfig(
-        vocab_size=VOCABULARIES[size],
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-        **SHAPES[size],
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return str(path)
-
-
 def run_apart(side: str, base: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one side in a process of its own."""
     words = ["--worker", side, "--base", base, "--data", str(args.data), "--steps", str(args.steps)]
-    done = subprocess.run(
-        [sys.executable, __file__, *words, "--threads", str(args.threads)],
-        env={**os.environ, "OMP_NUM_THREADS": str(args.threads)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return worker(__file__, [*words, "--threads", str(args.threads)], args.threads)
 
 
 def measured(side: str, base: str, data: Path, steps: int, threads: int) -> dict[str, Any]:
@@ -213,16 +159,15 @@ def trl_s(settings: Any, side: str) -> dict[str, Any]:
 
 def print_rows(size: str, runs: dict[str, list[dict[str, Any]]]) -> None:
     """Print medians and ratios of one size."""
-    speed = {s: statistics.median(r["tokens_per_s"] for r in runs[s]) for s in SIDES}
-    memory = {s: statistics.median(r["peak_memory_bytes"] for r in runs[s]) for s in SIDES}
+    speed = medians({s: [r["tokens_per_s"] for r in runs[s]] for s in SIDES})
+    memory = medians({s: [r["peak_memory_bytes"] for r in runs[s]] for s in SIDES})
     for side in SIDES:
         losses = runs[side][0]["losses"]
-        print(
-            f"| {size} | {side} | {speed[side]:.0f} | {speed['d2lora'] / speed[side]:.2f} x | "
-            f"{memory[side] / 1e6:.0f} | {memory['d2lora'] / memory[side]:.0%} | "
-            f"{losses[0]:.4f}, {losses[-1]:.4f} |",
-            flush=True,
-        )
+        row(
+            size, side, f"{speed[side]:.0f}", f"{speed['d2lora'] / speed[side]:.2f} x",
+            f"{memory[side] / 1e6:.0f}", f"{memory['d2lora'] / memory[side]:.0%}",
+            f"{losses[0]:.4f}, {losses[-1]:.4f}",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
