@@ -74,9 +74,10 @@ def base_of(size: str, folder: Path, data: Path, dtype: str = "float32") -> str:
 
 def environment(threads: int) -> dict[str, str]:
     """Return the environment of a process on so many cores, without a network."""
-    offline = {"HF_HUB_OFFLINE": "1", "TRACKIO_DIR": os.devnull, "WANDB_DISABLED": "true"}
-    cores = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **offline, **cores}
+    return {
+        **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(threads),
+    }  # fmt: skip
 
 
 def worker(file: str, words: Sequence[str], threads: int) -> dict[str, Any]:
