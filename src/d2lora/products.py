@@ -4,6 +4,7 @@ torch gives float32 products to MKL, which leaves AVX-512 unused on processors o
 oneDNN, which torch carries too, uses it everywhere. `benchmarks/matrix_products.py` measures both.
 """
 
+import os
 from functools import cache
 
 import torch
@@ -12,6 +13,10 @@ from torch.nn import functional
 
 LEAST_ROWS = 16
 """With fewer rows a product is bound by memory, and oneDNN costs more than it saves."""
+
+# oneDNN keeps the code and memory of the last 1,024 shapes it met. Batches rarely share a length,
+# so those of old batches are dead weight: hundreds of MB on a small base. It is read at first use.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 @cache
