@@ -139,7 +139,7 @@ def _score_task(
     if data.task.score == "preference":
         return _score_preferences(model, base, encoder, name, examples, settings)
     scorer = SCORERS[data.task.score]
-    decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size)
+    decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, lean=settings.lean)
     prompts = [encoder.prompt_ids(example.prompt) for example in examples]
     records: dict[int, dict[str, Any]] = {}
     with reporter.bar("generating", len(prompts)) as bar:

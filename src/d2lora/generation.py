@@ -240,14 +240,14 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     conversations = _conversations(settings)
     adapter = Path(settings.adapter) if settings.adapter else None
     base = load_base(settings)
-    if adapter:
-        check_fit(adapter, base)
     encoder = Encoder.of(base, chat_format_of(adapter, settings.chat_format))
-    model = attach_adapter(base.model, adapter, trainable=False) if adapter else base.model
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
-    decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
     prompts = [encoder.prompt_ids(conversation) for conversation in conversations]
-    outputs = dict(decoder.complete(prompts))
+    with adapted(base, adapter) as model:
+        decoder = Decoder(
+            model, base, settings.max_new_tokens, settings.batch_size, sampling, settings.lean
+        )
+        outputs = dict(decoder.complete(prompts))
     return [
         {"prompt": conversation[-1].content, "output": decode(base, outputs[index])}
         for index, conversation in enumerate(conversations)

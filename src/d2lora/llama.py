@@ -4,9 +4,9 @@ What transformers' pass costs beside the products and the attention that cannot 
 copying of keys and values, once to append them and once for every query head that shares them, and
 products that leave the processor's widest registers unused. Here
 
-- the cache is written in place, keys turned, so that a step is two batched products per layer in
-  which the query heads of one key are the rows of one matrix (grouped-query attention, Ainslie et
-  al. 2023, arXiv 2305.13245);
+- the cache is written in place, keys and values turned, so that attention is two batched products
+  a layer in which the query heads of one key are the rows of one matrix (grouped-query attention,
+  Ainslie et al. 2023, arXiv 2305.13245);
 - q, k and v are one product, gate and up another; norms' weights and the attention's scale are
   folded into them, and oneDNN gets the weights in the order in which it reads them;
 - prompts are computed a few at a time, padded on the right, where causality hides it, and only
@@ -143,17 +143,15 @@ class LlamaSteps:
         self._positions_B = torch.tensor(lengths)
         self._column = max(lengths)
         capacity = self._column + _BLOCK
-        shape = (len(llama.layers), n_rows, llama.n_keys)
-        self._keys_LBKEC = torch.empty(*shape, llama.head_size, capacity)
-        self._values_LBKCE = torch.empty(*shape, capacity, llama.head_size)
+        shape = (len(llama.layers), 2, n_rows, llama.n_keys, llama.head_size, capacity)
+        self._cache_L2BKEC = torch.empty(*shape)
         padding_BC = torch.arange(self._column) >= self._positions_B[:, None]
         self._hidden_B11C: Tensor | None = None
         if padding_BC.any():
             hidden_BC = torch.zeros(padding_BC.shape).masked_fill_(padding_BC, -torch.inf)
             # What the mask hides has to be a number all the same.
             self._hidden_B11C = hidden_BC[:, None, None]
-            self._keys_LBKEC[..., : self._column] = 0
-            self._values_LBKCE[..., : self._column, :] = 0
+            self._cache_L2BKEC[..., : self._column] = 0
         order = sorted(range(n_rows), key=lambda row: lengths[row])
         logits_BV = torch.empty(n_rows, len(llama.embedding))
         while order:
@@ -178,8 +176,8 @@ class LlamaSteps:
                 heads.unflatten(0, (n_rows, longest)).transpose(1, 2)
                 for heads in llama.heads(x_ND, layer, angles)
             )
-            self._keys_LBKEC[number, rows_B, :, :, :longest] = k_BKTE.transpose(-1, -2)
-            self._values_LBKCE[number, rows_B, :, :longest] = v_BKTE
+            both_2BKET = torch.stack([k_BKTE, v_BKTE]).transpose(-1, -2)
+            self._cache_L2BKEC[number, :, rows_B, ..., :longest] = both_2BKET
             attended_BHTE = functional.scaled_dot_product_attention(
                 q_BHTE, k_BKTE, v_BKTE, is_causal=True, scale=1.0, enable_gqa=True
             )
@@ -189,23 +187,23 @@ class LlamaSteps:
     def step(self, next_B: Tensor) -> Tensor:
         """Take one token a row; return the logits behind it, (B, V)."""
         llama, column = self._llama, self._column
-        if column == self._values_LBKCE.shape[3]:
-            self._keys_LBKEC = functional.pad(self._keys_LBKEC, (0, _BLOCK))
-            self._values_LBKCE = functional.pad(self._values_LBKCE, (0, 0, 0, _BLOCK))
+        if column == self._cache_L2BKEC.shape[-1]:
+            self._cache_L2BKEC = functional.pad(self._cache_L2BKEC, (0, _BLOCK))
         angles = llama.angles(self._positions_B)
         x_BD = llama.embedding[next_B]
         n_rows, seen = len(next_B), column + 1
         for number, layer in enumerate(llama.layers):
             q_BHE, k_BKE, v_BKE = llama.heads(x_BD, layer, angles)
-            keys_BKEC, values_BKCE = self._keys_LBKEC[number], self._values_LBKCE[number]
-            keys_BKEC[..., column] = k_BKE
-            values_BKCE[..., column, :] = v_BKE
+            cache_2BKEC = self._cache_L2BKEC[number]
+            cache_2BKEC[0, ..., column] = k_BKE
+            cache_2BKEC[1, ..., column] = v_BKE
+            keys_BKEC, values_BKEC = cache_2BKEC[..., :seen]
             q_BKGE = q_BHE.unflatten(1, (llama.n_keys, -1))
-            scores_BKGC = q_BKGE @ keys_BKEC[..., :seen]
+            scores_BKGC = q_BKGE @ keys_BKEC
             if self._hidden_B11C is not None:
                 hidden_B11C = self._hidden_B11C
                 scores_BKGC[..., : hidden_B11C.shape[-1]] += hidden_B11C
-            attended_BKGE = scores_BKGC.softmax(-1) @ values_BKCE[..., :seen, :]
+            attended_BKGE = scores_BKGC.softmax(-1) @ values_BKEC.transpose(-1, -2)
             x_BD = llama.rest(x_BD, attended_BKGE.reshape(n_rows, -1), layer)
         self._column += 1
         self._positions_B = self._positions_B + 1
@@ -222,13 +220,10 @@ class LlamaSteps:
         order = list(range(n_kept))
         for hole, row in zip(holes, movers, strict=True):
             order[hole] = row
-        column = self._column
+        column, cache = self._column, self._cache_L2BKEC
         for hole, row in zip(holes, movers, strict=True):
-            self._keys_LBKEC[:, hole, ..., :column] = self._keys_LBKEC[:, row, ..., :column]
-            values_LBKCE = self._values_LBKCE
-            values_LBKCE[:, hole, :, :column] = values_LBKCE[:, row, :, :column]
-        self._keys_LBKEC = self._keys_LBKEC[:, :n_kept]
-        self._values_LBKCE = self._values_LBKCE[:, :n_kept]
+            cache[:, :, hole, ..., :column] = cache[:, :, row, ..., :column]
+        self._cache_L2BKEC = cache[:, :, :n_kept]
         self._positions_B = self._positions_B[order]
         if self._hidden_B11C is not None:
             self._hidden_B11C = self._hidden_B11C[order]
