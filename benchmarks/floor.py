@@ -16,14 +16,15 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common import base_of, head, medians, parser_of, row, taking_turns, worker
-from sides import ours, settings_of
+from sides import ours, settings_of, wait
 
-REPEATS, LEAST_S = 3, 0.05
+REPEATS, _CALLS = 3, 10
 
 
 def main() -> None:
@@ -67,35 +68,36 @@ def run_apart(base: str, dtype: str, args: argparse.Namespace) -> dict[str, floa
 
 
 def measured(args: argparse.Namespace) -> dict[str, float]:
-    """Train, and measure products before and after."""
-    import torch
-
-    torch.set_num_threads(args.threads)
+    """Train, then measure the products."""
     settings = settings_of(args.base, args.data, args.steps, args.threads, dtype=args.dtype)
-    trained: dict[str, Any] = ours(settings)
+    return against_floor(settings, ours(settings))
+
+
+def against_floor(settings: Any, trained: dict[str, Any]) -> dict[str, float]:
+    """Return a run's speed beside that of its matrix products, measured now.
+
+    Args:
+        settings: The run's settings.
+        trained: What `sides` measured of it.
+    """
     weights, width, vocabulary = shapes_of(settings)
-    n_tokens, n_predicted, elapsed_s = (
-        trained[name] for name in ("n_tokens", "n_supervised", "elapsed_s")
-    )
-    n_steps = args.steps - 1
-    dtype = getattr(torch, args.dtype)
-    rows = min(1024, n_tokens // n_steps)
+    n_tokens, n_predicted = trained["n_tokens"], trained["n_supervised"]
+    a_step = n_tokens // (settings.max_steps - 1)
+    rows = min(1024 if settings.device == "cpu" else 8192, a_step)
+    places = settings.dtype, settings.device
     floor_s = flops = 0.0
-    for (n_in, n_out), count in weights.items():
-        work = 4 * n_in * n_out * count * n_tokens
-        rates = (rate(rows, n_in, n_out, dtype), rate(rows, n_out, n_in, dtype))
-        floor_s += sum(work / 2 / r for r in rates)
-        flops += work
-    work = 4 * width * vocabulary * n_predicted
-    rows_of_head = max(1, rows * n_predicted // n_tokens)
-    rates = tuple(rate(rows_of_head, *s, dtype) for s in ((width, vocabulary), (vocabulary, width)))
-    floor_s += sum(work / 2 / r for r in rates)
-    flops += work
+    products = [(*shape, rows, count * n_tokens) for shape, count in weights.items()]
+    products.append((width, vocabulary, max(1, rows * n_predicted // n_tokens), n_predicted))
+    for n_in, n_out, n_rows, n_times in products:
+        work = 2 * n_in * n_out * n_times
+        for shape in ((n_in, n_out), (n_out, n_in)):
+            floor_s += work / rate(n_rows, *shape, *places)
+            flops += work
     return {
-        "tokens_per_s": n_tokens / elapsed_s,
-        "achieved": flops / elapsed_s / 1e9,
+        "tokens_per_s": trained["tokens_per_s"],
+        "achieved": flops / trained["elapsed_s"] / 1e9,
         "peak": flops / floor_s / 1e9,
-        "fraction": floor_s / elapsed_s,
+        "fraction": floor_s / trained["elapsed_s"],
     }
 
 
@@ -114,31 +116,32 @@ def shapes_of(settings: Any) -> tuple[Counter[tuple[int, int]], int, int]:
     )
 
 
-def rate(n_rows: int, n_in: int, n_out: int, dtype: Any) -> float:
-    """Return the FLOP/s of a product at its best: median of several timings."""
+def rate(n_rows: int, n_in: int, n_out: int, dtype: str, device: str) -> float:
+    """Return the FLOP/s of a product at its best: the median of several timings."""
     import torch
     from torch.nn import functional
 
-    x, weight = torch.randn(n_rows, n_in).to(dtype), torch.randn(n_out, n_in).to(dtype)
-    products = (
-        partial(functional.linear, x, weight),
-        partial(torch.ops.mkldnn._linear_pointwise, x, weight, None, "none", [], ""),
-    )
+    form = {"dtype": getattr(torch, dtype), "device": device}
+    x, weight = torch.randn(n_rows, n_in, **form), torch.randn(n_out, n_in, **form)
+    products: list[Callable[[], Any]] = [partial(functional.linear, x, weight)]
+    if device == "cpu":
+        onednn = torch.ops.mkldnn._linear_pointwise
+        products.append(partial(onednn, x, weight, None, "none", [], ""))
     work = 2 * n_rows * n_in * n_out
-    return max(work / _seconds(product) for product in products)
+    return max(work / _seconds(product, x.device) for product in products)
 
 
-def _seconds(call: Any) -> float:
-    """Return the seconds of one call."""
-    call()
+def _seconds(call: Callable[[], Any], device: Any) -> float:
+    """Return the seconds of one call, waiting for the device only at the end of many."""
     taken: list[float] = []
-    for _ in range(REPEATS):
-        began, n_calls = time.perf_counter(), 0
-        while time.perf_counter() - began < LEAST_S:
+    for n_calls in (1, *[_CALLS] * REPEATS):
+        wait(device)
+        began = time.perf_counter()
+        for _ in range(n_calls):
             call()
-            n_calls += 1
+        wait(device)
         taken.append((time.perf_counter() - began) / n_calls)
-    return statistics.median(taken)
+    return statistics.median(taken[1:])  # the first one warms up
 
 
 if __name__ == "__main__":

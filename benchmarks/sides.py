@@ -81,7 +81,7 @@ def trl_s(settings: Any, **best: Any) -> dict[str, Any]:
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            _wait(base.model.device)
+            wait(base.model.device)
             ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +106,8 @@ def trl_s(settings: Any, **best: Any) -> dict[str, Any]:
     return _result(items, ends[-1] - ends[0], losses)
 
 
-def _wait(device: Any) -> None:
+def wait(device: Any) -> None:
+    """Wait until a GPU has done what it was given."""
     if device.type == "cuda":
         import torch
 

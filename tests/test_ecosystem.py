@@ -1,6 +1,7 @@
 """Adapters without us, and warm starts in other people's trainers."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -208,3 +209,17 @@ def test_losses_and_the_adapter_after_several_steps_are_trl_s_in_the_same_order(
         torch.testing.assert_close(
             value, tuned[name.replace(".weight", ".default.weight")], rtol=1e-2, atol=1e-3
         )
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_at_a_small_size_on_a_cpu_with_equal_losses(problems: str) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "gpu_bench"
+    words = "--size small --device cpu --dtype float32 --rounds 1 --steps 4 --threads 1".split()
+    done = subprocess.run(
+        [script, *words, "--data", problems], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert "of the floor" in done.stdout
+    table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0].strip("| ") for row in table] == ["side", "d2lora", "trl best", "trl defaults"]
+    assert len({row[-1] for row in table[1:]}) == 1
