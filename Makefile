@@ -23,6 +23,10 @@ $(VENV)/.test: $(VENV)/.base
 	@$(PIP) --editable '.[test]'
 	@touch $@
 
+$(VENV)/.bench: $(VENV)/.test
+	@$(PIP) --editable '.[bench]'
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/.test
 	@$(PIP) --editable '.[dev]'
 	@touch $@
@@ -45,13 +49,19 @@ lint: $(VENV)/.dev  ## style, types, import order, dependencies, spelling
 	$(BIN)/deptry src
 	$(BIN)/codespell src tests docs scripts benchmarks README.md CHANGELOG.md CONTRIBUTING.md
 
-bench: $(VENV)/.test  ## benchmarks side by side with TRL and transformers, some minutes
+# Sizes and rounds are those that end within 15 minutes on 2 cores; the programs' own are larger.
+bench: $(VENV)/.bench  ## benchmarks side by side with TRL, transformers and lm-eval, a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix_products.py
-	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/generation.py
-	$(BIN)/python benchmarks/selection.py --sizes 1000 10000
-	$(BIN)/python benchmarks/rank_change.py
-	$(BIN)/python benchmarks/preferences.py
+	$(BIN)/python benchmarks/training.py --rounds 1 --steps 4
+	$(BIN)/python benchmarks/floor.py --rounds 1 --steps 3
+	$(BIN)/python benchmarks/generation.py --rounds 1
+	$(BIN)/python benchmarks/choices.py --rounds 1 --questions 50 --sizes embedded
+	$(BIN)/python benchmarks/adapt.py --rounds 1 --sizes 64
+	$(BIN)/python benchmarks/study_cells.py --trl-runs 4
+	$(BIN)/python benchmarks/growth.py --tokens 10000 30000 100000 --runs 1 2 4
+	$(BIN)/python benchmarks/selection.py --sizes 1000
+	$(BIN)/python benchmarks/rank_change.py --rounds 1
+	$(BIN)/python benchmarks/preferences.py --steps 4
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) demo-out build dist

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training import base_of
+from common import base_of
 
 from d2lora.encode import Encoder
 from d2lora.generation import Decoder

@@ -1,5 +1,7 @@
 """Adapters without us, and warm starts in other people's trainers."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from d2lora import AdaptSettings, WarmStart, WarmStartError, adapt
+from d2lora import AdaptSettings, WarmStart, WarmStartError, adapt, phase
 from d2lora.batches import collate
 from d2lora.encode import Encoder
 from d2lora.models import attach_adapter, load_base
 from d2lora.objectives import SFT
+from d2lora.schedule import Plan
 from d2lora.scorer import TokenScorer
 from d2lora.settings import BaseSettings
 from d2lora.tasks import read_task
@@ -166,3 +169,57 @@ def test_the_loss_is_trl_s_on_the_same_batch(
         loss = SFT().share(TokenScorer(attached), items, items, base.pad_id).loss
     assert ours.targets_P.numel() == sum(len(row) for row in supervised)
     assert float(loss) == pytest.approx(logged, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_losses_and_the_adapter_after_several_steps_are_trl_s_in_the_same_order(
+    tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    n_steps, size, rate = 6, 4, 1e-2
+    rows = [
+        {"prompt": f"User: {e.prompt[0].content}\nAssistant:", "completion": f" {e.completion}"}
+        for e in read_task([problems]).examples[: n_steps * size]
+    ]
+    model = warm_start.apply_to(AutoModelForCausalLM.from_pretrained(tiny_base))
+    trainer = trl_trainer(
+        model, tiny_base, rows, tmp_path / "trl", max_steps=n_steps, learning_rate=rate,
+        per_device_train_batch_size=size, lr_scheduler_type="linear",
+        train_sampling_strategy="sequential", shuffle_dataset=False,
+    )  # fmt: skip
+    trainer.train()
+    theirs = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    monkeypatch.setattr(Plan, "batch", lambda _, step: list(range(step * size, (step + 1) * size)))
+    monkeypatch.setattr(phase, "nested_order", lambda n, _: list(range(n)))
+    ours = adapt(
+        AdaptSettings(
+            base=tiny_base, data=(problems,), out=tmp_path / "ours", init=str(warm_start.path),
+            max_steps=n_steps, batch_size=size, learning_rate=rate, warmup_fraction=0.0,
+            device="cpu", quiet=True,
+        )
+    )  # fmt: skip
+    log = [json.loads(line) for line in (ours.path / "metrics.jsonl").open()]
+    own = [row["loss"] for row in log if "learning_rate" in row]
+    assert len(own) == len(theirs) == n_steps
+    assert own == pytest.approx(theirs, rel=1e-3)
+    tuned = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+    for name, value in load_file(ours.path / "adapter_model.safetensors").items():
+        torch.testing.assert_close(
+            value, tuned[name.replace(".weight", ".default.weight")], rtol=1e-2, atol=1e-3
+        )
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_at_a_small_size_on_a_cpu_with_equal_losses(problems: str) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "gpu_bench"
+    words = "--size small --device cpu --dtype float32 --rounds 1 --steps 4 --threads 1".split()
+    done = subprocess.run(
+        [script, *words, "--data", problems], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert "of the floor" in done.stdout
+    table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0].strip("| ") for row in table] == ["side", "d2lora", "trl best", "trl defaults"]
+    assert len({row[-1] for row in table[1:]}) == 1

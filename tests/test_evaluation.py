@@ -1,6 +1,7 @@
 """Generation against transformers' own, and evaluation against sums done by hand."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,11 @@ from d2lora import (
 )
 from d2lora.embedded import choice_rows, text_rows
 from d2lora.encode import Encoder
-from d2lora.generation import Decoder, Sampling, choose
+from d2lora.generation import Decoder, Sampling, adapted, choose
+from d2lora.llama import Llama, LlamaSteps
 from d2lora.models import (
     attach_adapter,
+    causal_model,
     detach_adapter,
     fingerprint_of_model,
     load_base,
@@ -63,6 +66,71 @@ def test_greedy_generation_equals_transformers_whatever_the_batch(
             )  # fmt: skip
             expected = [t for t in theirs[0, len(prompt) :].tolist() if t != base.eos_id]
             assert ours[index] == expected
+
+
+def test_the_faster_decoding_says_what_the_plain_one_says_for_the_base_and_a_merged_adapter(
+    tiny_base: str, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(BaseSettings(base=tiny_base, device="cpu"))
+    encoder = Encoder.of(base, None)
+    texts = [f"Tom has {n} pens. " * (1 + n % 7) + "How many?" for n in range(30)]
+    prompts = [encoder.prompt_ids([Message("user", text)]) for text in texts]
+    for folder in (None, adapter.path):
+        with adapted(base, folder) as model:
+            assert Llama.of(causal_model(model)) is not None
+            monkeypatch.setattr(base.model.generation_config, "eos_token_id", None)
+            said = dict(Decoder(model, base, 80, 30, lean=False).complete(prompts))
+            # With more tokens that end a completion, some rows leave before others.
+            common = [n for n, _ in Counter(t for ids in said.values() for t in ids).most_common()]
+            monkeypatch.setattr(base.model.generation_config, "eos_token_id", common[3::9])
+            for batch_size in (1, 7, 30):
+                fast, plain = (
+                    dict(Decoder(model, base, 80, batch_size, lean=lean).complete(prompts))
+                    for lean in (True, False)
+                )
+                assert fast == plain
+                assert len({len(ids) for ids in fast.values()}) > 1
+
+
+def test_rows_may_leave_the_faster_decoding_in_any_order(tiny_base: str) -> None:
+    base = load_base(BaseSettings(base=tiny_base, device="cpu"))
+    llama = Llama.of(base.model)
+    assert llama is not None
+    prompts = [[5 + n] * (3 + n) for n in range(6)]
+    tokens = torch.tensor([[30 + n, 40 + n] for n in range(6)])
+    with torch.inference_mode():
+        whole = LlamaSteps(llama)
+        whole.begin(prompts)
+        whole.step(tokens[:, 0])
+        expected = whole.step(tokens[:, 1])
+        for kept in ([1, 3, 4], [0, 5], [5], [0, 1, 2], [3, 4, 5]):
+            steps = LlamaSteps(llama)
+            steps.begin(prompts)
+            steps.step(tokens[:, 0])
+            order = steps.keep(kept)
+            assert sorted(order) == kept
+            torch.testing.assert_close(steps.step(tokens[order, 1]), expected[order])
+
+
+def test_models_that_the_faster_decoding_does_not_compute_keep_their_own_pass(
+    tiny_base: str, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(BaseSettings(base=tiny_base, device="cpu"))
+    prompts = [[5, 6, 7]]
+    expected = dict(Decoder(base.model, base, 5, 1, lean=False).complete(prompts))
+    attached = attach_adapter(base.model, adapter.path, trainable=False)
+    assert Llama.of(causal_model(attached)) is None  # the adapter is not merged
+    detach_adapter(attached)
+    wide = load_base(BaseSettings(base=tiny_base, device="cpu", dtype="bfloat16"))
+    assert Llama.of(wide.model) is None
+    # A difference that is not in the configuration is found out by the first prompt.
+    monkeypatch.setattr(
+        LlamaSteps, "begin", lambda _, prompts: torch.zeros(len(prompts), base.model.vocab_size)
+    )
+    monkeypatch.setattr(
+        LlamaSteps, "step", lambda _, next_B: torch.zeros(len(next_B), base.model.vocab_size)
+    )
+    assert dict(Decoder(base.model, base, 5, 1).complete(prompts)) == expected
 
 
 def test_folding_the_adapter_gives_the_same_outputs_and_leaves_no_trace(

@@ -139,7 +139,7 @@ def _score_task(
     if data.task.score == "preference":
         return _score_preferences(model, base, encoder, name, examples, settings)
     scorer = SCORERS[data.task.score]
-    decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size)
+    decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, lean=settings.lean)
     prompts = [encoder.prompt_ids(example.prompt) for example in examples]
     records: dict[int, dict[str, Any]] = {}
     with reporter.bar("generating", len(prompts)) as bar:
@@ -222,18 +222,24 @@ def _right_choices(
     """
     if not questions:
         return None
-    rows: list[Question] = []
-    for question in questions:
-        prompt = (Message("user", question.prompt),)
-        whole = [encoder.encode(Example(prompt, choice)) for choice in question.choices]
-        endings = tuple(w.ids[w.n_prompt : -1] for w in whole)
-        rows.append(Question(whole[0].ids[: whole[0].n_prompt], endings))
+    rows = questions_of(encoder, questions)
     scores = continuation_scores(TokenScorer(model), rows, base.pad_id)
     right: list[float] = []
     for question, by_choice in zip(questions, scores, strict=True):
         per_character = [s / len(c) for s, c in zip(by_choice, question.choices, strict=True)]
         right.append(float(int(np.argmax(per_character)) == question.answer))
     return np.array(right)
+
+
+def questions_of(encoder: Encoder, questions: Sequence[Choice]) -> list[Question]:
+    """Return multiple-choice questions as token ids; a choice's EOS is not scored."""
+    rows: list[Question] = []
+    for question in questions:
+        prompt = (Message("user", question.prompt),)
+        whole = [encoder.encode(Example(prompt, choice)) for choice in question.choices]
+        endings = tuple(w.ids[w.n_prompt : -1] for w in whole)
+        rows.append(Question(whole[0].ids[: whole[0].n_prompt], endings))
+    return rows
 
 
 def _evaluated(

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from d2lora.artifacts import Manifest, check_fit, has_manifest
 from d2lora.encode import Encoder
 from d2lora.errors import DataError, SettingsError
 from d2lora.lean import lean_layers
+from d2lora.llama import Llama, LlamaSteps
 from d2lora.models import Base, attach_adapter, causal_model, detach_adapter, load_base, merged
 from d2lora.rows import Message
 from d2lora.runs import write_text
@@ -36,6 +37,27 @@ class Sampling:
     seed: int = 0
 
 
+class Steps(Protocol):
+    """Prompts and what was decoded of them so far, in a model's memory."""
+
+    @property
+    def slack(self) -> int:
+        """How many rows have to end before leaving is cheaper than being computed on."""
+        ...
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Compute prompts; return the logits behind each, (B, V)."""
+        ...
+
+    def step(self, next_B: Tensor) -> Tensor:
+        """Take one token a row; return the logits behind it, (B, V)."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> list[int]:
+        """Drop the other rows; return which row is now where."""
+        ...
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A model with what it needs to decode."""
@@ -45,15 +67,31 @@ class Decoder:
     max_new_tokens: int
     batch_size: int
     sampling: Sampling = Sampling()
+    lean: bool = True
+    """Take the faster pass where it is equal to the model's own."""
 
     def complete(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
         """Yield (index of the prompt, ids of its completion without EOS), as batches end."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         generator = torch.Generator().manual_seed(self.sampling.seed)
+        llama = self._own_pass(prompts[order[0]]) if order and self.lean else None
         for begin in range(0, len(order), self.batch_size):
             chunk = order[begin : begin + self.batch_size]
-            outputs = self._decode([prompts[index] for index in chunk], generator)
+            steps = LlamaSteps(llama) if llama else _PlainSteps(self)
+            outputs = self._decode([prompts[index] for index in chunk], steps, generator)
             yield from zip(chunk, outputs, strict=True)
+
+    @torch.inference_mode()
+    def _own_pass(self, prompt: Sequence[int]) -> Llama | None:
+        """Return the faster pass, if a prompt and a token behind it get the model's own logits."""
+        llama = Llama.of(causal_model(self.model))
+        if llama is None:
+            return None
+        logits: list[Tensor] = []
+        for steps in (LlamaSteps(llama), _PlainSteps(self)):
+            first_1V = steps.begin([prompt])
+            logits.append(torch.stack([first_1V, steps.step(torch.tensor([self.base.eos_id]))]))
+        return llama if torch.allclose(*logits, rtol=1e-3, atol=1e-3) else None
 
     @property
     def stop_ids(self) -> set[int]:
@@ -65,46 +103,73 @@ class Decoder:
 
     @torch.inference_mode()
     def _decode(
-        self, prompts: Sequence[Sequence[int]], generator: torch.Generator
+        self, prompts: Sequence[Sequence[int]], steps: Steps, generator: torch.Generator
     ) -> list[list[int]]:
         causal = causal_model(self.model)
-        device = causal.device
-        ids_BT, mask_BT = _left_padded(prompts, self.base.pad_id, device)
+        longest = max(map(len, prompts))
         limit = getattr(causal.config, "max_position_embeddings", None) or sys.maxsize
-        n_steps = min(self.max_new_tokens, limit - ids_BT.shape[1])
+        n_steps = min(self.max_new_tokens, limit - longest)
         if n_steps < 1:
-            raise DataError(f"a prompt has {ids_BT.shape[1]} tokens; the base takes {limit}")
-        stop = torch.tensor(sorted(self.stop_ids), device=device)
-        cache = DynamicCache(config=causal.config)
+            raise DataError(f"a prompt has {longest} tokens; the base takes {limit}")
+        stop = self.stop_ids
         outputs: list[list[int]] = [[] for _ in prompts]
-        alive = list(range(len(prompts)))
-        positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
-        for _ in range(n_steps):
-            logits_BV = causal(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                position_ids=positions_BT,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+        owners = list(range(len(prompts)))
+        going = set(owners)
+        logits_BV = steps.begin(prompts)
+        for number in range(n_steps):
             next_B = choose(logits_BV, self.sampling, generator)
-            ended_B = torch.isin(next_B, stop)
-            for row, token, ended in zip(alive, next_B.tolist(), ended_B.tolist(), strict=True):
-                if not ended:
-                    outputs[row].append(token)
-            going = (~ended_B).nonzero()[:, 0]
-            if len(going) == 0:
+            for row, token in enumerate(next_B.tolist()):
+                if row in going and token in stop:
+                    going.remove(row)
+                elif row in going:
+                    outputs[owners[row]].append(token)
+            if not going or number + 1 == n_steps:
                 break
-            if len(going) < len(alive):
-                cache.batch_select_indices(going)
-                kept = going.tolist()
-                alive = [alive[index] for index in kept]
-                next_B, mask_BT, positions_BT = next_B[going], mask_BT[going], positions_BT[going]
-            ids_BT = next_B[:, None]
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
-            positions_BT = positions_BT[:, -1:] + 1
+            if len(owners) - len(going) >= steps.slack:
+                order = steps.keep(sorted(going))
+                owners = [owners[row] for row in order]
+                going = set(range(len(order)))
+                next_B = next_B[order]
+            logits_BV = steps.step(next_B)
         return outputs
+
+
+class _PlainSteps:
+    """Any causal language model, by transformers' own pass and cache."""
+
+    slack = 1
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._causal = causal_model(decoder.model)
+        self._pad_id = decoder.base.pad_id
+        self._cache = DynamicCache(config=self._causal.config)
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        ids_BT, self._mask_BT = _left_padded(prompts, self._pad_id, self._causal.device)
+        self._positions_BT = (self._mask_BT.cumsum(-1) - 1).clamp(min=0)
+        return self._logits(ids_BT)
+
+    def step(self, next_B: Tensor) -> Tensor:
+        self._mask_BT = torch.cat([self._mask_BT, self._mask_BT.new_ones(len(next_B), 1)], dim=1)
+        self._positions_BT = self._positions_BT[:, -1:] + 1
+        return self._logits(next_B[:, None])
+
+    def keep(self, rows: Sequence[int]) -> list[int]:
+        kept = torch.tensor(rows, device=self._mask_BT.device)
+        self._cache.batch_select_indices(kept)
+        self._mask_BT, self._positions_BT = self._mask_BT[kept], self._positions_BT[kept]
+        return list(rows)
+
+    def _logits(self, ids_BT: Tensor) -> Tensor:
+        output = self._causal(
+            input_ids=ids_BT,
+            attention_mask=self._mask_BT,
+            position_ids=self._positions_BT,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -175,14 +240,14 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     conversations = _conversations(settings)
     adapter = Path(settings.adapter) if settings.adapter else None
     base = load_base(settings)
-    if adapter:
-        check_fit(adapter, base)
     encoder = Encoder.of(base, chat_format_of(adapter, settings.chat_format))
-    model = attach_adapter(base.model, adapter, trainable=False) if adapter else base.model
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
-    decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
     prompts = [encoder.prompt_ids(conversation) for conversation in conversations]
-    outputs = dict(decoder.complete(prompts))
+    with adapted(base, adapter) as model:
+        decoder = Decoder(
+            model, base, settings.max_new_tokens, settings.batch_size, sampling, settings.lean
+        )
+        outputs = dict(decoder.complete(prompts))
     return [
         {"prompt": conversation[-1].content, "output": decode(base, outputs[index])}
         for index, conversation in enumerate(conversations)

@@ -296,6 +296,16 @@ def merged(model: PeftModel) -> Generator[None]:
                 weight.copy_(value)
 
 
+def weight_of(layer: nn.Module) -> Any:
+    """Return the one matrix that a linear layer multiplies with; None where there is none.
+
+    An adapter has to be merged.
+    """
+    if isinstance(layer, LoraLayer):
+        return weight_of(layer.get_base_layer()) if layer.merged else None
+    return layer.weight if type(layer) is nn.Linear else None
+
+
 def causal_model(model: nn.Module) -> PreTrainedModel:
     """Return the causal language model inside a PEFT model, adapters in place."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -123,7 +123,9 @@ def _sampled(
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
     texts: list[dict[str, None]] = [{} for _ in examples]
     with adapted(base, folder) as model, reporter.bar("sampling", len(repeated)) as bar:
-        decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
+        decoder = Decoder(
+            model, base, settings.max_new_tokens, settings.batch_size, sampling, settings.lean
+        )
         for done, (index, ids) in enumerate(decoder.complete(repeated), 1):
             texts[index // settings.samples][decode(base, ids)] = None
             bar.update(done)

@@ -4,6 +4,7 @@ torch gives float32 products to MKL, which leaves AVX-512 unused on processors o
 oneDNN, which torch carries too, uses it everywhere. `benchmarks/matrix_products.py` measures both.
 """
 
+import os
 from functools import cache
 
 import torch
@@ -12,6 +13,11 @@ from torch.nn import functional
 
 LEAST_ROWS = 16
 """With fewer rows a product is bound by memory, and oneDNN costs more than it saves."""
+_TYPICAL_ROWS = 64
+
+# oneDNN keeps the code and memory of the last 1,024 shapes it met. Batches rarely share a length,
+# so those of old batches are dead weight: hundreds of MB on a small base. It is read at first use.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 @cache
@@ -39,3 +45,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return functional.linear(x, weight, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
+
+
+def packed(weight: Tensor) -> Tensor:
+    """Return a copy of a weight, (out, in), as `product` reads it fastest.
+
+    On the processors that oneDNN serves best it is an opaque tensor in oneDNN's own order.
+    """
+    weight = weight.detach().contiguous()
+    if not onednn_is_faster():
+        return weight
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+    return reordered
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `x weight'` for a packed weight, without a gradient; x has shape (N, in)."""
+    if not weight.is_mkldnn:
+        return functional.linear(x, weight)
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return result

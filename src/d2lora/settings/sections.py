@@ -204,3 +204,5 @@ class GenerationSettings(Settings):
     """Most tokens to generate for one prompt."""
     batch_size: int = Field(default=64, ge=1)
     """Prompts decoded together."""
+    lean: bool = True
+    """Decode with the faster pass where the model is one that it computes (Llama on a CPU)."""

@@ -1,0 +1,72 @@
+"""`d2lora adapt` as a process against the same `trl sft` run, and start-up alone.
+
+    python benchmarks/adapt.py --sizes 64 256
+
+Same base (embedded), rows, adapter, batches, epochs, rate, seed and precision on each side (see
+runs.py). `trl sft` is measured as it comes and without gradient checkpointing. The mean losses of
+the last epoch show that both train the same thing. Start-up: `--help`, and the time from the
+start of the command to the end of the first optimizer step. Prints two Markdown tables of medians.
+"""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from common import console_script, head, medians, parser_of, ran, row, taking_turns
+
+import runs
+
+
+def main() -> None:
+    """Measure both and print the tables."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 256], help="rows")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        whole(args.data, args.sizes, folder, args.rounds, args.threads)
+        start_up(args.data, folder, args.rounds, args.threads)
+
+
+def whole(data: Path, sizes: list[int], folder: Path, rounds: int, threads: int) -> None:
+    """Print the table of whole runs."""
+    head("rows", "side", "whole run, s", "d2lora is", "steps", "mean loss of the last epoch")
+    for n in sizes:
+        ours, theirs = runs.write_rows(data, n, folder)
+        sft = partial(runs.run_sft, theirs, folder / "sft", threads)
+        sides = {
+            "d2lora adapt": partial(runs.run_adapt, ours, folder / "adapt", threads),
+            "trl sft, best": partial(sft, gradient_checkpointing=False),
+            "trl sft": sft,
+        }
+        done = taking_turns(sides, rounds)
+        elapsed_s = medians({side: [run.elapsed_s for run in of] for side, of in done.items()})
+        for side, of in done.items():
+            losses = of[-1].losses
+            last = losses[-(len(losses) // 3) :]
+            ratio = elapsed_s[side] / elapsed_s["d2lora adapt"]
+            mean = sum(last) / len(last)
+            row(n, side, f"{elapsed_s[side]:.1f}", f"{ratio:.2f} x", len(losses), f"{mean:.3f}")
+
+
+def start_up(data: Path, folder: Path, rounds: int, threads: int) -> None:
+    """Print the table of `--help` and of the first step."""
+    ours, theirs = runs.write_rows(data, 64, folder)
+    sides = {
+        "d2lora --help": lambda: ran([console_script("d2lora"), "--help"], threads)[0],
+        "trl --help": lambda: ran([console_script("trl"), "--help"], threads)[0],
+        "d2lora adapt, first step": partial(
+            runs.first_step_of_adapt, ours, folder / "first-adapt", threads
+        ),
+        "trl sft, first step": partial(
+            runs.first_step_of_sft, theirs, folder / "first-sft", threads
+        ),
+    }
+    print()
+    head("start-up", "s")
+    for side, elapsed_s in medians(taking_turns(sides, rounds)).items():
+        row(side, f"{elapsed_s:.2f}")
+
+
+if __name__ == "__main__":
+    main()

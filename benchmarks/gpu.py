@@ -1,0 +1,85 @@
+"""Training at Llama-3.2-1B's shape in bfloat16 on a GPU against TRL + PEFT, and against the GPU.
+
+    scripts/gpu_bench
+
+Random weights, rows of GSM8K, batches of 8, rank 16, the same rows in the same order on both sides,
+which take turns as processes of their own. TRL is measured at its defaults and without gradient
+checkpointing; packing, which changes what a batch is and needs another attention to keep rows
+apart, is left out. Fraction of the floor as in floor.py: 4 N FLOPs a token, the head at supervised
+positions, over the matrix products' rate at these shapes. Several adapters in one batch are not
+measured, as d2lora trains one at a time. Takes less than 10 minutes; prints its table last.
+`--device cpu --size small` tries it out without a GPU.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common import SHAPES, base_of, head, medians, parser_of, row, taking_turns, worker
+from floor import against_floor
+from sides import ours, settings_of, trl_s
+
+SIDES: dict[str, dict[str, Any]] = {
+    "d2lora": {}, "trl best": {"gradient_checkpointing": False}, "trl defaults": {},
+}  # fmt: skip
+
+
+def main() -> None:
+    """Measure every side and print the table."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--size", choices=tuple(SHAPES), default="1B")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--worker", choices=tuple(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--base", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(measured(args)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*sys.argv[1:], "--base", base_of(args.size, Path(folder), args.data, args.dtype)]
+        sides = {
+            side: partial(worker, __file__, [*words, "--worker", side], args.threads)
+            for side in SIDES
+        }
+        runs = taking_turns(sides, args.rounds)
+    speed = medians({side: [run["tokens_per_s"] for run in of] for side, of in runs.items()})
+    floor = runs["d2lora"][-1]
+    print(
+        f"{floor['where']}, base {args.size}, {args.dtype}: {floor['achieved']:.0f} GFLOP/s of "
+        f"{floor['peak']:.0f} GFLOP/s of products, {floor['fraction']:.0%} of the floor\n"
+    )
+    head("side", "tokens/s", "d2lora is", "peak memory, MB", "first, last loss")
+    for side, of in runs.items():
+        losses, memory = of[-1]["losses"], of[-1]["peak_memory_bytes"] / 1e6
+        row(
+            side, f"{speed[side]:.0f}", f"{speed['d2lora'] / speed[side]:.2f} x", f"{memory:.0f}",
+            f"{losses[0]:.4f}, {losses[-1]:.4f}",
+        )  # fmt: skip
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Train one side; d2lora's is held against the floor."""
+    import torch
+
+    from d2lora.cost import peak_memory_bytes
+
+    device = torch.device(args.device)
+    more = {"dtype": args.dtype, "device": args.device}
+    settings = settings_of(args.base, args.data, args.steps, args.threads, **more)
+    result = ours(settings) if args.worker == "d2lora" else trl_s(settings, **SIDES[args.worker])
+    result["peak_memory_bytes"] = peak_memory_bytes(device)
+    if args.worker == "d2lora":
+        result |= against_floor(settings, result)
+        cuda = device.type == "cuda"
+        result["where"] = torch.cuda.get_device_name(device) if cuda else "CPU"
+    return result
+
+
+if __name__ == "__main__":
+    main()

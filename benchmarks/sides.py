@@ -1,0 +1,125 @@
+"""Training on the same rows in the same order with d2lora's loop and with TRL's SFTTrainer + PEFT.
+
+The first optimizer step, which warms up, is not part of a time.
+"""
+
+import json
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+BATCH, RANK, RATE = 8, 16, 1e-3
+
+
+def settings_of(base: str, data: Path, steps: int, threads: int, **more: Any) -> Any:
+    """Return the settings of a run; `more` are further ones of `adapt`."""
+    import torch
+
+    from d2lora.settings import AdaptSettings
+
+    torch.set_num_threads(threads)
+    values: dict[str, Any] = {
+        "base": base, "data": (str(data),), "out": Path("unused"), "max_steps": steps,
+        "batch_size": BATCH, "rank": RANK, "learning_rate": RATE, "schedule": "linear",
+        "warmup_fraction": 0.0, "threads": threads, "device": "cpu", "quiet": True, **more,
+    }  # fmt: skip
+    return AdaptSettings(**values)
+
+
+def prepared(settings: Any) -> tuple[Any, Any, list[Any], Any]:
+    """Return base, adapted model, the examples of every step in order, and their encoder."""
+    from d2lora.encode import Encoder
+    from d2lora.inits import LoraShape, attach_fresh
+    from d2lora.models import load_base
+    from d2lora.tasks import read_task
+
+    base = load_base(settings)
+    n_rows = settings.max_steps * settings.batch_size
+    examples = list(islice(read_task(settings.data).examples, n_rows))
+    model = attach_fresh(base.model, LoraShape.fresh(settings), 0)
+    return base, model, examples, Encoder.of(base, None)
+
+
+def ours(settings: Any) -> dict[str, Any]:
+    """Train with d2lora's loop."""
+    from d2lora import train as loop
+    from d2lora.console import Reporter
+    from d2lora.objectives import SFT
+    from d2lora.runs import RunFolder
+
+    base, model, examples, encoder = prepared(settings)
+    items = [encoder.encode(example) for example in examples]
+    in_order = type("InOrder", (loop.Plan,), {"batch": _batch_in_order})
+    loop.Plan = in_order  # pyright: ignore[reportPrivateImportUsage]
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder))
+        run.begin("")
+        loop.train(model, items, [], SFT(), settings, run, Reporter(quiet=True), pad_id=base.pad_id)
+        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
+    elapsed_s = rows[-1]["elapsed_s"] - rows[0]["elapsed_s"]
+    return _result(items[settings.batch_size :], elapsed_s, [row["loss"] for row in rows])
+
+
+def _batch_in_order(plan: Any, step: int) -> list[int]:
+    begin = step * plan.batch_size
+    return [index % plan.n_rows for index in range(begin, begin + plan.batch_size)]
+
+
+def trl_s(settings: Any, **best: Any) -> dict[str, Any]:
+    """Train with TRL's SFTTrainer; `best` are settings beside its defaults."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from d2lora.encode import plain_prompt
+
+    base, model, examples, encoder = prepared(settings)
+    rows = [{"prompt": plain_prompt(e.prompt), "completion": f" {e.completion}"} for e in examples]
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            wait(base.model.device)
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            output_dir=folder, report_to=[], use_cpu=base.model.device.type == "cpu",
+            bf16=settings.dtype == "bfloat16", logging_steps=1, disable_tqdm=True,
+            save_strategy="no", max_steps=settings.max_steps,
+            per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate,
+            lr_scheduler_type="linear", train_sampling_strategy="sequential", shuffle_dataset=False,
+            **best,
+        )  # fmt: skip
+        trainer = SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=base.tokenizer,
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    items = [encoder.encode(example) for example in examples[settings.batch_size :]]
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return _result(items, ends[-1] - ends[0], losses)
+
+
+def wait(device: Any) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def _result(items: list[Any], elapsed_s: float, losses: list[float]) -> dict[str, Any]:
+    n_tokens = sum(item.n_tokens for item in items)
+    return {
+        "tokens_per_s": n_tokens / elapsed_s,
+        "n_tokens": n_tokens,
+        "n_supervised": sum(item.n_supervised for item in items),
+        "elapsed_s": elapsed_s,
+        "losses": losses,
+    }
