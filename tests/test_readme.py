@@ -28,6 +28,7 @@ def own_files(tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch) -
     """The files that a reader of the README is told to have."""
     (tmp_path / "my-model").symlink_to(tiny_base)
     write_rows(tmp_path / "general.jsonl", general_rows("train", 60))
+    write_rows(tmp_path / "held-out.jsonl", general_rows("valid", 10))
     write_rows(tmp_path / "task.jsonl", title_rows("train", 70))
     write_rows(tmp_path / "test.jsonl", title_rows("test", 4))
     (plan,) = blocks("yaml")
