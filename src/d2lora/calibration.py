@@ -39,13 +39,13 @@ S = TypeVar("S", WarmupSettings, AdaptSettings)
 class Calibration:
     """Guesses seconds of runs; measures on first use, and only what is asked for."""
 
-    def __init__(self, plan: StudyPlan, mixed: Iterable[Mixed], n_threads: int) -> None:
+    def __init__(self, plan: StudyPlan, mixed: Iterable[Mixed], n_threads: int | None) -> None:
         """Guess for a plan whose data are named by paths.
 
         Args:
             plan: The plan.
             mixed: Mixtures to be written: the rows of runs that train on one.
-            n_threads: Threads that a run will have.
+            n_threads: Threads that a run will have. None: as many as this process.
         """
         self._plan, self._n_threads = plan, n_threads
         self._mixed = {str(job.path): job for job in mixed}
@@ -146,7 +146,7 @@ class Calibration:
         import torch
 
         base = shared_base(self._plan)
-        if base.model.device.type == "cpu":
+        if self._n_threads is not None:
             torch.set_num_threads(self._n_threads)
         return base
 

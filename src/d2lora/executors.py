@@ -23,6 +23,20 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def layout(kind: str, n_workers: int) -> tuple[int, int | None]:
+    """Return how many jobs an executor runs at a time, and the threads of each.
+
+    None: the threads are those of this process. Of a Ray cluster elsewhere the number of jobs is
+    not known here; it is taken for this machine's.
+    """
+    if kind == "inline":
+        return 1, None
+    if kind == "ray":
+        return n_workers or n_cores(), 1
+    n_workers = n_workers or len(_gpus()) or n_cores()
+    return n_workers, max(1, n_cores() // n_workers)
+
+
 @contextmanager
 def executor(kind: str, n_workers: int, address: str | None) -> Generator[Submit]:
     """Yield the `submit` of an executor: `inline`, `processes` or `ray`.
@@ -45,7 +59,7 @@ def executor(kind: str, n_workers: int, address: str | None) -> Generator[Submit
         finally:
             inline.shutdown(cancel_futures=True)
     else:
-        pool = _Processes(n_workers or len(_gpus()) or n_cores())
+        pool = _Processes(*layout(kind, n_workers))
         try:
             yield pool.submit
         finally:
@@ -55,8 +69,8 @@ def executor(kind: str, n_workers: int, address: str | None) -> Generator[Submit
 class _Processes:
     """A pool that comes back after a worker died, as one that ran out of memory does."""
 
-    def __init__(self, n_workers: int) -> None:
-        self._n_workers = n_workers
+    def __init__(self, n_workers: int, n_threads: int | None) -> None:
+        self._n_workers, self._n_threads = n_workers, n_threads
         self._pool = self._new()
 
     def _new(self) -> ProcessPoolExecutor:
@@ -65,10 +79,9 @@ class _Processes:
         known = _gpus()
         for worker in range(self._n_workers):
             gpus.put(known[worker % len(known)] if known else "")
-        threads = max(1, n_cores() // self._n_workers)
         # Set before torch is loaded in the workers: two OpenMP teams on the same cores slow
         # each other.
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ["OMP_NUM_THREADS"] = str(self._n_threads or 1)
         return ProcessPoolExecutor(self._n_workers, context, _begin_worker, (gpus,))
 
     def submit(self, job: Job) -> "Future[dict[str, Any]]":

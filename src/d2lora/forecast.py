@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import mean
 
 from d2lora.calibration import N_STEPS, Calibration
-from d2lora.executors import n_cores
 from d2lora.grids import Grid
 from d2lora.jobs import Mixed, Scored, Trial
 from d2lora.needs import Cell, Needs
@@ -38,22 +37,22 @@ class _Assumed(Needs):
 
 
 def forecast(
-    plan: StudyPlan, store: Path, cells: Sequence[Cell], n_workers: int
+    plan: StudyPlan, store: Path, cells: Sequence[Cell], n_workers: int, n_threads: int | None
 ) -> tuple[list[Grid], str]:
     """Return two tables and what is to be known of their times.
 
     The tables are the cells of each arm, and the runs there and missing with their time. Times are
     those of runs of the same kind in the store, of the same task and size or the nearest size;
-    where there is none they are guessed from a few steps measured here.
+    where there is none they are guessed from a few steps measured here. Runs at a time and the
+    threads of each are as `executors.layout` gives them.
     """
     needs = _Assumed(plan, store)
     last = {cell: needs.last_job(cell) for cell in cells}
     done = {cell: job.result() is not None for cell, job in last.items()}
     for job in last.values():
         needs.need_all([job])
-    n_workers = n_workers or n_cores()
     mixed = [job for job in needs.missing.values() if isinstance(job, Mixed)]
-    guess = Calibration(plan, mixed, max(1, n_cores() // n_workers))
+    guess = Calibration(plan, mixed, n_threads)
     runs, note = _runs(needs, _Seconds(_times(store), guess), n_workers)
     return [_cells(cells, done), runs], note
 

@@ -22,7 +22,7 @@ from d2lora.console import Bar, Reporter, table_console
 from d2lora.decontamination import Check, contamination_said, decontaminated
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, RunError, listed
-from d2lora.executors import Submit, executor
+from d2lora.executors import Submit, executor, layout
 from d2lora.forecast import forecast
 from d2lora.grids import as_table
 from d2lora.jobs import WarmUp
@@ -291,7 +291,9 @@ def command(settings: StudySettings) -> None:
     if settings.dry_run:
         plan, store, _ = _prepare(settings)
         plan, checks = decontaminated(plan, store, store / "world", fetch=False)
-        grids, note = forecast(plan, store, cells_of(plan), settings.workers)
+        grids, note = forecast(
+            plan, store, cells_of(plan), *layout(settings.executor, settings.workers)
+        )
         for grid in grids:
             table_console().print(as_table(grid))
         table_console().print(note, highlight=False, markup=False)
