@@ -12,9 +12,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from common import console_script, head, medians, parser_of, ran, row, taking_turns
-
 import runs
+from common import console_script, head, medians, parser_of, ran, row, taking_turns
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHARED, base_of, head, medians, parser_of, row, taking_turns
 
+from common import SHARED, base_of, head, medians, parser_of, row, taking_turns
 from d2lora.batches import Question
 from d2lora.continuations import continuation_scores
 from d2lora.encode import Encoder

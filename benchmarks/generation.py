@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import base_of
 
+from common import base_of
 from d2lora.encode import Encoder
 from d2lora.generation import Decoder
 from d2lora.lean import lean_layers

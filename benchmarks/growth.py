@@ -36,9 +36,8 @@ def main() -> None:
 
 def adapt(args: Any, out: Path, base: Any, **more: Any) -> Any:
     """Run `adapt` as the command does."""
-    from sides import settings_of
-
     from d2lora import adaptation
+    from sides import settings_of
 
     settings = settings_of(args.base, args.data, 1, args.threads)
     return adaptation.adapt(settings.changed(out=out, **more), base)
@@ -47,10 +46,10 @@ def adapt(args: Any, out: Path, base: Any, **more: Any) -> Any:
 def over_runs(args: Any, folder: Path) -> None:
     """Print the table of K runs."""
     import torch
-    from sides import settings_of
 
     from d2lora.cost import peak_memory_bytes
     from d2lora.models import load_base
+    from sides import settings_of
 
     base = load_base(settings_of(args.base, args.data, 1, args.threads))
     adapt(args, folder / "first", base, n=SMALL, max_steps=1)  # warms up
@@ -68,9 +67,9 @@ def over_runs(args: Any, folder: Path) -> None:
 def over_tokens(args: Any, folder: Path) -> None:
     """Print the table of one long run."""
     import torch
-    from sides import BATCH, prepared, settings_of
 
     from d2lora.cost import peak_memory_bytes
+    from sides import BATCH, prepared, settings_of
 
     _, _, examples, encoder = prepared(settings_of(args.base, args.data, 100, args.threads))
     a_row = statistics.mean(encoder.encode(example).n_tokens for example in examples)

@@ -17,9 +17,9 @@ from itertools import product
 from pathlib import Path
 
 import yaml
-from common import SHARED, console_script, head, parser_of, ran, row
 
 import runs
+from common import SHARED, console_script, head, parser_of, ran, row
 
 TASKS, SIZES, SEEDS, EPOCHS, N_TEST = ("gsm8k", "titles"), (16, 32), 6, 3, 4
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from d2lora import WarmStart, WarmupSettings, warm_up
 from d2lora.embedded import general_rows, title_rows, word_problem_rows
 from d2lora.embedded.tokenizer import train_tokenizer
+from support import write_rows
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import read_rows, write_rows
 
 from d2lora.cli import COMMANDS, main
 from d2lora.embedded import word_problem_rows
+from support import read_rows, write_rows
 
 
 class Case:

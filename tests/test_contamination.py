@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import SHARED, needs_shared_data, read_rows, write_rows
 
 from d2lora import AdaptSettings, DataError, adapt
 from d2lora.contamination import Guard, contaminated_rows
 from d2lora.tasks import read_task
+from support import SHARED, needs_shared_data, read_rows, write_rows
 
 LONG = (
     "Natalia sold clips to forty eight of her friends in April, and then she sold half as many "

@@ -9,12 +9,12 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from support import SHARED, needs_shared_data, write_rows
 
 from d2lora.data import nested_order, read_source, split_validation, stream_seed
 from d2lora.errors import DataError
 from d2lora.rows import Message
 from d2lora.tasks import read_choices, read_task
+from support import SHARED, needs_shared_data, write_rows
 
 ROWS = [{"prompt": f"Say {word}", "completion": word} for word in ("one", "two", "drei, vier")]
 

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import read_rows, write_rows
 
 from d2lora import AdaptSettings, InspectSettings, WarmupSettings, adapt, inspect, warm_up
 from d2lora.artifacts import Manifest
 from d2lora.cli import main
 from d2lora.diagnosis import Start, overfitting
 from d2lora.embedded import general_rows
+from support import read_rows, write_rows
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from support import read_rows, write_rows
 from transformers import AutoModelForCausalLM
 
 from d2lora import (
@@ -35,6 +34,7 @@ from d2lora.models import (
 )
 from d2lora.rows import Message
 from d2lora.settings import BaseSettings
+from support import read_rows, write_rows
 
 
 @pytest.fixture(scope="module")

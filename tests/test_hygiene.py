@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import SHARED, needs_shared_data, write_rows
 
 from d2lora import SettingsError
 from d2lora.console import Reporter
@@ -19,6 +18,7 @@ from d2lora.models import load_base
 from d2lora.rows import Example, Message
 from d2lora.settings import BaseSettings, HygieneSettings
 from d2lora.tasks import read_task
+from support import SHARED, needs_shared_data, write_rows
 
 FABLE = (
     "A fox saw ripe grapes that hung from a high vine. He jumped for them again and again, and "

@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from support import dies_at_step, read_rows, write_rows
 from transformers import AutoModelForCausalLM
 
 from d2lora import (
@@ -28,6 +27,7 @@ from d2lora import (
 from d2lora.initialization import Beginning
 from d2lora.models import Base, load_base
 from d2lora.settings import BaseSettings
+from support import dies_at_step, read_rows, write_rows
 
 CHANGING = ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"]
 KEEPING = ["gaussian", "orthogonal", "eva"]

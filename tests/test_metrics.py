@@ -4,9 +4,9 @@ import random
 from decimal import Decimal
 
 import pytest
-from support import SHARED, needs_shared_data, read_rows
 
 from d2lora.metrics import as_number, exact_match, flexible_answer, rouge, strict_answer
+from support import SHARED, needs_shared_data, read_rows
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import SHARED, dies_at_step, needs_shared_data, read_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from d2lora import (
@@ -39,6 +38,7 @@ from d2lora.schedule import Plan
 from d2lora.scorer import TokenScorer, log_probabilities
 from d2lora.settings import BaseSettings
 from d2lora.tasks import read_task
+from support import SHARED, dies_at_step, needs_shared_data, read_rows, write_rows
 
 TURN = {"role": "user", "content": "2 + 2?"}
 

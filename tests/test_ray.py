@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import small_plan
 
 from d2lora.settings import StudySettings
 from d2lora.study import run_study
+from support import small_plan
 
 pytest.importorskip("ray", reason="Ray is not installed")
 

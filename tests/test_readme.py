@@ -6,10 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY, write_rows
 
 from d2lora.cli import COMMANDS, main
 from d2lora.embedded import general_rows, title_rows
+from support import REPOSITORY, write_rows
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 

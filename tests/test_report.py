@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from support import visible, write_rows
 
 from d2lora.analysis import read_findings
 from d2lora.cli import main
@@ -17,6 +16,7 @@ from d2lora.errors import RunError
 from d2lora.report import write_report
 from d2lora.report.canvas import BASE_COLOUR, COLOURS
 from d2lora.report.words import headline
+from support import visible, write_rows
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PLANTED = "<script>document.title = 'planted'</script>"

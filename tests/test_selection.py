@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import read_rows, write_rows
 
 from d2lora import (
     DataError,
@@ -32,6 +31,7 @@ from d2lora.models import load_base
 from d2lora.rows import Example, Message
 from d2lora.scorer import TokenScorer
 from d2lora.settings import BaseSettings
+from support import read_rows, write_rows
 
 N_KINDS = 4
 

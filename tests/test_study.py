@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support import read_rows, small_plan, visible, write_rows
 
 from d2lora import AdaptSettings, WarmStart, WarmupSettings
 from d2lora.analysis import read_findings
@@ -34,6 +33,7 @@ from d2lora.report import write_report
 from d2lora.settings import StudySettings
 from d2lora.store import Job, perform
 from d2lora.study import Study, run_study
+from support import read_rows, small_plan, visible, write_rows
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import REPOSITORY, read_rows
 from transformers import AutoModelForCausalLM
 
 from d2lora import Adapter, AdaptSettings, TrainingError, WarmStart, WarmupSettings, adapt, warm_up
 from d2lora.models import fingerprint_of
+from support import REPOSITORY, read_rows
 
 Weights = dict[str, torch.Tensor]
 
