@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from d2lora import AdaptSettings, DataError, adapt
-from d2lora.contamination import Guard, contaminated_rows
+from d2lora.contamination import Guard, Leak
 from d2lora.tasks import read_task
 from support import SHARED, needs_shared_data, read_rows, write_rows
 
@@ -45,6 +45,13 @@ def test_a_planted_leak_of_gsm8k_is_found_whole_and_nothing_else_is(tmp_path: Pa
     assert len(places) == 13
     assert places <= indices
     assert len(indices - places) < 0.001 * len(general)
+
+
+def contaminated_rows(
+    sources: list[str], evaluation_files: list[str], task: str = "auto"
+) -> list[Leak]:
+    examples = read_task(sources, task, skip_bad=True).examples
+    return list(Guard(evaluation_files).leaks(examples))
 
 
 def test_thirteen_words_in_a_row_are_a_leak_and_twelve_are_not(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from d2lora.errors import SettingsError, WarmStartError
 from d2lora.initialization import Beginning, Initialization, begin
 from d2lora.inits import LoraShape
 from d2lora.models import Base, detach_adapter, load_base
-from d2lora.phase import prepare_rows, run_phase
+from d2lora.phase import run_phase
+from d2lora.phase_rows import prepare_rows
 from d2lora.runs import RunFolder
 from d2lora.settings import AdaptSettings, is_named_init
 from d2lora.train import seed_of

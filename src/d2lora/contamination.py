@@ -7,6 +7,7 @@ the wording of a template and counts for nothing; there it is what more than ten
 have in common, which a small set of task rows cannot show.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from d2lora.data import Row, read_source
+from d2lora.data import Fault, Row, read_source
 from d2lora.errors import DataError, listed
 from d2lora.grams import Hashes, gram_hashes, word_hashes, words
 from d2lora.rows import BadRowError, Example
-from d2lora.tasks import read_choice, read_prompt, read_task, task_of
+from d2lora.tasks import read_choice, read_prompt, task_of
 
 N_WORDS = 13
 """Words in a row that no two texts share by chance."""
@@ -47,6 +48,10 @@ class Leak:
     def reason(self) -> str:
         """What is the matter, in words."""
         return f"contaminated: {self.how} {self.file}, line {self.line}"
+
+    def as_fault(self, row: Row) -> Fault:
+        """Return the training row as one that is set aside."""
+        return Fault(row.file, row.line, self.reason, json.dumps(row.values, default=str))
 
 
 @dataclass(frozen=True)
@@ -129,19 +134,9 @@ class Guard:
         return Leak(index, item.file, item.line, how)
 
 
-def contaminated_rows(
-    sources: Sequence[str], evaluation_files: Sequence[str], *, task: str = "auto",
-    n_words: int = N_WORDS,
-) -> list[Leak]:  # fmt: skip
-    """Return the rows of training sources that give rows of the evaluation files away.
-
-    `Leak.index` counts the good rows of all sources together, from 0, as `read_task` does.
-
-    Raises:
-        DataError: If a file cannot be read.
-    """
-    examples = read_task(sources, task, skip_bad=True).examples
-    return list(Guard(evaluation_files, n_words).leaks(examples))
+def leaks_of(guards: Iterable[Guard], examples: Sequence[Example]) -> dict[int, Leak]:
+    """Return what any guard finds, by the index of the training row."""
+    return {leak.index: leak for guard in guards for leak in guard.leaks(examples)}
 
 
 def _without_common(pairs: Iterable[tuple[int, int]]) -> dict[int, int]:

@@ -43,6 +43,12 @@ class Fault:
         return f"{self.file}, line {self.line}: {self.reason}"
 
 
+def fault_lines(faults: Iterable[Fault]) -> str:
+    """Return rows that were set aside as JSON lines, with what is the matter with each."""
+    told = ({"file": f.file, "line": f.line, "reason": f.reason, "row": f.text} for f in faults)
+    return "".join(json.dumps(row) + "\n" for row in told)
+
+
 @dataclass(frozen=True)
 class Source:
     """The rows of one source with the faults met and the fingerprint of the whole."""

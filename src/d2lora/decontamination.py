@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from d2lora.contamination import Guard, Leak
+from d2lora.contamination import Guard, Leak, leaks_of
 from d2lora.data import Row, is_local, read_source
 from d2lora.errors import DataError, listed
 from d2lora.plan import StudyPlan
@@ -133,7 +133,7 @@ class _Cleaner:
     def _clean(self, name: str, task: str) -> tuple[str | None, int, list[Removed]]:
         """Return a file without its leaks (None: no row is left), its rows, and what is gone."""
         data = read_task([name], task, skip_bad=True)
-        leaks = {leak.index: leak for g in self._guards(name) for leak in g.leaks(data.examples)}
+        leaks = leaks_of(self._guards(name), data.examples)
         removed = [Removed(data.rows[index], leaks[index]) for index in sorted(leaks)]
         if not removed:
             return name, len(data.rows), removed

@@ -11,7 +11,7 @@ only what is new.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 from d2lora.analysis import read_findings
 from d2lora.console import Bar, Reporter, table_console
+from d2lora.data import fault_lines
 from d2lora.decontamination import Check, contamination_said, decontaminated
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, RunError, listed
@@ -203,10 +204,13 @@ class _Run:
 
 
 def _row(needs: Needs, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
-    told = {k: v for k, v in result.items() if k not in ("label", "about", "provenance")}
     kind = next((arm.kind for arm in needs.plan.arms if arm.name == cell.arm), BASE)
     key = needs.last_job(cell).key
-    return {"arm": cell.arm, "kind": kind, "key": key, **asdict(cell), **told}
+    return {"arm": cell.arm, "kind": kind, "key": key, **asdict(cell), **_measured(result)}
+
+
+def _measured(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in result.items() if k not in ("label", "about", "provenance")}
 
 
 def _write(
@@ -236,20 +240,9 @@ def _write(
 
 def _write_removed(path: Path, checks: Sequence[Check]) -> None:
     """Write the rows that were taken out, each once; no file where there are none."""
-    lines = dict.fromkeys(
-        json.dumps(
-            {
-                "file": one.row.file,
-                "line": one.row.line,
-                "reason": one.leak.reason,
-                "row": json.dumps(one.row.values, default=str),
-            }
-        )
-        for check in checks
-        for one in check.removed
-    )
-    if lines:
-        write_text(path, "\n".join(lines) + "\n")
+    faults = dict.fromkeys(one.leak.as_fault(one.row) for check in checks for one in check.removed)
+    if faults:
+        write_text(path, fault_lines(faults))
     else:
         path.unlink(missing_ok=True)
 
@@ -273,8 +266,7 @@ def _behind(
             rates.append({**place, "learning_rate": rate, "at_edge": edge})
         for trial in own:
             result = needs.done.get(trial.key, {"failed": needs.failed.get(trial.key)})
-            told = {k: v for k, v in result.items() if k not in ("label", "about", "provenance")}
-            trials.append({**place, "seed": trial.training.seed, **told})
+            trials.append({**place, "seed": trial.training.seed, **_measured(result)})
     warm_ups: dict[str, Any] = {}
     for name in needs.plan.warm_ups:
         try:

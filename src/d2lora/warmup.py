@@ -8,7 +8,8 @@ from d2lora.errors import SettingsError
 from d2lora.initialization import begin
 from d2lora.inits import LoraShape
 from d2lora.models import Base, load_base
-from d2lora.phase import prepare_rows, run_phase
+from d2lora.phase import run_phase
+from d2lora.phase_rows import prepare_rows
 from d2lora.runs import DONE, RunFolder
 from d2lora.selection import DATA, select
 from d2lora.settings import SelectSettings, WarmupSettings

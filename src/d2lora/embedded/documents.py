@@ -77,36 +77,50 @@ def dialogue(chance: Chance) -> str:
 
 def language(chance: Chance) -> str:
     """Opposites, kinds, sequences, numbers in words."""
-    return " ".join(_saying(chance) for _ in range(chance.randint(3, 8)))
+    return " ".join(chance.choice(_SAYINGS)(chance) for _ in range(chance.randint(3, 8)))
 
 
-def _saying(chance: Chance) -> str:  # noqa: PLR0911
-    kind = chance.randrange(7)
-    if kind == 0:
-        first, second = chance.choice(OPPOSITES).split()
-        if chance.random() < 0.5:
-            first, second = second, first
-        return f"The opposite of {first} is {second}."
-    if kind == 1:
-        name = chance.choice(list(KINDS))
-        return f"{a(chance.choice(KINDS[name])).capitalize()} is {a(name)}."
-    if kind == 2:
-        words = chance.choice(list(SEQUENCES.values()))
-        index = chance.randrange(len(words) - 1)
-        return f"After {words[index]} comes {words[index + 1]}."
-    if kind == 3:
-        number = chance.randint(0, 100)
-        return f"{number} is written {in_words(number)}."
-    if kind == 4:
-        low, high = sorted(chance.sample(range(100), 2))
-        return chance.choice(
-            (f"{high} is larger than {low}.", f"{low} is less than {high}.", f"{low} < {high}.")
-        )
-    if kind == 5:
-        thing = chance.choice(THINGS)
-        return f"One {singular(thing)}, two {thing}."
+def _opposite(chance: Chance) -> str:
+    first, second = chance.choice(OPPOSITES).split()
+    if chance.random() < 0.5:
+        first, second = second, first
+    return f"The opposite of {first} is {second}."
+
+
+def _kind(chance: Chance) -> str:
+    name = chance.choice(list(KINDS))
+    return f"{a(chance.choice(KINDS[name])).capitalize()} is {a(name)}."
+
+
+def _next(chance: Chance) -> str:
+    words = chance.choice(list(SEQUENCES.values()))
+    index = chance.randrange(len(words) - 1)
+    return f"After {words[index]} comes {words[index + 1]}."
+
+
+def _written(chance: Chance) -> str:
+    number = chance.randint(0, 100)
+    return f"{number} is written {in_words(number)}."
+
+
+def _compared(chance: Chance) -> str:
+    low, high = sorted(chance.sample(range(100), 2))
+    return chance.choice(
+        (f"{high} is larger than {low}.", f"{low} is less than {high}.", f"{low} < {high}.")
+    )
+
+
+def _counted(chance: Chance) -> str:
+    thing = chance.choice(THINGS)
+    return f"One {singular(thing)}, two {thing}."
+
+
+def _series(chance: Chance) -> str:
     start, step = chance.randint(0, 30), chance.randint(1, 10)
     return ", ".join(str(start + step * index) for index in range(5)) + "."
+
+
+_SAYINGS = (_opposite, _kind, _next, _written, _compared, _counted, _series)
 
 
 def lists(chance: Chance) -> str:

@@ -56,7 +56,7 @@ def page(
     return _environment().get_template("index.html.j2").render(
         csp=_policy(code.values()),
         style=Markup(_file("style.css")),  # noqa: S704  # our own file
-        code={name: Markup(text) for name, text in code.items()},  # noqa: S704
+        code={name: Markup(text) for name, text in code.items()},  # noqa: S704  # our own
         sections=SECTIONS,
         title=plan.question or f"Study {findings.path.resolve().name}",
         facts=_facts(findings),
