@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from d2lora import AdaptSettings, WarmStart, WarmStartError, adapt, phase
+from d2lora import AdaptSettings, WarmStart, WarmStartError, adapt, phase_rows
 from d2lora.batches import collate
 from d2lora.encode import Encoder
 from d2lora.models import attach_adapter, load_base
@@ -192,7 +192,7 @@ def test_losses_and_the_adapter_after_several_steps_are_trl_s_in_the_same_order(
     theirs = [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
     monkeypatch.setattr(Plan, "batch", lambda _, step: list(range(step * size, (step + 1) * size)))
-    monkeypatch.setattr(phase, "nested_order", lambda n, _: list(range(n)))
+    monkeypatch.setattr(phase_rows, "nested_order", lambda n, _: list(range(n)))
     ours = adapt(
         AdaptSettings(
             base=tiny_base, data=(problems,), out=tmp_path / "ours", init=str(warm_start.path),

@@ -23,7 +23,7 @@ from d2lora import (
     WarmupSettings,
     adapt,
     evaluate,
-    phase,
+    phase_rows,
     warm_up,
 )
 from d2lora.batches import Pair
@@ -338,7 +338,7 @@ def keep_order(monkeypatch: pytest.MonkeyPatch) -> None:
         return list(range(step * plan.batch_size, (step + 1) * plan.batch_size))
 
     monkeypatch.setattr(Plan, "batch", batch)
-    monkeypatch.setattr(phase, "nested_order", lambda n, _: list(range(n)))
+    monkeypatch.setattr(phase_rows, "nested_order", lambda n, _: list(range(n)))
 
 
 def trl_losses(
