@@ -37,7 +37,7 @@ def lose_a_node():
 threading.Thread(target=lose_a_node, daemon=True).start()
 study = run_study(
     StudySettings(
-        plan=plan, out=Path(out), store=Path(store), executor="ray", address=cluster.address,
+        plan=(plan,), out=Path(out), store=Path(store), executor="ray", address=cluster.address,
         quiet=True, report=False,
     )
 )
@@ -57,7 +57,7 @@ def test_a_study_on_ray_survives_the_loss_of_a_node(
     path.write_text(yaml.safe_dump(plan))
     here = run_study(
         StudySettings(
-            plan=str(path), out=tmp_path / "a" / "study", executor="inline", quiet=True,
+            plan=(str(path),), out=tmp_path / "a" / "study", executor="inline", quiet=True,
             report=False,
         )
     )  # fmt: skip

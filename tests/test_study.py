@@ -45,7 +45,7 @@ def settings(folder: Path, plan: dict[str, Any], **values: Any) -> StudySettings
     path = folder / "plan.yaml"
     path.write_text(yaml.safe_dump(plan))
     given = {"executor": "inline", "quiet": True, "report": False, **values}
-    return StudySettings(plan=str(path), out=folder / "study", store=folder / "store", **given)
+    return StudySettings(plan=(str(path),), out=folder / "study", store=folder / "store", **given)
 
 
 def outcome(study: Study) -> list[dict[str, Any]]:
@@ -124,10 +124,31 @@ def test_an_unknown_plan_is_told_the_shipped_ones() -> None:
         read_plan("scarcty")
 
 
+def test_a_plan_laid_over_another_keeps_what_it_does_not_name(tmp_path: Path) -> None:
+    over = tmp_path / "over.yaml"
+    over.write_text("sizes: [4]\nwarm_up: {m: 30}\nadapt: {max_length: 99}\n")
+    plan, rank = read_plan("rank", str(over)), read_plan("rank")
+    assert plan.sizes == (4,)
+    assert plan.warm_up == {**rank.warm_up, "m": 30}
+    assert plan.adapt == {**rank.adapt, "max_length": 99}
+    assert (plan.arms, plan.warm_ups, plan.tasks) == (rank.arms, rank.warm_ups, rank.tasks)
+
+
+def test_a_study_of_two_plans_is_named_after_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.yaml").write_text("sizes: [4]\nseeds: 1\narms: [few_shot]\n")
+    assert main(["study", "rank", "few.yaml", "--dry-run"]) == 0
+    assert "few_shot" in capsys.readouterr().out
+    with pytest.raises(SettingsError, match=r"rank \+ few.yaml:"):
+        read_plan("rank", "few.yaml", changes=["arms=[{kind: warm, warm_up: nix}]"])
+
+
 def test_arms_of_several_warm_ups_come_once_for_each(tmp_path: Path, plan: dict[str, Any]) -> None:
     plan["warm_ups"] = {"a": {}, "b": {"m": 20}}
     plan["arms"] = ["fresh", "warm", {"kind": "merged", "warm_up": "b", "name": "folded"}]
-    path = settings(tmp_path, plan).plan
+    (path,) = settings(tmp_path, plan).plan
     arms = [(arm.name, arm.warm_up) for arm in read_plan(path).arms]
     assert arms == [("fresh", None), ("warm (a)", "a"), ("warm (b)", "b"), ("folded", "b")]
 
@@ -154,6 +175,19 @@ def test_a_killed_study_goes_on_to_the_results_of_an_uninterrupted_one(
     assert len(before) >= 11
     assert before < runs_in(tmp_path / "b" / "store")
     assert outcome(resumed) == outcome(whole)
+
+
+def test_a_study_killed_inside_of_its_warm_up_can_be_foretold_and_resumed(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    asked = settings(tmp_path, plan)
+    whole = outcome(run_study(asked))
+    (warm_start,) = (tmp_path / "store").glob("*/warm-start")
+    for file in (warm_start.parent / "result.json", *warm_start.iterdir()):
+        file.unlink()
+    words = ["study", *asked.plan, "--out", str(asked.out), "--store", str(asked.store)]
+    assert main([*words, "--dry-run"]) == 0
+    assert outcome(run_study(asked)) == whole
 
 
 def dies_after(n_jobs: int) -> Callable[[Job], dict[str, Any]]:
@@ -256,7 +290,7 @@ def test_a_study_killed_twice_from_outside_leaves_no_worker_and_resumes(
     whole = run_study(settings(tmp_path / "a", plan))
     given = settings(tmp_path / "b", plan)
     store = tmp_path / "b" / "store"
-    words = [sys.executable, "-m", "d2lora", "study", given.plan, "--out", str(given.out)]
+    words = [sys.executable, "-m", "d2lora", "study", *given.plan, "--out", str(given.out)]
     words += ["--store", str(store), "--workers", "2", "--no-report"]
     for n_runs in (2, 8):
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -320,7 +354,7 @@ def test_training_rows_that_are_test_rows_are_taken_out_and_told_and_the_study_r
 
 def test_files_that_lose_no_row_are_used_as_they_are(tmp_path: Path, plan: dict[str, Any]) -> None:
     plan["keep_out_words"] = 0
-    path = settings(tmp_path, plan).plan
+    (path,) = settings(tmp_path, plan).plan
     asked = read_plan(path)
     left, checks = decontaminated(asked, tmp_path, tmp_path / "world")
     assert left == asked
@@ -460,7 +494,7 @@ def row(arm: str, n: int, seed: int, right: list[float], **values: Any) -> dict[
 
 
 def test_findings_pair_arms_by_seed_and_item_and_speak_plainly(tmp_path: Path) -> None:
-    plan = read_plan("quick", ["sizes=[16, 64]", "seeds=2"])
+    plan = read_plan("quick", changes=["sizes=[16, 64]", "seeds=2"])
     bad, good = [1.0] * 10 + [0.0] * 90, [1.0] * 60 + [0.0] * 40
     rows = [
         row("base", 0, 0, [0.0] * 100, general_loss=1.0),
@@ -498,7 +532,7 @@ def test_a_dry_run_guesses_roughly_where_nothing_has_run_and_leaves_no_run(
 ) -> None:
     plan["arms"] = ["fresh", "warm", "longer", "mixed", "merged", "few_shot"]
     given = settings(tmp_path, plan)
-    words = ["study", given.plan, "--out", str(given.out), "--store", str(tmp_path / "store")]
+    words = ["study", *given.plan, "--out", str(given.out), "--store", str(tmp_path / "store")]
     assert main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     for what in ("warm-ups", "trials", "cells", "all"):
@@ -515,7 +549,7 @@ def test_a_dry_run_guesses_roughly_where_nothing_has_run_and_leaves_no_run(
 def test_a_guess_knows_how_much_more_work_a_longer_run_is(
     tmp_path: Path, plan: dict[str, Any]
 ) -> None:
-    checked = read_plan(settings(tmp_path, plan).plan)
+    checked = read_plan(*settings(tmp_path, plan).plan)
     needs = Needs(checked, tmp_path / "store", keep_adapters=True)
     guess = Calibration(checked, [], n_threads=1)
     short = needs.warm_up("general")
@@ -531,7 +565,7 @@ def test_a_dry_run_foretells_from_what_has_run(
 ) -> None:
     given = settings(tmp_path, plan)
     run_study(given)
-    words = ["study", given.plan, "--out", str(given.out), "--store", str(tmp_path / "store")]
+    words = ["study", *given.plan, "--out", str(given.out), "--store", str(tmp_path / "store")]
     assert main([*words, "--dry-run", "--set", "seeds=3"]) == 0
     present, missing, minutes = foretold(capsys.readouterr().out, "cells")
     assert (present, missing) == ("9", "4")

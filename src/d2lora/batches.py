@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens of the longest, P predicted tokens in the whole batch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,6 +42,15 @@ class Item(Protocol):
 
 
 T = TypeVar("T", bound=Item)
+
+WIDTH_STEP = 16
+"""Batches are padded to a multiple of this: oneDNN makes code for every new shape, and widths that
+come again spare it (8 to 14 % of training on GSM8K with the embedded base, and memory)."""
+
+
+def padded_width(n_tokens: int) -> int:
+    """Return the width of a batch whose longest row has so many tokens."""
+    return math.ceil(n_tokens / WIDTH_STEP) * WIDTH_STEP
 
 
 @dataclass(frozen=True)
@@ -179,9 +189,9 @@ class Branches(NamedTuple):
 
 def collate(items: Sequence[Encoded], pad_id: int) -> Batch:
     """Pad examples on the right and list the positions whose next token is supervised."""
-    longest = max(len(item.ids) for item in items)
-    ids_BT = torch.full((len(items), longest), pad_id, dtype=torch.long)
-    mask_BT = torch.zeros((len(items), longest), dtype=torch.long)
+    width = padded_width(max(len(item.ids) for item in items))
+    ids_BT = torch.full((len(items), width), pad_id, dtype=torch.long)
+    mask_BT = torch.zeros((len(items), width), dtype=torch.long)
     rows: list[Tensor] = []
     columns: list[Tensor] = []
     for row, item in enumerate(items):
@@ -207,7 +217,11 @@ def micro_batches(
     for item in ordered:
         group = groups[-1] if groups else []
         full = len(group) == max_size
-        if not group or full or (len(group) + 1) * item.n_rows * group[0].length > max_tokens:
+        if (
+            not group
+            or full
+            or (len(group) + 1) * item.n_rows * padded_width(group[0].length) > max_tokens
+        ):
             groups.append([item])
         else:
             group.append(item)
@@ -222,10 +236,10 @@ def branch(questions: Sequence[Question], pad_id: int, dtype: torch.dtype) -> Br
         pad_id: Token id for padding.
         dtype: The model's number format, of the mask.
     """
-    longest = max(question.length for question in questions)
-    ids_BT = torch.full((len(questions), longest), pad_id)
+    width = padded_width(max(question.length for question in questions))
+    ids_BT = torch.full((len(questions), width), pad_id)
     positions_BT = torch.zeros_like(ids_BT)
-    sees_BTT = torch.eye(longest, dtype=torch.bool).repeat(len(questions), 1, 1)
+    sees_BTT = torch.eye(width, dtype=torch.bool).repeat(len(questions), 1, 1)
     rows: list[int] = []
     columns: list[int] = []
     targets: list[int] = []

@@ -39,7 +39,7 @@ def demo(settings: DemoSettings) -> Findings:
     )
     run_study(
         StudySettings(
-            plan="quick",
+            plan=("quick",),
             out=out / "study",
             store=out / "store",
             set=(

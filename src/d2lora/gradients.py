@@ -128,9 +128,12 @@ class GradientFeatures:
 
     def gradient(self, example: Example) -> Tensor:
         """Return the gradient of a row's mean loss over all trainable numbers, shape (n,)."""
-        item = self._item(example)
+        return self._gradient(self._item(example))
+
+    def _gradient(self, item: Encoded) -> Tensor:
         batch = collate([item], self._base.pad_id).to(self._base.model.device)
-        self.model.zero_grad()
+        for parameter in self._parameters:
+            parameter.grad = None
         (-self._scorer(batch).mean()).backward()
         return torch.cat(
             [
@@ -149,9 +152,11 @@ class GradientFeatures:
 
     def _sketched(self, examples: Sequence[Example], *, adam: bool) -> Array:
         found = np.empty((len(examples), self.width), dtype=np.float32)
+        items = [self._item(example) for example in examples]
         with lean_layers(self.model):
-            for row, example in enumerate(examples):
-                gradient = self.gradient(example)
+            # By length: passes of one shape follow each other, see `batches.WIDTH_STEP`.
+            for row in sorted(range(len(items)), key=lambda row: items[row].length):
+                gradient = self._gradient(items[row])
                 if adam:
                     gradient = self.moments.direction(gradient)
                 found[row] = self.sketch(gradient).cpu().numpy()

@@ -28,35 +28,39 @@ def shipped() -> list[str]:
     return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def read_plan(source: str, changes: Sequence[str] = ()) -> StudyPlan:
+def read_plan(*sources: str, changes: Sequence[str] = ()) -> StudyPlan:
     """Read a plan and check it whole.
 
     Args:
-        source: A YAML file, or the name of a shipped plan.
+        sources: YAML files or names of shipped plans; each is laid over those before it, so that
+            `rank real` asks the question of one about the tasks of the other.
         changes: `name=value` texts that replace values of the file; values are YAML, and a dot
             leads into a mapping (`tasks.titles.n_test=50`).
 
     Raises:
         SettingsError: With every fault at once.
     """
-    values = _filled(_read(source))
+    values = _filled([_read(source) for source in sources])
     for change in changes:
         _change(values, change)
     plan = StudyPlan(**values)
     faults = [*_faults_of_settings(plan), *_faults_of_names(plan)]
     if faults:
-        raise SettingsError(f"{source}:\n{listed(faults)}")
+        raise SettingsError(f"{' + '.join(sources)}:\n{listed(faults)}")
     return plan.changed(arms=_named(plan))
 
 
-def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults with a plan's values in their place; `warm_up` and `adapt` join."""
+def _filled(plans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the defaults with the plans' values in their place; `warm_up` and `adapt` join."""
     text = (resources.files("d2lora") / "plans" / "defaults.yml").read_text("utf-8")
-    filled: dict[str, Any] = {**yaml.safe_load(text), **values}
-    for name in ("warm_up", "adapt"):
-        own = values.get(name, {})
-        if isinstance(own, dict):
-            filled[name] = {**yaml.safe_load(text)[name], **own}
+    filled: dict[str, Any] = yaml.safe_load(text)
+    for values in plans:
+        joined = {
+            name: {**filled[name], **values[name]}
+            for name in ("warm_up", "adapt")
+            if isinstance(filled[name], dict) and isinstance(values.get(name), dict)
+        }
+        filled = {**filled, **values, **joined}
     return filled
 
 

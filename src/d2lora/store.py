@@ -23,6 +23,7 @@ from d2lora.settings import BaseSettings, Settings
 FORMAT = 1
 """Changes when results of earlier versions of the code no longer count."""
 RESULT = "result.json"
+LOCK = ".lock"
 _FREE = {"out", "quiet", "resume", "threads", "checkpoint_every"}
 _FILES = {"data", "validation_data", "general_text", "choices", "for_task"}
 
@@ -67,7 +68,7 @@ class Job(ABC):
 def perform(job: Job) -> dict[str, Any]:
     """Run a job unless it is done; two processes never run the same one at once."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(job.folder / ".lock"):
+    with FileLock(job.folder / LOCK):
         done = job.result()
         if done is not None:
             return done
@@ -113,9 +114,8 @@ def identity_of(settings: Settings) -> dict[str, Any]:
 
 
 def _of_job(path: Path) -> str | None:
-    """Return the key of the job that made a path, as the key is the hash of its content."""
-    key = path.parent.name
-    return key if len(key) == 20 and (path.parent / RESULT).is_file() else None
+    """Return the key of the job that makes a path, done or not: what it makes follows from it."""
+    return path.parent.name if (path.parent / LOCK).is_file() else None
 
 
 @cache

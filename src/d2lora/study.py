@@ -80,12 +80,12 @@ def run_study(settings: StudySettings) -> Study:
 
 def _prepare(settings: StudySettings) -> tuple[StudyPlan, Path, Path]:
     """Return the plan with its data in place, the store and the study's folder."""
-    name = Path(settings.plan).stem
+    name = "-".join(Path(plan).stem for plan in settings.plan)
     out = settings.out or Path("studies") / name
     if out.is_dir() and any(out.iterdir()) and not (out / "study.json").is_file():
         raise RunError(f"{out} holds something that is not a study; choose another --out")
     store = (settings.store or out.parent / "store").resolve()
-    return _with_world(read_plan(settings.plan, settings.set), store / "world"), store, out
+    return _with_world(read_plan(*settings.plan, changes=settings.set), store / "world"), store, out
 
 
 def _check(plan: StudyPlan) -> None:

@@ -9,12 +9,12 @@ from d2lora.settings.core import Settings
 
 
 class StudySettings(Settings):
-    """`d2lora study PLAN`: run what is missing of a study."""
+    """`d2lora study PLAN...`: run what is missing of a study."""
 
     positional: ClassVar[str | None] = "plan"
     settings_file: ClassVar[bool] = False
-    plan: str
-    """Plan: a YAML file, or the name of a shipped one."""
+    plan: tuple[str, ...] = Field(min_length=1)
+    """Plan: a YAML file, or the name of a shipped one. Several: each is laid over those before."""
     out: Path | None = None
     """Folder of the study. None: studies/NAME, after the plan."""
     store: Path | None = None
