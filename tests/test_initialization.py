@@ -215,7 +215,6 @@ def test_dpo_from_pissa_is_held_to_the_base_as_it_was(
         ({"init": "orthogonal", "rank": 3}, "even rank, got 3"),
         ({"init": "pissa", "rank": 33}, "rank of at most 16"),
         ({"init": "lora_ga", "rank": 9}, "rank of at most 8"),
-        ({"init": "loftq"}, "bitsandbytes and a CUDA device"),
         ({"init": "pissa", "dora": True}, "cannot be converted back"),
         ({"init": "pissa", "init_scale": 0.5}, "--init pissa is none"),
         ({"init": "pissa", "objective": "dpo", "reference": "warm_start"}, "no warm start"),
@@ -228,6 +227,14 @@ def test_what_an_initialization_cannot_do_is_told(
     with pytest.raises((SettingsError, WarmStartError), match=fault):
         run(tmp_path / "a", tiny_base, problems, **changes)
     assert not (tmp_path / "a").exists()
+
+
+def test_loftq_without_bitsandbytes_says_what_to_install(
+    tmp_path: Path, tiny_base: str, problems: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d2lora.initialization.find_spec", {}.get)
+    with pytest.raises(SettingsError, match=r"pip install 'd2lora\[loftq\]'"):
+        run(tmp_path / "a", tiny_base, problems, init="loftq")
 
 
 def test_a_warm_up_takes_no_folder_as_its_beginning(general: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the user sees while a command runs: messages and a progress bar, or nothing."""
 
+import logging
 import os
 import sys
 import warnings
@@ -28,6 +29,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # PEFT asks transformers for a property that transformers renamed; nothing a user can do.
+    # bitsandbytes, where it is installed, misses a faster product that is not needed here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
 
 

@@ -10,15 +10,15 @@ beginning, an ordinary adapter of twice the rank on the base as it was (PEFT's
 import time
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, initialize_lora_eva_weights
-from peft.import_utils import is_bnb_available
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from d2lora.batches import Batch, Encoded, Item, Pair, collate, micro_batches
 from d2lora.console import Reporter
 from d2lora.errors import ModelError, SettingsError
 from d2lora.inits import LoraShape, attach, check_targets, lora_config, target_layers
+from d2lora.loftq import on_cpu
 from d2lora.models import Base, causal_model, detach_adapter, read_adapter_config
 from d2lora.scorer import TokenScorer, pass_tokens
 from d2lora.settings import DATA_DRIVEN, FRESH, PhaseSettings
@@ -195,8 +196,8 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
         )
     if name == "orthogonal" and shape.rank % 2:
         raise SettingsError(f"--init orthogonal needs an even rank, got {shape.rank}")
-    if name == "loftq" and not (is_bnb_available() and model.device.type == "cuda"):
-        raise SettingsError("--init loftq: PEFT's LoftQ needs bitsandbytes and a CUDA device")
+    if name == "loftq" and find_spec("bitsandbytes") is None:
+        raise SettingsError("--init loftq needs bitsandbytes: pip install 'd2lora[loftq]'")
     if name not in {"gaussian", "orthogonal"}:
         least = min(min(layer.weight.shape) for _, layer in target_layers(model, shape.targets))
         most = least // 2 if name == "lora_ga" else least
@@ -212,7 +213,8 @@ def _attach(
     name, model = settings.init, base.model
     config = lora_config(model, shape, name)
     if name not in DATA_DRIVEN:
-        return attach(model, config, seed), Initialization(name)
+        with on_cpu() if name == "loftq" and model.device.type == "cpu" else nullcontext():
+            return attach(model, config, seed), Initialization(name)
     chosen = [_supervised(item) for item in rows[: settings.init_samples]]
     limit = pass_tokens(model.device, settings.micro_batch_tokens)
     # PEFT's CorDA takes one row, without padding, at a time.
