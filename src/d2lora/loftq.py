@@ -30,15 +30,15 @@ def quantized(
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     assert num_bits == 4
-    whole = weight.float()
-    product = torch.zeros_like(whole)
+    base = whole = weight.float()
+    a = whole.new_zeros(reduced_rank, whole.shape[1])
+    b = whole.new_zeros(whole.shape[0], reduced_rank)
     for _ in range(num_iter):
-        codes, state = quantize_4bit(whole - product, quant_type="nf4", compress_statistics=False)
-        base = dequantize_4bit(codes, state)
+        codes, scales = quantize_4bit(whole - b @ a, quant_type="nf4", compress_statistics=False)
+        base = dequantize_4bit(codes, scales)
         u, s, v = torch.linalg.svd(whole - base, full_matrices=False)
         root = s[:reduced_rank].sqrt()
         b, a = u[:, :reduced_rank] * root, root[:, None] * v[:reduced_rank]
-        product = b @ a
     return base.to(weight.dtype), a, b
 
 
