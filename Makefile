@@ -61,7 +61,7 @@ bench: $(VENV)/.bench  ## benchmarks side by side with TRL, transformers and lm-
 	$(BIN)/python benchmarks/growth.py --tokens 10000 30000 100000 --runs 1 2 4
 	$(BIN)/python benchmarks/selection.py --sizes 1000
 	$(BIN)/python benchmarks/rank_change.py --rounds 1
-	$(BIN)/python benchmarks/preferences.py --steps 4
+	$(BIN)/python benchmarks/preferences.py --rounds 1 --steps 4
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) demo-out build dist

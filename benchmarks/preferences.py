@@ -3,19 +3,21 @@
     python benchmarks/preferences.py --data ../shared/data/preferences/train.jsonl
 
 Same base, adapter, pairs in the same order, rates and precision; both compute the log-probabilities
-of the reference policy before training, outside the time. Each side is a process of its own.
+of the reference policy before training, outside the time. Each run is a process of its own, sides
+take turns, and the table has medians.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from common import SHARED, head, medians, parser_of, row, taking_turns, worker
 
 BATCH, RANK, RATE = 8, 16, 1e-4
 SIDES = ("d2lora", "d2lora, prompts twice", "trl")
@@ -23,33 +25,28 @@ SIDES = ("d2lora", "d2lora, prompts twice", "trl")
 
 def main() -> None:
     """Measure each side and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/preferences/train.jsonl"))
+    parser = parser_of(__doc__, data=SHARED / "preferences" / "train.jsonl")
     parser.add_argument("--base", default="embedded")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(measured(args)))
         return
-    print("| side | s a step | d2lora is | peak memory, MB | first, last loss |")
-    print("|---|---|---|---|---|")
-    fastest = 0.0
+    words = ["--data", str(args.data), "--base", args.base, "--steps", str(args.steps)]
+    words += ["--threads", str(args.threads), "--worker"]
+    sides = {s: partial(worker, __file__, [*words, s], args.threads) for s in SIDES}
+    runs = taking_turns(sides, args.rounds)
+    step_s = medians({s: [run["step_s"] for run in runs[s]] for s in SIDES})
+    memory = medians({s: [run["peak"] for run in runs[s]] for s in SIDES})
+    head("side", "s a step", "d2lora is", "peak memory, MB", "share", "first, last loss")
     for side in SIDES:
-        done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--worker", side],
-            capture_output=True, text=True, check=False,
+        losses = runs[side][0]["losses"]
+        row(
+            side, f"{step_s[side]:.2f}", f"{step_s[side] / step_s['d2lora']:.2f} x",
+            f"{memory[side] / 1e6:.0f}", f"{memory['d2lora'] / memory[side]:.0%}",
+            f"{losses[0]:.4f}, {losses[-1]:.4f}",
         )  # fmt: skip
-        if done.returncode != 0:
-            sys.exit(done.stderr)
-        row = json.loads(done.stdout.splitlines()[-1])
-        fastest = fastest or row["step_s"]
-        print(
-            f"| {side} | {row['step_s']:.2f} | {row['step_s'] / fastest:.2f} x | "
-            f"{row['peak'] / 1e6:.0f} | {row['losses'][0]:.4f}, {row['losses'][-1]:.4f} |",
-            flush=True,
-        )
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:

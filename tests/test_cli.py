@@ -125,6 +125,9 @@ MISTAKES = {
     "a run folder with other files": (
         "adapt --base {base} --data {data} --out {base}", r"holds other files"
     ),
+    "an option given twice": (
+        "adapt --base {base} --data {data} --out {out} --data {data}", r"--data is given 2 times"
+    ),
     "nothing to resume": (
         "adapt --base {base} --data {data} --out {out} --resume", r"there is no run to resume"
     ),

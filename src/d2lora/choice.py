@@ -5,11 +5,10 @@ asks of the features, so nothing else is computed.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,14 +16,11 @@ from d2lora.bags import count_bags
 from d2lora.data import nested_order
 from d2lora.errors import SettingsError
 from d2lora.feature_cache import Array, unit_rows
+from d2lora.vectors import best_likeness, facility_location, nearest_in_turn
 
 Floats = NDArray[np.floating[Any]]
 DSIR_BUCKETS = 10_000
 DSIR_SMOOTHING = 0.1
-REFERENCES = 2048
-"""Rows whose coverage stands for that of the whole pool."""
-MISSED = 0.05
-"""Chance that a step of the stochastic greedy choice sees none of the best candidates."""
 EASY, HARD = 0.2, 0.8
 """Quantiles of the base's loss between which rows are neither too easy nor too hard."""
 
@@ -112,7 +108,7 @@ def diverse(features: Features, request: Request) -> list[Pick]:
     1 - 1/e of the best coverage, less 5 %, at a cost that does not grow with m.
     """
     pool, _ = features.embeddings()
-    return _facility_location(pool, None, request, 0.0)
+    return _covering(facility_location(pool, request.m, request.seed))
 
 
 def mixture(features: Features, request: Request) -> list[Pick]:
@@ -123,8 +119,8 @@ def mixture(features: Features, request: Request) -> list[Pick]:
     """
     pool, task = features.embeddings()
     _need_task(task, "mixture")
-    likeness = (1 + _best_likeness(pool, task)) / np.float32(2)
-    return _facility_location(pool, likeness, request, request.relevance)
+    likeness = (1 + best_likeness(pool, task)) / np.float32(2)
+    return _covering(facility_location(pool, request.m, request.seed, likeness, request.relevance))
 
 
 def similar(features: Features, request: Request) -> list[Pick]:
@@ -134,13 +130,13 @@ def similar(features: Features, request: Request) -> list[Pick]:
     files take turns first, so that each has an equal part.
     """
     pool, task = features.embeddings()
-    return _nearest_in_turn(pool, task, features.task_files(), request.m)
+    return _near(pool, task, features.task_files(), request.m)
 
 
 def representation(features: Features, request: Request) -> list[Pick]:
     """Choose as RDS+ does: `similar` on the base's own hidden states (arXiv 2503.01807)."""
     pool, task = features.embeddings("base")
-    return _nearest_in_turn(pool, task, features.task_files(), request.m)
+    return _near(pool, task, features.task_files(), request.m)
 
 
 def dsir(features: Features, request: Request) -> list[Pick]:
@@ -238,96 +234,13 @@ def _need_task(task: Sequence[object] | Array, method: str) -> None:
         )
 
 
-def _index(pool: Array) -> faiss.IndexFlatIP:
-    index = faiss.IndexFlatIP(pool.shape[1])
-    index.add(np.ascontiguousarray(pool))
-    return index
-
-
-def _best_likeness(pool: Array, task: Array) -> Array:
-    """Return the largest cosine of each pool row with a task row, shape (N,)."""
-    scores, _ = _index(task).search(np.ascontiguousarray(pool), 1)
-    return scores[:, 0]
-
-
-def _nearest_in_turn(pool: Array, task: Array, files: Sequence[int], m: int) -> list[Pick]:
+def _near(pool: Array, task: Array, files: Sequence[int], m: int) -> list[Pick]:
     _need_task(task, "similar")
-    index = _index(pool)
-    wishes = {
-        number: [_wishes(index, task[row : row + 1], m, len(task)) for row in rows]
-        for number, rows in _grouped(files).items()
-    }
-    turns = {number: _round(queues) for number, queues in wishes.items()}
-    taken: set[int] = set()
-    picks: list[Pick] = []
-    while len(picks) < m:
-        for number, turn in turns.items():
-            if len(picks) < m:
-                place, wish = next(turn)
-                row, score = next((r, s) for r, s in wish if r not in taken)
-                taken.add(row)
-                picks.append(
-                    Pick(row, f"near example {place + 1} of task file {number + 1}", score)
-                )
-    return picks
+    return [
+        Pick(row, f"near example {place + 1} of task file {number + 1}", score)
+        for row, place, number, score in nearest_in_turn(pool, task, files, m)
+    ]
 
 
-def _grouped(files: Sequence[int]) -> dict[int, list[int]]:
-    rows: dict[int, list[int]] = {}
-    for row, number in enumerate(files):
-        rows.setdefault(number, []).append(row)
-    return rows
-
-
-def _round(
-    queues: Sequence[Iterator[tuple[int, float]]],
-) -> Iterator[tuple[int, Iterator[tuple[int, float]]]]:
-    while True:
-        yield from enumerate(queues)
-
-
-def _wishes(
-    index: faiss.IndexFlatIP, query: Array, m: int, n_queries: int
-) -> Iterator[tuple[int, float]]:
-    """Yield all pool rows from the nearest on; the search goes deeper as it is asked."""
-    depth, seen = min(index.ntotal, 2 * m // n_queries + 32), 0
-    while seen < index.ntotal:
-        scores, rows = index.search(np.ascontiguousarray(query), depth)
-        for place in range(seen, depth):
-            yield int(rows[0, place]), float(scores[0, place])
-        seen, depth = depth, min(index.ntotal, 4 * depth)
-
-
-def _facility_location(
-    pool: Array, likeness: Array | None, request: Request, weight: float
-) -> list[Pick]:
-    """Choose greedily for coverage of reference rows and, with a weight, for likeness.
-
-    Coverage of a reference is the largest similarity, from 0 to 1, of a chosen row with it. Each
-    step looks at as many random candidates as leave a chance of `MISSED` to see none of the best
-    m; so memory is that of candidates times references, whatever the pool.
-    """
-    rng = np.random.default_rng(request.seed)
-    n = len(pool)
-    references = pool[rng.permutation(n)[:REFERENCES]]
-    n_seen = min(n, math.ceil(n / request.m * math.log(1 / MISSED)))
-    covered = np.zeros(len(references), dtype=np.float32)
-    free = rng.permutation(n)
-    picks: list[Pick] = []
-    for _ in range(request.m):
-        places = rng.choice(len(free), size=min(n_seen, len(free)), replace=False)
-        candidates = free[places]
-        gains = np.zeros(len(candidates))
-        for begin in range(0, len(candidates), REFERENCES):
-            part = slice(begin, begin + REFERENCES)
-            near = (1 + pool[candidates[part]] @ references.T) / 2
-            gains[part] = (1 - weight) * np.maximum(near - covered, 0).mean(axis=1)
-        if likeness is not None:
-            gains += weight * likeness[candidates] / request.m
-        best = int(np.argmax(gains))
-        row = int(candidates[best])
-        covered = np.maximum(covered, (1 + references @ pool[row]) / 2)
-        free[places[best]] = free[-1]
-        free = free[:-1]
-        picks.append(Pick(row, "adds most to what is covered", float(gains[best])))
-    return picks
+def _covering(chosen: Sequence[tuple[int, float]]) -> list[Pick]:
+    return [Pick(row, "adds most to what is covered", gain) for row, gain in chosen]

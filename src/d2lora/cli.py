@@ -5,11 +5,12 @@ Nothing heavy is imported before a command is known, so `d2lora --help` answers 
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from d2lora.errors import D2LoraError, did_you_mean
+from d2lora.errors import D2LoraError, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
     from d2lora.settings import Settings
@@ -94,8 +95,6 @@ def _run(command: str, words: list[str]) -> None:
         "generate": ("generation", settings.GenerateSettings),
     }
     if command not in homes:
-        from d2lora.errors import SettingsError
-
         raise SettingsError(
             f"unknown command `{command}`.{did_you_mean(command, homes)} "
             "`d2lora --help` lists the commands"
@@ -137,10 +136,25 @@ def _spelt_out(kind: "type[Settings]", words: list[str]) -> list[str]:
     for place, word in enumerate(options):
         name, equals, value = word.partition("=")
         options[place] = kind.aliases.get(name, name) + equals + value
+    _refuse_twice(options)
     named = kind.settings_file and bool(alone) and alone[0].endswith((".yaml", ".yml"))
     if kind.positional is None or not alone or named:
         return [*alone, *options]
     return [*options, f"--{kind.positional}", *alone]
+
+
+def _refuse_twice(options: list[str]) -> None:
+    """Check that no option is repeated, as the parser would keep its last values alone.
+
+    Raises:
+        SettingsError: With the option.
+    """
+    names = [word.partition("=")[0].replace("_", "-") for word in options if word[:2] == "--"]
+    for name, n_times in Counter(names).items():
+        if n_times > 1:
+            raise SettingsError(
+                f"{name} is given {n_times} times; give it once, with all its values"
+            )
 
 
 def _first_word(kind: "type[Settings]") -> str:
