@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from d2lora import Adapter, AdaptSettings, TrainingError, WarmStart, WarmupSettings, adapt, warm_up
-from d2lora.models import fingerprint_of
+from d2lora.fingerprints import fingerprint_of
 from support import REPOSITORY, read_rows
 
 Weights = dict[str, torch.Tensor]

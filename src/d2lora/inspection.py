@@ -25,11 +25,11 @@ from d2lora.factors import (
     singular_values,
     subspace_overlap,
 )
+from d2lora.fingerprints import fingerprint_of
 from d2lora.models import (
     ADAPTER_WEIGHTS,
     attach_adapter,
     base_folder,
-    fingerprint_of,
     load_base,
     read_adapter_config,
 )

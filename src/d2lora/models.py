@@ -3,11 +3,8 @@
 Weights come from safetensors only and no code of a model repository is ever run.
 """
 
-import hashlib
-import json
 import os
-import struct
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -26,13 +23,13 @@ from transformers import (
 )
 
 from d2lora.errors import ModelError
+from d2lora.fingerprints import fingerprint_of
 from d2lora.settings import BaseSettings
 
 EMBEDDED = "embedded"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-_CHUNKS, _CHUNK_BYTES = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -141,45 +138,6 @@ def base_folder(name: str, revision: str | None = None, *, fetch: bool = True) -
         raise ModelError(
             f"{name}: no local folder of this name, and the hub gave none: {reason}"
         ) from None
-
-
-def fingerprint_of(folder: Path) -> str:
-    """Return a fingerprint of a model's weights, whatever its sharding.
-
-    It covers every tensor's name, type and shape and up to 16 evenly spaced pieces of 4 KiB of
-    its bytes: full-model training or a merge changes it, and a base of 8 B parameters takes
-    well under a second.
-
-    Raises:
-        ModelError: If there are no safetensors files, or one is cut off.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"{folder}: no *.safetensors; d2lora loads no pickled weights. Convert them with "
-            "`model.save_pretrained(folder)`"
-        )
-    pieces = sorted(piece for file in files for piece in _tensor_digests(file))
-    return hashlib.sha256("\n".join(pieces).encode()).hexdigest()
-
-
-def _tensor_digests(file: Path) -> Iterator[str]:
-    with file.open("rb") as handle:
-        try:
-            (header_length,) = struct.unpack("<Q", handle.read(8))
-            header: dict[str, Any] = json.loads(handle.read(header_length))
-        except (struct.error, ValueError, MemoryError, OverflowError):
-            raise ModelError(f"{file}: not a safetensors file, or cut off") from None
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            digest = hashlib.sha256(f"{name} {entry['dtype']} {entry['shape']}".encode())
-            stride = max(_CHUNK_BYTES, (end - begin) // _CHUNKS)
-            for offset in range(begin, end, stride):
-                handle.seek(8 + header_length + offset)
-                digest.update(handle.read(min(_CHUNK_BYTES, end - offset)))
-            yield f"{name} {digest.hexdigest()}"
 
 
 def fingerprint_of_model(model: PreTrainedModel) -> str | None:

@@ -129,7 +129,8 @@ def _base_content(name: str, revision: str | None) -> str:
     made = _of_job(Path(name))
     if made is not None:
         return made
-    from d2lora.models import base_folder, fingerprint_of
+    from d2lora.fingerprints import fingerprint_of
+    from d2lora.models import base_folder
 
     try:
         return fingerprint_of(base_folder(name, revision, fetch=False))
