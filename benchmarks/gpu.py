@@ -6,8 +6,9 @@ Random weights, rows of GSM8K, batches of 8, rank 16, the same rows in the same 
 which take turns as processes of their own. TRL is measured at its defaults and without gradient
 checkpointing; packing, which changes what a batch is and needs another attention to keep rows
 apart, is left out. Fraction of the floor as in floor.py: 4 N FLOPs a token, the head at supervised
-positions, over the matrix products' rate at these shapes. Several adapters in one batch are not
-measured, as d2lora trains one at a time. Takes less than 10 minutes; prints its table last.
+positions, over the matrix products' rate at these shapes. Several adapters in one batch over one
+base are those of stacked.py; their tokens count together. Takes less than 10 minutes; prints its
+table last.
 `--device cpu --size small` tries it out without a GPU.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,14 @@ from typing import Any
 from common import SHAPES, base_of, head, medians, parser_of, row, taking_turns, worker
 from floor import against_floor
 from sides import ours, settings_of, trl_s
+from stacked import stacked
 
-SIDES: dict[str, dict[str, Any]] = {
-    "d2lora": {}, "trl best": {"gradient_checkpointing": False}, "trl defaults": {},
-}  # fmt: skip
+SIDES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "d2lora": ours,
+    "trl best": partial(trl_s, gradient_checkpointing=False),
+    "trl defaults": trl_s,
+    **{f"{k} adapters in a batch": partial(stacked, k=k) for k in (1, 2, 4, 8)},
+}
 
 
 def main() -> None:
@@ -72,7 +78,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     more = {"dtype": args.dtype, "device": args.device}
     settings = settings_of(args.base, args.data, args.steps, args.threads, **more)
-    result = ours(settings) if args.worker == "d2lora" else trl_s(settings, **SIDES[args.worker])
+    result = SIDES[args.worker](settings)
     result["peak_memory_bytes"] = peak_memory_bytes(device)
     if args.worker == "d2lora":
         result |= against_floor(settings, result)

@@ -221,5 +221,7 @@ def test_the_gpu_benchmark_runs_at_a_small_size_on_a_cpu_with_equal_losses(probl
     )  # fmt: skip
     assert "of the floor" in done.stdout
     table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert [row[0].strip("| ") for row in table] == ["side", "d2lora", "trl best", "trl defaults"]
+    sides = ["d2lora", "trl best", "trl defaults"]
+    sides += [f"{k} adapters in a batch" for k in (1, 2, 4, 8)]
+    assert [row[0].strip("| ") for row in table] == ["side", *sides]
     assert len({row[-1] for row in table[1:]}) == 1
