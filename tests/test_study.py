@@ -21,7 +21,7 @@ from d2lora.artifacts import Manifest
 from d2lora.calibration import Calibration
 from d2lora.cli import main
 from d2lora.conversion import randomise
-from d2lora.decontamination import decontaminated
+from d2lora.decontamination import contamination_said, decontaminated
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import DataError, SettingsError
 from d2lora.jobs import Scored, Trial
@@ -350,6 +350,18 @@ def test_training_rows_that_are_test_rows_are_taken_out_and_told_and_the_study_r
     text = visible(write_report(findings).read_text("utf-8"))
     assert "Task titles: 2 of 40 training rows give an evaluation row away" in text
     assert run_study(settings(tmp_path, plan)).plan == study.plan
+
+
+def test_uses_of_one_fate_are_told_together() -> None:
+    first = "is in a.jsonl, line 3"
+    fates = {"warm-up a": 0, "warm-up b": 0, "task c": 0, "task d": 2}
+    checks = [{"use": u, "n_rows": 1000, "n_removed": n, "first": first} for u, n in fates.items()]
+    assert contamination_said([*checks, {"use": "task e", "n_rows": None, "n_removed": 0}]) == [
+        "warm-ups a, b; task c: none of 1,000 training rows gives an evaluation row away",
+        "task d: 2 of 1,000 training rows give an evaluation row away and were taken out; the "
+        "first is in a.jsonl, line 3",
+        "task e: not checked against the evaluation files, as not all are here",
+    ]
 
 
 def test_files_that_lose_no_row_are_used_as_they_are(tmp_path: Path, plan: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ stay as they are, and with them the keys of their runs.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -94,19 +94,31 @@ def decontaminated(
 
 def contamination_said(checks: Iterable[Mapping[str, Any]]) -> list[str]:
     """Say of every use, as given by `Check.to_json`, how many rows were taken out."""
-    said: list[str] = []
+    uses_by_fate: dict[str, list[str]] = {}
     for check in checks:
-        use, n_rows, n_removed = check["use"], check["n_rows"], check["n_removed"]
+        n_rows, n_removed = check["n_rows"], check["n_removed"]
         if n_rows is None:
-            said.append(f"{use}: not checked against the evaluation files, as not all are here")
+            fate = "not checked against the evaluation files, as not all are here"
         elif n_removed:
-            said.append(
-                f"{use}: {n_removed:,} of {n_rows:,} training rows give an evaluation row away and "
-                f"were taken out; the first {check['first']}"
+            fate = (
+                f"{n_removed:,} of {n_rows:,} training rows give an evaluation row away and were "
+                f"taken out; the first {check['first']}"
             )
         else:
-            said.append(f"{use}: none of {n_rows:,} training rows gives an evaluation row away")
-    return said
+            fate = f"none of {n_rows:,} training rows gives an evaluation row away"
+        uses_by_fate.setdefault(fate, []).append(check["use"])
+    return [f"{_together(uses)}: {fate}" for fate, uses in uses_by_fate.items()]
+
+
+def _together(uses: Sequence[str]) -> str:
+    """Return `warm-ups a, b; task c` for `warm-up a`, `warm-up b` and `task c`."""
+    names: dict[str, list[str]] = {}
+    for use in uses:
+        kind, _, name = use.partition(" ")
+        names.setdefault(kind, []).append(name)
+    return "; ".join(
+        f"{kind}{'s' if len(of) > 1 else ''} {', '.join(of)}" for kind, of in names.items()
+    )
 
 
 class _Cleaner:
