@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from d2lora.batches import Encoded, collate, micro_batches
 from d2lora.encode import Encoder, encode_all, resolve_format
@@ -152,6 +152,18 @@ def test_micro_batches_hold_every_example_once_within_the_limits(
         longest = max(len(item.ids) for item in group)
         assert len(group) == 1 or longest * len(group) <= max_tokens
         assert max_size is None or len(group) <= max_size
+
+
+def test_a_row_of_all_positions_that_a_model_has_is_scored_as_by_the_model_alone() -> None:
+    torch.manual_seed(0)
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 60, "n_positions": 50}
+    model = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    items = [Encoded(tuple(range(1, 51)), 20), Encoded(tuple(range(5, 30)), 3)]
+    with torch.no_grad():
+        ours = TokenScorer(model).eval()(collate(items, 0))
+        logits = model(torch.tensor([items[0].ids])).logits.log_softmax(-1)
+    theirs = logits[0, range(19, 49), items[0].ids[20:]]
+    torch.testing.assert_close(ours[:30], theirs)
 
 
 @settings(max_examples=10, deadline=None)

@@ -8,19 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from adapters import PROBE, assert_untouched, logits, losses, run, state, weights
 from d2lora import (
-    Adapter,
-    AdaptSettings,
     SettingsError,
     TrainingError,
     WarmStart,
     WarmStartError,
     WarmupSettings,
-    adapt,
+    initialization,
     phase,
     warm_up,
 )
@@ -31,54 +30,11 @@ from support import dies_at_step, read_rows, write_rows
 
 CHANGING = ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"]
 KEEPING = ["gaussian", "orthogonal", "eva"]
-PROBE = torch.arange(5, 60)[None]
-
-
-def run(out: Path, base: str, data: str, loaded: Base | None = None, **changes: Any) -> Adapter:
-    settings = {
-        "max_steps": 3, "batch_size": 8, "rank": 4, "learning_rate": 1e-2, "quiet": True, **changes,
-    }  # fmt: skip
-    return adapt(AdaptSettings(base=base, data=(data,), out=out, **settings), loaded)
-
-
-def weights(adapter: Adapter) -> dict[str, torch.Tensor]:
-    return load_file(adapter.path / "adapter_model.safetensors")
-
-
-def logits(base: str, adapter: Path | None = None) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(base).eval()
-    with torch.no_grad():
-        return (PeftModel.from_pretrained(model, str(adapter)) if adapter else model)(
-            input_ids=PROBE
-        ).logits
-
-
-def losses(adapter: Adapter) -> list[float]:
-    return [row["loss"] for row in read_rows(adapter.path / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.fixture
 def loaded(tiny_base: str) -> Base:
     return load_base(BaseSettings(base=tiny_base, device="cpu"))
-
-
-def state(base: Base) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in base.model.state_dict().items()}
-
-
-def assert_untouched(base: Base, before: dict[str, torch.Tensor]) -> None:
-    after = base.model.state_dict()
-    assert after.keys() == before.keys()
-    for name, value in before.items():
-        assert torch.equal(after[name], value), name
-    for name, module in base.model.named_modules():
-        left = {"eigens", "covariance_matrix", "_peft_loraga_grad", "corda_method"} & set(
-            vars(module)
-        )
-        assert not left, name
-        assert not module._forward_hooks, name
-        assert not module._backward_hooks, name
-    assert not any(parameter.requires_grad for parameter in base.model.parameters())
 
 
 @pytest.mark.parametrize("init", CHANGING + KEEPING)
@@ -227,6 +183,22 @@ def test_what_an_initialization_cannot_do_is_told(
     with pytest.raises((SettingsError, WarmStartError), match=fault):
         run(tmp_path / "a", tiny_base, problems, **changes)
     assert not (tmp_path / "a").exists()
+
+
+def test_corda_sees_no_padding(
+    tmp_path: Path, tiny_base: str, problems: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    look = initialization._corda
+
+    def listening(model: Any, config: Any, batches: Any, seed: int) -> Any:
+        seen.extend(batch.mask_BT for batch in batches)
+        return look(model, config, batches, seed)
+
+    monkeypatch.setattr(initialization, "_corda", listening)
+    run(tmp_path / "a", tiny_base, problems, init="corda")
+    assert len({mask.shape[1] for mask in seen}) > 1
+    assert all(mask.all() for mask in seen)
 
 
 def test_loftq_without_bitsandbytes_says_what_to_install(

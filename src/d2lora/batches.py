@@ -45,7 +45,7 @@ T = TypeVar("T", bound=Item)
 
 WIDTH_STEP = 16
 """Batches are padded to a multiple of this: oneDNN makes code for every new shape, and widths that
-come again spare it (8 to 14 % of training on GSM8K with the embedded base, and memory)."""
+come again spare it (measured in `benchmarks/README.md`)."""
 
 
 def padded_width(n_tokens: int) -> int:
@@ -147,6 +147,11 @@ class Batch(NamedTuple):
         """Return the batch on a device."""
         return Batch(*(tensor.to(device) for tensor in self))
 
+    def trimmed(self) -> "Batch":
+        """Return the batch at the width of its longest row."""
+        longest = int(self.mask_BT.sum(1).max())
+        return self._replace(ids_BT=self.ids_BT[:, :longest], mask_BT=self.mask_BT[:, :longest])
+
     def row(self, index: int) -> "Batch":
         """Return one row with its padding, as a batch of one."""
         own = self.rows_P == index
@@ -217,11 +222,8 @@ def micro_batches(
     for item in ordered:
         group = groups[-1] if groups else []
         full = len(group) == max_size
-        if (
-            not group
-            or full
-            or (len(group) + 1) * item.n_rows * padded_width(group[0].length) > max_tokens
-        ):
+        a_row = padded_width(group[0].length) if group else 0
+        if not group or full or (len(group) + 1) * item.n_rows * a_row > max_tokens:
             groups.append([item])
         else:
             group.append(item)

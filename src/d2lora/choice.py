@@ -130,13 +130,13 @@ def similar(features: Features, request: Request) -> list[Pick]:
     files take turns first, so that each has an equal part.
     """
     pool, task = features.embeddings()
-    return _near(pool, task, features.task_files(), request.m)
+    return _near("similar", pool, task, features.task_files(), request.m)
 
 
 def representation(features: Features, request: Request) -> list[Pick]:
     """Choose as RDS+ does: `similar` on the base's own hidden states (arXiv 2503.01807)."""
     pool, task = features.embeddings("base")
-    return _near(pool, task, features.task_files(), request.m)
+    return _near("representation", pool, task, features.task_files(), request.m)
 
 
 def dsir(features: Features, request: Request) -> list[Pick]:
@@ -234,8 +234,8 @@ def _need_task(task: Sequence[object] | Array, method: str) -> None:
         )
 
 
-def _near(pool: Array, task: Array, files: Sequence[int], m: int) -> list[Pick]:
-    _need_task(task, "similar")
+def _near(method: str, pool: Array, task: Array, files: Sequence[int], m: int) -> list[Pick]:
+    _need_task(task, method)
     return [
         Pick(row, f"near example {place + 1} of task file {number + 1}", score)
         for row, place, number, score in nearest_in_turn(pool, task, files, m)

@@ -22,7 +22,7 @@ from d2lora.feature_cache import Array, unit_rows
 from d2lora.lean import lean_layers
 from d2lora.models import Base, causal_model
 from d2lora.rows import Example
-from d2lora.scorer import pass_tokens
+from d2lora.scorer import pass_tokens, within_positions
 
 WIDEST = 1024
 """Wider hidden states are projected to this by a seeded Gaussian matrix (Johnson-Lindenstrauss)."""
@@ -60,7 +60,7 @@ def base_states(
     done = 0
     with torch.inference_mode(), lean_layers(base.model):
         for group in micro_batches([items[index] for index in order], pass_tokens(device)):
-            batch = collate(group, base.pad_id).to(device)
+            batch = within_positions(collate(group, base.pad_id), model).to(device)
             hidden_BTD: Tensor = decoder(
                 input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False
             ).last_hidden_state

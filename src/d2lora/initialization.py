@@ -198,6 +198,8 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
         raise SettingsError(f"--init orthogonal needs an even rank, got {shape.rank}")
     if name == "loftq" and find_spec("bitsandbytes") is None:
         raise SettingsError("--init loftq needs bitsandbytes: pip install 'd2lora[loftq]'")
+    if name == "loftq" and model.device.type not in {"cpu", "cuda"}:
+        raise SettingsError(f"--init loftq works on a CPU and on CUDA, not on {model.device.type}")
     if name not in {"gaussian", "orthogonal"}:
         least = min(min(layer.weight.shape) for _, layer in target_layers(model, shape.targets))
         most = least // 2 if name == "lora_ga" else least
@@ -219,7 +221,7 @@ def _attach(
     limit = pass_tokens(model.device, settings.micro_batch_tokens)
     # PEFT's CorDA takes one row, without padding, at a time.
     groups = micro_batches(chosen, limit, 1 if name == "corda" else None)
-    batches = [collate(group, base.pad_id).to(model.device) for group in groups]
+    batches = [collate(group, base.pad_id).trimmed().to(model.device) for group in groups]
     began = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(seed)

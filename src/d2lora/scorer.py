@@ -36,6 +36,7 @@ class TokenScorer(nn.Module):
         return -functional.cross_entropy(logits_PV, batch.targets_P, reduction="none")
 
     def _logits(self, batch: Batch) -> Tensor:
+        batch = within_positions(batch, causal_model(self.model))
         if self._plain_head is None:
             self._plain_head = self._compare(batch)
         if self._plain_head:
@@ -85,6 +86,13 @@ class TokenScorer(nn.Module):
         )
         self.model.train(training)
         return same
+
+
+def within_positions(batch: Batch, model: nn.Module) -> Batch:
+    """Return the batch without padding that lies beyond a model's last position."""
+    n_positions = getattr(model.config, "max_position_embeddings", None)
+    beyond = n_positions is not None and batch.ids_BT.shape[1] > n_positions
+    return batch.trimmed() if beyond else batch
 
 
 def pass_tokens(device: torch.device, wanted: int = 0) -> int:

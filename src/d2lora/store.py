@@ -24,6 +24,7 @@ FORMAT = 1
 """Changes when results of earlier versions of the code no longer count."""
 RESULT = "result.json"
 LOCK = ".lock"
+_KEY_LENGTH = 20
 _FREE = {"out", "quiet", "resume", "threads", "checkpoint_every"}
 _FILES = {"data", "validation_data", "general_text", "choices", "for_task"}
 
@@ -44,7 +45,7 @@ class Job(ABC):
         """The hash of what decides the result; names the folder."""
         identity = {"format": FORMAT, "kind": type(self).__name__, **self.identity()}
         text = json.dumps(identity, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
+        return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
 
     @property
     def folder(self) -> Path:
@@ -115,7 +116,8 @@ def identity_of(settings: Settings) -> dict[str, Any]:
 
 def _of_job(path: Path) -> str | None:
     """Return the key of the job that makes a path, done or not: what it makes follows from it."""
-    return path.parent.name if (path.parent / LOCK).is_file() else None
+    key = path.parent.name
+    return key if len(key) == _KEY_LENGTH and (path.parent / LOCK).is_file() else None
 
 
 @cache
