@@ -2,15 +2,24 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from d2lora import WarmStart, WarmupSettings, warm_up
+from d2lora.console import quiet_libraries
 from d2lora.embedded import general_rows, title_rows, word_problem_rows
 from d2lora.embedded.tokenizer import train_tokenizer
 from support import write_rows
+
+if TYPE_CHECKING:
+    from d2lora import WarmStart
+
+
+def pytest_configure() -> None:
+    """Leave the last word to pytest's summary, before anything imports PEFT."""
+    quiet_libraries()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,9 +85,13 @@ def titles(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def warm_start(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, general: str) -> WarmStart:
+def warm_start(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: str, general: str
+) -> "WarmStart":
     """A short warm-up of rank 4 on the tiny base; tests read it and never write into it."""
     out = tmp_path_factory.mktemp("warm") / "start"
+    from d2lora import WarmupSettings, warm_up
+
     return warm_up(
         WarmupSettings(
             base=tiny_base, data=(general,), out=out, max_steps=6, rank=4, batch_size=8,
