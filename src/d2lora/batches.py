@@ -160,6 +160,19 @@ class Batch(NamedTuple):
         rows_P = torch.zeros_like(columns_P)
         return Batch(self.ids_BT[one], self.mask_BT[one], rows_P, columns_P, targets_P)
 
+    def behind_another(self) -> "Batch":
+        """Return this row, one alone, behind another of its tokens in reverse; both predict."""
+        length = int(self.mask_BT.sum())
+        other_BT = self.ids_BT.clone()
+        other_BT[:, :length] = self.ids_BT[:, :length].flip(1)
+        return Batch(
+            torch.cat([other_BT, self.ids_BT]),
+            self.mask_BT.repeat(2, 1),
+            torch.cat([self.rows_P, self.rows_P + 1]),
+            self.columns_P.repeat(2),
+            self.targets_P.repeat(2),
+        )
+
 
 @dataclass(frozen=True)
 class Question:

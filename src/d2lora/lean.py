@@ -1,15 +1,16 @@
-"""A lean forward and backward pass for linear layers under LoRA, equal to PEFT's and faster.
+"""Lean forward and backward passes of layers, equal to PEFT's and transformers' and faster.
 
 PEFT computes `W x + s * B(A(dropout(x)))` as separate operations of which autograd keeps every
 result. Without dropout the update can be added in place and only x and A x have to be kept; the
 frozen W gets no gradient. Layers of another kind (DoRA, dropout, quantized, several adapters) keep
-PEFT's own pass. Frozen linear layers, the head among them, take the same matrix products.
+PEFT's own pass. Frozen linear layers take the same matrix products, and norms and gated units the
+passes of `elementwise`.
 
     y  = x W' + s (x A') B'          dA = (s g B)' x
     dx = g W + (s g B) A             dB = s g' (x A')
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +20,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from d2lora.products import linear
+from d2lora.elementwise import gated_fits, gated_forward, norm_fits, norm_forward
+from d2lora.products import is_frozen_linear, linear
 
 
 class _LeanLora(torch.autograd.Function):
@@ -100,22 +102,27 @@ def _lora_fits(layer: nn.Module) -> bool:
     return plain and isinstance(dropout, nn.Identity)
 
 
-def _frozen_fits(layer: nn.Module) -> bool:
-    """Say whether a layer is a plain linear one that nothing trains."""
-    return type(layer) is nn.Linear and not any(p.requires_grad for p in layer.parameters())
-
-
 @contextmanager
 def lean_layers(model: nn.Module) -> Generator[int]:
-    """Give linear layers the lean pass inside the block; yield how many LoRA layers took it."""
+    """Give layers their lean pass inside the block; yield how many LoRA layers took it."""
     modules = list(model.modules())
-    lora = [layer for layer in modules if _lora_fits(layer)]
-    frozen = [layer for layer in modules if _frozen_fits(layer)]
-    for layers, forward in ((lora, _lora_forward), (frozen, _frozen_forward)):
-        for layer in layers:
-            layer.forward = partial(forward, layer)  # pyright: ignore[reportArgumentType]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        taken = [(layer, forward) for fits, forward in _LEAN for layer in modules if fits(layer)]
+    model.train(training)
+    for layer, forward in taken:
+        layer.forward = partial(forward, layer)  # pyright: ignore[reportArgumentType]
     try:
-        yield len(lora)
+        yield sum(forward is _lora_forward for _, forward in taken)
     finally:
-        for layer in (*lora, *frozen):
+        for layer, _ in taken:
             del layer.forward
+
+
+_LEAN: tuple[tuple[Callable[[nn.Module], bool], Callable[..., Tensor]], ...] = (
+    (_lora_fits, _lora_forward),
+    (is_frozen_linear, _frozen_forward),
+    (norm_fits, norm_forward),
+    (gated_fits, gated_forward),
+)

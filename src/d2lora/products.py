@@ -6,9 +6,10 @@ oneDNN, which torch carries too, uses it everywhere. `benchmarks/matrix_products
 
 import os
 from functools import cache
+from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 LEAST_ROWS = 16
@@ -45,6 +46,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return functional.linear(x, weight, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
+
+
+def is_frozen_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Say whether a layer is a plain linear one that nothing trains."""
+    return type(layer) is nn.Linear and not any(p.requires_grad for p in layer.parameters())
 
 
 def packed(weight: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def train(
         )
     device = next(iter(parameters.values())).device
     accelerator = Accelerator(cpu=device.type == "cpu")
-    scorer = accelerator.prepare(TokenScorer(model))
+    scorer = accelerator.prepare(TokenScorer(model, lean=settings.lean))
     optimizer = adamw(model, settings)
     plan = Plan.of(len(train_set), settings, seed_of(settings, "order"))
     causal = causal_model(model)

@@ -128,7 +128,8 @@ class TrainSettings(Settings):
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Most examples in one forward pass. None: only micro_batch_tokens counts."""
     lean: bool = True
-    """Use the faster pass through LoRA layers where it is equal to PEFT's."""
+    """Use the faster passes where they are equal to the plain ones: LoRA layers, norms, gated units
+    and the head, and on a CPU rows without padding."""
     lora_plus_ratio: float = Field(default=1.0, gt=0)
     """LoRA+: B learns at this many times the learning rate. 1: as A does."""
     schedule: Schedule = "linear"

@@ -1,0 +1,104 @@
+"""RMS norms and gated units in fewer passes over memory than autograd's, which keep less.
+
+Autograd keeps each step's result: four of the size of x for a norm, three for a gated unit. Here x,
+or gate and up, are all that is kept, and what the backward pass needs is computed again.
+
+    norm   y = w x r,  r = (mean(x^2) + e)^(-1/2)     dx = r w g - x r^3 mean(w g x)
+    gated  y = silu(gate) up                          dup = silu(gate) g,  dgate = silu'(gate) up g
+
+RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467; SwiGLU: Shazeer 2020, arXiv 2002.05202.
+Shapes: N tokens in any number of dimensions, D hidden, F units.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+class _Norm(torch.autograd.Function):
+    """Shapes: x (N, D), weight (D,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = (length.square_() / x.shape[-1] + epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        slope = (grad_outputs[0] * weight).float()
+        wide = x.float()
+        along = (slope * wide).mean(-1, keepdim=True)
+        slope.mul_(scale).addcmul_(wide, along.mul_(scale.pow(3)), value=-1)
+        return slope.to(x.dtype), None, None
+
+
+class _Gated(torch.autograd.Function):
+    """Shapes: gate (N, F), up (N, F)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        g = grad_outputs[0]
+        slope = g * up
+        torch.ops.aten.silu_backward.grad_input(slope, gate, grad_input=slope)
+        return slope, functional.silu(gate).mul_(g)
+
+
+def norm_forward(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what an RMS norm with frozen weights returns."""
+    y = _Norm.apply(x, layer.weight, layer.variance_epsilon)
+    assert isinstance(y, Tensor)
+    return y
+
+
+def gated_forward(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what a gated MLP returns."""
+    modules: Any = layer
+    units = _Gated.apply(modules.gate_proj(x), modules.up_proj(x))
+    return modules.down_proj(units)
+
+
+def norm_fits(layer: nn.Module) -> bool:
+    """Say whether a layer is an RMS norm as Llama has it: a scale that nothing trains, no shift."""
+    own = dict(layer.named_parameters())
+    epsilon = getattr(layer, "variance_epsilon", None)
+    if set(own) != {"weight"} or own["weight"].requires_grad or not isinstance(epsilon, float):
+        return False
+    x = torch.linspace(-1, 2, len(own["weight"])).to(own["weight"])
+    return _equal(layer(x[None]), norm_forward(layer, x[None]))
+
+
+def gated_fits(layer: nn.Module) -> bool:
+    """Say whether a layer is a gated MLP as Llama has it, whatever its linear layers are."""
+    names = {name for name, _ in layer.named_children()}
+    if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return False
+    width = getattr(layer.gate_proj, "in_features", 0)
+    weight = next(layer.parameters())
+    if not width or not weight.is_floating_point():
+        return False
+    x = torch.linspace(-1, 2, width).to(weight)
+    return _equal(layer(x[None]), gated_forward(layer, x[None]))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    tolerance = 1e-4 if one.dtype == torch.float32 else 2e-2
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance)

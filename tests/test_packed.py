@@ -1,0 +1,219 @@
+"""Rows end to end score as rows padded; the lean head, norm and gated unit equal the plain ones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from d2lora import head
+from d2lora.batches import Batch, Encoded, collate
+from d2lora.lean import lean_layers
+from d2lora.packed import LENGTH_STEP, pack
+from d2lora.scorer import TokenScorer
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, Mapping[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": None},
+    "phi3": {"num_key_value_heads": 4},
+    "olmo2": {"num_key_value_heads": 2},
+    "gpt_neox": {},
+    "gpt2": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "granite": {"num_key_value_heads": 2},
+}
+PACKED = {"llama", "qwen2", "qwen3", "mistral", "phi3", "olmo2", "gpt_neox", "gpt2"}
+"""Families whose rows can be packed, so that a change of transformers that ends it is seen."""
+
+
+def small_model(family: str, **changes: Any) -> PreTrainedModel:
+    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES.get(family, {}), **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():  # a fresh model's attention is all but uniform
+            if parameter.ndim == 2:
+                parameter.data.mul_(6)
+    return model.requires_grad_(requires_grad=False).eval()
+
+
+def batch_of(*lengths: int) -> Batch:
+    items = [
+        Encoded(tuple((7 * place + 11 * row) % 50 + 5 for place in range(length)), length // 3)
+        for row, length in enumerate(lengths)
+    ]
+    return collate(items, 0)
+
+
+def own_scores(model: PreTrainedModel, batch: Batch) -> Tensor:
+    logits = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits
+    logits_PV = logits[batch.rows_P, batch.columns_P]
+    return -functional.cross_entropy(logits_PV, batch.targets_P, reduction="none")
+
+
+def way_of(scorer: TokenScorer) -> str:
+    assert scorer._way is not None
+    return scorer._way.__name__
+
+
+def test_rows_lie_end_to_end_each_at_its_own_positions() -> None:
+    rows = pack(batch_of(9, 4, 20))
+    assert rows.bounds.tolist() == [0, 9, 13, 33, 2 * LENGTH_STEP]
+    assert rows.ids_1N.shape == rows.positions_1N.shape == (1, 2 * LENGTH_STEP)
+    assert rows.positions_1N[0, :14].tolist() == [*range(9), *range(4), 0]
+    assert rows.ids_1N[0, 9:13].tolist() == batch_of(9, 4, 20).ids_BT[1, :4].tolist()
+
+
+def test_rows_that_fill_the_width_need_no_filler() -> None:
+    rows = pack(batch_of(LENGTH_STEP))
+    assert rows.bounds.tolist() == [0, LENGTH_STEP, LENGTH_STEP]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_the_model_s_own(family: str) -> None:
+    model = small_model(family)
+    batch = batch_of(9, 4, 20, 32)
+    scorer = TokenScorer(model)
+    torch.testing.assert_close(scorer(batch), own_scores(model, batch), rtol=1e-4, atol=1e-4)
+    if family in PACKED:
+        assert way_of(scorer) == "_packed"
+
+
+def test_gradients_are_those_of_padded_rows() -> None:
+    model = small_model("llama")
+    embedding = model.get_input_embeddings().weight.requires_grad_()
+    batch = batch_of(9, 4, 20, 32)
+    weights_P = torch.linspace(-1, 1, len(batch.targets_P))
+    gradients: list[Tensor] = []
+    for lean in (True, False):
+        scorer = TokenScorer(model, lean=lean)
+        (gradient,) = torch.autograd.grad((scorer(batch) * weights_P).sum(), embedding)
+        gradients.append(gradient)
+        assert way_of(scorer) == ("_packed" if lean else "_padded")
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [4, 48])
+def test_a_model_with_a_sliding_window_is_not_packed(window: int) -> None:
+    model = small_model("mistral", sliding_window=window)
+    batch = batch_of(9, 4, 20)
+    scorer = TokenScorer(model)
+    torch.testing.assert_close(scorer(batch), own_scores(model, batch), rtol=1e-4, atol=1e-4)
+    assert way_of(scorer) != "_packed"
+
+
+def test_a_model_that_keeps_the_rows_from_its_attention_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = small_model("llama")
+    own = model.base_model.forward
+
+    def forgetful(**values: object) -> object:
+        values.pop("cu_seq_lens_q", None)
+        return own(**values)
+
+    monkeypatch.setattr(model.base_model, "forward", forgetful)
+    batch = batch_of(9, 4, 20)
+    scorer = TokenScorer(model)
+    torch.testing.assert_close(scorer(batch), own_scores(model, batch), rtol=1e-4, atol=1e-4)
+    assert way_of(scorer) == "_padded"
+
+
+def test_attention_is_the_model_s_own_again_after_a_pass() -> None:
+    model = small_model("llama")
+    TokenScorer(model)(batch_of(9, 4))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("n_positions", [1, head.ROWS, 2 * head.ROWS + 3])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_head_s_scores_and_gradients_are_those_of_cross_entropy(
+    n_positions: int, biased: bool
+) -> None:
+    torch.manual_seed(n_positions)
+    layer = nn.Linear(16, 300, bias=biased).requires_grad_(requires_grad=False)
+    hidden_PD = torch.randn(n_positions, 16, requires_grad=True)
+    targets_P = torch.randint(0, 300, (n_positions,))
+    weights_P = torch.randn(n_positions)
+    wanted = -functional.cross_entropy(layer(hidden_PD), targets_P, reduction="none")
+    got = head.log_probabilities(hidden_PD, layer, targets_P)
+    torch.testing.assert_close(got, wanted)
+    gradients = [
+        torch.autograd.grad((scores * weights_P).sum(), hidden_PD)[0] for scores in (got, wanted)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_token_of_no_probability_has_a_finite_score() -> None:
+    layer = nn.Linear(1, 3, bias=False).requires_grad_(requires_grad=False)
+    layer.weight.copy_(torch.tensor([[0.0], [500.0], [-500.0]]))
+    scores = head.log_probabilities(torch.ones(1, 1), layer, torch.tensor([2]))
+    assert scores.tolist() == [-1000.0]
+
+
+def test_a_head_that_trains_keeps_its_own_pass() -> None:
+    layer = nn.Linear(4, 9)
+    assert not head.fits(layer)
+    assert head.fits(layer.requires_grad_(requires_grad=False))
+
+
+def llama_config() -> Any:
+    return AutoConfig.for_model("llama", **SMALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", [LlamaRMSNorm(32), LlamaMLP(llama_config())])
+def test_a_norm_and_a_gated_unit_equal_the_plain_ones(layer: nn.Module, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = layer.to(dtype).requires_grad_(requires_grad=False)
+    x = torch.randn(3, 5, 32, dtype=dtype, requires_grad=True)
+    slope = torch.randn(3, 5, 32, dtype=dtype)
+    wanted = layer(x)
+    (plain,) = torch.autograd.grad(wanted, x, slope)
+    with lean_layers(layer):
+        assert "forward" in vars(layer)
+        got = layer(x)
+        (lean,) = torch.autograd.grad(got, x, slope)
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    )
+    torch.testing.assert_close(got, wanted, **tolerance)
+    torch.testing.assert_close(lean, plain, **tolerance)
+
+
+def test_a_norm_that_trains_or_shifts_keeps_its_own_pass() -> None:
+    class Shifted(LlamaRMSNorm):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return super().forward(hidden_states) + 1
+
+    trained, shifted = LlamaRMSNorm(8), Shifted(8).requires_grad_(requires_grad=False)
+    with lean_layers(nn.ModuleList([trained, shifted])):
+        assert "forward" not in vars(trained)
+        assert "forward" not in vars(shifted)
+
+
+def test_a_gated_unit_of_another_activation_keeps_its_own_pass() -> None:
+    config = llama_config()
+    config.hidden_act = "gelu"
+    layer = LlamaMLP(config).requires_grad_(requires_grad=False)
+    with lean_layers(layer):
+        assert "forward" not in vars(layer)
