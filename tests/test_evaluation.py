@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -90,6 +91,30 @@ def test_the_faster_decoding_says_what_the_plain_one_says_for_the_base_and_a_mer
                 )
                 assert fast == plain
                 assert len({len(ids) for ids in fast.values()}) > 1
+
+
+def test_batches_decoded_side_by_side_are_those_decoded_in_turn(
+    tiny_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(BaseSettings(base=tiny_base, device="cpu"))
+    prompts = [[7, 8 + n % 9, *range(20, 21 + n % 5)] for n in range(50)]
+    in_turn = dict(Decoder(base.model, base, 20, 50).complete(prompts))
+    batches: list[tuple[int, int]] = []
+    own = Decoder._decode
+
+    def watched(decoder: Decoder, rows: Any, *rest: Any) -> list[list[int]]:
+        batches.append((len(rows), torch.get_num_threads()))
+        return own(decoder, rows, *rest)
+
+    monkeypatch.setattr(Decoder, "_decode", watched)
+    try:
+        torch.set_num_threads(2)
+        beside = dict(Decoder(base.model, base, 20, 50).complete(prompts))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert beside == in_turn
+    assert batches == [(25, 1), (25, 1)]
 
 
 def test_rows_may_leave_the_faster_decoding_in_any_order(tiny_base: str) -> None:

@@ -192,6 +192,56 @@ def test_a_difference_is_claimed_in_at_most_5_percent_of_null_studies(
     assert claimed / 400 <= 0.05 + 1.645 * np.sqrt(0.05 * 0.95 / 400)
 
 
+def with_seeds(generator: np.random.Generator, n_seeds: int, seed_sd: float) -> Pair:
+    """Two arms of which each seed shifts the second one's chance to be right, by 0 in the mean."""
+    chance = generator.uniform(0.3, 0.7, 150)
+    shift = generator.normal(0, seed_sd, (n_seeds, 1)).clip(-0.3, 0.3)
+    first, second = (generator.random((n_seeds, 150)) < chance + s for s in (0.0, shift))
+    return first.astype(float), second.astype(float)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_seeds", [3, 5, 20])
+@pytest.mark.parametrize("seed_sd", [0.0, 0.03, 0.1])
+def test_intervals_over_seeds_cover_the_truth_where_seeds_differ(
+    n_seeds: int, seed_sd: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d2lora.stats.N_RESAMPLES", 500)
+    generator = np.random.default_rng(8)
+    covered = 0
+    for trial in range(1000):
+        d = paired_difference(*with_seeds(generator, n_seeds, seed_sd), seed=trial)
+        assert d.over_seeds is not None
+        covered += d.over_seeds[0] <= 0 <= d.over_seeds[1]
+    assert 0.92 <= covered / 1000 <= 1.0
+
+
+@pytest.mark.slow
+def test_the_interval_over_items_does_not_speak_of_other_seeds() -> None:
+    generator = np.random.default_rng(9)
+    covered = [
+        d.low <= 0 <= d.high
+        for trial in range(200)
+        if (d := paired_difference(*with_seeds(generator, 5, 0.1), seed=trial))
+    ]
+    assert np.mean(covered) < 0.8
+
+
+def test_the_interval_over_seeds_is_student_s_where_items_answer_alike() -> None:
+    first = np.zeros((4, 30))
+    second = np.repeat([[0.1], [0.2], [0.3], [0.4]], 30, axis=1)
+    d = paired_difference(first, second)
+    # scipy.stats.ttest_1samp([0.1, 0.2, 0.3, 0.4], 0).confidence_interval() gives the same.
+    assert d.over_seeds == pytest.approx((0.0445739, 0.4554261), abs=1e-6)
+
+
+def test_one_seed_tells_nothing_of_other_seeds() -> None:
+    d = paired_difference(np.zeros((1, 30)), np.ones((1, 30)))
+    assert d.over_seeds is None
+    assert d.verdict == "helps"
+    assert not d.holds_for_other_seeds
+
+
 def test_95_percent_intervals_cover_the_truth_about_as_often() -> None:
     generator = np.random.default_rng(2)
     covered = 0

@@ -11,7 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from d2lora import Adapter, AdaptSettings, TrainingError, WarmStart, WarmupSettings, adapt, warm_up
+from d2lora import (
+    Adapter,
+    AdaptSettings,
+    SettingsError,
+    TrainingError,
+    WarmStart,
+    WarmupSettings,
+    adapt,
+    warm_up,
+)
 from d2lora.fingerprints import fingerprint_of
 from support import REPOSITORY, read_rows
 
@@ -69,6 +78,30 @@ def test_the_lean_pass_trains_the_same_adapter_as_peft_s_own(
     lean = run(tmp_path / "1", tiny_base, problems, lean=True)
     plain = run(tmp_path / "2", tiny_base, problems, lean=False)
     assert_same(weights(lean), weights(plain), tolerance=2e-4)
+
+
+def test_a_warm_up_ends_with_the_step_that_sees_its_tokens(
+    tmp_path: Path, tiny_base: str, general: str
+) -> None:
+    settings = WarmupSettings(
+        base=tiny_base, data=(general,), rank=4, m=20, batch_size=8, validation_fraction=0,
+        max_tokens=2000, quiet=True, out=tmp_path / "w",
+    )  # fmt: skip
+    warm_up(settings)
+    seen = [row["n_tokens"] for row in read_rows(tmp_path / "w" / "metrics.jsonl")]
+    assert seen[-2] < 2000 <= seen[-1]
+    assert len(seen) > 3, "more than one pass over the rows"
+    by_steps = settings.changed(max_tokens=None, max_steps=len(seen), out=tmp_path / "s")
+    warm_up(by_steps)
+    first, second = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("w", "s")
+    )
+    assert_same(first, second)
+
+
+def test_a_warm_up_has_one_end(tiny_base: str) -> None:
+    with pytest.raises(SettingsError, match="give one"):
+        WarmupSettings(base=tiny_base, data=("a",), out=Path("w"), max_tokens=9, max_steps=1)
 
 
 def test_zero_warm_up_steps_equal_a_fresh_adapter(

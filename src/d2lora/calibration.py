@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from d2lora.data import is_local, split_validation
 from d2lora.errors import D2LoraError
@@ -22,7 +22,7 @@ from d2lora.jobs import Mixed, Scored, Trial, WarmUp
 from d2lora.plan import ArmPlan, StudyPlan
 from d2lora.recipes import adapt_settings
 from d2lora.runs import METRICS
-from d2lora.schedule import Plan
+from d2lora.schedule import Plan, passes
 from d2lora.settings import AdaptSettings, EvaluateSettings, WarmupSettings
 from d2lora.store import Job, shared_base
 
@@ -34,6 +34,13 @@ _SHORT: dict[str, Any] = {
     "max_steps": N_STEPS, "validation_fraction": 0.0, "validation_data": ()
 }  # fmt: skip
 S = TypeVar("S", WarmupSettings, AdaptSettings)
+
+
+class _Step(NamedTuple):
+    """What an optimizer step takes, and the tokens that it sees."""
+
+    seconds: float
+    n_tokens: float
 
 
 class Calibration:
@@ -49,7 +56,7 @@ class Calibration:
         """
         self._plan, self._n_threads = plan, n_threads
         self._mixed = {str(job.path): job for job in mixed}
-        self._step_s: dict[object, float] = {}
+        self._measured_steps: dict[object, _Step] = {}
         self._scoring_s: dict[str, float] = {}
         self._failed: str | None = None
 
@@ -87,10 +94,12 @@ class Calibration:
             return None
         try:
             if isinstance(job, WarmUp):
-                return self._steps(job.settings) * self._warm_up_step_s(job.settings)
+                step, budget = self._warm_up_step(job.settings), job.settings.max_tokens
+                n_steps = self._steps(job.settings) if budget is None else budget / step.n_tokens
+                return n_steps * step.seconds
             total = 0.0
             if isinstance(job, Trial | Scored) and job.training is not None:
-                total += self._steps(job.training) * self._task_step_s(job.about[0])
+                total += self._steps(job.training) * self._task_step(job.about[0]).seconds
             if isinstance(job, Scored):
                 total += self._scoring(job.about[0], job.tests)
         except D2LoraError as error:
@@ -105,41 +114,44 @@ class Calibration:
         mixed = self._mixed.get(settings.data[0])
         if mixed is not None:
             general, own = mixed.general, mixed.training
-            n = round((general.m or 0) * general.epochs + (own.n or 0) * own.epochs)
+            sizes = ((general.m or 0, general), (own.n or 0, own))
+            n = round(sum(size * passes(size, of) for size, of in sizes))
         if n is None:
             n = len(read_task(settings.data, settings.task, skip_bad=True).rows)
         shown, _ = split_validation(range(n), settings.validation_fraction)
         return Plan.of(len(shown), settings, 0).n_steps
 
-    def _warm_up_step_s(self, settings: WarmupSettings) -> float:
+    def _warm_up_step(self, settings: WarmupSettings) -> _Step:
         from d2lora.warmup import warm_up
 
         what = (settings.data, settings.batch_size, settings.objective, settings.rank)
-        if what not in self._step_s:
+        if what not in self._measured_steps:
             m = min(settings.m or N_ROWS, N_STEPS * settings.batch_size)
             few = settings.changed(m=m, select=None, for_task=(), **_SHORT)
-            self._step_s[what] = self._step_s_of(few, warm_up)
-        return self._step_s[what]
+            self._measured_steps[what] = self._measured(few, warm_up)
+        return self._measured_steps[what]
 
-    def _task_step_s(self, task: str) -> float:
+    def _task_step(self, task: str) -> _Step:
         from d2lora.adaptation import adapt
 
-        if task not in self._step_s:
+        if task not in self._measured_steps:
             arm = ArmPlan(kind="fresh", name="fresh")
             few = adapt_settings(self._plan, arm, task, max(self._plan.sizes), 0, Path(), **_SHORT)
             few = few.changed(n=min(max(self._plan.sizes), N_STEPS * few.batch_size))
-            self._step_s[task] = self._step_s_of(few, adapt)
-        return self._step_s[task]
+            self._measured_steps[task] = self._measured(few, adapt)
+        return self._measured_steps[task]
 
-    def _step_s_of(self, settings: S, phase: Callable[[S, Any], Any]) -> float:
-        """Run a few steps in a folder of their own; return the seconds of one."""
+    def _measured(self, settings: S, phase: Callable[[S, Any], Any]) -> _Step:
+        """Run a few steps in a folder of their own; return what one is like."""
         with tempfile.TemporaryDirectory() as folder:
             tried = settings.changed(out=Path(folder) / "tried")
             phase(tried, self._base)
             lines = (tried.out / METRICS).read_text(encoding="utf-8").splitlines()
-        ends = [row["elapsed_s"] for row in map(json.loads, lines) if "elapsed_s" in row]
+        steps = [row for row in map(json.loads, lines) if "elapsed_s" in row]
+        ends = [row["elapsed_s"] for row in steps]
         # What else the machine does can only make a step longer.
-        return min([end - begin for begin, end in pairwise(ends)] or ends)
+        shortest = min([end - begin for begin, end in pairwise(ends)] or ends)
+        return _Step(shortest, steps[-1]["n_tokens"] / len(steps))
 
     @cached_property
     def _base(self) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2lora.plan import StudyPlan
-from d2lora.stats import Difference, Interval, Power
+from d2lora.stats import NOTHING_SEEN, Difference, Interval, Power
 
 Array = NDArray[np.float64]
 BASE = "base"
@@ -66,8 +66,25 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """`helps`, `hurts` or `no difference seen`: the interval and Holm's test must agree."""
-        return self.difference.verdict if self.p_holm < 0.05 else "no difference seen"
+        """`helps`, `hurts` or `no difference seen`: the interval and Holm's test must agree.
+
+        Where that holds of these seeds alone, and not of others, it says so.
+        """
+        if self.difference.verdict == NOTHING_SEEN or self.p_holm >= 0.05:
+            return NOTHING_SEEN
+        if self.difference.holds_for_other_seeds:
+            return self.difference.verdict
+        these = "these seeds" if self.difference.n_seeds > 1 else "this seed"
+        return f"{self.difference.verdict} with {these}"
+
+    @property
+    def numbers(self) -> str:
+        """The difference and its intervals, in points."""
+        d = self.difference
+        said = f"{signed(100 * d.mean)} points, 95 % interval {range_said(d.low, d.high)}"
+        return (
+            said if d.over_seeds is None else f"{said}, over seeds too {range_said(*d.over_seeds)}"
+        )
 
     @property
     def seeds(self) -> str:
@@ -194,14 +211,11 @@ class Findings:
         return [self._said(c) for c in self.comparisons]
 
     def _said(self, c: Comparison) -> str:
-        d = c.difference
-        low, mean, high = (100 * value for value in (d.low, d.mean, d.high))
-        points = f"{mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
         place = f"{self.title(c.task)}, n = {c.n}"
-        if c.verdict == "no difference seen":
-            return f"{place}: no difference seen between {c.arm} and {c.against} ({points})"
+        if c.verdict == NOTHING_SEEN:
+            return f"{place}: {NOTHING_SEEN} between {c.arm} and {c.against} ({c.numbers})"
         seeds = f"; {c.seeds}" if c.seeds else ""
-        return f"{place}: {c.arm} {c.verdict} against {c.against} ({points}{seeds})"
+        return f"{place}: {c.arm} {c.verdict} against {c.against} ({c.numbers}{seeds})"
 
 
 def references(plan: StudyPlan) -> dict[str, str]:
@@ -209,3 +223,16 @@ def references(plan: StudyPlan) -> dict[str, str]:
     first = plan.arms[0].name
     wanted = {arm.name: arm.against or first for arm in plan.arms}
     return {arm: other for arm, other in wanted.items() if arm != other}
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """Return a number with its sign, with a true minus, and never -0."""
+    text = f"{value:+.{digits}f}"
+    if float(text) == 0:
+        return text[1:]
+    return text.replace("-", "−")
+
+
+def range_said(low: float, high: float) -> str:
+    """Return an interval in points."""
+    return f"{signed(100 * low)} to {signed(100 * high)}"

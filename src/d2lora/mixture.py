@@ -8,6 +8,7 @@ from d2lora.data import nested_order, split_validation
 from d2lora.errors import SettingsError
 from d2lora.rows import Example
 from d2lora.runs import write_text
+from d2lora.schedule import passes
 from d2lora.settings import AdaptSettings, WarmupSettings
 from d2lora.tasks import TaskData, read_task
 from d2lora.train import seed_of
@@ -22,21 +23,25 @@ def write_mixture(
     shows the model what the two phases show it one after the other.
 
     Args:
-        general: The warm-up's settings: data, m, epochs.
+        general: The warm-up's settings: data, m, epochs or max_steps.
         training: The task's: data, n, epochs, and the share held out for validation.
         out: File to write.
         held_out: File for the task's validation rows; written if there are any.
 
     Raises:
-        SettingsError: If a phase has rows without a prompt, which are no conversation.
+        SettingsError: If a phase has rows without a prompt, which are no conversation, or the
+            warm-up ends by tokens, which says nothing of rows.
     """
+    if general.max_tokens is not None:
+        raise SettingsError("a warm-up that ends by max_tokens cannot be mixed with a task's rows")
     pool = read_task(general.data, general.task)
     task = read_task(training.data, training.task)
     general_rows = _chosen(pool, general.m, seed_of(general, "subset"))
     task_rows = _chosen(task, training.n, seed_of(training, "subset"))
     shown, valid = split_validation(range(len(task_rows)), training.validation_fraction)
-    rows = _repeated(general_rows, general.epochs)
-    rows += _repeated([task_rows[index] for index in shown], training.epochs)
+    task_shown = [task_rows[index] for index in shown]
+    rows = _repeated(general_rows, passes(len(general_rows), general))
+    rows += _repeated(task_shown, passes(len(task_shown), training))
     write_text(out, _lines(rows))
     if valid:
         write_text(held_out, _lines([task_rows[index] for index in valid]))

@@ -89,6 +89,7 @@ def run_phase(
         reporter,
         pad_id=base.pad_id,
         resume=settings.resume,
+        max_tokens=settings.max_tokens if isinstance(settings, WarmupSettings) else None,
     )
     n_before = n_scored_tokens + beginning.about.n_tokens
     trained = replace(trained, cost=replace(trained.cost, n_prepass_tokens=n_before))

@@ -1,7 +1,8 @@
 """Which rows each optimizer step sees, and at what learning rate. Pure functions of the step."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +27,14 @@ class Plan:
             steps = max(1, math.ceil(settings.epochs * math.ceil(n_rows / batch_size)))
         return cls(n_rows, batch_size, steps, order_seed)
 
+    def until(self, n_tokens: int, tokens_of_rows: Sequence[int]) -> "Plan":
+        """Return this plan with as many steps as it takes to see `n_tokens`."""
+        seen = step = 0
+        while seen < n_tokens:
+            seen += sum(tokens_of_rows[row] for row in self.batch(step))
+            step += 1
+        return replace(self, n_steps=step)
+
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass; the last batch of a pass may be smaller."""
@@ -37,6 +46,13 @@ class Plan:
         order = np.random.default_rng((self.order_seed, epoch)).permutation(self.n_rows)
         begin = position * self.batch_size
         return order[begin : begin + self.batch_size].tolist()
+
+
+def passes(n_rows: int, settings: TrainSettings) -> float:
+    """Return how often a run shows each of its rows."""
+    if settings.max_steps is None:
+        return settings.epochs
+    return settings.max_steps * min(settings.batch_size, n_rows) / max(1, n_rows)
 
 
 def learning_rate(step: int, n_steps: int, settings: TrainSettings) -> float:

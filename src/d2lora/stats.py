@@ -14,6 +14,7 @@ from scipy import stats
 Array = NDArray[np.float64]
 CONFIDENCE = 0.95
 N_RESAMPLES = 10_000
+NOTHING_SEEN = "no difference seen"
 ROUNDING = 1e-12
 """A difference of means no larger than this is none."""
 
@@ -35,6 +36,8 @@ class Difference:
     mean: float
     low: float
     high: float
+    over_seeds: tuple[float, float] | None
+    """95 % interval that speaks of other seeds as well as of other items; None with one seed."""
     seed_sd: float | None
     """Standard deviation of the difference over seeds; None with one seed."""
     by_seed: tuple[float, ...]
@@ -59,10 +62,19 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`helps`, `hurts` or `no difference seen`: what the interval lets one say."""
-        if self.low > 0:
-            return "helps"
-        return "hurts" if self.high < 0 else "no difference seen"
+        """`helps`, `hurts` or `no difference seen`: what the interval over items lets one say."""
+        return _verdict(self.low, self.high)
+
+    @property
+    def holds_for_other_seeds(self) -> bool:
+        """Whether the interval over items and seeds says what that over items says."""
+        return self.over_seeds is not None and _verdict(*self.over_seeds) == self.verdict
+
+
+def _verdict(low: float, high: float) -> str:
+    if low > 0:
+        return "helps"
+    return "hurts" if high < 0 else NOTHING_SEEN
 
 
 def mean_interval(scores: Array, seed: int = 0) -> Interval:
@@ -87,9 +99,10 @@ def paired_difference(first: Array, second: Array, seed: int = 0) -> Difference:
     """Return how much higher the second arm scores than the first.
 
     Both arms answer the same items with the same seeds. Items are resampled with all their
-    seeds kept together, so that the interval speaks of other items; the spread over seeds is
-    given apart. Where no item differs at all the interval is that of the rule of three: with
-    95 % confidence fewer than 3 of I items would differ.
+    seeds kept together, so that the interval speaks of other items and these seeds: these draws
+    of task rows, orders and random weights. `over_seeds` speaks of others, too. Where no item
+    differs at all the interval is that of the rule of three: with 95 % confidence fewer than 3 of I
+    items would differ.
 
     Args:
         first: Scores, shape (S, I).
@@ -111,9 +124,64 @@ def paired_difference(first: Array, second: Array, seed: int = 0) -> Difference:
         low, high = _bootstrap(by_item, seed)
     by_seed = by_seed_and_item.mean(axis=1)
     seed_sd = float(by_seed.std(ddof=1)) if n_seeds > 1 else None
+    mean = float(by_item.mean())
+    over_seeds = None
+    if n_seeds > 1:
+        margin = _crossed_margin(by_seed_and_item)
+        over_seeds = min(low, mean - margin), max(high, mean + margin)
     return Difference(
-        float(by_item.mean()), low, high, seed_sd, tuple(by_seed.tolist()), n_items, n_seeds
+        mean, low, high, over_seeds, seed_sd, tuple(by_seed.tolist()), n_items, n_seeds
     )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Variances of a crossed table of items and seeds, by the analysis of variance."""
+
+    item: float
+    """Of what an item adds, whatever the seed."""
+    seed: float
+    """Of what a seed adds, whatever the item."""
+    rest: float
+    """Of what is left."""
+
+    @classmethod
+    def of(cls, values: Array) -> "_Parts":
+        """Part the variance of values, shape (S, I); one seed leaves all to the items."""
+        n_seeds, n_items = values.shape
+        by_item, by_seed = values.mean(axis=0), values.mean(axis=1)
+        item = float(by_item.var(ddof=1)) if n_items > 1 else 0.0
+        if n_seeds == 1:
+            return cls(item, 0.0, 0.0)
+        rest = 0.0
+        if n_items > 1:
+            left = values - by_item - by_seed[:, None] + values.mean()
+            rest = float((left**2).sum()) / ((n_seeds - 1) * (n_items - 1))
+        seed = float(by_seed.var(ddof=1))
+        return cls(max(0.0, item - rest / n_seeds), max(0.0, seed - rest / n_items), rest)
+
+
+def _crossed_margin(values: Array) -> float:
+    """Return half the 95 % interval of a mean over items and seeds, both drawn at random.
+
+    The variance of the mean is item / I + seed / S + rest / (I S); its degrees of freedom are
+    Satterthwaite's (1946), which go to S - 1 where seeds decide and to I - 1 where items do.
+
+    Args:
+        values: Shape (S, I), at least two seeds.
+    """
+    n_seeds, n_items = values.shape
+    parts = _Parts.of(values)
+    rest = parts.rest / (n_items * n_seeds)
+    of_items, of_seeds = parts.item / n_items + rest, parts.seed / n_seeds
+    variance = of_items + of_seeds
+    if not variance:
+        return 0.0
+    freedom = variance**2 / (
+        of_items**2 / max(1, n_items - 1) + (of_seeds + rest) ** 2 / (n_seeds - 1)
+    )
+    quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / 2, freedom)
+    return float(quantile * math.sqrt(variance))
 
 
 def permutation_p(first: Array, second: Array, seed: int = 0) -> float:
@@ -158,18 +226,19 @@ class Power:
     """What it would take to see a difference of a given size, four times out of five."""
 
     effect: float
-    n_items: int
-    """Test items needed with the present number of seeds."""
+    n_items: float
+    """Test items needed with the present number of seeds; infinite where no number is enough."""
     n_seeds: float
-    """Seeds needed with the present items; infinite where no number of seeds is enough."""
+    """Seeds needed with the present items; infinite where no number is enough."""
 
 
 def power(first: Array, second: Array, effect: float = 0.01) -> Power | None:
     """Return how many items or seeds a 5 % test needs to see `effect` with 80 % power.
 
-    The variance of an item's difference is parted into what stays over seeds and what each seed
-    adds anew (one-way analysis of variance); items average out both, seeds the second alone.
-    None where nothing varies, as then nothing can be foretold.
+    The test is one over items and seeds. The variance of a difference is parted into what an item
+    adds, what a seed adds and the rest (two-way analysis of variance); more items average out the
+    first and the last, more seeds the last two. None where nothing varies, as then nothing can be
+    foretold. One seed tells nothing of other seeds, and they are taken to be alike.
 
     Args:
         first: Scores, shape (S, I).
@@ -178,17 +247,19 @@ def power(first: Array, second: Array, effect: float = 0.01) -> Power | None:
     """
     differences = second - first
     n_seeds, n_items = differences.shape
-    by_item = differences.mean(axis=0)
-    if n_items < 2 or not by_item.var():
+    if n_items < 2 or not differences.mean(axis=0).var():
         return None
-    noise = float(differences.var(axis=0, ddof=1).mean()) if n_seeds > 1 else 0.0
-    lasting = max(0.0, float(by_item.var(ddof=1)) - noise / n_seeds)
+    parts = _Parts.of(differences)
     z = stats.norm.ppf(1 - (1 - CONFIDENCE) / 2) + stats.norm.ppf(0.8)
-    wanted_variance = (effect / z) ** 2
-    items = math.ceil((lasting + noise / n_seeds) / wanted_variance)
-    left = wanted_variance * n_items - lasting
-    seeds = math.ceil(noise / left) if left > 0 and noise else (1 if left > 0 else math.inf)
-    return Power(effect, items, max(1, seeds))
+    wanted = (effect / z) ** 2
+    items = _enough(parts.item + parts.rest / n_seeds, wanted - parts.seed / n_seeds)
+    seeds = _enough(parts.seed + parts.rest / n_items, wanted - parts.item / n_items)
+    return Power(effect, items, seeds)
+
+
+def _enough(variance: float, allowed: float) -> float:
+    """Return how many it takes to average a variance down to what is allowed."""
+    return max(1, math.ceil(variance / allowed)) if allowed > 0 else math.inf
 
 
 def steps_to_reach(curve: Sequence[tuple[float, float]], target: float) -> float | None:

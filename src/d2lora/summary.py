@@ -5,7 +5,7 @@ import math
 from rich.console import Console
 
 from d2lora.decontamination import contamination_said
-from d2lora.findings import ArmCost, Comparison, Findings, Level
+from d2lora.findings import ArmCost, Comparison, Findings, Level, range_said, signed
 from d2lora.grids import NONE, Grid, as_table
 
 
@@ -17,6 +17,7 @@ def score_grid(findings: Findings, task: str) -> Grid:
         "arm",
         "score",
         "difference (95 % interval)",
+        "over seeds too",
         "p, Holm",
         "general loss",
         "choices",
@@ -97,17 +98,19 @@ def _comparison(findings: Findings, level: Level) -> Comparison | None:
 
 
 def _row(level: Level, comparison: Comparison | None) -> tuple[str, ...]:
-    difference = p = ""
+    difference = wider = p = ""
     if comparison is not None:
         d = comparison.difference
-        low, mean, high = (100 * value for value in (d.low, d.mean, d.high))
-        difference, p = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", f"{comparison.p_holm:.4f}"
+        difference = f"{signed(100 * d.mean)} ({range_said(d.low, d.high)})"
+        wider = "" if d.over_seeds is None else range_said(*d.over_seeds)
+        p = f"{comparison.p_holm:.4f}"
     loss, choices = level.general_loss_change, level.choices_change
     return (
         str(level.n) if level.n else "-",
         level.arm,
         f"{100 * level.interval.mean:.1f}",
         difference,
+        wider,
         p,
         "" if loss is None or level.arm == "base" else f"{loss.mean():+.2f}",
         "" if choices is None or level.arm == "base" else f"{100 * choices.mean:+.1f}",

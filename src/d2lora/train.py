@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from d2lora import checkpoint
-from d2lora.batches import T, micro_batches
+from d2lora.batches import Item, T, micro_batches
 from d2lora.console import Reporter
 from d2lora.cost import Cost, TrainingFlops, peak_memory_bytes
 from d2lora.data import stream_seed
@@ -81,6 +81,7 @@ def train(
     *,
     pad_id: int,
     resume: bool = False,
+    max_tokens: int | None = None,
 ) -> Trained:
     """Train the parameters of `model` that require a gradient.
 
@@ -94,6 +95,7 @@ def train(
         reporter: Where progress is shown.
         pad_id: Token id for padding.
         resume: Continue from the folder's checkpoint where it has one.
+        max_tokens: End with the step that sees so many tokens, in place of the settings' end.
 
     Raises:
         TrainingError: If nothing is trainable, or the loss or its gradient is not finite.
@@ -108,7 +110,7 @@ def train(
     accelerator = Accelerator(cpu=device.type == "cpu")
     scorer = accelerator.prepare(TokenScorer(model, lean=settings.lean))
     optimizer = adamw(model, settings)
-    plan = Plan.of(len(train_set), settings, seed_of(settings, "order"))
+    plan = _planned(train_set, settings, max_tokens)
     causal = causal_model(model)
     state = _State(parameters, optimizer, TrainingFlops.of(causal, causal.config))
 
@@ -168,6 +170,13 @@ def train(
         progress.validation_after = progress.best_validation
     model.eval()
     return Trained(progress, _cost(progress, parameters, device))
+
+
+def _planned(train_set: Sequence[Item], settings: TrainSettings, max_tokens: int | None) -> Plan:
+    plan = Plan.of(len(train_set), settings, seed_of(settings, "order"))
+    if max_tokens is None:
+        return plan
+    return plan.until(max_tokens, [item.n_tokens for item in train_set])
 
 
 def seed_of(settings: TrainSettings, stream: str) -> int:

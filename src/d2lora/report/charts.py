@@ -5,11 +5,11 @@ from typing import Any
 
 import altair as alt
 
-from d2lora.findings import BASE, Convergence, Findings, Level
+from d2lora.findings import BASE, Convergence, Findings, Level, range_said, signed
 from d2lora.grids import Grid
 from d2lora.report.canvas import Chart, Palette, chart_of
 from d2lora.report.tables import NONE, percent
-from d2lora.report.words import NOTHING_SEEN, signed
+from d2lora.stats import Difference
 
 Rows = list[dict[str, Any]]
 DODGE = 1.035
@@ -100,7 +100,7 @@ def score_over_n(findings: Findings, palette: Palette, task: str) -> Chart | Non
 
 
 def differences(findings: Findings, palette: Palette, task: str) -> Chart | None:
-    """Draw paired differences with intervals; hollow where no difference is seen."""
+    """Draw paired differences with intervals; filled where a difference holds for other seeds."""
     own = [c for c in findings.comparisons if c.task == task]
     if not own:
         return None
@@ -114,6 +114,7 @@ def differences(findings: Findings, palette: Palette, task: str) -> Chart | None
             "difference": 100 * c.difference.mean,
             "low": 100 * c.difference.low,
             "high": 100 * c.difference.high,
+            **_over_seeds(c.difference),
             "verdict": c.verdict,
         }
         for c in own
@@ -130,19 +131,21 @@ def differences(findings: Findings, palette: Palette, task: str) -> Chart | None
     told = [
         alt.Tooltip(f"{name}:N") for name in ("arm", "against")
     ] + [alt.Tooltip("n:Q")]  # fmt: skip
-    numbers = [alt.Tooltip(f"{name}:Q", format="+.1f") for name in ("difference", "low", "high")]
+    names = ("difference", "low", "high", "lowest", "highest")
+    numbers = [alt.Tooltip(f"{name}:Q", format="+.1f") for name in names]
     tips = [*told, *numbers, alt.Tooltip("verdict:N")]
     layers: list[Any] = [
         alt.Chart(alt.Data(values=[{}]))
         .mark_rule(strokeWidth=1.5, aria=False)
         .encode(y=alt.datum(0)),
-        base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q"), y2="high:Q"),
+        base.mark_rule(strokeWidth=1, opacity=0.7).encode(y=alt.Y("lowest:Q"), y2="highest:Q"),
+        base.mark_rule(strokeWidth=3).encode(y=alt.Y("low:Q"), y2="high:Q"),
         _data(seeds)
         .mark_circle(size=22, opacity=0.4)
         .encode(x=x, y=y, color=colour, tooltip=["arm:N", "n:Q", "seed:Q", numbers[0]]),
     ]
     for filled in (False, True):
-        points = [row for row in means if (row["verdict"] != NOTHING_SEEN) == filled]
+        points = [row for row in means if (row["verdict"] in ("helps", "hurts")) == filled]
         if points:
             mark = _data(points).mark_point(filled=filled, size=80, strokeWidth=2, opacity=1)
             shape = palette.shape(shown)
@@ -153,20 +156,30 @@ def differences(findings: Findings, palette: Palette, task: str) -> Chart | None
             c.arm,
             c.against,
             signed(100 * c.difference.mean),
-            f"{signed(100 * c.difference.low)} to {signed(100 * c.difference.high)}",
+            range_said(c.difference.low, c.difference.high),
+            NONE if c.difference.over_seeds is None else range_said(*c.difference.over_seeds),
             ", ".join(signed(100 * d) for d in c.difference.by_seed),
             c.verdict,
         )
         for c in sorted(own, key=lambda c: c.n)
     ]
     title = f"{findings.title(task)}: difference in {findings.score_name(task)}"
-    words = "Paired differences with 95 % intervals over the task size n. " + " ".join(
+    words = (
+        "Paired differences over the task size n, with 95 % intervals: thick over test rows, thin "
+        "over seeds too. "
+    ) + " ".join(
         f"{c.arm} minus {c.against} at n = {c.n}: "
         f"{signed(100 * c.difference.mean)} points, {c.verdict}."
         for c in own
     )
-    columns = ("n", "arm", "against", "difference", "95 % interval", "each seed", "verdict")
+    intervals = ("95 % interval", "over seeds too")
+    columns = ("n", "arm", "against", "difference", *intervals, "each seed", "verdict")
     return chart_of(f"difference-{task}", title, words, layers, Grid(title, columns, rows))
+
+
+def _over_seeds(d: Difference) -> dict[str, float]:
+    low, high = d.over_seeds or (d.low, d.high)
+    return {"lowest": 100 * low, "highest": 100 * high}
 
 
 def curves(findings: Findings, palette: Palette, task: str, n: int) -> Chart | None:

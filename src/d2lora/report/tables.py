@@ -5,10 +5,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2lora.findings import BASE, Comparison, Findings, Level
+from d2lora.findings import BASE, Comparison, Findings, Level, range_said, signed
 from d2lora.grids import NONE, Grid
 from d2lora.plan import StudyPlan
-from d2lora.report.words import signed
 from d2lora.runs import sha256_of
 
 
@@ -35,6 +34,7 @@ def score_table(findings: Findings, task: str) -> Grid:
         "SD of seeds",
         "difference",
         "95 % interval",
+        "over seeds too",
         "p, Holm",
         "verdict",
         "general loss",
@@ -168,14 +168,15 @@ def _spread(by_seed: Sequence[float]) -> str:
     return percent(math.sqrt(sum((v - mean) ** 2 for v in by_seed) / (len(by_seed) - 1)))
 
 
-def _difference(c: Comparison | None) -> tuple[str, str, str, str]:
+def _difference(c: Comparison | None) -> tuple[str, ...]:
     if c is None:
-        return (NONE, NONE, NONE, NONE)
+        return (NONE,) * 5
     d = c.difference
     verdict, said = c.verdict, c.seeds
     return (
         signed(100 * d.mean),
-        f"{signed(100 * d.low)} to {signed(100 * d.high)}",
+        range_said(d.low, d.high),
+        NONE if d.over_seeds is None else range_said(*d.over_seeds),
         f"{c.p_holm:.4f}",
         f"{verdict} ({said})" if said else verdict,
     )

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from d2lora.decontamination import contamination_said
 from d2lora.findings import Comparison, Findings
-
-NOTHING_SEEN = "no difference seen"
+from d2lora.stats import NOTHING_SEEN
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,7 @@ class Claim:
 
     n: int
     verdict: str
-    """`helps`, `hurts` or `no difference seen`."""
+    """`helps`, `hurts` or `no difference seen`, or that it is so with these seeds alone."""
     numbers: str
     seeds: str
     """Said where not all seeds say the same, or where there is one alone; else empty."""
@@ -49,10 +48,10 @@ def headline(findings: Findings) -> list[str]:
     sentences: list[str] = []
     for arm, against in dict.fromkeys((c.arm, c.against) for c in findings.comparisons):
         own = [c for c in findings.comparisons if (c.arm, c.against) == (arm, against)]
+        said = sorted({c.verdict for c in own} - {NOTHING_SEEN}, key=lambda v: (len(v), v))
         parts = [
-            f"{verdict} {_places(findings, found)}"
-            for verdict in ("helps", "hurts")
-            if (found := [c for c in own if c.verdict == verdict])
+            f"{verdict} {_places(findings, [c for c in own if c.verdict == verdict])}"
+            for verdict in said
         ]
         unseen = [c for c in own if c.verdict == NOTHING_SEEN]
         subject = f"Compared with {against}, {arm}"
@@ -91,13 +90,12 @@ def power_line(comparisons: Sequence[Comparison]) -> str:
             "What it would take to see a difference of 1 point cannot be foretold: the arms "
             "answer alike, row by row."
         )
-    rows = [power.n_items for _, power in known]
-    seeds = [power.n_seeds for _, power in known]
+    rows = _needed([power.n_items for _, power in known], "test rows")
+    seeds = _needed([power.n_seeds for _, power in known], "seeds")
     n_items, n_seeds = known[0][0].n_items, known[0][0].n_seeds
     return (
-        f"To see a difference of 1 point four times out of five takes {_range(rows)} test rows "
-        f"with {_count(n_seeds, 'seed')} (here: {n_items:,} rows); or, with these rows, "
-        f"{_seeds(seeds)}."
+        f"To see a difference of 1 point four times out of five takes, with "
+        f"{_count(n_seeds, 'seed')}, {rows}; or, with {n_items:,} test rows, {seeds}."
     )
 
 
@@ -130,25 +128,8 @@ def cautions(findings: Findings) -> list[str]:
     return said
 
 
-def signed(value: float, digits: int = 1) -> str:
-    """Return a number with its sign, with a true minus, and never -0."""
-    text = f"{value:+.{digits}f}"
-    if float(text) == 0:
-        return text[1:]
-    return text.replace("-", "−")
-
-
-def points(c: Comparison) -> str:
-    """Return a difference with its interval, in points."""
-    d = c.difference
-    return (
-        f"{signed(100 * d.mean)} points, 95 % interval {signed(100 * d.low)} to "
-        f"{signed(100 * d.high)}"
-    )
-
-
 def _claim(c: Comparison) -> Claim:
-    return Claim(c.n, c.verdict, points(c), c.seeds)
+    return Claim(c.n, c.verdict, c.numbers, c.seeds)
 
 
 def _places(findings: Findings, comparisons: Sequence[Comparison]) -> str:
@@ -174,10 +155,10 @@ def _range(values: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _seeds(needed: Sequence[float]) -> str:
-    enough = [int(value) for value in needed if math.isfinite(value)]
+def _needed(numbers: Sequence[float], what: str) -> str:
+    enough = [int(value) for value in numbers if math.isfinite(value)]
     if not enough:
-        return "no number of seeds is enough"
-    if len(enough) == len(needed):
-        return f"{_range(enough)} seeds"
-    return f"{_range(enough)} seeds at some sizes and no number of seeds at others"
+        return f"more than any number of {what}"
+    if len(enough) == len(numbers):
+        return f"{_range(enough)} {what}"
+    return f"{_range(enough)} {what} at some sizes and more than any number at others"

@@ -56,6 +56,9 @@ class WarmupSettings(PhaseSettings):
     choice is written to `selection` in the run folder. None: use the data as they are."""
     for_task: tuple[str, ...] = ()
     """Examples of the tasks that select chooses for (short: --for)."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Train until so many tokens were seen, in place of epochs: warm-ups on rows of other lengths
+    and numbers then cost the same."""
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of the rows kept for the general loss before and after, in the manifest."""
 
@@ -69,6 +72,12 @@ class WarmupSettings(PhaseSettings):
                 f"pissa_niter_N.{hint}"
             )
         return init
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Self:
+        if self.max_tokens is not None and self.max_steps is not None:
+            raise ValueError("max_steps and max_tokens both say where to end: give one")
+        return self
 
     @field_validator("reference")
     @classmethod
