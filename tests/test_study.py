@@ -582,6 +582,13 @@ def test_a_guess_knows_how_much_more_work_a_longer_run_is(
     assert first is not None
     assert first > 0
     assert second == pytest.approx(100 * first)
+    budget = {"max_steps": None, "max_tokens": 10_000}
+    some, more = (
+        guess.seconds(replace(short, settings=short.settings.changed(**{**budget, **changes})))
+        for changes in ({}, {"max_tokens": 30_000})
+    )
+    assert some is not None
+    assert more == pytest.approx(3 * some)
 
 
 def test_a_dry_run_foretells_from_what_has_run(

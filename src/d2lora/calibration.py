@@ -127,7 +127,7 @@ class Calibration:
         what = (settings.data, settings.batch_size, settings.objective, settings.rank)
         if what not in self._measured_steps:
             m = min(settings.m or N_ROWS, N_STEPS * settings.batch_size)
-            few = settings.changed(m=m, select=None, for_task=(), **_SHORT)
+            few = settings.changed(m=m, select=None, for_task=(), max_tokens=None, **_SHORT)
             self._measured_steps[what] = self._measured(few, warm_up)
         return self._measured_steps[what]
 
