@@ -224,4 +224,7 @@ def test_the_gpu_benchmark_runs_at_a_small_size_on_a_cpu_with_equal_losses(probl
     sides = ["d2lora", "trl best", "trl defaults"]
     sides += [f"{k} adapters in a batch" for k in (1, 2, 4, 8)]
     assert [row[0].strip("| ") for row in table] == ["side", *sides]
-    assert len({row[-1] for row in table[1:]}) == 1
+    # Passes sum in another order, and Adam turns that into the fifth digit after some steps.
+    losses = [[float(loss) for loss in row[-1].strip(" |").split(", ")] for row in table[1:]]
+    assert all(own == pytest.approx(losses[0], rel=1e-4) for own in losses)
+    assert losses[0][1] < losses[0][0]
