@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from common import base_of
+from d2lora.decoding import Decoder
 from d2lora.encode import Encoder
-from d2lora.generation import Decoder
 from d2lora.lean import lean_layers
 from d2lora.models import Base, load_base
 from d2lora.settings import BaseSettings, GenerationSettings

@@ -18,9 +18,10 @@ from torch import nn
 from d2lora.batches import Question
 from d2lora.console import Reporter, table_console
 from d2lora.continuations import continuation_scores
+from d2lora.decoding import Decoder
 from d2lora.encode import Encoder, encode_all, encode_pairs
 from d2lora.errors import DataError, SettingsError
-from d2lora.generation import Decoder, adapted, chat_format_of, decode
+from d2lora.generation import adapted, chat_format_of, decode
 from d2lora.metrics import MAIN_SCORE, SCORERS, columns_of, preference
 from d2lora.models import Base, load_base
 from d2lora.pair_scores import pair_log_probabilities

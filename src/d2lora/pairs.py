@@ -21,9 +21,10 @@ from typing import Any
 from d2lora.artifacts import base_record
 from d2lora.console import Reporter
 from d2lora.data import nested_order, stream_seed
+from d2lora.decoding import Decoder, Sampling
 from d2lora.encode import Encoder
 from d2lora.errors import DataError
-from d2lora.generation import Decoder, Sampling, adapted, chat_format_of, decode
+from d2lora.generation import adapted, chat_format_of, decode
 from d2lora.metrics import MAIN_SCORE, SCORERS
 from d2lora.models import Base, load_base
 from d2lora.rows import Example

@@ -50,29 +50,24 @@ class TokenScorer(nn.Module):
     def _packed(self, batch: Batch) -> Tensor:
         """Run the decoder on rows end to end."""
         rows = pack(batch)
-        causal = causal_model(self.model)
-        with row_by_row(causal):
-            hidden_1ND = self._decoder()(
-                input_ids=rows.ids_1N,
-                position_ids=rows.positions_1N,
-                cu_seq_lens_q=rows.bounds,
-                use_cache=False,
-            ).last_hidden_state
+        with row_by_row(causal_model(self.model)):
+            hidden_1ND = self._hidden(
+                input_ids=rows.ids_1N, position_ids=rows.positions_1N, cu_seq_lens_q=rows.bounds
+            )
         return self._of_hidden(hidden_1ND[0, rows.bounds[batch.rows_P] + batch.columns_P], batch)
 
     def _padded(self, batch: Batch) -> Tensor:
         """Run the decoder without a mask: with padding on the right, causality hides it."""
-        hidden_BTD = self._decoder()(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+        hidden_BTD = self._hidden(input_ids=batch.ids_BT)
         return self._of_hidden(hidden_BTD[batch.rows_P, batch.columns_P], batch)
 
     def _branched(self, batch: Branches) -> Tensor:
         """Run the decoder on prompts with several endings, each at its own positions."""
-        hidden_BTD = self._decoder()(
+        hidden_BTD = self._hidden(
             input_ids=batch.ids_BT,
             position_ids=batch.positions_BT,
             attention_mask=batch.mask_B1TT,
-            use_cache=False,
-        ).last_hidden_state
+        )
         return self._of_hidden(hidden_BTD[batch.rows_P, batch.columns_P], batch)
 
     def _whole(self, batch: Batch) -> Tensor:
@@ -81,9 +76,10 @@ class TokenScorer(nn.Module):
         )
         return _of_logits(output.logits[batch.rows_P, batch.columns_P], batch.targets_P)
 
-    def _decoder(self) -> nn.Module:
+    def _hidden(self, **inputs: Tensor) -> Tensor:
         causal = causal_model(self.model)
-        return getattr(causal, causal.base_model_prefix)
+        decoder = getattr(causal, causal.base_model_prefix)
+        return decoder(**inputs, use_cache=False).last_hidden_state
 
     def _of_hidden(self, hidden_PD: Tensor, batch: Batch | Branches) -> Tensor:
         layer = causal_model(self.model).get_output_embeddings()
