@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from d2lora.data import nested_order, read_source, split_validation, stream_seed
 from d2lora.errors import DataError
+from d2lora.pool import read_pool
 from d2lora.rows import Message
 from d2lora.tasks import read_choices, read_task
 from support import SHARED, needs_shared_data, write_rows
@@ -33,6 +34,30 @@ def test_every_file_kind_gives_the_same_examples(tmp_path: Path, suffix: str) ->
     examples = read_task([str(path)]).examples
     assert [e.completion for e in examples] == ["one", "two", "drei, vier"]
     assert examples[0].prompt == (Message("user", "Say one"),)
+    assert list(read_pool([str(path)]).examples) == examples
+
+
+def test_a_pool_on_disk_holds_what_its_rows_say_wherever_one_looks(tmp_path: Path) -> None:
+    first = write_rows(
+        tmp_path / "a.jsonl",
+        [{"prompt": "é\u2028\ud83d\ude00", "response": "x\ny", "n": n} for n in range(5)]
+        + [{"n": 1}],
+    )
+    (tmp_path / "b.jsonl").write_text('{"prompt": "p", "response": "r"}\nnot JSON\n')
+    names = [first, str(tmp_path / "b.jsonl")]
+    data, pool = read_task(names, skip_bad=True), read_pool(names)
+    assert list(pool.rows) == data.rows
+    assert list(pool.examples) == data.examples
+    assert pool.examples[1:3] == data.examples[1:3]
+    assert pool.examples[-1] == data.examples[-1]
+    assert pool.sources == data.sources
+    assert sorted(map(str, pool.faults)) == sorted(map(str, data.faults))
+    assert len(pool.faults) == 2
+
+
+def test_a_pool_without_a_good_row_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="none is good"):
+        read_pool([write_rows(tmp_path / "a.jsonl", [{"n": 1}])])
 
 
 def test_hub_data_sets_come_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from d2lora.encode import Encoder
 from d2lora.grams import overlap, shingles
 from d2lora.hygiene import STEPS, Cleaned, answer_fault, clean
 from d2lora.models import load_base
+from d2lora.pool import read_pool
 from d2lora.rows import Example, Message
 from d2lora.settings import BaseSettings, HygieneSettings
 from d2lora.tasks import read_task
@@ -31,7 +32,7 @@ def example(answer: str, prompt: str = "Tell me a fable.") -> Example:
 
 
 def cleaned(folder: Path, *rows: dict[str, str], **settings: Any) -> Cleaned:
-    data = read_task([write_rows(folder / "pool.jsonl", rows)], "instruct", skip_bad=True)
+    data = read_pool([write_rows(folder / "pool.jsonl", rows)], "instruct")
     return clean(data, HygieneSettings(**settings), None, 0, Reporter(quiet=True))
 
 
@@ -91,11 +92,10 @@ def test_every_step_is_counted_and_every_row_is_kept_or_told(tmp_path: Path) -> 
         "unreadable": 1, "contaminated": 1, "duplicate": 1, "near_duplicate": 1, "source_cap": 1,
     }  # fmt: skip
     assert set(found.counts) == {"unreadable", *STEPS}
-    assert len(found.kept) + len(found.rejected) == len(rows)
-    lines = {item.row.line: item.reason for item in found.rejected}
-    assert lines[2].endswith("pool.jsonl, line 1")
-    assert lines[3].startswith("9")
-    assert lines[5] == "field `response` is empty"
+    assert len(found.kept) + sum(found.counts.values()) == len(rows)
+    reasons = {item.step: item.reason for item in found.rejected}
+    assert reasons["duplicate"].endswith("pool.jsonl, line 1")
+    assert reasons["near_duplicate"].startswith("9")
 
 
 def test_length_is_counted_in_the_tokens_of_the_base(tmp_path: Path, tiny_base: str) -> None:

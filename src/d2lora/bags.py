@@ -3,7 +3,7 @@
 The one door to scikit-learn. Rows are sparse, so memory grows with the words of a text alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 Bags = Any  # a scipy sparse matrix, shape (texts, buckets)
 _BUCKETS = 1 << 16
-_FIT_ROWS = 20_000
+_FIT_ROWS, _BLOCK_ROWS = 20_000, 4096
 
 
 def count_bags(texts: Sequence[str], n_buckets: int = _BUCKETS, longest_gram: int = 1) -> Bags:
@@ -24,6 +24,12 @@ def count_bags(texts: Sequence[str], n_buckets: int = _BUCKETS, longest_gram: in
         "norm": None, "dtype": np.float32, "token_pattern": r"\w+|[^\w\s]+",
     }  # fmt: skip
     return HashingVectorizer(**options).transform(texts or [""])[: len(texts)]
+
+
+def bags_in_blocks(texts: Sequence[str], n_buckets: int, longest_gram: int) -> Iterator[Bags]:
+    """Count as `count_bags` does, some thousand texts at a time."""
+    for begin in range(0, len(texts), _BLOCK_ROWS):
+        yield count_bags(texts[begin : begin + _BLOCK_ROWS], n_buckets, longest_gram)
 
 
 def weighted_bags(pool: Bags, other: Bags) -> tuple[Bags, Bags]:

@@ -5,14 +5,14 @@ asks of the features, so nothing else is computed.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2lora.bags import count_bags
+from d2lora.bags import Bags, bags_in_blocks
 from d2lora.data import nested_order
 from d2lora.errors import SettingsError
 from d2lora.feature_cache import Array, unit_rows
@@ -57,7 +57,7 @@ class Features(Protocol):
         """Return the number of the file that each task row is from; empty without a task."""
         ...
 
-    def texts(self) -> tuple[list[str], list[str]]:
+    def texts(self) -> tuple[Sequence[str], Sequence[str]]:
         """Return the texts of pool and task rows."""
         ...
 
@@ -151,20 +151,29 @@ def dsir(features: Features, request: Request) -> list[Pick]:
     """
     pool_texts, task_texts = features.texts()
     _need_task(task_texts, "dsir")
-    pool = count_bags(pool_texts, DSIR_BUCKETS, 2)
-    task = count_bags(task_texts, DSIR_BUCKETS, 2)
-    raw, target = (
-        np.asarray(counts.sum(axis=0), dtype=np.float64).ravel() for counts in (pool, task)
-    )
+    raw, target = _gram_counts(pool_texts), _gram_counts(task_texts)
     raw = (raw + 1e-8) / (raw + 1e-8).sum()
     target = (1 - DSIR_SMOOTHING) * target / max(target.sum(), 1.0) + DSIR_SMOOTHING * raw
     ratios = np.log(target / raw)
-    lengths = np.asarray(pool.sum(axis=1)).ravel()
+    ratios -= ratios @ raw
+    blocks = [(b @ ratios, np.asarray(b.sum(axis=1)).ravel()) for b in _grams(pool_texts)]
+    evidence, lengths = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
     typical = np.median(lengths)
-    weights: Floats = (pool @ (ratios - ratios @ raw)) * 2 * typical / (lengths + typical)
+    weights: Floats = evidence * 2 * typical / (lengths + typical)
     noise = np.random.default_rng(request.seed).gumbel(size=len(weights))
     order = np.argsort(-(weights + noise), kind="stable")[: request.m]
     return [Pick(int(index), "importance for the task", float(weights[index])) for index in order]
+
+
+def _grams(texts: Sequence[str]) -> Iterator[Bags]:
+    return bags_in_blocks(texts, DSIR_BUCKETS, 2)
+
+
+def _gram_counts(texts: Sequence[str]) -> Floats:
+    counts = np.zeros(DSIR_BUCKETS)
+    for bags in _grams(texts):
+        counts += np.asarray(bags.sum(axis=0)).ravel()
+    return counts
 
 
 def gradient(features: Features, request: Request) -> list[Pick]:

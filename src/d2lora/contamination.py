@@ -107,11 +107,12 @@ class Guard:
     def leaks(self, examples: Iterable[Example]) -> Iterator[Leak]:
         """Find the examples that give an evaluation row away, one leak each."""
         for index, example in enumerate(examples):
-            leak = self._leak(index, example)
+            leak = self.leak(index, example)
             if leak is not None:
                 yield leak
 
-    def _leak(self, index: int, example: Example) -> Leak | None:
+    def leak(self, index: int, example: Example) -> Leak | None:
+        """Say what a training row gives away; None where it is clean."""
         last = example.prompt[-1].content if example.prompt else ""
         for text in {example.question, last} - {""}:
             number = self._questions.get(_digest(text))

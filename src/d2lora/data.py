@@ -8,7 +8,7 @@ stands; `tasks` gives them meaning.
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from d2lora.errors import DataError
 from d2lora.runs import sha256_of
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_PARQUET_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -68,42 +69,69 @@ def is_local(name: str) -> bool:
     return Path(name).suffix in SUFFIXES and Path(name).is_file()
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The rows and faults of one source, one after the other, to be gone through once."""
+
+    name: str
+    items: Iterator[Row | Fault]
+    fingerprint: Callable[[], str]
+    """SHA-256 of the source; to be asked when the items are through."""
+
+
 def read_source(name: str) -> Source:
     """Read one source.
 
     Raises:
-        DataError: If the file is missing, of an unknown kind, unreadable or holds no rows.
+        DataError: As `stream_source`.
+    """
+    stream = stream_source(name)
+    rows: list[Row] = []
+    faults: list[Fault] = []
+    for item in stream.items:
+        if isinstance(item, Row):
+            rows.append(item)
+        else:
+            faults.append(item)
+    return Source(stream.name, rows, faults, stream.fingerprint())
+
+
+def stream_source(name: str) -> Stream:
+    """Open one source; JSON Lines, CSV, Parquet and hub data are never in memory as a whole.
+
+    Raises:
+        DataError: If the file is missing, of an unknown kind, unreadable or holds no rows; what
+            only shows in reading is raised there.
     """
     path = Path(name)
     if path.suffix in SUFFIXES:
         if not path.is_file():
             raise DataError(f"{name}: no such file")
-        source = _read_file(path)
-    elif path.exists():
+        return Stream(str(path), _some(name, _file_items(path)), lambda: sha256_of(path))
+    if path.exists():
         kinds = ", ".join(SUFFIXES)
         raise DataError(f"{name}: expected a file of kind {kinds}, found {path.suffix or 'none'}")
-    else:
-        source = _read_hub(name)
-    if not source.rows and not source.faults:
+    digest = hashlib.sha256()
+    return Stream(name, _some(name, _hub_items(name, digest.update)), digest.hexdigest)
+
+
+def _some(name: str, items: Iterable[Row | Fault]) -> Iterator[Row | Fault]:
+    empty = True
+    for item in items:
+        empty = False
+        yield item
+    if empty:
         raise DataError(f"{name}: the file holds no rows")
-    return source
 
 
-def _read_file(path: Path) -> Source:
+def _file_items(path: Path) -> Iterator[Row | Fault]:
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
-    rows: list[Row] = []
-    faults: list[Fault] = []
     try:
-        for item in readers[path.suffix](path):
-            if isinstance(item, Row):
-                rows.append(item)
-            else:
-                faults.append(item)
+        yield from readers[path.suffix](path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text at byte {error.start}; convert it") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return Source(str(path), rows, faults, sha256_of(path))
 
 
 def _jsonl(path: Path) -> Iterator[Row | Fault]:
@@ -159,14 +187,15 @@ def _parquet(path: Path) -> Iterator[Row | Fault]:
     from pyarrow import parquet
 
     try:
-        table = parquet.read_table(path)
+        batches = parquet.ParquetFile(path).iter_batches(_PARQUET_ROWS)
+        values = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(values, 1):
+            yield Row(row, str(path), number)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from None
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield Row(row, str(path), number)
 
 
-def _read_hub(name: str) -> Source:
+def _hub_items(name: str, digested: Callable[[bytes], None]) -> Iterator[Row]:
     repository, _, split = name.partition(":")
     parts = repository.split("/")
     if len(parts) not in (2, 3) or not all(parts) or name.startswith((".", "/")):
@@ -182,16 +211,10 @@ def _read_hub(name: str) -> Source:
     except (exceptions.DatasetsError, ConnectionError, FileNotFoundError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{name}: the hub data set cannot be loaded: {reason}") from None
-    rows = [Row(dict(row), name, number) for number, row in enumerate(loaded, 1)]
-    return Source(name, rows, [], fingerprint_of_rows(rows))
-
-
-def fingerprint_of_rows(rows: Iterable[Row]) -> str:
-    """Return a SHA-256 over the values of rows, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row.values, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    for number, row in enumerate(loaded, 1):
+        values = dict(row)
+        digested(json.dumps(values, sort_keys=True, default=str).encode())
+        yield Row(values, name, number)
 
 
 def nested_order(n_rows: int, seed: int) -> list[int]:

@@ -5,7 +5,7 @@ Near duplicates are found by MinHash with locality-sensitive hashing over 5-word
 kept row itself, so nothing is dropped on an estimate.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import xxhash
@@ -36,15 +36,16 @@ class Duplicate:
 class Duplicates:
     """Takes examples one by one and remembers those that are new."""
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self, threshold: float, examples: Sequence[Example]) -> None:
         """Make an empty memory.
 
         Args:
             threshold: Least Jaccard similarity of a near duplicate. 1: exact ones only.
+            examples: What the indices point into; may stand on disk.
         """
         self._threshold = threshold
+        self._examples = examples
         self._exact: dict[bytes, int] = {}
-        self._kept: dict[int, Example] = {}
         self._index = RMinHashLSH(threshold, N_PERMUTATIONS, N_BANDS)
 
     def add(self, index: int, example: Example) -> Duplicate | None:
@@ -64,18 +65,17 @@ class Duplicates:
         sketch = RMinHash(N_PERMUTATIONS, _SEED)
         sketch.update([value.tobytes() for value in mine])
         for other in sorted(self._index.query(sketch)):
-            kept = self._kept[other]
+            kept = self._examples[other]
             similarity = overlap(mine, shingles(kept.text, SHINGLE_WORDS))
             if similarity >= self._threshold and _same_answer(example, kept):
                 return Duplicate(index, other, similarity)
         self._index.insert(index, sketch)
-        self._kept[index] = example
         return None
 
 
-def duplicates(examples: Iterable[Example], threshold: float) -> Iterator[Duplicate]:
+def duplicates(examples: Sequence[Example], threshold: float) -> Iterator[Duplicate]:
     """Find the examples that repeat an earlier one."""
-    memory = Duplicates(threshold)
+    memory = Duplicates(threshold, examples)
     for index, example in enumerate(examples):
         found = memory.add(index, example)
         if found is not None:

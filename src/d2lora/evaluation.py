@@ -58,7 +58,7 @@ class TestSets:
             raise DataError(
                 f"task {task.task.name} has no scored output; give it as --general-text"
             )
-        general = read_task(settings.general_text, "auto").examples if settings.general_text else []
+        general = list(read_task(settings.general_text).examples) if settings.general_text else []
         return cls(task, general, read_choices(settings.choices) if settings.choices else [])
 
 

@@ -13,11 +13,11 @@ The rules of text are those of C4 (Raffel et al. 2020, arXiv 1910.10683, section
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from d2lora.console import Reporter
 from d2lora.contamination import Guard
-from d2lora.data import Row, nested_order
+from d2lora.data import nested_order
 from d2lora.duplicates import Duplicates
 from d2lora.encode import Encoder
 from d2lora.errors import SettingsError
@@ -60,24 +60,26 @@ _LONG_ANSWER, _FEW_DISTINCT = 30, 0.4
 class Rejected:
     """A row that was taken out."""
 
-    row: Row
+    index: int
+    """Of its example in the pool."""
     step: str
     reason: str
 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What is left of a pool (indices of its examples) and what was taken out."""
+    """What is left of a pool (indices of its examples) and what was taken out of it."""
 
     kept: list[int]
     rejected: list[Rejected]
-    counts: dict[str, int] = field(default_factory=dict[str, int])
-    """Rows taken out at each step, those that took none included."""
+    counts: dict[str, int]
+    """Rows taken out at each step, those that took none and those `unreadable` included."""
 
     def report(self) -> str:
         """Say it in a line."""
         told = ", ".join(f"{step} {n:,}" for step, n in self.counts.items() if n) or "none"
-        return f"hygiene: {len(self.kept):,} rows kept, {len(self.rejected):,} rejected ({told})"
+        n_rejected = sum(self.counts.values())
+        return f"hygiene: {len(self.kept):,} rows kept, {n_rejected:,} rejected ({told})"
 
 
 def clean(
@@ -97,44 +99,41 @@ def clean(
         DataError: If an evaluation file cannot be read.
         SettingsError: If a language is not known.
     """
-    rejected = [
-        Rejected(Row({"text": fault.text}, fault.file, fault.line), "unreadable", fault.reason)
-        for fault in pool.faults
-    ]
-    leaks: dict[int, str] = {}
-    if settings.keep_out:
-        guard = Guard(settings.keep_out, settings.keep_out_words)
-        leaks = {leak.index: leak.reason for leak in guard.leaks(pool.examples)}
     judge = _row_judge(settings, encoder)
-    memory = Duplicates(settings.near_duplicates)
+    memory = Duplicates(settings.near_duplicates, pool.examples)
     kept: list[int] = []
+    rejected: list[Rejected] = []
     with reporter.bar("hygiene", len(pool.examples)) as bar:
         for index, example in enumerate(pool.examples):
-            found = ("contaminated", leaks[index]) if index in leaks else judge(example)
-            found = found or _repeats(memory, index, pool)
+            found = judge(index, example) or _repeats(memory, index, example, pool)
             if found is None:
                 kept.append(index)
             else:
-                rejected.append(Rejected(pool.rows[index], *found))
+                rejected.append(Rejected(index, *found))
             if index % 256 == 0:
                 bar.update(index)
     if settings.source_cap is not None:
         kept = _capped(kept, pool, settings.source_cap, seed, rejected)
     counted = Counter(item.step for item in rejected)
-    return Cleaned(kept, rejected, {step: counted[step] for step in ("unreadable", *STEPS)})
+    counts = {"unreadable": len(pool.faults), **{step: counted[step] for step in STEPS}}
+    return Cleaned(kept, rejected, counts)
 
 
 Finding = tuple[str, str] | None
 
 
-def _row_judge(settings: HygieneSettings, encoder: Encoder | None) -> Callable[[Example], Finding]:
+def _row_judge(
+    settings: HygieneSettings, encoder: Encoder | None
+) -> Callable[[int, Example], Finding]:
     """Return the check of one row by itself: step and reason, or None."""
+    guard = Guard(settings.keep_out, settings.keep_out_words) if settings.keep_out else None
     languages = frozenset(settings.languages)
     if languages:
         check_languages(languages)
 
-    def judge(example: Example) -> Finding:
-        finding = answer_fault(example)
+    def judge(index: int, example: Example) -> Finding:
+        leak = guard.leak(index, example) if guard else None
+        finding = ("contaminated", leak.reason) if leak else answer_fault(example)
         if finding is None and languages:
             found = language_of(example.text)
             if found not in languages:
@@ -184,8 +183,8 @@ def _truncated(answer: str, its_words: Sequence[str]) -> str | None:
     return None
 
 
-def _repeats(memory: Duplicates, index: int, pool: TaskData) -> Finding:
-    found = memory.add(index, pool.examples[index])
+def _repeats(memory: Duplicates, index: int, example: Example, pool: TaskData) -> Finding:
+    found = memory.add(index, example)
     if found is None:
         return None
     first = pool.rows[found.of]
@@ -209,7 +208,7 @@ def _capped(
             left.append(index)
         else:
             reason = f"source {name} already has {cap} rows"
-            rejected.append(Rejected(pool.rows[index], "source_cap", reason))
+            rejected.append(Rejected(index, "source_cap", reason))
     return sorted(left)
 
 

@@ -19,6 +19,7 @@ from d2lora.gradients import GradientFeatures, warmup_rows
 from d2lora.hygiene import source_of
 from d2lora.lean import lean_layers
 from d2lora.models import Base, device_of, load_base
+from d2lora.pool import Lazy
 from d2lora.rows import Example
 from d2lora.scorer import TokenScorer, log_probabilities
 from d2lora.settings import SelectSettings
@@ -46,7 +47,7 @@ class PoolFeatures:
             reporter: Where progress is shown.
         """
         self.n_pool = len(kept)
-        self.examples = [pool.examples[index] for index in kept]
+        self.examples = Lazy(pool.examples.__getitem__, kept)
         self.task = [example for examples in tasks for example in examples]
         self._settings, self._reporter = settings, reporter
         self._sources = [source_of(pool, index) for index in kept]
@@ -62,9 +63,11 @@ class PoolFeatures:
         """Return the number of the file of each task row."""
         return self._files
 
-    def texts(self) -> tuple[list[str], list[str]]:
-        """Return the texts of pool and task rows."""
-        return [item.text for item in self.examples], [item.text for item in self.task]
+    def texts(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Return the texts of pool and task rows; those of the pool are read when looked at."""
+        examples = self.examples
+        pool = Lazy(lambda place: examples[place].text, range(len(examples)))
+        return pool, [item.text for item in self.task]
 
     def embeddings(self, name: str | None = None) -> tuple[Array, Array]:
         """Return centred vectors of length 1 of pool and task rows.

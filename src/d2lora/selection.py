@@ -9,7 +9,7 @@ done.json        the marker of completion
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from d2lora.console import Reporter
 from d2lora.data import stream_seed
 from d2lora.encode import Encoder, resolve_format
 from d2lora.errors import DataError
-from d2lora.hygiene import Cleaned, Rejected, clean
+from d2lora.hygiene import Cleaned, clean
 from d2lora.models import load_tokenizer
+from d2lora.pool import Lazy, read_pool
 from d2lora.pool_features import PoolFeatures
-from d2lora.rows import Example
 from d2lora.runs import DONE, SETTINGS, RunFolder, new_folder, provenance, read_json, write_json
 from d2lora.settings import SelectSettings
 from d2lora.tasks import TaskData, read_task
@@ -55,7 +55,7 @@ def select(settings: SelectSettings) -> Selection:
     RunFolder.open(settings.out, settings.to_yaml())
     tokenizer = load_tokenizer(settings)
     encoder = Encoder(tokenizer, resolve_format(tokenizer, settings.chat_format))
-    pool = read_task(settings.data, settings.task, skip_bad=True)
+    pool = read_pool(settings.data, settings.task)
     tasks = [read_task([name]).examples for name in settings.for_task]
     seed = stream_seed(settings.seed, "source_cap")
     cleaned = clean(pool, settings, encoder, seed, reporter)
@@ -86,8 +86,8 @@ def _write(
 ) -> None:  # fmt: skip
     """Write the folder whole, or not at all."""
     chosen = [cleaned.kept[pick.index] for pick in picks]
-    examples: list[Example] = [pool.examples[index] for index in chosen]
-    rows = [pool.rows[index] for index in chosen]
+    examples = Lazy(pool.examples.__getitem__, chosen)
+    rows = Lazy(pool.rows.__getitem__, chosen)
     reasons = (
         {"file": row.file, "line": row.line, "reason": pick.reason, "score": pick.score}
         for row, pick in zip(rows, picks, strict=True)
@@ -96,7 +96,7 @@ def _write(
         (folder / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
         _lines(folder / DATA, (row.values for row in rows))
         _lines(folder / REASONS, reasons)
-        _lines(folder / REJECTED, map(_aside, cleaned.rejected))
+        _lines(folder / REJECTED, _aside(pool, cleaned))
         (folder / "README.md").write_text(datacard.page(card, examples), encoding="utf-8")
         write_json(folder / CARD, card)
         write_json(folder / "provenance.json", {**provenance(), "data": pool.sources})
@@ -109,11 +109,18 @@ def _lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
             file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
 
 
-def _aside(item: Rejected) -> dict[str, Any]:
-    return {
-        "file": item.row.file, "line": item.row.line, "step": item.step, "reason": item.reason,
-        "row": item.row.values,
-    }  # fmt: skip
+def _aside(pool: TaskData, cleaned: Cleaned) -> Iterator[dict[str, Any]]:
+    for fault in pool.faults:
+        yield {
+            "file": fault.file, "line": fault.line, "step": "unreadable", "reason": fault.reason,
+            "row": {"text": fault.text},
+        }  # fmt: skip
+    for item in cleaned.rejected:
+        row = pool.rows[item.index]
+        yield {
+            "file": row.file, "line": row.line, "step": item.step, "reason": item.reason,
+            "row": row.values,
+        }  # fmt: skip
 
 
 def _told(card: dict[str, Any]) -> str:

@@ -162,8 +162,8 @@ class TaskData:
     """Examples of one task and their raw rows, the sources' manifest and the rows set aside."""
 
     task: Task
-    examples: list[Example]
-    rows: list[Row]
+    examples: Sequence[Example]
+    rows: Sequence[Row]
     sources: list[dict[str, Any]]
     faults: list[Fault]
 
@@ -191,13 +191,11 @@ def read_task(names: Sequence[str], task_name: str = "auto", *, skip_bad: bool =
         try:
             example = task.read(row.values)
         except BadRowError as error:
-            faults.append(
-                Fault(row.file, row.line, str(error), json.dumps(row.values, default=str))
-            )
+            faults.append(bad_row(row, error))
         else:
             examples.append(replace(example, row=len(examples)))
             good.append(row)
-    _check_faults(faults, len(examples), skip_bad=skip_bad)
+    check_faults(faults, len(examples), skip_bad=skip_bad)
     return TaskData(task, examples, good, [source.manifest() for source in sources], faults)
 
 
@@ -216,11 +214,21 @@ def read_choices(names: Sequence[str]) -> list[Choice]:
                 choices.append(read_choice(row.values))
             except BadRowError as error:
                 faults.append(Fault(row.file, row.line, str(error), ""))
-    _check_faults(faults, len(choices), skip_bad=False)
+    check_faults(faults, len(choices), skip_bad=False)
     return choices
 
 
-def _check_faults(faults: Sequence[Fault], n_good: int, *, skip_bad: bool) -> None:
+def bad_row(row: Row, error: BadRowError) -> Fault:
+    """Return a row that cannot be read as one that is set aside."""
+    return Fault(row.file, row.line, str(error), json.dumps(row.values, default=str))
+
+
+def check_faults(faults: Sequence[Fault], n_good: int, *, skip_bad: bool) -> None:
+    """Refuse rows that cannot be used.
+
+    Raises:
+        DataError: If there are any and they may not be skipped, or no good row is left.
+    """
     if faults and not (skip_bad and n_good):
         advice = "mend them, or set them aside with --skip-bad-rows" if n_good else "none is good"
         raise DataError(
