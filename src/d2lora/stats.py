@@ -6,10 +6,10 @@ Shapes: S seeds (runs), I items (test questions).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Array = NDArray[np.float64]
 CONFIDENCE = 0.95
@@ -89,6 +89,8 @@ def mean_interval(scores: Array, seed: int = 0) -> Interval:
     """
     mean, n = float(scores.mean()), len(scores)
     if np.isin(scores, (0.0, 1.0)).all():
+        from scipy import stats  # half a second, which a training run need not spend
+
         interval = stats.binomtest(int(scores.sum()), n).proportion_ci(CONFIDENCE, "wilson")
         return Interval(mean, float(interval.low), float(interval.high), n)
     low, high = _bootstrap(scores, seed)
@@ -170,6 +172,8 @@ def _crossed_margin(values: Array) -> float:
     Args:
         values: Shape (S, I), at least two seeds.
     """
+    from scipy import stats
+
     n_seeds, n_items = values.shape
     parts = _Parts.of(values)
     rest = parts.rest / (n_items * n_seeds)
@@ -250,7 +254,8 @@ def power(first: Array, second: Array, effect: float = 0.01) -> Power | None:
     if n_items < 2 or not differences.mean(axis=0).var():
         return None
     parts = _Parts.of(differences)
-    z = stats.norm.ppf(1 - (1 - CONFIDENCE) / 2) + stats.norm.ppf(0.8)
+    quantile = NormalDist().inv_cdf
+    z = quantile(1 - (1 - CONFIDENCE) / 2) + quantile(0.8)
     wanted = (effect / z) ** 2
     items = _enough(parts.item + parts.rest / n_seeds, wanted - parts.seed / n_seeds)
     seeds = _enough(parts.seed + parts.rest / n_items, wanted - parts.item / n_items)

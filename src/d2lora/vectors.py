@@ -5,11 +5,14 @@ Shapes: N pool rows, M examples, D numbers of a vector.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import faiss
 import numpy as np
 
 from d2lora.feature_cache import Array
+
+if TYPE_CHECKING:
+    import faiss
 
 REFERENCES = 2048
 """Rows whose coverage stands for that of the whole pool."""
@@ -87,7 +90,9 @@ def facility_location(
     return chosen
 
 
-def _index(pool: Array) -> faiss.IndexFlatIP:
+def _index(pool: Array) -> "faiss.IndexFlatIP":
+    import faiss
+
     index = faiss.IndexFlatIP(pool.shape[1])
     index.add(np.ascontiguousarray(pool))
     return index
@@ -108,7 +113,7 @@ def _round(
 
 
 def _wishes(
-    index: faiss.IndexFlatIP, query: Array, m: int, n_queries: int
+    index: "faiss.IndexFlatIP", query: Array, m: int, n_queries: int
 ) -> Iterator[tuple[int, float]]:
     """Yield all pool rows from the nearest on; the search goes deeper as it is asked."""
     depth, seen = min(index.ntotal, 2 * m // n_queries + 32), 0
