@@ -54,13 +54,14 @@ def cell(arm: str, n: int, seed: int, right: int, general_loss: float | None) ->
 
 def study(
     folder: Path, *, fresh: int = 10, warm: int = 30, seeds: int = 2, loss: float | None = 1.5,
-    curves: bool = True,
+    curves: bool = True, more: dict[str, int] | None = None,
 ) -> Path:  # fmt: skip
-    """Write a finished study by hand: fresh and warm answer so many of 40 items."""
+    """Write a finished study by hand: fresh, warm and `more` arms answer so many of 40 items."""
+    right_of = {"fresh": fresh, "warm": warm, **(more or {})}
     base = [cell("base", 0, 0, 0, None if loss is None else 1.0)]
     cells = base + [
         cell(arm, n, seed, right, loss)
-        for arm, right in (("fresh", fresh), ("warm", warm))
+        for arm, right in right_of.items()
         for n in (16, 64)
         for seed in range(seeds)
     ]
@@ -96,8 +97,8 @@ def study(
         "tasks": {"sums": {"data": ["a.jsonl"], "test": ["b.jsonl"], "title": f"Sums {PLANTED}"}},
         "sizes": [16, 64],
         "seeds": seeds,
-        "arms": [{"kind": "fresh", "name": "fresh"},
-                 {"kind": "warm", "name": "warm", "warm_up": "general"}],
+        "arms": [{"kind": "fresh", "name": "fresh"}]
+        + [{"kind": "warm", "name": name, "warm_up": "general"} for name in list(right_of)[1:]],
     }  # fmt: skip
     warm_up = {"cost": COST, "validation_loss_before": 2.0, "validation_loss_after": 1.25}
     told = {
@@ -155,6 +156,25 @@ def test_every_chart_is_a_picture_too(known: Path) -> None:
     names = {path.stem for path in known.glob("*.png")}
     assert names == {"score-sums", "difference-sums", "curves-sums-16", "forgetting-sums"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in known.glob("*.png"))
+
+
+def test_many_arms_stand_in_rows_a_chart_for_each_n(tmp_path: Path) -> None:
+    names = [f"start {number}" for number in range(8)]
+    path = study(tmp_path, more={name: 8 + 2 * i for i, name in enumerate(names)})
+    assert main(["report", str(path)]) == 0
+    drawn = {file.stem for file in (path / "report").glob("*.png")}
+    compared = {f"{kind}-sums-{n}" for kind in ("score", "difference") for n in (16, 64)}
+    assert drawn == compared | {"curves-sums-16", "forgetting-sums"}
+    page = (path / "report" / "index.html").read_text("utf-8")
+    data = page.partition('id="chart-data">')[2].partition("</script>")[0]
+    shown = json.loads(data)["charts"]
+    for name in compared:
+        axes = [
+            layer["encoding"]["y"] for layer in shown[name]["layer"] if "y" in layer["encoding"]
+        ]
+        rows = next(axis["sort"] for axis in axes if axis.get("sort"))
+        ends = [f"start {i} - fresh" if "diff" in name else f"start {i}" for i in range(8)]
+        assert [row for row in rows if row.startswith("start")] == ends
 
 
 def test_the_summary_is_markdown_with_verdict_and_tables(known: Path) -> None:

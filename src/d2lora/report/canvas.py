@@ -29,6 +29,7 @@ COLOURS = (
 """Of arms, in the plan's order; told apart with any colour vision together with the shapes."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 FONT = "sans-serif"
+Rows = list[dict[str, Any]]
 PNG_WIDTH, HEIGHT = 560, 300
 
 
@@ -125,6 +126,11 @@ def theme(text: str, faint: str, line: str) -> dict[str, Any]:
 
 LIGHT = theme("#1b1f24", "#57606a", "#dfe3e8")
 DARK = theme("#e8ebef", "#a3adb8", "#323a44")
+
+
+def rows_of(rows: Rows) -> alt.Chart:
+    """Return a layer to be, of values that stand in the page itself."""
+    return alt.Chart(alt.Data(values=rows))
 
 
 def chart_of(

@@ -43,6 +43,42 @@ def score_table(findings: Findings, task: str) -> Grid:
     return Grid(f"{findings.title(task)}: scores", columns, rows)
 
 
+def score_grid(findings: Findings, levels: Sequence[Level], title: str) -> Grid:
+    """Return what a chart of scores shows, one row an arm and size."""
+    rows = [
+        (
+            f"{v.n:,}" if v.n else NONE,
+            v.arm,
+            percent(v.interval.mean),
+            f"{percent(v.interval.low)} to {percent(v.interval.high)}",
+            ", ".join(percent(s) for s in v.by_seed),
+        )
+        for v in sorted(levels, key=lambda v: v.n)
+    ]
+    score = f"{findings.score_name(levels[0].task)}, %"
+    return Grid(title, ("n", "arm", score, "95 % interval", "each seed"), rows)
+
+
+def difference_grid(comparisons: Iterable[Comparison], title: str) -> Grid:
+    """Return what a chart of differences shows, one row an arm and size."""
+    rows = [
+        (
+            f"{c.n:,}",
+            c.arm,
+            c.against,
+            signed(100 * c.difference.mean),
+            range_said(c.difference.low, c.difference.high),
+            NONE if c.difference.over_seeds is None else range_said(*c.difference.over_seeds),
+            ", ".join(signed(100 * d) for d in c.difference.by_seed),
+            c.verdict,
+        )
+        for c in sorted(comparisons, key=lambda c: c.n)
+    ]
+    intervals = ("95 % interval", "over seeds too")
+    columns = ("n", "arm", "against", "difference", *intervals, "each seed", "verdict")
+    return Grid(title, columns, rows)
+
+
 def efficiency_table(findings: Findings) -> Grid:
     """Return how many rows, and how many steps, the reference needs to match an arm."""
     steps = {(c.task, c.arm, c.n): c for c in findings.convergence}
