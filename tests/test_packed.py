@@ -15,6 +15,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from d2lora import head
+from d2lora.attention import LONGEST, WIDTH_A_THREAD, RowAttention, pays
 from d2lora.batches import Batch, Encoded, collate
 from d2lora.lean import lean_layers
 from d2lora.packed import LENGTH_STEP, pack
@@ -98,10 +99,14 @@ def test_scores_are_the_model_s_own(family: str) -> None:
         assert way_of(scorer) == "_packed"
 
 
-def test_gradients_are_those_of_padded_rows() -> None:
-    model = small_model("llama")
+@pytest.mark.parametrize("lengths", [(9, 4, 20, 32), (170, 90, 130)])
+def test_gradients_are_those_of_padded_rows(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d2lora.attention.WIDTH_A_THREAD", 0)
+    model = small_model("llama", max_position_embeddings=256)
     embedding = model.get_input_embeddings().weight.requires_grad_()
-    batch = batch_of(9, 4, 20, 32)
+    batch = batch_of(*lengths)
     weights_P = torch.linspace(-1, 1, len(batch.targets_P))
     gradients: list[Tensor] = []
     for lean in (True, False):
@@ -110,6 +115,52 @@ def test_gradients_are_those_of_padded_rows() -> None:
         gradients.append(gradient)
         assert way_of(scorer) == ("_packed" if lean else "_padded")
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n_heads", "n_groups"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("lengths", [(1,), (64,), (130, 0, 65, 7)])
+def test_attention_by_products_is_torch_s_own_row_by_row(
+    n_heads: int, n_groups: int, lengths: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    n_tokens = sum(lengths)
+    given = [
+        torch.randn(1, n_tokens, heads, 8).transpose(1, 2).requires_grad_()
+        for heads in (n_heads, n_groups, n_groups)
+    ]
+    rows = zip(*(x.split(list(lengths), dim=2) for x in given), strict=True)
+    wanted = torch.cat(
+        [
+            functional.scaled_dot_product_attention(
+                *row, is_causal=True, scale=0.3, enable_gqa=True
+            )
+            for row in rows
+            if row[0].shape[2]
+        ],
+        dim=2,
+    ).transpose(1, 2)
+    got = RowAttention.apply(*given, lengths, 0.3)
+    torch.testing.assert_close(got, wanted)
+    slope = torch.randn_like(wanted)
+    for own, plain in zip(
+        torch.autograd.grad(got, given, slope),
+        torch.autograd.grad(wanted, given, slope),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_by_products_is_taken_where_it_is_faster_and_as_good() -> None:
+    threads = torch.get_num_threads()
+    wide = torch.zeros(1, 1, 1, WIDTH_A_THREAD * threads, requires_grad=True)
+    narrow = torch.zeros(1, 1, 1, WIDTH_A_THREAD * threads - 1, requires_grad=True)
+    assert pays(wide, [200, 300], 0.0)
+    assert not pays(narrow, [200, 300], 0.0)
+    assert not pays(wide.detach(), [200, 300], 0.0)
+    assert not pays(wide.bfloat16(), [200, 300], 0.0)
+    assert not pays(wide, [200, 300], 0.1)
+    assert not pays(wide, [200, LONGEST + 1], 0.0)
+    assert not pays(wide, [20] * 10, 0.0)
 
 
 @pytest.mark.parametrize("window", [4, 48])

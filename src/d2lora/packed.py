@@ -1,8 +1,9 @@
 """Rows of a batch end to end in one long row, without padding, each blind to the others.
 
-Linear layers, norms and the head then meet no padding, and attention is computed row by row with
-torch's own causal kernel, which is exact. It plugs into transformers' attention interface
-(https://huggingface.co/docs/transformers/attention_interface), so a model's code is not touched.
+Linear layers, norms and the head then meet no padding, and attention is computed row by row, by
+`RowAttention` where that pays and else by torch's own causal kernel; both are exact. It plugs into
+transformers' attention interface (https://huggingface.co/docs/transformers/attention_interface), so
+a model's code is not touched.
 Shapes: B rows, N tokens of all rows, H heads, D width of a head.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
+from d2lora.attention import RowAttention, pays
 from d2lora.batches import Batch
 
 NAME = "d2lora_packed"
@@ -94,6 +96,9 @@ def _attention(
     """
     whole = [query_1HND.shape[2]]
     lengths = whole if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
+    if pays(query_1HND, lengths, dropout):
+        scale = query_1HND.shape[-1] ** -0.5 if scaling is None else scaling
+        return RowAttention.apply(query_1HND, key_1HND, value_1HND, lengths, scale), None
     heads = (x.split(lengths, dim=2) for x in (query_1HND, key_1HND, value_1HND))
     groups: int = getattr(module, "num_key_value_groups", 1)
     rows = [
