@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats as reference
 
+from d2lora.curves import size_that_scores, steps_to_reach
 from d2lora.stats import (
     holm,
     mean_interval,
     paired_difference,
     permutation_p,
     power,
-    size_that_scores,
-    steps_to_reach,
 )
 
 Pair = tuple[np.ndarray, np.ndarray]

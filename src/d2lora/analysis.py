@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from d2lora.curves import size_that_scores, steps_to_reach
 from d2lora.errors import RunError
 from d2lora.findings import (
     BASE,
@@ -32,8 +33,6 @@ from d2lora.stats import (
     paired_difference,
     permutation_p,
     power,
-    size_that_scores,
-    steps_to_reach,
 )
 
 
