@@ -6,9 +6,10 @@ A cell trains a fresh adapter on 16 or 32 rows of GSM8K or of titles, six seeds 
 rate on the embedded base. `d2lora study` runs with as many workers as cores, start-up included, and
 scores every cell besides on a few test rows, which `trl sft` does not. With fewer `--trl-runs` the
 first cells of every kind are run and the time of all 24 is told from their mean. Prints a Markdown
-table.
+table, and what d2lora's time went into.
 """
 
+import json
 import statistics
 import sys
 import tempfile
@@ -32,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        study_s = study(args.data, folder, args.threads)
+        study_s, spent = study(args.data, folder, args.threads)
         cells = list(rows_of_cells(args.data, folder))[: args.trl_runs]
         if not cells:
             sys.exit("--trl-runs: at least 1 is needed")
@@ -47,10 +48,14 @@ def main() -> None:
     row("d2lora study", n_cells, f"{study_s / n_cells:.1f}", f"{study_s:.0f}", "1.00 x")
     each = f"{all_s / n_cells:.1f}"
     row("trl sft, best", len(cells), each, f"{all_s:.0f}", f"{all_s / study_s:.1f} x")
+    print()
+    head("a cell of d2lora, on one core", "s")
+    for what, seconds in spent.items():
+        row(what, f"{seconds:.1f}")
 
 
-def study(data: Path, folder: Path, workers: int) -> float:
-    """Run the study and return its seconds."""
+def study(data: Path, folder: Path, workers: int) -> tuple[float, dict[str, float]]:
+    """Run the study; return its seconds, and what a cell's seconds of a worker went into."""
     tasks = {
         task: {
             "data": [str((data / task / "train.jsonl").resolve())],
@@ -73,7 +78,12 @@ def study(data: Path, folder: Path, workers: int) -> float:
     file.write_text(yaml.safe_dump(plan), encoding="utf-8")
     command = [console_script("d2lora"), "study", "--plan", str(file), "--out", str(folder / "s")]
     elapsed_s, _ = ran([*command, "--workers", str(workers), "--no-report", "--quiet"], workers)
-    return elapsed_s
+    results = (folder / "s" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    cells = [cell for cell in map(json.loads, results) if cell["n"]]
+    training_s = statistics.mean(cell["cost"]["elapsed_s"] for cell in cells)
+    scoring_s = statistics.mean(cell["evaluation_s"] for cell in cells)
+    rest_s = elapsed_s * workers / len(cells) - training_s - scoring_s
+    return elapsed_s, {"training": training_s, "scoring": scoring_s, "start and rest": rest_s}
 
 
 def rows_of_cells(data: Path, folder: Path) -> Iterator[tuple[Path, int]]:
