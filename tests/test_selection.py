@@ -265,6 +265,15 @@ def test_select_writes_chosen_rows_reasons_and_a_card(
     assert read_rows(again.data) == rows
 
 
+def test_the_method_is_told_from_whether_there_is_a_task(
+    tmp_path: Path, tiny_base: str, pool: str, titles: str
+) -> None:
+    asked = settings(tmp_path, tiny_base, pool)
+    assert select(asked).card["method"] == "stratified"
+    named = asked.changed(for_task=(titles,), out=tmp_path / "named")
+    assert select(named).card["method"] == "dsir"
+
+
 def test_similar_finds_the_rows_of_the_task_in_a_mixed_pool(
     tmp_path: Path, tiny_base: str, pool: str, titles: str
 ) -> None:

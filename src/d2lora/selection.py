@@ -77,7 +77,7 @@ def select(settings: SelectSettings) -> Selection:
 def _method(settings: SelectSettings) -> str:
     if settings.method != "auto":
         return settings.method
-    return "similar" if settings.for_task else "stratified"
+    return "dsir" if settings.for_task else "stratified"
 
 
 def _write(
