@@ -320,7 +320,17 @@ def test_an_embedding_that_is_not_installed_names_the_extra(
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     asked = settings(tmp_path, tiny_base, pool, for_task=(titles,), embedding="no/such-model")
     with pytest.raises(SettingsError, match=r"pip install 'd2lora\[embeddings\]'"):
+        select(asked.changed(method="similar"))
+
+
+def test_an_embedding_that_the_method_would_not_look_at_is_an_error(
+    tmp_path: Path, tiny_base: str, pool: str, titles: str
+) -> None:
+    asked = settings(tmp_path, tiny_base, pool, for_task=(titles,), embedding="words")
+    with pytest.raises(SettingsError, match=r"dsir does not look at it.*similar or mixture"):
         select(asked)
+    assert not asked.out.exists()
+    select(asked.changed(method="mixture"))
 
 
 def test_the_command_takes_a_pool_first_and_short_options(
@@ -329,6 +339,7 @@ def test_the_command_takes_a_pool_first_and_short_options(
     monkeypatch.setenv("D2LORA_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "chosen"
     words = ["select", pool, "--for", titles, "-m", "5", "--base", tiny_base, "--out", str(out)]
+    words += ["--method", "similar"]
     assert main([*words, "--quiet"]) == 0
     assert len(read_rows(out / "data.jsonl")) == 5
     assert any((tmp_path / "cache" / "features").glob("*.npy"))
@@ -345,7 +356,7 @@ def test_a_warm_up_says_how_its_rows_were_chosen(
     apart = warm_up(
         WarmupSettings(**common, data=(str(chosen.data),), out=tmp_path / "apart")
     )  # fmt: skip
-    assert "8 rows chosen by similar" in apart.manifest.selection
+    assert "8 rows chosen by dsir" in apart.manifest.selection
     at_once = warm_up(
         WarmupSettings(
             **common, data=(pool,), m=8, select="stratified", out=tmp_path / "at-once",

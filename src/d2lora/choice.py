@@ -220,6 +220,10 @@ METHODS: dict[str, Method] = {
 }
 
 
+EMBEDDED = ("diverse", "similar", "mixture")
+"""Methods that look at the embedding that is set."""
+
+
 def choose(method: str, features: Features, request: Request) -> list[Pick]:
     """Choose m distinct rows, best or first first.
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from d2lora import datacard
-from d2lora.choice import Pick, Request, choose
+from d2lora.choice import EMBEDDED, Pick, Request, choose
 from d2lora.console import Reporter
 from d2lora.data import stream_seed
 from d2lora.encode import Encoder, resolve_format
-from d2lora.errors import DataError
+from d2lora.errors import DataError, SettingsError
 from d2lora.hygiene import Cleaned, clean
 from d2lora.models import load_tokenizer
 from d2lora.pool import Lazy, read_pool
@@ -52,6 +52,7 @@ def select(settings: SelectSettings) -> Selection:
             fewer than m rows are left.
     """
     reporter = Reporter(quiet=settings.quiet)
+    method = _method(settings)
     RunFolder.open(settings.out, settings.to_yaml())
     tokenizer = load_tokenizer(settings)
     encoder = Encoder(tokenizer, resolve_format(tokenizer, settings.chat_format))
@@ -62,7 +63,6 @@ def select(settings: SelectSettings) -> Selection:
     reporter.say(cleaned.report())
     if not cleaned.kept:
         raise DataError(f"hygiene left no row of the pool: {cleaned.report()}")
-    method = _method(settings)
     features = PoolFeatures(settings, pool, cleaned.kept, tasks, reporter)
     request = Request(settings.m, stream_seed(settings.seed, "select"), settings.relevance)
     picks = choose(method, features, request)
@@ -75,9 +75,15 @@ def select(settings: SelectSettings) -> Selection:
 
 
 def _method(settings: SelectSettings) -> str:
-    if settings.method != "auto":
-        return settings.method
-    return "dsir" if settings.for_task else "stratified"
+    method: str = settings.method
+    if method == "auto":
+        method = "dsir" if settings.for_task else "stratified"
+    if settings.embedding != "base" and method not in EMBEDDED:
+        raise SettingsError(
+            f"--embedding {settings.embedding}: {method} does not look at it; leave it out, or "
+            f"choose by --method {', '.join(EMBEDDED[:-1])} or {EMBEDDED[-1]}"
+        )
+    return method
 
 
 def _write(
