@@ -11,11 +11,11 @@ import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import IO, Any, TypeVar, overload
+from typing import IO, TypeVar, overload
 
-from d2lora.data import Fault, Row, stream_source
-from d2lora.rows import BadRowError, Example
-from d2lora.tasks import TaskData, bad_row, check_faults, task_of
+from d2lora.data import Row
+from d2lora.rows import Example
+from d2lora.tasks import Reading, TaskData
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -46,15 +46,15 @@ class Lazy(Sequence[T_co]):
 
 
 class _Spool:
-    """Rows on disk: the number of the source, the line and the values of each."""
+    """Rows on disk, written once and read by their place."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # lives with the pool
         weakref.finalize(self, self._file.close)
         self._ends = array("q", [0])
 
-    def add(self, source: int, row: Row) -> None:
-        line = json.dumps([source, row.line, row.values], default=str, separators=(",", ":"))
+    def add(self, row: Row) -> None:
+        line = json.dumps([row.values, row.file, row.line], default=str, separators=(",", ":"))
         self._ends.append(self._ends[-1] + self._file.write(line.encode()))
 
     def flush(self) -> None:
@@ -63,10 +63,9 @@ class _Spool:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, place: int) -> tuple[int, int, dict[str, Any]]:
+    def __getitem__(self, place: int) -> Row:
         begin, end = self._ends[place], self._ends[place + 1]
-        source, line, values = json.loads(os.pread(self._file.fileno(), end - begin, begin))
-        return source, line, values
+        return Row(*json.loads(os.pread(self._file.fileno(), end - begin, begin)))
 
 
 def read_pool(names: Sequence[str], task_name: str = "auto") -> TaskData:
@@ -79,37 +78,15 @@ def read_pool(names: Sequence[str], task_name: str = "auto") -> TaskData:
     Raises:
         DataError: If a source cannot be read, or no row is good.
     """
-    spool = _Spool()
-    manifests: list[dict[str, Any]] = []
-    faults: list[Fault] = []
-    task = None
-    for number, name in enumerate(names):
-        stream = stream_source(name)
-        n_rows = 0
-        for item in stream.items:
-            if isinstance(item, Fault):
-                faults.append(item)
-                continue
-            n_rows += 1
-            task = task or task_of(task_name, item.values)
-            try:
-                task.read(item.values)
-            except BadRowError as error:
-                faults.append(bad_row(item, error))
-            else:
-                spool.add(number, item)
-        manifests.append({"file": stream.name, "rows": n_rows, "sha256": stream.fingerprint()})
+    reading, spool = Reading(names, task_name), _Spool()
+    for row, _ in reading:
+        spool.add(row)
     spool.flush()
-    check_faults(faults, len(spool), skip_bad=True)
-    assert task is not None
-    read, files = task.read, [manifest["file"] for manifest in manifests]
-
-    def row_of(place: int) -> Row:
-        source, line, values = spool[place]
-        return Row(values, files[source], line)
 
     def example_of(place: int) -> Example:
-        return replace(read(row_of(place).values), row=place)
+        assert reading.task is not None
+        return replace(reading.task.read(spool[place].values), row=place)
 
     places = range(len(spool))
-    return TaskData(task, Lazy(example_of, places), Lazy(row_of, places), manifests, faults)
+    rows = Lazy(spool.__getitem__, places)
+    return reading.data(Lazy(example_of, places), rows, skip_bad=True)

@@ -50,14 +50,14 @@ class PoolFeatures:
         self.examples = Lazy(pool.examples.__getitem__, kept)
         self.task = [example for examples in tasks for example in examples]
         self._settings, self._reporter = settings, reporter
-        self._sources = [source_of(pool, index) for index in kept]
+        self._pool, self._kept = pool, kept
         self._files = [number for number, examples in enumerate(tasks) for _ in examples]
         self._cache = FeatureCache(settings.cache or default_folder(), reporter)
         self._base = cache(lambda: load_base(settings))
 
     def sources(self) -> list[str]:
         """Return the source of each pool row."""
-        return self._sources
+        return [source_of(self._pool, index) for index in self._kept]
 
     def task_files(self) -> list[int]:
         """Return the number of the file of each task row."""

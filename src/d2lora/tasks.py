@@ -5,11 +5,11 @@ because a score without its prompt cannot be compared (lm-evaluation-harness#203
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from d2lora.data import Fault, Row, read_source
+from d2lora.data import Fault, Row, read_source, stream_source
 from d2lora.errors import DataError, listed
 from d2lora.preferences import read_preference
 from d2lora.rows import BadRowError, Example, fields_of, text_field, turns_of, user
@@ -168,6 +168,63 @@ class TaskData:
     faults: list[Fault]
 
 
+class Reading:
+    """Sources gone through once as rows of one task; bad rows are set aside on the way."""
+
+    def __init__(self, names: Sequence[str], task_name: str) -> None:
+        """Remember what is to be read.
+
+        Args:
+            names: Files or hub data sets.
+            task_name: A name of `TASKS`, or `auto`: told from the first row.
+
+        Raises:
+            DataError: If there are no names.
+        """
+        if not names:
+            raise DataError("no data: give --data one or more files or hub data sets")
+        self._names, self._task_name = names, task_name
+        self.task: Task | None = None
+        self.sources: list[dict[str, Any]] = []
+        self.faults: list[Fault] = []
+
+    def __iter__(self) -> Iterator[tuple[Row, Example]]:
+        """Yield the good rows, each with its example.
+
+        Raises:
+            DataError: If a source cannot be read.
+        """
+        n_good = 0
+        for name in self._names:
+            stream, n_rows = stream_source(name), 0
+            for item in stream.items:
+                if isinstance(item, Fault):
+                    self.faults.append(item)
+                    continue
+                n_rows += 1
+                self.task = self.task or task_of(self._task_name, item.values)
+                try:
+                    example = self.task.read(item.values)
+                except BadRowError as error:
+                    told = json.dumps(item.values, default=str)
+                    self.faults.append(Fault(item.file, item.line, str(error), told))
+                else:
+                    yield item, replace(example, row=n_good)
+                    n_good += 1
+            read = {"file": stream.name, "rows": n_rows, "sha256": stream.fingerprint()}
+            self.sources.append(read)
+
+    def data(self, examples: Sequence[Example], rows: Sequence[Row], *, skip_bad: bool) -> TaskData:
+        """Return what was read, once it was gone through.
+
+        Raises:
+            DataError: If rows are bad and may not be skipped, or none is good; all at once.
+        """
+        _check_faults(self.faults, len(rows), skip_bad=skip_bad)
+        assert self.task is not None
+        return TaskData(self.task, examples, rows, self.sources, self.faults)
+
+
 def read_task(names: Sequence[str], task_name: str = "auto", *, skip_bad: bool = False) -> TaskData:
     """Read sources as examples of one task.
 
@@ -179,24 +236,13 @@ def read_task(names: Sequence[str], task_name: str = "auto", *, skip_bad: bool =
     Raises:
         DataError: If a source cannot be read, no row is left, or rows are bad; all at once.
     """
-    if not names:
-        raise DataError("no data: give --data one or more files or hub data sets")
-    sources = [read_source(name) for name in names]
-    faults = [fault for source in sources for fault in source.faults]
-    rows = [row for source in sources for row in source.rows]
-    task = task_of(task_name, rows[0].values) if rows else TASKS["instruct"]
+    reading = Reading(names, task_name)
+    rows: list[Row] = []
     examples: list[Example] = []
-    good: list[Row] = []
-    for row in rows:
-        try:
-            example = task.read(row.values)
-        except BadRowError as error:
-            faults.append(bad_row(row, error))
-        else:
-            examples.append(replace(example, row=len(examples)))
-            good.append(row)
-    check_faults(faults, len(examples), skip_bad=skip_bad)
-    return TaskData(task, examples, good, [source.manifest() for source in sources], faults)
+    for row, example in reading:
+        rows.append(row)
+        examples.append(example)
+    return reading.data(examples, rows, skip_bad=skip_bad)
 
 
 def read_choices(names: Sequence[str]) -> list[Choice]:
@@ -214,21 +260,11 @@ def read_choices(names: Sequence[str]) -> list[Choice]:
                 choices.append(read_choice(row.values))
             except BadRowError as error:
                 faults.append(Fault(row.file, row.line, str(error), ""))
-    check_faults(faults, len(choices), skip_bad=False)
+    _check_faults(faults, len(choices), skip_bad=False)
     return choices
 
 
-def bad_row(row: Row, error: BadRowError) -> Fault:
-    """Return a row that cannot be read as one that is set aside."""
-    return Fault(row.file, row.line, str(error), json.dumps(row.values, default=str))
-
-
-def check_faults(faults: Sequence[Fault], n_good: int, *, skip_bad: bool) -> None:
-    """Refuse rows that cannot be used.
-
-    Raises:
-        DataError: If there are any and they may not be skipped, or no good row is left.
-    """
+def _check_faults(faults: Sequence[Fault], n_good: int, *, skip_bad: bool) -> None:
     if faults and not (skip_bad and n_good):
         advice = "mend them, or set them aside with --skip-bad-rows" if n_good else "none is good"
         raise DataError(
