@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
 from torch.nn import functional
 
 from d2lora import products
@@ -54,6 +55,34 @@ def test_a_layer_that_trains_keeps_torch_s_pass_and_nothing_is_left_behind() -> 
     with lean_layers(frozen):
         assert "forward" in vars(frozen[0])
     assert "forward" not in vars(frozen[0])
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_on_a_bfloat16_base_an_adapter_is_trained_as_under_autocast(
+    adapter_dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
+    model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(48, 40)))
+    model.to(torch.bfloat16)
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    for parameter in adapter:
+        parameter.data = parameter.data.to(adapter_dtype)
+    x = torch.randn(2, 30, 48, dtype=torch.bfloat16, requires_grad=True)
+    slope = torch.randn(2, 30, 40, dtype=torch.bfloat16)
+
+    def passed() -> list[Tensor]:
+        y = model(x)
+        return [y, *torch.autograd.grad(y, [x, *adapter], slope)]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = passed()
+    with lean_layers(model) as n_lean:
+        got = passed()
+    assert n_lean == 1
+    for own, plain in zip(got, wanted, strict=True):
+        assert own.dtype == plain.dtype
+        assert (own - plain).norm() < 2**-7 * plain.norm()
 
 
 def questions() -> list[Question]:

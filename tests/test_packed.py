@@ -117,6 +117,20 @@ def test_gradients_are_those_of_padded_rows(
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+def torch_s_attention(given: list[Tensor], lengths: tuple[int, ...], scale: float) -> Tensor:
+    rows = zip(*(x.split(list(lengths), dim=2) for x in given), strict=True)
+    return torch.cat(
+        [
+            functional.scaled_dot_product_attention(
+                *row, is_causal=True, scale=scale, enable_gqa=True
+            )
+            for row in rows
+            if row[0].shape[2]
+        ],
+        dim=2,
+    ).transpose(1, 2)
+
+
 @pytest.mark.parametrize(("n_heads", "n_groups"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("lengths", [(1,), (64,), (130, 0, 65, 7)])
 def test_attention_by_products_is_torch_s_own_row_by_row(
@@ -128,17 +142,7 @@ def test_attention_by_products_is_torch_s_own_row_by_row(
         torch.randn(1, n_tokens, heads, 8).transpose(1, 2).requires_grad_()
         for heads in (n_heads, n_groups, n_groups)
     ]
-    rows = zip(*(x.split(list(lengths), dim=2) for x in given), strict=True)
-    wanted = torch.cat(
-        [
-            functional.scaled_dot_product_attention(
-                *row, is_causal=True, scale=0.3, enable_gqa=True
-            )
-            for row in rows
-            if row[0].shape[2]
-        ],
-        dim=2,
-    ).transpose(1, 2)
+    wanted = torch_s_attention(given, lengths, 0.3)
     got = RowAttention.apply(*given, lengths, 0.3)
     torch.testing.assert_close(got, wanted)
     slope = torch.randn_like(wanted)
@@ -150,6 +154,33 @@ def test_attention_by_products_is_torch_s_own_row_by_row(
         torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_by_products_in_bfloat16_is_as_near_to_the_exact_one_as_torch_s() -> None:
+    torch.manual_seed(0)
+    lengths = (70, 130)
+    exact = [
+        torch.randn(1, 200, heads, 16).mul(2).bfloat16().double().transpose(1, 2)
+        for heads in (4, 2, 2)
+    ]
+    slope = torch.randn(1, 200, 4, 16).bfloat16().double()
+
+    def passed(dtype: torch.dtype, *, by_products: bool) -> list[Tensor]:
+        given = [x.to(dtype).requires_grad_() for x in exact]
+        if by_products:
+            out = RowAttention.apply(*given, lengths, 0.25)
+        else:
+            out = torch_s_attention(given, lengths, 0.25)
+        assert isinstance(out, Tensor)
+        return [out, *torch.autograd.grad(out, given, slope.to(dtype))]
+
+    wanted = passed(torch.float64, by_products=False)
+    torch_s = passed(torch.bfloat16, by_products=False)
+    for own, theirs, true in zip(
+        passed(torch.bfloat16, by_products=True), torch_s, wanted, strict=True
+    ):
+        assert own.dtype == torch.bfloat16
+        assert (own - true).norm() < 1.5 * (theirs - true).norm()
+
+
 def test_attention_by_products_is_taken_where_it_is_faster_and_as_good() -> None:
     threads = torch.get_num_threads()
     wide = torch.zeros(1, 1, 1, WIDTH_A_THREAD * threads, requires_grad=True)
@@ -157,7 +188,8 @@ def test_attention_by_products_is_taken_where_it_is_faster_and_as_good() -> None
     assert pays(wide, [200, 300], 0.0)
     assert not pays(narrow, [200, 300], 0.0)
     assert not pays(wide.detach(), [200, 300], 0.0)
-    assert not pays(wide.bfloat16(), [200, 300], 0.0)
+    assert pays(wide.bfloat16(), [200, 300], 0.0)
+    assert not pays(wide.half(), [200, 300], 0.0)
     assert not pays(wide, [200, 300], 0.1)
     assert not pays(wide, [200, LONGEST + 1], 0.0)
     assert not pays(wide, [20] * 10, 0.0)

@@ -80,6 +80,27 @@ def test_the_lean_pass_trains_the_same_adapter_as_peft_s_own(
     assert_same(weights(lean), weights(plain), tolerance=2e-4)
 
 
+def test_the_lean_pass_on_a_bfloat16_base_has_the_losses_of_peft_s_own(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    lean, plain = (
+        [row["loss"] for row in read_rows(adapter.path / "metrics.jsonl")]
+        for adapter in (
+            run(
+                tmp_path / str(lean),
+                tiny_base,
+                problems,
+                dtype="bfloat16",
+                lean=lean,
+                learning_rate=0.02,
+            )
+            for lean in (True, False)
+        )
+    )
+    assert lean[-1] < lean[0] - 0.1
+    assert lean == pytest.approx(plain, rel=2e-3)
+
+
 def test_a_warm_up_ends_with_the_step_that_sees_its_tokens(
     tmp_path: Path, tiny_base: str, general: str
 ) -> None:

@@ -4,7 +4,8 @@ PEFT computes `W x + s * B(A(dropout(x)))` as separate operations of which autog
 result. Without dropout the update can be added in place and only x and A x have to be kept; the
 frozen W gets no gradient. Layers of another kind (DoRA, dropout, quantized, several adapters) keep
 PEFT's own pass. Frozen linear layers take the same matrix products, and norms and gated units the
-passes of `elementwise`.
+passes of `elementwise`. On a bfloat16 base a float32 adapter is multiplied in bfloat16, as under
+`torch.autocast`, where PEFT's pass alone would widen every activation; its weights stay float32.
 
     y  = x W' + s (x A') B'          dA = (s g B)' x
     dx = g W + (s g B) A             dB = s g' (x A')
@@ -23,6 +24,13 @@ from torch.autograd.function import once_differentiable
 from d2lora.elementwise import gated_fits, gated_forward, norm_fits, norm_forward
 from d2lora.products import is_frozen_linear, linear
 
+_DTYPES = {
+    (torch.float32, torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+}
+"""Of x, the frozen weight and the adapter."""
+
 
 class _LeanLora(torch.autograd.Function):
     """Shapes: x (N, in), weight (out, in), A (r, in), B (out, r), bias (out,) or None."""
@@ -31,11 +39,12 @@ class _LeanLora(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
+        ctx.dtype, ctx.scale = a.dtype, scale
+        a, b = a.to(x.dtype), b.to(x.dtype)
         low = linear(x, a)
         y = linear(x, weight, bias)
         y.addmm_(low, b.T, alpha=scale)
         ctx.save_for_backward(x, weight, a, b, low)
-        ctx.scale = scale
         return y
 
     @staticmethod
@@ -52,7 +61,7 @@ class _LeanLora(torch.autograd.Function):
             dx.addmm_(low_gradient, a)
         da = low_gradient.T @ x
         db = (g.T @ low).mul_(ctx.scale)
-        return dx, None, None, da, db, None
+        return dx, None, None, da.to(ctx.dtype), db.to(ctx.dtype), None
 
 
 class _LeanFrozen(torch.autograd.Function):
@@ -76,7 +85,8 @@ def _lora_forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Te
     (name,) = layer.active_adapters
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     base = layer.base_layer
-    if layer.disable_adapters or layer.merged or not (x.dtype == a.dtype == base.weight.dtype):
+    dtypes = x.dtype, base.weight.dtype, a.dtype
+    if layer.disable_adapters or layer.merged or dtypes not in _DTYPES:
         return LoraLinear.forward(layer, x, *args, **kwargs)
     flat = x.reshape(-1, x.shape[-1])
     y = _LeanLora.apply(flat, base.weight, base.bias, a, b, layer.scaling[name])
