@@ -422,7 +422,9 @@ def test_what_becomes_of_long_rows_holds_for_training_and_for_test_rows(
     assert not study.failures
     plan["adapt"] |= {"overlong": "error"}
     study = run_study(settings(tmp_path, plan))
-    assert "longer than --max-length 40" in study.failures["base, titles, n = 0, seed 0"]
+    cell = "base, titles, n = 0, seed 0"
+    assert "longer than --max-length 40" in study.failures[cell]
+    assert cell not in study.failures[cell], "the reason names the cell again"
 
 
 def test_an_objective_of_preferences_learns_from_pairs_of_the_same_rows(

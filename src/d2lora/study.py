@@ -168,8 +168,8 @@ class _Run:
                         queued.add(job.key)
                         new.append(job)
             except CellFailedError as reason:
-                self.failures[cell] = str(reason)
-                self._reporter.say(f"failed: {cell}: {reason}")
+                self.failures[cell] = str(reason).removeprefix(f"{cell}: ")
+                self._reporter.say(f"failed: {cell}: {self.failures[cell]}")
         # What others wait for first, then the longest, so that no core is idle at the end.
         for job in sorted(new, key=lambda job: (not isinstance(job, WarmUp), -job.about[1])):
             self._start(job)
