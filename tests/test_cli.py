@@ -250,3 +250,19 @@ def test_the_module_runs_as_a_program() -> None:
         [sys.executable, "-m", "d2lora", "--version"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout.split()[0]) == (0, "d2lora")
+
+
+def test_no_garbage_is_looked_for_while_libraries_load_and_at_the_end_of_a_process() -> None:
+    code = """
+import atexit, gc
+atexit.register(lambda: print(gc.get_freeze_count() > 0))
+from d2lora.loading import loading
+try:
+    with loading():
+        print(gc.isenabled())
+        raise ImportError
+except ImportError:
+    print(gc.isenabled())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True"]

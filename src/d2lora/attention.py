@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 softmax_backward = torch.ops.aten._softmax_backward_data  # noqa: SLF001  # it has no other name
 BLOCK = 64
 """Queries taken at once: few enough that little is computed above the diagonal."""
-SHORTEST_MEAN, LONGEST = 96, 512
+SHORTEST_MEAN, LONGEST = 96, 768
 """Shorter rows are mostly overhead; longer ones would keep too many probabilities."""
 WIDTH_A_THREAD = 32
 """Products of narrow heads are too small to be shared among threads."""

@@ -80,6 +80,7 @@ def help_text() -> str:
 def _run(command: str, words: list[str]) -> None:
     from d2lora import settings
     from d2lora.console import quiet_libraries
+    from d2lora.loading import loading
 
     homes: dict[str, tuple[str, type[Settings]]] = {
         "demo": ("demo", settings.DemoSettings),
@@ -102,7 +103,9 @@ def _run(command: str, words: list[str]) -> None:
     module, kind = homes[command]
     chosen = _parse(kind, command, words)
     quiet_libraries()
-    import_module(f"d2lora.{module}").command(chosen)
+    with loading():
+        home = import_module(f"d2lora.{module}")
+    home.command(chosen)
 
 
 def _parse(kind: "type[Settings]", command: str, words: list[str]) -> "Settings":

@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing import Queue, get_context, parent_process
 from typing import Any, cast
 
 from d2lora.console import quiet_libraries
 from d2lora.errors import SettingsError
+from d2lora.loading import loading
 from d2lora.store import Job, perform
 
 Submit = Callable[[Job], "Future[dict[str, Any]]"]
@@ -82,7 +84,10 @@ class _Processes:
         # Set before torch is loaded in the workers: two OpenMP teams on the same cores slow
         # each other.
         os.environ["OMP_NUM_THREADS"] = str(self._n_threads or 1)
-        return ProcessPoolExecutor(self._n_workers, context, _begin_worker, (gpus,))
+        pool = ProcessPoolExecutor(self._n_workers, context, _begin_worker, (gpus,))
+        for _ in range(self._n_workers):
+            pool.submit(_load)  # each begins a worker
+        return pool
 
     def submit(self, job: Job) -> "Future[dict[str, Any]]":
         try:
@@ -113,6 +118,13 @@ def _begin_worker(gpus: "Queue[str]") -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     quiet_libraries()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _load() -> None:
+    """Load what jobs need, which takes seconds, while the study still looks at its rows."""
+    with loading():
+        for module in ("adaptation", "evaluation"):
+            import_module(f"d2lora.{module}")
 
 
 def _end_with_parent() -> None:

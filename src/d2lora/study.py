@@ -62,16 +62,15 @@ def run_study(settings: StudySettings) -> Study:
     reporter = Reporter(quiet=settings.quiet)
     plan, store, out = _prepare(settings)
     _check(plan)
-    plan, checks = decontaminated(plan, store, store / "world")
-    for said in contamination_said(check.to_json() for check in checks if check.removed):
-        reporter.say(f"contamination: {said}")
-    needs, cells = Needs(plan, store, keep_adapters=settings.keep_adapters), cells_of(plan)
-    with (
-        executor(settings.executor, settings.workers, settings.address) as submit,
-        reporter.bar("cells", len(cells)) as bar,
-    ):
-        run = _Run(needs, submit, bar, reporter)
-        run.all(cells)
+    # Workers load their libraries while the rows are looked at.
+    with executor(settings.executor, settings.workers, settings.address) as submit:
+        plan, checks = decontaminated(plan, store, store / "world")
+        for said in contamination_said(check.to_json() for check in checks if check.removed):
+            reporter.say(f"contamination: {said}")
+        needs, cells = Needs(plan, store, keep_adapters=settings.keep_adapters), cells_of(plan)
+        with reporter.bar("cells", len(cells)) as bar:
+            run = _Run(needs, submit, bar, reporter)
+            run.all(cells)
     results = [_row(needs, cell, run.finished[cell]) for cell in cells if cell in run.finished]
     told = {str(cell): reason for cell, reason in run.failures.items()}
     _write(out, plan, needs, cells, results, told, checks)
