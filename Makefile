@@ -57,9 +57,9 @@ bench: $(VENV)/.bench  ## benchmarks side by side with TRL, transformers and lm-
 	$(BIN)/python benchmarks/generation.py --rounds 1
 	$(BIN)/python benchmarks/choices.py --rounds 1 --questions 50 --sizes embedded
 	$(BIN)/python benchmarks/adapt.py --rounds 1 --sizes 64
-	$(BIN)/python benchmarks/study_cells.py --trl-runs 4
+	$(BIN)/python benchmarks/study_cells.py --trl-runs 3
 	$(BIN)/python benchmarks/growth.py --tokens 10000 30000 100000 --runs 1 2 4
-	$(BIN)/python benchmarks/stacked.py --rounds 1 --sizes embedded --adapters 1 4
+	$(BIN)/python benchmarks/stacked.py --rounds 1 --sizes embedded --adapters 4
 	$(BIN)/python benchmarks/selection.py --sizes 1000
 	$(BIN)/python benchmarks/rank_change.py --rounds 1
 	$(BIN)/python benchmarks/preferences.py --rounds 1 --steps 4

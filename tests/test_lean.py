@@ -1,5 +1,7 @@
 """The faster passes equal the plain ones."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -14,16 +16,23 @@ from d2lora.models import load_base
 from d2lora.scorer import TokenScorer
 from d2lora.settings import BaseSettings
 
+ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN")
+
 
 @pytest.mark.parametrize("n_rows", [1, 15, 16, 100])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_product_equals_torch_s(n_rows: int, biased: bool, turned: bool) -> None:
+@pytest.mark.parametrize(
+    "product", [products.linear, pytest.param(products.by_onednn, marks=ONEDNN)]
+)
+def test_a_product_equals_torch_s(
+    product: Callable[..., Tensor], n_rows: int, biased: bool, turned: bool
+) -> None:
     torch.manual_seed(n_rows)
     x = torch.randn(n_rows, 24)
     weight = torch.randn(24, 40).T if turned else torch.randn(40, 24)
     bias = torch.randn(40) if biased else None
-    torch.testing.assert_close(products.linear(x, weight, bias), functional.linear(x, weight, bias))
+    torch.testing.assert_close(product(x, weight, bias), functional.linear(x, weight, bias))
 
 
 def test_other_number_formats_keep_torch_s_own_product() -> None:

@@ -1,11 +1,14 @@
-"""Matrix products of float32 on a CPU with AVX-512, by oneDNN.
+"""Matrix products of float32 on a CPU with AVX-512, by oneDNN where that is faster.
 
-torch gives float32 products to MKL, which leaves AVX-512 unused on processors of other makers;
-oneDNN, which torch carries too, uses it everywhere. `benchmarks/matrix_products.py` measures both.
+torch gives float32 products to MKL, which leaves AVX-512 unused on processors of other makers than
+its own, Intel; oneDNN, which torch carries too, uses it everywhere, but on Intel's processors is
+the slower one. `benchmarks/matrix_products.py` measures both.
 """
 
 import os
+import platform
 from functools import cache
+from pathlib import Path
 from typing import TypeGuard
 
 import torch
@@ -23,9 +26,20 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 @cache
 def onednn_is_faster() -> bool:
-    """Say whether this processor is one on which oneDNN's float32 products are taken."""
+    """Say whether this processor is one on which oneDNN's float32 products are taken.
+
+    It is told by the maker, not by a measurement, so that a resumed run adds up as it began.
+    """
     avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return avx512 and torch.backends.mkldnn.is_available()
+    return avx512 and torch.backends.mkldnn.is_available() and not _is_intel()
+
+
+def _is_intel() -> bool:
+    try:
+        described = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        described = platform.processor()
+    return "GenuineIntel" in described
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,8 +58,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     )
     if not taken:
         return functional.linear(x, weight, bias)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
+    return by_onednn(x, weight, bias)
+
+
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `x weight' + bias` as oneDNN computes it; the weight may be a packed one."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
 
 
 def is_frozen_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
@@ -67,7 +86,4 @@ def packed(weight: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Return `x weight'` for a packed weight, without a gradient; x has shape (N, in)."""
-    if not weight.is_mkldnn:
-        return functional.linear(x, weight)
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return result
+    return by_onednn(x, weight) if weight.is_mkldnn else functional.linear(x, weight)
