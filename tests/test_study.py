@@ -92,14 +92,18 @@ def test_a_wrong_change_of_a_plan_is_an_error(
 
 
 def test_rows_that_are_missing_stop_a_study_before_it_runs(
-    tmp_path: Path, plan: dict[str, Any]
+    tmp_path: Path, plan: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan["tasks"]["more"] = {"data": ["nowhere.jsonl"], "test": ["nowhere.jsonl"]}
     plan["sizes"] = [4, 1000]
+    given = settings(tmp_path, plan)
     with pytest.raises(DataError) as error:
-        run_study(settings(tmp_path, plan))
+        run_study(given)
+    too_few = "tasks.titles: n = 1000 is asked for, but it has 40 rows"
     assert "tasks.more: nowhere.jsonl" in str(error.value)
-    assert "tasks.titles: n = 1000 is asked for, but it has 40 rows" in str(error.value)
+    assert too_few in str(error.value)
+    assert main(["study", *given.plan, "--out", str(given.out), "--dry-run"]) == 2
+    assert too_few in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "study").exists()
 
 

@@ -21,21 +21,18 @@ from d2lora.analysis import read_findings
 from d2lora.console import Bar, Reporter, table_console
 from d2lora.data import fault_lines
 from d2lora.decontamination import Check, contamination_said, decontaminated
-from d2lora.embedded.__main__ import write_world
-from d2lora.errors import D2LoraError, DataError, RunError, listed
+from d2lora.errors import D2LoraError
 from d2lora.executors import Submit, executor, layout
 from d2lora.forecast import forecast
 from d2lora.grids import as_table
 from d2lora.jobs import WarmUp
-from d2lora.models import base_folder
 from d2lora.needs import BASE, Cell, CellFailedError, Missing, Needs, cells_of
-from d2lora.plan import WORLD, StudyPlan
-from d2lora.plan_file import read_plan
+from d2lora.plan import StudyPlan
+from d2lora.readiness import check, place
 from d2lora.runs import DONE, provenance, write_json, write_text
 from d2lora.settings import StudySettings
 from d2lora.store import Job
 from d2lora.summary import show
-from d2lora.tasks import read_task
 
 N_TRIES = 2
 """How often a job is tried whose worker died."""
@@ -60,12 +57,12 @@ def run_study(settings: StudySettings) -> Study:
             fails while it runs is reported in the result instead.
     """
     reporter = Reporter(quiet=settings.quiet)
-    plan, store, out = _prepare(settings)
-    _check(plan)
+    plan, store, out = place(settings)
+    check(plan)
     # Workers load their libraries while the rows are looked at.
     with executor(settings.executor, settings.workers, settings.address) as submit:
         plan, checks = decontaminated(plan, store, store / "world")
-        for said in contamination_said(check.to_json() for check in checks if check.removed):
+        for said in contamination_said(c.to_json() for c in checks if c.removed):
             reporter.say(f"contamination: {said}")
         needs, cells = Needs(plan, store, keep_adapters=settings.keep_adapters), cells_of(plan)
         with reporter.bar("cells", len(cells)) as bar:
@@ -75,65 +72,6 @@ def run_study(settings: StudySettings) -> Study:
     told = {str(cell): reason for cell, reason in run.failures.items()}
     _write(out, plan, needs, cells, results, told, checks)
     return Study(out, plan, results, told)
-
-
-def _prepare(settings: StudySettings) -> tuple[StudyPlan, Path, Path]:
-    """Return the plan with its data in place, the store and the study's folder."""
-    name = "-".join(Path(plan).stem for plan in settings.plan)
-    out = settings.out or Path("studies") / name
-    if out.is_dir() and any(out.iterdir()) and not (out / "study.json").is_file():
-        raise RunError(f"{out} holds something that is not a study; choose another --out")
-    store = (settings.store or out.parent / "store").resolve()
-    return _with_world(read_plan(*settings.plan, changes=settings.set), store / "world"), store, out
-
-
-def _check(plan: StudyPlan) -> None:
-    """Open everything that a study names before hours are spent on it.
-
-    Raises:
-        D2LoraError: If a base, training rows or test rows cannot be used, all faults at once.
-    """
-    faults: list[str] = []
-    try:
-        base_folder(plan.base, plan.revision)
-    except D2LoraError as error:
-        faults.append(str(error))
-    for name, task in plan.tasks.items():
-        try:
-            rows = len(read_task(task.data, task.task).examples)
-            read_task(task.test, task.task)
-        except D2LoraError as error:
-            faults.append(f"tasks.{name}: {error}")
-            continue
-        if rows < max(plan.sizes):
-            faults.append(
-                f"tasks.{name}: n = {max(plan.sizes)} is asked for, but it has {rows} rows"
-            )
-    if faults:
-        raise DataError(f"the study cannot run:\n{listed(faults)}")
-
-
-def _with_world(plan: StudyPlan, folder: Path) -> StudyPlan:
-    """Write the small world's rows if the plan names some, and put their paths in its place."""
-    values = plan.model_dump(mode="json")
-    if WORLD not in json.dumps(values):
-        return plan
-    paths = write_world(folder)
-
-    def placed(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: placed(inner) for name, inner in value.items()}
-        if isinstance(value, list):
-            return [placed(inner) for inner in value]
-        if isinstance(value, str) and value.startswith(WORLD):
-            name = value.removeprefix(WORLD)
-            if name not in paths:
-                known = ", ".join(f"{WORLD}{known}" for known in paths)
-                raise RunError(f"{value}: no such data; the small world has {known}")
-            return str(paths[name])
-        return value
-
-    return StudyPlan(**placed(values))
 
 
 class _Run:
@@ -280,7 +218,8 @@ def _behind(
 def command(settings: StudySettings) -> None:
     """Run `d2lora study`."""
     if settings.dry_run:
-        plan, store, _ = _prepare(settings)
+        plan, store, _ = place(settings)
+        check(plan, fetch=False)
         plan, checks = decontaminated(plan, store, store / "world", fetch=False)
         grids, note = forecast(
             plan, store, cells_of(plan), *layout(settings.executor, settings.workers)
@@ -288,7 +227,7 @@ def command(settings: StudySettings) -> None:
         for grid in grids:
             table_console().print(as_table(grid))
         table_console().print(note, highlight=False, markup=False)
-        for said in contamination_said(check.to_json() for check in checks):
+        for said in contamination_said(c.to_json() for c in checks):
             table_console().print(f"contamination: {said}", highlight=False, markup=False)
         return
     study = run_study(settings)

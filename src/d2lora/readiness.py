@@ -1,0 +1,80 @@
+"""A study's plan with its data in place, checked before hours are spent on it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from d2lora.data import is_local
+from d2lora.embedded.__main__ import write_world
+from d2lora.errors import D2LoraError, DataError, RunError, listed
+from d2lora.models import base_folder
+from d2lora.plan import WORLD, StudyPlan
+from d2lora.plan_file import read_plan
+from d2lora.settings import StudySettings
+from d2lora.tasks import read_task
+
+
+def place(settings: StudySettings) -> tuple[StudyPlan, Path, Path]:
+    """Return the plan with its data in place, the store and the study's folder."""
+    name = "-".join(Path(plan).stem for plan in settings.plan)
+    out = settings.out or Path("studies") / name
+    if out.is_dir() and any(out.iterdir()) and not (out / "study.json").is_file():
+        raise RunError(f"{out} holds something that is not a study; choose another --out")
+    store = (settings.store or out.parent / "store").resolve()
+    return _with_world(read_plan(*settings.plan, changes=settings.set), store / "world"), store, out
+
+
+def check(plan: StudyPlan, *, fetch: bool = True) -> None:
+    """Open everything that a study names before hours are spent on it.
+
+    Args:
+        plan: What is to run.
+        fetch: Ask the hub, too. False: what is not on this machine goes unchecked.
+
+    Raises:
+        D2LoraError: If a base, training rows or test rows cannot be used, all faults at once.
+    """
+    faults: list[str] = []
+    if fetch:
+        try:
+            base_folder(plan.base, plan.revision)
+        except D2LoraError as error:
+            faults.append(str(error))
+    for name, task in plan.tasks.items():
+        if not fetch and not all(map(is_local, (*task.data, *task.test))):
+            continue
+        try:
+            rows = len(read_task(task.data, task.task).examples)
+            read_task(task.test, task.task)
+        except D2LoraError as error:
+            faults.append(f"tasks.{name}: {error}")
+            continue
+        if rows < max(plan.sizes):
+            faults.append(
+                f"tasks.{name}: n = {max(plan.sizes)} is asked for, but it has {rows} rows"
+            )
+    if faults:
+        raise DataError(f"the study cannot run:\n{listed(faults)}")
+
+
+def _with_world(plan: StudyPlan, folder: Path) -> StudyPlan:
+    """Write the small world's rows if the plan names some, and put their paths in its place."""
+    values = plan.model_dump(mode="json")
+    if WORLD not in json.dumps(values):
+        return plan
+    paths = write_world(folder)
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: placed(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [placed(inner) for inner in value]
+        if isinstance(value, str) and value.startswith(WORLD):
+            name = value.removeprefix(WORLD)
+            if name not in paths:
+                known = ", ".join(f"{WORLD}{known}" for known in paths)
+                raise RunError(f"{value}: no such data; the small world has {known}")
+            return str(paths[name])
+        return value
+
+    return StudyPlan(**placed(values))
