@@ -1,21 +1,27 @@
-"""Greedy generation for 200 GSM8K prompts against transformers' `generate`.
+"""Greedy generation for 200 GSM8K prompts against transformers' `generate` and `generate_batch`.
 
     python benchmarks/generation.py --data ../shared/data/gsm8k/test.jsonl --sizes embedded
 
 `generate` gets left-padded batches of prompts sorted by length, at each of several batch sizes, of
-which the best counts; d2lora decodes with its default settings. Sides take turns; medians of
-several rounds. Also prints the share of completions that are the same to the token.
+which the best counts; `generate_batch`, continuous batching, gets pages for all prompts at once and
+the best of several numbers of tokens a step; d2lora decodes with its default settings. Sides take
+turns; medians of several rounds. Also prints the share of completions that are the same to the
+token in d2lora as in `generate`.
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from common import base_of
 from d2lora.decoding import Decoder
@@ -26,6 +32,8 @@ from d2lora.settings import BaseSettings, GenerationSettings
 from d2lora.tasks import read_task
 
 BATCH_SIZES = (16, 32, 64, 128)
+STEP_TOKENS = (32, 64, 128)
+PAGE = 256
 
 
 def main() -> None:
@@ -39,8 +47,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print("| base | generate, s (batch size) | d2lora, s | ratio | same completions |")
-    print("|---|---|---|---|---|")
+    print(
+        "| base | generate, s (batch size) | continuous batching, s (tokens a step) | d2lora, s "
+        "| ratio to generate | same completions |\n|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for size in args.sizes:
             name = base_of(size, Path(folder), args.data)
@@ -53,24 +63,34 @@ def compared(base: Base, args: argparse.Namespace) -> tuple[str, ...]:
     encoder = Encoder.of(base, None)
     examples = islice(read_task([str(args.data)]).examples, args.prompts)
     prompts = [encoder.prompt_ids(example.prompt) for example in examples]
-    theirs: dict[int, list[float]] = {size: [] for size in BATCH_SIZES}
-    ours: list[float] = []
+    sides: dict[tuple[str, int], Callable[[], list[list[int]]]] = {
+        **{
+            ("generate", n): partial(generated, base, prompts, n, args.new_tokens)
+            for n in BATCH_SIZES
+        },
+        **{
+            ("continuous", n): partial(continuous, base, prompts, n, args.new_tokens)
+            for n in STEP_TOKENS
+        },
+        ("d2lora", 0): partial(decoded, base, prompts, args.new_tokens),
+    }
+    times: dict[tuple[str, int], list[float]] = {side: [] for side in sides}
     outputs: dict[str, list[list[int]]] = {}
     for _ in range(args.rounds):
-        for size, times in theirs.items():
+        for side, complete in sides.items():
             began = time.perf_counter()
-            outputs["theirs"] = generated(base, prompts, size, args.new_tokens)
-            times.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        outputs["ours"] = decoded(base, prompts, args.new_tokens)
-        ours.append(time.perf_counter() - began)
-    medians = {size: statistics.median(times) for size, times in theirs.items()}
-    best = min(medians, key=lambda size: medians[size])
-    own = statistics.median(ours)
-    pairs = zip(outputs["theirs"], outputs["ours"], strict=True)
+            outputs[side[0]] = complete()
+            times[side].append(time.perf_counter() - began)
+    medians = {side: statistics.median(of) for side, of in times.items()}
+    best = {
+        name: min((median, size) for (of, size), median in medians.items() if of == name)
+        for name in outputs
+    }
+    told = (f"{best[name][0]:.1f} ({best[name][1]})" for name in ("generate", "continuous"))
+    own = best["d2lora"][0]
+    pairs = zip(outputs["generate"], outputs["d2lora"], strict=True)
     same = sum(first == second for first, second in pairs) / len(prompts)
-    ratio = medians[best] / own
-    return (f"{medians[best]:.1f} ({best})", f"{own:.1f}", f"{ratio:.2f}", f"{same:.0%}")
+    return (*told, f"{own:.1f}", f"{best['generate'][0] / own:.2f}", f"{same:.0%}")
 
 
 def decoded(base: Base, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
@@ -100,9 +120,29 @@ def generated(base: Base, prompts: list[list[int]], size: int, new_tokens: int) 
             pad_token_id=base.pad_id,
         )  # fmt: skip
         for index, row in zip(chunk, out[:, longest:].tolist(), strict=True):
-            end = row.index(base.eos_id) if base.eos_id in row else len(row)
-            completed[index] = row[:end]
+            completed[index] = before_end(row, base)
     return [completed[index] for index in range(len(prompts))]
+
+
+def continuous(base: Base, prompts: list[list[int]], size: int, new_tokens: int) -> list[list[int]]:
+    """Complete with `generate_batch`; a step takes at most `size` tokens."""
+    model: Any = base.model
+    pages = sum(math.ceil((len(prompt) + new_tokens) / PAGE) for prompt in prompts)
+    completed = model.generate_batch(
+        prompts,
+        GenerationConfig(
+            max_new_tokens=new_tokens, do_sample=False,
+            eos_token_id=base.eos_id, pad_token_id=base.pad_id,
+        ),
+        ContinuousBatchingConfig(num_blocks=pages, page_size=PAGE, max_batch_tokens=size),
+    )  # fmt: skip
+    in_order = sorted(completed, key=lambda name: int(name.rsplit("_", 1)[-1]))
+    return [before_end(completed[name].generated_tokens, base) for name in in_order]
+
+
+def before_end(ids: list[int], base: Base) -> list[int]:
+    """Return the ids before EOS."""
+    return ids[: ids.index(base.eos_id)] if base.eos_id in ids else ids
 
 
 if __name__ == "__main__":
