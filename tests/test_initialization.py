@@ -19,10 +19,10 @@ from d2lora import (
     WarmStart,
     WarmStartError,
     WarmupSettings,
-    initialization,
     phase,
     warm_up,
 )
+from d2lora.data_inits import LOOKS
 from d2lora.initialization import Beginning
 from d2lora.models import Base, load_base
 from d2lora.settings import BaseSettings
@@ -189,13 +189,13 @@ def test_corda_sees_no_padding(
     tmp_path: Path, tiny_base: str, problems: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
-    look = initialization._corda
+    look = LOOKS["corda"]
 
     def listening(model: Any, config: Any, batches: Any, seed: int) -> Any:
         seen.extend(batch.mask_BT for batch in batches)
         return look(model, config, batches, seed)
 
-    monkeypatch.setattr(initialization, "_corda", listening)
+    monkeypatch.setitem(LOOKS, "corda", listening)
     run(tmp_path / "a", tiny_base, problems, init="corda")
     assert len({mask.shape[1] for mask in seen}) > 1
     assert all(mask.all() for mask in seen)

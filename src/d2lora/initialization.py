@@ -8,7 +8,6 @@ beginning, an ordinary adapter of twice the rank on the base as it was (PEFT's
 """
 
 import time
-import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -18,20 +17,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, initialize_lora_eva_weights
-from peft.tuners.lora.corda import preprocess_corda
-from peft.tuners.lora.loraga import preprocess_loraga
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from d2lora.artifacts import Ancestor, save_adapter
-from d2lora.batches import Batch, Encoded, Item, Pair, collate, micro_batches
+from d2lora.batches import Encoded, Item, Pair, collate, micro_batches
 from d2lora.console import Reporter
+from d2lora.data_inits import LOOKS
 from d2lora.errors import ModelError, SettingsError
 from d2lora.inits import LoraShape, attach, check_targets, lora_config, target_layers
 from d2lora.loftq import on_cpu
 from d2lora.models import Base, causal_model, detach_adapter, read_adapter_config
-from d2lora.scorer import TokenScorer, pass_tokens
+from d2lora.scorer import pass_tokens
 from d2lora.settings import DATA_DRIVEN, FRESH, PhaseSettings
 
 _INITIAL = "initial"
@@ -225,8 +223,7 @@ def _attach(
     began = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        look = {"eva": _eva, "corda": _corda, "lora_ga": _lora_ga}[name]
-        attached = look(model, config, batches, seed)
+        attached = LOOKS[name](model, config, batches, seed)
     n_tokens = sum(item.n_tokens for item in chosen)
     elapsed_s = round(time.perf_counter() - began, 3)
     return attached, Initialization(name, len(chosen), n_tokens, elapsed_s)
@@ -238,53 +235,6 @@ def _supervised(item: Item) -> Encoded:
         return item.chosen
     assert isinstance(item, Encoded)
     return item
-
-
-def _eva(
-    model: PreTrainedModel, config: LoraConfig, batches: Sequence[Batch], seed: int
-) -> PeftModel:
-    """A from the principal directions of the layers' inputs (Paischer et al. 2024)."""
-    if max(int(batch.mask_BT.sum()) for batch in batches) < config.r:
-        raise SettingsError(
-            f"--init eva needs more tokens than the rank {config.r} in one pass; raise "
-            "--init-samples"
-        )
-    attached = attach(model, config, seed)
-    inputs = [{"input_ids": b.ids_BT, "attention_mask": b.mask_BT} for b in batches]
-    initialize_lora_eva_weights(
-        attached, dataloader=inputs, gather_distributed_inputs=False, show_progress_bar=False
-    )
-    return attached
-
-
-def _corda(
-    model: PreTrainedModel, config: LoraConfig, batches: Sequence[Batch], seed: int
-) -> PeftModel:
-    """Directions of the weights under the inputs' covariance (Yang et al. 2024), mode ipm."""
-
-    def run_model() -> None:
-        for batch in batches:
-            model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)
-
-    preprocess_corda(model, config, run_model=run_model)
-    return attach(model, config, seed)
-
-
-def _lora_ga(
-    model: PreTrainedModel, config: LoraConfig, batches: Sequence[Batch], seed: int
-) -> PeftModel:
-    """Directions of the full weights' gradient on the supervised tokens (Wang et al. 2024)."""
-    scorer = TokenScorer(model)
-
-    def train_step() -> None:
-        for batch in batches:
-            (-scorer(batch).mean()).backward()
-
-    with warnings.catch_warnings():
-        # Hooks count layers whose inputs need no gradient, as the first layer's do not.
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        preprocess_loraga(model, config, train_step)
-    return attach(model, config, seed)
 
 
 def _take_weights(model: PreTrainedModel, shape: LoraShape) -> dict[str, Tensor]:
