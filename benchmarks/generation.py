@@ -33,7 +33,7 @@ from d2lora.tasks import read_task
 
 BATCH_SIZES = (16, 32, 64, 128)
 STEP_TOKENS = (32, 64, 128)
-PAGE = 256
+PAGE_TOKENS = 256
 
 
 def main() -> None:
@@ -127,14 +127,14 @@ def generated(base: Base, prompts: list[list[int]], size: int, new_tokens: int) 
 def continuous(base: Base, prompts: list[list[int]], size: int, new_tokens: int) -> list[list[int]]:
     """Complete with `generate_batch`; a step takes at most `size` tokens."""
     model: Any = base.model
-    pages = sum(math.ceil((len(prompt) + new_tokens) / PAGE) for prompt in prompts)
+    pages = sum(math.ceil((len(prompt) + new_tokens) / PAGE_TOKENS) for prompt in prompts)
     completed = model.generate_batch(
         prompts,
         GenerationConfig(
             max_new_tokens=new_tokens, do_sample=False,
             eos_token_id=base.eos_id, pad_token_id=base.pad_id,
         ),
-        ContinuousBatchingConfig(num_blocks=pages, page_size=PAGE, max_batch_tokens=size),
+        ContinuousBatchingConfig(num_blocks=pages, page_size=PAGE_TOKENS, max_batch_tokens=size),
     )  # fmt: skip
     in_order = sorted(completed, key=lambda name: int(name.rsplit("_", 1)[-1]))
     return [before_end(completed[name].generated_tokens, base) for name in in_order]

@@ -35,6 +35,20 @@ def test_a_product_equals_torch_s(
     torch.testing.assert_close(product(x, weight, bias), functional.linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("by_onednn", [False, pytest.param(True, marks=ONEDNN)])
+def test_a_packed_weight_gives_torch_s_product_on_every_maker_s_processor(
+    monkeypatch: pytest.MonkeyPatch, *, by_onednn: bool
+) -> None:
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: by_onednn)
+    torch.manual_seed(0)
+    weight = torch.randn(40, 24)
+    packed = products.packed(weight)
+    assert packed.is_mkldnn == by_onednn
+    for n_rows in (1, 16, 100):
+        x = torch.randn(n_rows, 24)
+        torch.testing.assert_close(products.product(x, packed), functional.linear(x, weight))
+
+
 def test_other_number_formats_keep_torch_s_own_product() -> None:
     x, weight = torch.randn(20, 8, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
     assert torch.equal(products.linear(x, weight), functional.linear(x, weight))

@@ -30,7 +30,7 @@ from d2lora.inits import LoraShape, attach, check_targets, lora_config, target_l
 from d2lora.loftq import on_cpu
 from d2lora.models import Base, causal_model, detach_adapter, read_adapter_config
 from d2lora.scorer import pass_tokens
-from d2lora.settings import DATA_DRIVEN, FRESH, PhaseSettings
+from d2lora.settings import FRESH, PhaseSettings
 
 _INITIAL = "initial"
 _INEXACT = "loftq"
@@ -212,7 +212,7 @@ def _attach(
 ) -> tuple[PeftModel, Initialization]:
     name, model = settings.init, base.model
     config = lora_config(model, shape, name)
-    if name not in DATA_DRIVEN:
+    if name not in LOOKS:
         with on_cpu() if name == "loftq" and model.device.type == "cpu" else nullcontext():
             return attach(model, config, seed), Initialization(name)
     chosen = [_supervised(item) for item in rows[: settings.init_samples]]

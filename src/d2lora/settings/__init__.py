@@ -8,7 +8,6 @@ here and nowhere else.
 from d2lora.settings.core import Settings
 from d2lora.settings.phases import AdaptSettings, PhaseSettings, WarmupSettings
 from d2lora.settings.sections import (
-    DATA_DRIVEN,
     FRESH,
     PEFT_INITS,
     BaseSettings,
@@ -34,7 +33,6 @@ from d2lora.settings.tools import (
 )
 
 __all__ = [
-    "DATA_DRIVEN",
     "FRESH",
     "PEFT_INITS",
     "AdaptSettings",

@@ -21,7 +21,6 @@ DPOLoss = Literal["sigmoid", "robust", "sigmoid_norm"]
 Reference = Literal["base", "warm_start"]
 FRESH = "fresh"
 PEFT_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq", "lora_ga")
-DATA_DRIVEN = ("eva", "corda", "lora_ga")
 
 
 def is_named_init(name: str) -> bool:
