@@ -54,13 +54,12 @@ bench: $(VENV)/.bench  ## benchmarks side by side with TRL, transformers and lm-
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix_products.py
 	$(BIN)/python benchmarks/training.py --rounds 1 --steps 4
 	$(BIN)/python benchmarks/floor.py --rounds 1 --steps 3
-	$(BIN)/python benchmarks/generation.py --rounds 1
+	$(BIN)/python benchmarks/generation.py --rounds 1 --step-tokens 64
 	$(BIN)/python benchmarks/choices.py --rounds 1 --questions 50 --sizes embedded
-	$(BIN)/python benchmarks/adapt.py --rounds 1 --sizes 64
-	$(BIN)/python benchmarks/study_cells.py --trl-runs 3
+	$(BIN)/python benchmarks/adapt.py --rounds 1 --sizes 32
+	$(BIN)/python benchmarks/study_cells.py --trl-runs 2
 	$(BIN)/python benchmarks/growth.py --tokens 10000 30000 100000 --runs 1 2 4
 	$(BIN)/python benchmarks/stacked.py --rounds 1 --sizes embedded --adapters 4
-	$(BIN)/python benchmarks/selection.py --sizes 1000
 	$(BIN)/python benchmarks/rank_change.py --rounds 1
 	$(BIN)/python benchmarks/preferences.py --rounds 1 --steps 4
 

@@ -25,8 +25,8 @@ from common import SHARED, base_of, head, medians, parser_of, row, taking_turns
 from d2lora.batches import Question
 from d2lora.continuations import continuation_scores
 from d2lora.encode import Encoder
-from d2lora.evaluation import questions_of
 from d2lora.lean import lean_layers
+from d2lora.measuring import questions_of
 from d2lora.models import Base, load_base
 from d2lora.scorer import TokenScorer
 from d2lora.settings import BaseSettings

@@ -24,7 +24,7 @@ from typing import Any
 from common import base_of, head, medians, parser_of, row, taking_turns, worker
 from sides import ours, settings_of, wait
 
-REPEATS, _CALLS = 3, 10
+REPEATS, _CALLS, _LONG_S = 3, 10, 0.05
 
 
 def main() -> None:
@@ -132,16 +132,22 @@ def rate(n_rows: int, n_in: int, n_out: int, dtype: str, device: str) -> float:
 
 
 def _seconds(call: Callable[[], Any], device: Any) -> float:
-    """Return the seconds of one call, waiting for the device only at the end of many."""
-    taken: list[float] = []
-    for n_calls in (1, *[_CALLS] * REPEATS):
+    """Return the seconds of one call, waiting for the device only at the end of many.
+
+    Long calls are measured one by one.
+    """
+
+    def measured(n_calls: int) -> float:
         wait(device)
         began = time.perf_counter()
         for _ in range(n_calls):
             call()
         wait(device)
-        taken.append((time.perf_counter() - began) / n_calls)
-    return statistics.median(taken[1:])  # the first one warms up
+        return (time.perf_counter() - began) / n_calls
+
+    measured(1)  # warms up
+    n_calls = 1 if measured(1) > _LONG_S else _CALLS
+    return statistics.median(measured(n_calls) for _ in range(REPEATS))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from d2lora.settings import BaseSettings, GenerationSettings
 from d2lora.tasks import read_task
 
 BATCH_SIZES = (16, 32, 64, 128)
-STEP_TOKENS = (32, 64, 128)
 PAGE_TOKENS = 256
 
 
@@ -43,6 +42,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["embedded"])
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=100)
+    parser.add_argument("--step-tokens", nargs="+", type=int, default=[32, 64, 128])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -70,7 +70,7 @@ def compared(base: Base, args: argparse.Namespace) -> tuple[str, ...]:
         },
         **{
             ("continuous", n): partial(continuous, base, prompts, n, args.new_tokens)
-            for n in STEP_TOKENS
+            for n in args.step_tokens
         },
         ("d2lora", 0): partial(decoded, base, prompts, args.new_tokens),
     }

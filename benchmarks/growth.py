@@ -2,9 +2,9 @@
 
     python benchmarks/growth.py --tokens 10000 30000 100000 300000 1000000 --runs 1 2 4 8
 
-The first table is one long `adapt` on the embedded base, read off where it passes each count of
-tokens; the second is K times `adapt` on 16 rows, the base loaded once. Memory is the most that the
-process used so far. Prints two Markdown tables.
+The first table is K times `adapt` on 16 rows, the base loaded once; the second is one long `adapt`,
+read off where it passes each count of tokens. On the embedded base, or one of another `--base`
+size. Memory is the most that the process used so far. Prints two Markdown tables.
 """
 
 import json
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import head, parser_of, row
+from common import base_of, head, parser_of, row
 
 SMALL = 16
 
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--base", default="embedded")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
+        args.base = base_of(args.base, Path(name), args.data)
         over_runs(args, Path(name))
         print()
         over_tokens(args, Path(name))

@@ -107,18 +107,18 @@ def run_sft(data: Path, out: Path, threads: int, **more: object) -> Run:
     return Run(elapsed_s, losses_of_sft(printed))
 
 
-def first_step_of_adapt(data: Path, out: Path, threads: int) -> float:
+def first_step_of_adapt(data: Path, out: Path, threads: int, base: str) -> float:
     """Return the seconds from the start of the command to the end of its first step."""
     shutil.rmtree(out, ignore_errors=True)
     log = out / "metrics.jsonl"
-    command = adapt(data, out, threads, **{"max-steps": 1})
+    command = adapt(data, out, threads, base, **{"max-steps": 1})
     return _seconds_until(command, threads, lambda _: log.exists() and "loss" in log.read_text())
 
 
-def first_step_of_sft(data: Path, out: Path, threads: int) -> float:
+def first_step_of_sft(data: Path, out: Path, threads: int, base: str) -> float:
     """Return the seconds from the start of the command to the end of its first step."""
     shutil.rmtree(out, ignore_errors=True)
-    command = sft(data, out, gradient_checkpointing=False, max_steps=1)
+    command = sft(data, out, base, gradient_checkpointing=False, max_steps=1)
     return _seconds_until(command, threads, lambda printed: "'loss'" in printed)
 
 

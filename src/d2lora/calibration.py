@@ -164,7 +164,7 @@ class Calibration:
 
     def _scoring(self, task: str, tests: EvaluateSettings) -> float:
         from d2lora.console import Reporter
-        from d2lora.evaluation import BASE, TestSets, measure
+        from d2lora.measuring import BASE, TestSets, measure
 
         if task not in self._scoring_s:
             sets = TestSets.read(tests)

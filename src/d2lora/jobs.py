@@ -199,7 +199,7 @@ class Scored(Job):
         import pandas as pd
 
         from d2lora.console import Reporter
-        from d2lora.evaluation import BASE, TestSets, measure
+        from d2lora.measuring import BASE, TestSets, measure
         from d2lora.metrics import columns_of
 
         path = self.folder / "adapter" if self.training else self.adapter
