@@ -72,11 +72,12 @@ class StackedLora(torch.autograd.Function):
         """Return `x weight' + bias + scale (x A') B'`, each adapter on its own rows."""
         from d2lora.products import linear
 
+        ctx.dtype, ctx.scale = a.dtype, scale
+        a, b = a.to(x.dtype), b.to(x.dtype)
         low = x @ a.mT
         y = linear(x.flatten(0, 1), weight, bias).view(*x.shape[:2], -1)
         y.baddbmm_(low, b.mT, alpha=scale)
         ctx.save_for_backward(x, weight, a, b, low)
-        ctx.scale = scale
         return y
 
     @staticmethod
@@ -89,7 +90,8 @@ class StackedLora(torch.autograd.Function):
         low_gradient = (g @ b).mul_(ctx.scale)
         dx = linear(g.flatten(0, 1), weight.T).view(*g.shape[:2], -1)
         dx.baddbmm_(low_gradient, a)
-        return dx, None, None, low_gradient.mT @ x, (g.mT @ low).mul_(ctx.scale), None
+        da, db = low_gradient.mT @ x, (g.mT @ low).mul_(ctx.scale)
+        return dx, None, None, da.to(ctx.dtype), db.to(ctx.dtype), None
 
 
 def stack(model: Any, k: int) -> list[nn.Parameter]:
