@@ -82,7 +82,7 @@ def against_floor(settings: Any, trained: dict[str, Any]) -> dict[str, float]:
     """
     weights, width, vocabulary = shapes_of(settings)
     n_tokens, n_predicted = trained["n_tokens"], trained["n_supervised"]
-    a_step = n_tokens // (settings.max_steps - 1)
+    a_step = n_tokens // trained["n_steps"]
     rows = min(1024 if settings.device == "cpu" else 8192, a_step)
     places = settings.dtype, settings.device
     floor_s = flops = 0.0

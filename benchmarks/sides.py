@@ -1,6 +1,6 @@
 """Training on the same rows in the same order with d2lora's loop and with TRL's SFTTrainer + PEFT.
 
-The first optimizer step, which warms up, is not part of a time.
+The first optimizer steps, which warm up, are not part of a time: one, or as many as asked.
 """
 
 import json
@@ -42,8 +42,8 @@ def prepared(settings: Any) -> tuple[Any, Any, list[Any], Any]:
     return base, model, examples, Encoder.of(base, None)
 
 
-def ours(settings: Any) -> dict[str, Any]:
-    """Train with d2lora's loop."""
+def ours(settings: Any, n_warm: int = 1) -> dict[str, Any]:
+    """Train with d2lora's loop; the first `n_warm` steps are not timed."""
     from d2lora import train as loop
     from d2lora.console import Reporter
     from d2lora.objectives import SFT
@@ -58,8 +58,8 @@ def ours(settings: Any) -> dict[str, Any]:
         run.begin("")
         loop.train(model, items, [], SFT(), settings, run, Reporter(quiet=True), pad_id=base.pad_id)
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
-    elapsed_s = rows[-1]["elapsed_s"] - rows[0]["elapsed_s"]
-    return _result(items[settings.batch_size :], elapsed_s, [row["loss"] for row in rows])
+    ends = [row["elapsed_s"] for row in rows]
+    return _result(settings, items, ends, [row["loss"] for row in rows], n_warm)
 
 
 def _batch_in_order(plan: Any, step: int) -> list[int]:
@@ -67,7 +67,7 @@ def _batch_in_order(plan: Any, step: int) -> list[int]:
     return [index % plan.n_rows for index in range(begin, begin + plan.batch_size)]
 
 
-def trl_s(settings: Any, **best: Any) -> dict[str, Any]:
+def trl_s(settings: Any, n_warm: int = 1, **best: Any) -> dict[str, Any]:
     """Train with TRL's SFTTrainer; `best` are settings beside its defaults."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -101,9 +101,9 @@ def trl_s(settings: Any, **best: Any) -> dict[str, Any]:
             callbacks=[Clock()],
         )
         trainer.train()
-    items = [encoder.encode(example) for example in examples[settings.batch_size :]]
+    items = [encoder.encode(example) for example in examples]
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return _result(items, ends[-1] - ends[0], losses)
+    return _result(settings, items, ends, losses, n_warm)
 
 
 def wait(device: Any) -> None:
@@ -114,12 +114,17 @@ def wait(device: Any) -> None:
         torch.cuda.synchronize(device)
 
 
-def _result(items: list[Any], elapsed_s: float, losses: list[float]) -> dict[str, Any]:
-    n_tokens = sum(item.n_tokens for item in items)
+def _result(
+    settings: Any, items: list[Any], ends: list[float], losses: list[float], n_warm: int
+) -> dict[str, Any]:
+    timed = items[n_warm * settings.batch_size :]
+    n_tokens, elapsed_s = sum(item.n_tokens for item in timed), ends[-1] - ends[n_warm - 1]
     return {
         "tokens_per_s": n_tokens / elapsed_s,
         "n_tokens": n_tokens,
-        "n_supervised": sum(item.n_supervised for item in items),
+        "n_supervised": sum(item.n_supervised for item in timed),
+        "n_steps": len(ends) - n_warm,
         "elapsed_s": elapsed_s,
+        "warm_up_s": ends[n_warm - 1] - ends[0],
         "losses": losses,
     }

@@ -121,8 +121,8 @@ def _forward(layer: Any, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
-def stacked(settings: Any, k: int) -> dict[str, Any]:
-    """Train k adapters in one batch; time is told without the first step."""
+def stacked(settings: Any, k: int, n_warm: int = 1) -> dict[str, Any]:
+    """Train k adapters in one batch; the first `n_warm` steps are not timed."""
     from torch.optim import AdamW
 
     from d2lora.schedule import learning_rate
@@ -140,19 +140,23 @@ def stacked(settings: Any, k: int) -> dict[str, Any]:
     optimizer = AdamW(parameters, lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay)
     limit, size = pass_tokens(base.model.device) // k, settings.batch_size
     losses: list[float] = []
-    began = 0.0
+    marks: list[float] = []
     for step in range(settings.max_steps):
-        if step == 1:
+        if step in (1, n_warm):
             wait(base.model.device)
-            began = time.perf_counter()
+            marks.append(time.perf_counter())
         losses.append(_step(scorer, items[step * size :][:size], k, base, parameters, limit))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.max_steps, settings)
         optimizer.step()
         optimizer.zero_grad()
     wait(base.model.device)
-    n_tokens = k * sum(item.n_tokens for item in items[size:])
-    return {"tokens_per_s": n_tokens / (time.perf_counter() - began), "losses": losses}
+    n_tokens = k * sum(item.n_tokens for item in items[n_warm * size :])
+    return {
+        "tokens_per_s": n_tokens / (time.perf_counter() - marks[-1]),
+        "warm_up_s": marks[-1] - marks[0],
+        "losses": losses,
+    }
 
 
 def _step(

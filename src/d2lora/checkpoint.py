@@ -63,9 +63,11 @@ def load(
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(tensors[f"weight/{name}"])
+        places = dict.fromkeys(_MOMENTS, parameter.device)
+        if not optimizer.defaults["fused"]:
+            places["step"] = torch.device("cpu")
         optimizer.state[parameter] = {
-            moment: tensors[f"{moment}/{name}"].to(parameter.device if moment != "step" else "cpu")
-            for moment in _MOMENTS
+            moment: tensors[f"{moment}/{name}"].to(place) for moment, place in places.items()
         }
     for name, value in tensors.items():
         if name.startswith("best/"):

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from d2lora.products import is_frozen_linear, linear
 
-ROWS = 64
-"""Positions whose logits are held at a time."""
+ROWS, GPU_ROWS = 64, 1024
+"""Positions whose logits are held at a time: on a CPU few, to stay in its cache."""
 
 
 class _Scores(torch.autograd.Function):
@@ -25,7 +25,8 @@ class _Scores(torch.autograd.Function):
     ) -> Tensor:
         scores: list[Tensor] = []
         slopes: list[Tensor] = []
-        for x, targets in zip(hidden_PD.split(ROWS), targets_P.split(ROWS), strict=True):
+        rows = ROWS if hidden_PD.device.type == "cpu" else GPU_ROWS
+        for x, targets in zip(hidden_PD.split(rows), targets_P.split(rows), strict=True):
             logits = linear(x, weight, bias).float()
             chosen = logits.gather(1, targets[:, None])
             largest = logits.amax(1, keepdim=True)

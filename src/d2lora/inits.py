@@ -128,8 +128,8 @@ def adamw(model: nn.Module, settings: TrainSettings) -> AdamW:
     """
     if settings.lora_plus_ratio == 1:
         parameters = [p for p in model.parameters() if p.requires_grad]
-        decay = settings.weight_decay
-        return AdamW(parameters, lr=0.0, betas=settings.betas, weight_decay=decay)
+        decay, fused = settings.weight_decay, parameters[0].device.type == "cuda"
+        return AdamW(parameters, lr=0.0, betas=settings.betas, weight_decay=decay, fused=fused)
     optimizer = create_loraplus_optimizer(
         cast("PeftModel", model),
         AdamW,

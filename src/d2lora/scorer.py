@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d2lora import head
+from d2lora import head, replay
 from d2lora.batches import Batch, Branches, Encoded, collate, micro_batches
 from d2lora.models import causal_model
 from d2lora.packed import pack, row_by_row, takes_packed_rows
@@ -26,16 +26,20 @@ class TokenScorer(nn.Module):
     models that change logits after the head (soft caps, scaling) or see padding.
     """
 
-    def __init__(self, model: nn.Module, *, lean: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, lean: bool = True, replays: bool = False) -> None:
         """Wrap a causal language model, with or without adapters.
 
         Args:
             model: The model.
             lean: Try the ways that are faster than padded rows and a plain head.
+            replays: Record passes with a gradient on a GPU: nothing hooks into the model, its
+                weights are changed in place only, and every pass is followed by its backward pass.
         """
         super().__init__()
         self.model = model
         self._lean = lean
+        self._replays = replays
+        self._replayed: replay.Replayed | None = None
         self._way: Callable[[Batch], Tensor] | None = None
 
     def forward(self, batch: Batch | Branches) -> Tensor:
@@ -58,8 +62,23 @@ class TokenScorer(nn.Module):
 
     def _padded(self, batch: Batch) -> Tensor:
         """Run the decoder without a mask: with padding on the right, causality hides it."""
-        hidden_BTD = self._hidden(input_ids=batch.ids_BT)
+        hidden_BTD = self._decoder(batch.ids_BT)(batch.ids_BT)
         return self._of_hidden(hidden_BTD[batch.rows_P, batch.columns_P], batch)
+
+    def _decoder(self, ids_BT: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return what computes hidden states from ids: the decoder, or its recordings."""
+        if not self._replays or not torch.is_grad_enabled() or ids_BT.device.type != "cuda":
+            return self._plain
+        if self._replayed is None:
+            self._replays = replay.fits(self.model)
+            if not self._replays:
+                return self._plain
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            self._replayed = replay.Replayed(self._plain, parameters)
+        return self._replayed
+
+    def _plain(self, ids_BT: Tensor) -> Tensor:
+        return self._hidden(input_ids=ids_BT)
 
     def _branched(self, batch: Branches) -> Tensor:
         """Run the decoder on prompts with several endings, each at its own positions."""

@@ -108,7 +108,8 @@ def train(
         )
     device = next(iter(parameters.values())).device
     accelerator = Accelerator(cpu=device.type == "cpu")
-    scorer = accelerator.prepare(TokenScorer(model, lean=settings.lean))
+    alone = settings.lean and accelerator.num_processes == 1
+    scorer = accelerator.prepare(TokenScorer(model, lean=settings.lean, replays=alone))
     optimizer = adamw(model, settings)
     plan = _planned(train_set, settings, max_tokens)
     causal = causal_model(model)
