@@ -128,7 +128,7 @@ class TrainSettings(Settings):
     """Most examples in one forward pass. None: only micro_batch_tokens counts."""
     lean: bool = True
     """Use the faster passes where they are equal to the plain ones: LoRA layers, norms, gated units
-    and the head, and on a CPU rows without padding."""
+    and the head; on a CPU rows without padding, on a GPU passes that are recorded and replayed."""
     lora_plus_ratio: float = Field(default=1.0, gt=0)
     """LoRA+: B learns at this many times the learning rate. 1: as A does."""
     schedule: Schedule = "linear"
