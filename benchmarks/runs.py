@@ -55,7 +55,7 @@ def adapt(data: Path, out: Path, threads: int, base: str = "embedded", **more: o
 
 def sft(data: Path, out: Path, base: str = "embedded", **more: object) -> list[str]:
     """Return the command of a `trl sft` run; `more` are settings of it."""
-    from d2lora.models import base_folder
+    from d2lora.base_files import base_folder
 
     settings = {
         "model_name_or_path": base_folder(base), "dataset_name": data, "output_dir": out,

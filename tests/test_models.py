@@ -8,8 +8,9 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from d2lora import ModelError
+from d2lora.base_files import base_folder
 from d2lora.fingerprints import fingerprint_of
-from d2lora.models import base_folder, device_of, dtype_of, load_base
+from d2lora.models import device_of, dtype_of, load_base
 from d2lora.settings import BaseSettings
 
 

@@ -13,9 +13,10 @@ from typing import Any, Literal, Self
 from peft import LoraConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from d2lora.base_files import EMBEDDED, SMOLLM2, SMOLLM2_HUB_ID
 from d2lora.errors import ModelError, WarmStartError
 from d2lora.inits import LoraShape
-from d2lora.models import ADAPTER_WEIGHTS, EMBEDDED, Base
+from d2lora.models import ADAPTER_WEIGHTS, Base
 from d2lora.runs import read_json, sha256_of, write_json, write_text
 
 FORMAT_VERSION = 1
@@ -32,6 +33,8 @@ class BaseRecord(_Part):
     id: str
     revision: str | None
     fingerprint: str
+    quantization: str | None = None
+    """How its weights were quantized where they come from, such as GGUF; None: they were not."""
 
 
 class LoraRecord(_Part):
@@ -210,16 +213,22 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
 
 def base_record(base: Base) -> BaseRecord:
     """Return what a manifest says of a base."""
-    return BaseRecord(id=base.name, revision=base.revision, fingerprint=base.fingerprint)
+    return BaseRecord(
+        id=base.name,
+        revision=base.revision,
+        fingerprint=base.fingerprint,
+        quantization=base.quantization,
+    )
 
 
 def card(manifest: Manifest) -> str:
     """Return the model card, in Markdown with the hub's metadata."""
     base, lora, cost = manifest.base, manifest.lora, manifest.cost
-    hub_id = base.id if base.id != EMBEDDED else "d2lora/embedded"
+    hub_id = {EMBEDDED: "d2lora/embedded", SMOLLM2: SMOLLM2_HUB_ID}.get(base.id, base.id)
     rows: dict[str, Any] = {
         "base": f"`{base.id}`" + (f" at {base.revision}" if base.revision else ""),
         "base fingerprint": f"`{base.fingerprint}`",
+        **({"base weights were": base.quantization} if base.quantization else {}),
         "began from": _began(manifest),
         "objective": _objective(manifest),
         "chat format": manifest.chat_format,

@@ -63,7 +63,7 @@ class Calibration:
     @cached_property
     def _obstacle(self) -> str | None:
         """What speaks against loading the base and data in a dry run."""
-        from d2lora.models import base_folder
+        from d2lora.base_files import base_folder
 
         tasks = self._plan.tasks.values()
         files = [f for task in tasks for f in (*task.data, *task.test)]
@@ -72,7 +72,9 @@ class Calibration:
         if away:
             return f"{away[0]} is not on this machine"
         try:
-            folder = base_folder(self._plan.base, self._plan.revision, fetch=False)
+            folder = base_folder(
+                self._plan.base, self._plan.revision, self._plan.gguf_file, fetch=False
+            )
         except D2LoraError:
             return f"the base {self._plan.base} is not on this machine"
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

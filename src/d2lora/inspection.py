@@ -14,6 +14,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from d2lora.artifacts import Manifest, check_fit, has_manifest
+from d2lora.base_files import base_folder
 from d2lora.console import table_console
 from d2lora.diagnosis import MOST_ROWS, Start, losses_at_start
 from d2lora.encode import Encoder, encode_all
@@ -29,7 +30,6 @@ from d2lora.fingerprints import fingerprint_of
 from d2lora.models import (
     ADAPTER_WEIGHTS,
     attach_adapter,
-    base_folder,
     load_base,
     read_adapter_config,
 )
@@ -91,7 +91,7 @@ def inspect(settings: InspectSettings) -> Inspection:
     manifest = Manifest.read(folder) if has_manifest(folder) else None
     fits = None
     if settings.base is not None and manifest is not None:
-        own = fingerprint_of(base_folder(settings.base, settings.revision))
+        own = fingerprint_of(base_folder(settings.base, settings.revision, settings.gguf_file))
         fits = own == manifest.base.fingerprint
     advice = advice_on(layers, manifest)
     start = _on_task(settings, folder, manifest) if settings.data else None
@@ -109,7 +109,9 @@ def _on_task(settings: InspectSettings, folder: Path, manifest: Manifest | None)
     name = settings.base or (manifest.base.id if manifest else None)
     if name is None:
         raise SettingsError("--data needs --base: the adapter does not say which it was made on")
-    base = load_base(BaseSettings(base=name, revision=settings.revision))
+    base = load_base(
+        BaseSettings(base=name, revision=settings.revision, gguf_file=settings.gguf_file)
+    )
     check_fit(folder, base)
     encoder = Encoder.of(base, manifest.chat_format if manifest else None)
     examples = read_task(settings.data).examples[:MOST_ROWS]

@@ -7,7 +7,6 @@ import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from d2lora.base_files import base_folder
 from d2lora.errors import ModelError
 from d2lora.fingerprints import fingerprint_of
+from d2lora.gguf_base import quantization_of
 from d2lora.settings import BaseSettings
 
-EMBEDDED = "embedded"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class Base:
     name: str
     revision: str | None
     fingerprint: str
+    quantization: str | None = None
+    """How the weights were quantized where they come from, such as GGUF; None: they were not."""
 
     @property
     def eos_id(self) -> int:
@@ -72,7 +73,7 @@ def load_base(settings: BaseSettings) -> Base:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = device_of(settings.device)
-    folder = base_folder(settings.base, settings.revision)
+    folder = base_folder(settings.base, settings.revision, settings.gguf_file)
     fingerprint = fingerprint_of(folder)
     tokenizer = load_tokenizer(settings)
     try:
@@ -84,7 +85,9 @@ def load_base(settings: BaseSettings) -> Base:
         raise ModelError(f"{settings.base}: not a causal language model: {reason}") from None
     model.requires_grad_(False)
     nn.Module.to(model, device).eval()
-    return Base(model, tokenizer, settings.base, settings.revision, fingerprint)
+    return Base(
+        model, tokenizer, settings.base, settings.revision, fingerprint, quantization_of(folder)
+    )
 
 
 def load_tokenizer(settings: BaseSettings) -> PreTrainedTokenizerBase:
@@ -93,7 +96,7 @@ def load_tokenizer(settings: BaseSettings) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: If there is none, or it has no EOS token.
     """
-    folder = base_folder(settings.base, settings.revision)
+    folder = base_folder(settings.base, settings.revision, settings.gguf_file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
@@ -105,39 +108,6 @@ def load_tokenizer(settings: BaseSettings) -> PreTrainedTokenizerBase:
             "`eos_token` in its tokenizer_config.json"
         )
     return tokenizer
-
-
-def base_folder(name: str, revision: str | None = None, *, fetch: bool = True) -> Path:
-    """Return the local folder of a base, fetching a hub model's files where needed and allowed.
-
-    Raises:
-        ModelError: If there is none.
-    """
-    if name == EMBEDDED:
-        return Path(str(resources.files("d2lora") / "embedded" / "base"))
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{name}: no model folder: it has no config.json")
-        return path
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(
-            f"{name}: no such folder; a base is `embedded`, a local folder or a hub id (owner/name)"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=list(_FILES), local_files_only=not fetch
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{name}: no local folder of this name, and the hub gave none: {reason}"
-        ) from None
 
 
 def fingerprint_of_model(model: PreTrainedModel) -> str | None:

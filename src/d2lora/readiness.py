@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from d2lora.base_files import base_folder
 from d2lora.data import is_local
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, RunError, listed
-from d2lora.models import base_folder
 from d2lora.plan import WORLD, StudyPlan
 from d2lora.plan_file import read_plan
 from d2lora.settings import StudySettings
@@ -37,7 +37,7 @@ def check(plan: StudyPlan, *, fetch: bool = True) -> None:
     faults: list[str] = []
     if fetch:
         try:
-            base_folder(plan.base, plan.revision)
+            base_folder(plan.base, plan.revision, plan.gguf_file)
         except D2LoraError as error:
             faults.append(str(error))
     for name, task in plan.tasks.items():

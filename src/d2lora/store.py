@@ -106,7 +106,7 @@ def identity_of(settings: Settings) -> dict[str, Any]:
     for name in _FILES & values.keys():
         values[name] = [_content(path) for path in values[name] or ()]
     if isinstance(settings, BaseSettings):
-        values["base"] = _base_content(settings.base, settings.revision)
+        values["base"] = _base_content(settings.base, settings.revision, settings.gguf_file)
     for name in {"init", "adapter"} & values.keys():
         folder = Path(values[name])
         if folder.is_dir():
@@ -127,14 +127,14 @@ def _content(name: str) -> str:
 
 
 @cache
-def _base_content(name: str, revision: str | None) -> str:
+def _base_content(name: str, revision: str | None, gguf_file: str | None) -> str:
     made = _of_job(Path(name))
     if made is not None:
         return made
+    from d2lora.base_files import base_folder
     from d2lora.fingerprints import fingerprint_of
-    from d2lora.models import base_folder
 
     try:
-        return fingerprint_of(base_folder(name, revision, fetch=False))
+        return fingerprint_of(base_folder(name, revision, gguf_file, fetch=False))
     except ModelError:  # a hub model not fetched yet: a dry run may name it
         return f"{name}@{revision}"

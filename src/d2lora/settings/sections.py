@@ -32,9 +32,11 @@ class BaseSettings(Settings):
     """Which base model, and where and how it computes."""
 
     base: str = "embedded"
-    """Base model: `embedded`, a local folder or a hub id."""
+    """Base model: `embedded`, `smollm2`, a local folder, a GGUF file or a hub id."""
     revision: str | None = None
     """Revision of a hub model (branch, tag or commit). None: the hub's default."""
+    gguf_file: str | None = None
+    """The GGUF file to take as weights inside the base's folder or hub model."""
     dtype: Dtype = "auto"
     """Number format of the base. auto: bfloat16 on CUDA, float32 elsewhere."""
     device: str = "auto"

@@ -162,6 +162,8 @@ class InspectSettings(Settings):
     """Base to check the fingerprint of: `embedded`, a local folder or a hub id."""
     revision: str | None = None
     """Revision of a hub model. None: the hub's default."""
+    gguf_file: str | None = None
+    """The GGUF file to take as weights inside the base's folder or hub model."""
     data: tuple[str, ...] = ()
     """Rows of a task: the loss of the base and of the adapter on the first 32 are told."""
     plot: Path | None = None
