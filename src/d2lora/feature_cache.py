@@ -21,11 +21,6 @@ Array = NDArray[np.float32]
 BLOCK_ROWS = 256
 
 
-def default_folder() -> Path:
-    """Return where features are kept: `$D2LORA_CACHE`, else `~/.cache/d2lora`."""
-    return Path(os.environ.get("D2LORA_CACHE", Path.home() / ".cache" / "d2lora"))
-
-
 class FeatureCache:
     """A folder of computed blocks."""
 

@@ -11,9 +11,8 @@ from typing import Any
 from filelock import FileLock
 
 from d2lora.errors import ModelError
-from d2lora.feature_cache import default_folder
 from d2lora.gguf_header import GgufHeader, read_header
-from d2lora.runs import new_folder, read_json, write_json
+from d2lora.runs import cache_folder, new_folder, read_json, write_json
 
 RECORD = "gguf.json"
 """What a converted folder says of its origin."""
@@ -35,7 +34,7 @@ def converted_gguf(path: Path) -> Path:
             "give --base the same model as safetensors"
         )
     header = read_header(path)
-    folder = default_folder() / "bases" / f"{path.stem}-{header.fingerprint[:16]}"
+    folder = cache_folder() / "bases" / f"{path.stem}-{header.fingerprint[:16]}"
     if (folder / RECORD).is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

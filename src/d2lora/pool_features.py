@@ -14,13 +14,14 @@ from d2lora.console import Reporter
 from d2lora.data import nested_order
 from d2lora.embeddings import SentenceEncoder, base_states, base_width, centred
 from d2lora.encode import Encoder
-from d2lora.feature_cache import Array, FeatureCache, block_key, default_folder
+from d2lora.feature_cache import Array, FeatureCache, block_key
 from d2lora.gradients import GradientFeatures, warmup_rows
 from d2lora.hygiene import source_of
 from d2lora.lean import lean_layers
 from d2lora.models import Base, device_of, load_base
 from d2lora.pool import Lazy
 from d2lora.rows import Example
+from d2lora.runs import cache_folder
 from d2lora.scorer import TokenScorer, log_probabilities
 from d2lora.settings import SelectSettings
 from d2lora.tasks import TaskData
@@ -52,7 +53,7 @@ class PoolFeatures:
         self._settings, self._reporter = settings, reporter
         self._pool, self._kept = pool, kept
         self._files = [number for number, examples in enumerate(tasks) for _ in examples]
-        self._cache = FeatureCache(settings.cache or default_folder(), reporter)
+        self._cache = FeatureCache(settings.cache or cache_folder(), reporter)
         self._base = cache(lambda: load_base(settings))
 
     def sources(self) -> list[str]:

@@ -29,6 +29,11 @@ METRICS = "metrics.jsonl"
 LIBRARIES = ("d2lora", "torch", "transformers", "peft", "accelerate", "tokenizers", "datasets")
 
 
+def cache_folder() -> Path:
+    """Return where what can be made again is kept: `$D2LORA_CACHE`, else `~/.cache/d2lora`."""
+    return Path(os.environ.get("D2LORA_CACHE", Path.home() / ".cache" / "d2lora"))
+
+
 def is_main_process() -> bool:
     """Say whether this process writes and speaks: the only one, or the first of several.
 
