@@ -25,7 +25,7 @@ from common import SHARED, base_of, head, medians, parser_of, row, taking_turns
 from d2lora.batches import Question
 from d2lora.continuations import continuation_scores
 from d2lora.encode import Encoder
-from d2lora.lean import lean_layers
+from d2lora.fast.layers import lean_layers
 from d2lora.measuring import questions_of
 from d2lora.models import Base, load_base
 from d2lora.scorer import TokenScorer

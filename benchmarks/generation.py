@@ -26,7 +26,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from common import base_of
 from d2lora.decoding import Decoder
 from d2lora.encode import Encoder
-from d2lora.lean import lean_layers
+from d2lora.fast.layers import lean_layers
 from d2lora.models import Base, load_base
 from d2lora.settings import BaseSettings, GenerationSettings
 from d2lora.tasks import read_task

@@ -70,7 +70,7 @@ class StackedLora(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         """Return `x weight' + bias + scale (x A') B'`, each adapter on its own rows."""
-        from d2lora.products import linear
+        from d2lora.fast.matmul import linear
 
         ctx.dtype, ctx.scale = a.dtype, scale
         a, b = a.to(x.dtype), b.to(x.dtype)
@@ -83,7 +83,7 @@ class StackedLora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, A and B."""
-        from d2lora.products import linear
+        from d2lora.fast.matmul import linear
 
         x, weight, a, b, low = ctx.saved_tensors
         (g,) = grad_outputs

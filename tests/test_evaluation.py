@@ -24,8 +24,8 @@ from d2lora import (
 from d2lora.decoding import Decoder, Sampling, choose
 from d2lora.embedded import choice_rows, text_rows
 from d2lora.encode import Encoder
+from d2lora.fast.llama import Llama, LlamaSteps
 from d2lora.generation import adapted
-from d2lora.llama import Llama, LlamaSteps
 from d2lora.models import (
     attach_adapter,
     causal_model,

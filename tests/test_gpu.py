@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from d2lora import AdaptSettings, adapt
 from d2lora.batches import Batch, Encoded, collate
+from d2lora.fast.cuda_graphs import PLAIN_PASSES, WIDTH_STEP, Replayed, fits
+from d2lora.fast.layers import lean_layers
 from d2lora.inits import LoraShape, attach_fresh
-from d2lora.lean import lean_layers
 from d2lora.models import load_base
-from d2lora.replay import PLAIN_PASSES, WIDTH_STEP, Replayed, fits
 from d2lora.scorer import TokenScorer
 from d2lora.settings import BaseSettings
 from support import dies_at_step

@@ -14,11 +14,11 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from d2lora import head
-from d2lora.attention import LONGEST, WIDTH_A_THREAD, RowAttention, pays
 from d2lora.batches import Batch, Encoded, collate
-from d2lora.lean import lean_layers
-from d2lora.packed import LENGTH_STEP, pack
+from d2lora.fast import head
+from d2lora.fast.attention import LONGEST, WIDTH_A_THREAD, RowAttention, pays
+from d2lora.fast.layers import lean_layers
+from d2lora.fast.packing import LENGTH_STEP, pack
 from d2lora.scorer import TokenScorer
 
 SMALL = {
@@ -103,7 +103,7 @@ def test_scores_are_the_model_s_own(family: str) -> None:
 def test_gradients_are_those_of_padded_rows(
     lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2lora.attention.WIDTH_A_THREAD", 0)
+    monkeypatch.setattr("d2lora.fast.attention.WIDTH_A_THREAD", 0)
     model = small_model("llama", max_position_embeddings=256)
     embedding = model.get_input_embeddings().weight.requires_grad_()
     batch = batch_of(*lengths)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from d2lora.errors import DataError
-from d2lora.llama import Llama, LlamaSteps
+from d2lora.fast.llama import Llama, LlamaSteps
 from d2lora.models import Base, causal_model
 
 _ROWS_BESIDE = 16

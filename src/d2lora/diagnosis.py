@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from d2lora.batches import Encoded
-from d2lora.lean import lean_layers
+from d2lora.fast.layers import lean_layers
 from d2lora.scorer import TokenScorer, log_probabilities
 from d2lora.stats import paired_difference
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from d2lora.batches import collate, micro_batches
 from d2lora.encode import Encoder
 from d2lora.errors import SettingsError
+from d2lora.fast.layers import lean_layers
 from d2lora.feature_cache import Array, unit_rows
-from d2lora.lean import lean_layers
 from d2lora.models import Base, causal_model
 from d2lora.rows import Example
 from d2lora.scorer import pass_tokens, within_positions

@@ -13,7 +13,7 @@ from d2lora.artifacts import Manifest, check_fit, has_manifest
 from d2lora.decoding import Decoder, Sampling
 from d2lora.encode import Encoder
 from d2lora.errors import DataError, SettingsError
-from d2lora.lean import lean_layers
+from d2lora.fast.layers import lean_layers
 from d2lora.models import Base, attach_adapter, detach_adapter, load_base, merged
 from d2lora.rows import Message
 from d2lora.runs import write_text

@@ -14,10 +14,10 @@ from d2lora.console import Reporter
 from d2lora.data import nested_order
 from d2lora.embeddings import SentenceEncoder, base_states, base_width, centred
 from d2lora.encode import Encoder
+from d2lora.fast.layers import lean_layers
 from d2lora.feature_cache import Array, FeatureCache, block_key, default_folder
 from d2lora.gradients import GradientFeatures, warmup_rows
 from d2lora.hygiene import source_of
-from d2lora.lean import lean_layers
 from d2lora.models import Base, device_of, load_base
 from d2lora.pool import Lazy
 from d2lora.rows import Example

@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from d2lora.batches import Pair
 from d2lora.console import Reporter
-from d2lora.lean import lean_layers
+from d2lora.fast.layers import lean_layers
 from d2lora.pair_scores import pair_log_probabilities
 from d2lora.runs import is_main_process, read_json, write_json
 from d2lora.scorer import TokenScorer

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d2lora import head, replay
 from d2lora.batches import Batch, Branches, Encoded, collate, micro_batches
+from d2lora.fast import cuda_graphs, head
+from d2lora.fast.packing import pack, row_by_row, takes_packed_rows
 from d2lora.models import causal_model
-from d2lora.packed import pack, row_by_row, takes_packed_rows
 
 
 class TokenScorer(nn.Module):
@@ -39,7 +39,7 @@ class TokenScorer(nn.Module):
         self.model = model
         self._lean = lean
         self._replays = replays
-        self._replayed: replay.Replayed | None = None
+        self._replayed: cuda_graphs.Replayed | None = None
         self._way: Callable[[Batch], Tensor] | None = None
 
     def forward(self, batch: Batch | Branches) -> Tensor:
@@ -70,11 +70,11 @@ class TokenScorer(nn.Module):
         if not self._replays or not torch.is_grad_enabled() or ids_BT.device.type != "cuda":
             return self._plain
         if self._replayed is None:
-            self._replays = replay.fits(self.model)
+            self._replays = cuda_graphs.fits(self.model)
             if not self._replays:
                 return self._plain
             parameters = [p for p in self.model.parameters() if p.requires_grad]
-            self._replayed = replay.Replayed(self._plain, parameters)
+            self._replayed = cuda_graphs.Replayed(self._plain, parameters)
         return self._replayed
 
     def _plain(self, ids_BT: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from d2lora.console import Reporter
 from d2lora.cost import Cost, TrainingFlops, peak_memory_bytes
 from d2lora.data import stream_seed
 from d2lora.errors import TrainingError
+from d2lora.fast.layers import lean_layers
 from d2lora.inits import adamw
-from d2lora.lean import lean_layers
 from d2lora.models import causal_model
 from d2lora.objectives import Objective
 from d2lora.runs import RunFolder, is_main_process

@@ -8,10 +8,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d2lora import products
 from d2lora.batches import Question
 from d2lora.continuations import _apart, _together, continuation_scores
-from d2lora.lean import lean_layers
+from d2lora.fast import matmul
+from d2lora.fast.layers import lean_layers
 from d2lora.models import load_base
 from d2lora.scorer import TokenScorer
 from d2lora.settings import BaseSettings
@@ -22,9 +22,7 @@ ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="to
 @pytest.mark.parametrize("n_rows", [1, 15, 16, 100])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize(
-    "product", [products.linear, pytest.param(products.by_onednn, marks=ONEDNN)]
-)
+@pytest.mark.parametrize("product", [matmul.linear, pytest.param(matmul.by_onednn, marks=ONEDNN)])
 def test_a_product_equals_torch_s(
     product: Callable[..., Tensor], n_rows: int, biased: bool, turned: bool
 ) -> None:
@@ -39,19 +37,19 @@ def test_a_product_equals_torch_s(
 def test_a_packed_weight_gives_torch_s_product_on_every_maker_s_processor(
     monkeypatch: pytest.MonkeyPatch, *, by_onednn: bool
 ) -> None:
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: by_onednn)
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: by_onednn)
     torch.manual_seed(0)
     weight = torch.randn(40, 24)
-    packed = products.packed(weight)
+    packed = matmul.packed(weight)
     assert packed.is_mkldnn == by_onednn
     for n_rows in (1, 16, 100):
         x = torch.randn(n_rows, 24)
-        torch.testing.assert_close(products.product(x, packed), functional.linear(x, weight))
+        torch.testing.assert_close(matmul.product(x, packed), functional.linear(x, weight))
 
 
 def test_other_number_formats_keep_torch_s_own_product() -> None:
     x, weight = torch.randn(20, 8, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
-    assert torch.equal(products.linear(x, weight), functional.linear(x, weight))
+    assert torch.equal(matmul.linear(x, weight), functional.linear(x, weight))
 
 
 def test_a_frozen_layer_passes_the_same_gradient_and_gets_none() -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
-from d2lora.attention import RowAttention, pays
 from d2lora.batches import Batch
+from d2lora.fast.attention import RowAttention, pays
 
 NAME = "d2lora_packed"
 _SETTING = "_attn_implementation"

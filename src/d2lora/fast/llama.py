@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from d2lora.fast.matmul import packed, product
 from d2lora.models import weight_of
-from d2lora.products import packed, product
 
 _PROMPT_TOKENS = 512
 """Padded prompt tokens in one pass: what it computes stays in the cache of one core."""

@@ -21,8 +21,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from d2lora.elementwise import gated_fits, gated_forward, norm_fits, norm_forward
-from d2lora.products import is_frozen_linear, linear
+from d2lora.fast.elementwise import gated_fits, gated_forward, norm_fits, norm_forward
+from d2lora.fast.matmul import is_frozen_linear, linear
 
 _DTYPES = {
     (torch.float32, torch.float32, torch.float32),

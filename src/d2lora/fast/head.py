@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from d2lora.products import is_frozen_linear, linear
+from d2lora.fast.matmul import is_frozen_linear, linear
 
 ROWS, GPU_ROWS = 64, 1024
 """Positions whose logits are held at a time: on a CPU few, to stay in its cache."""
