@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from d2lora import fast
 from d2lora.errors import DataError
 from d2lora.fast.llama import Llama, LlamaSteps
 from d2lora.models import Base, causal_model
@@ -63,17 +64,20 @@ class Decoder:
     max_new_tokens: int
     batch_size: int
     sampling: Sampling = Sampling()
-    lean: bool = True
-    """Take the faster pass where it is equal to the model's own."""
 
     def complete(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
         """Yield (index of the prompt, ids of its completion without EOS), as batches end.
 
-        On several cores greedy batches are decoded side by side, where the faster pass is taken.
+        On several cores greedy batches are decoded side by side, where the faster pass is taken:
+        fast passes are enabled, and it gives the model's own logits.
         """
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         generator = torch.Generator().manual_seed(self.sampling.seed)
-        llama = self._own_pass(prompts[order[0]]) if order and self.lean else None
+        used = fast.used_in(self.model)
+        ends = [prompts[order[place]] for place in (0, -1)] if order else []
+        llama = self._own_pass(ends) if ends and used.allowed else None
+        if llama:
+            used.take("Llama decoding")
         greedy = self.sampling.temperature == 0
         n_beside = 1
         if llama and greedy:
@@ -92,16 +96,23 @@ class Decoder:
                 yield from zip(chunk, outputs, strict=True)
 
     @torch.inference_mode()
-    def _own_pass(self, prompt: Sequence[int]) -> Llama | None:
-        """Return the faster pass, if a prompt and a token behind it get the model's own logits."""
+    def _own_pass(self, ends: Sequence[Sequence[int]]) -> Llama | None:
+        """Return the faster pass, if prompts and a token behind each get the model's own logits.
+
+        Args:
+            ends: The shortest and the longest prompt.
+        """
         llama = Llama.of(causal_model(self.model))
         if llama is None:
             return None
-        logits: list[Tensor] = []
-        for steps in (LlamaSteps(llama), _PlainSteps(self)):
-            first_1V = steps.begin([prompt])
-            logits.append(torch.stack([first_1V, steps.step(torch.tensor([self.base.eos_id]))]))
-        return llama if torch.allclose(*logits, rtol=1e-3, atol=1e-3) else None
+        for prompt in ends:
+            logits: list[Tensor] = []
+            for steps in (LlamaSteps(llama), _PlainSteps(self)):
+                first_1V = steps.begin([prompt])
+                logits.append(torch.stack([first_1V, steps.step(torch.tensor([self.base.eos_id]))]))
+            if not torch.allclose(*logits, rtol=1e-3, atol=1e-3):
+                return None
+        return llama
 
     @property
     def stop_ids(self) -> set[int]:

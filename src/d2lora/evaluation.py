@@ -1,7 +1,7 @@
 """base + adapters + task -> per-example records, scores with intervals, forgetting.
 
 records.parquet, records.jsonl   one row per adapter and test row
-summary.json                     scores, paired differences, forgetting
+summary.json                     scores, paired differences, forgetting, fast passes taken
 done.json                        the marker of completion
 """
 
@@ -84,7 +84,8 @@ def _evaluated(
             }
     reference = measured.get(BASE)
     forgetting = {name: _forgetting(raw, reference) for name, raw in measured.items()}
-    return Evaluation(records, scores, differences, forgetting)
+    passes = {name: raw.fast_passes for name, raw in measured.items()}
+    return Evaluation(records, scores, differences, forgetting, passes)
 
 
 def _forgetting(raw: Measured, base: Measured | None) -> Forgetting:

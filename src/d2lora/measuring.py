@@ -60,6 +60,8 @@ class Measured:
     general_loss: float | None
     right: np.ndarray[tuple[int], np.dtype[np.float64]] | None
     """1 for each multiple-choice question answered right, else 0."""
+    fast_passes: list[str]
+    """The fast passes that were taken, in words."""
 
 
 def measure(
@@ -67,12 +69,13 @@ def measure(
 ) -> Measured:
     """Measure one adapter (a folder), or the base alone (`base`), on every set."""
     path = None if name == BASE else Path(name)
-    with adapted(base, path) as model:
+    with adapted(base, path, fast_when=settings.fast) as (model, used):
         encoder = Encoder.of(base, chat_format_of(path, settings.chat_format))
         return Measured(
             _score_task(model, base, encoder, name, sets.task, settings, reporter),
             _general_loss(model, base, encoder, sets.general, settings),
             _right_choices(model, base, encoder, sets.choices),
+            used.names,
         )
 
 
@@ -91,7 +94,7 @@ def _score_task(
     if data.task.score == "preference":
         return _score_preferences(model, base, encoder, name, examples, settings)
     scorer = SCORERS[data.task.score]
-    decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, lean=settings.lean)
+    decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size)
     prompts = [encoder.prompt_ids(example.prompt) for example in examples]
     records: dict[int, dict[str, Any]] = {}
     with reporter.bar("generating", len(prompts)) as bar:

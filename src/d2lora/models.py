@@ -254,6 +254,11 @@ def merged(model: PeftModel) -> Generator[None]:
                 weight.copy_(value)
 
 
+def is_folded(model: nn.Module) -> bool:
+    """Say whether an adapter is folded into the base's weights, in some layer at least."""
+    return any(isinstance(layer, LoraLayer) and layer.merged for layer in model.modules())
+
+
 def weight_of(layer: nn.Module) -> Any:
     """Return the one matrix that a linear layer multiplies with; None where there is none.
 

@@ -47,6 +47,8 @@ class PairsMade:
     n_samples: int
     n_distinct_samples: int
     mean_sample_score: float
+    fast_passes: list[str]
+    """The fast passes that sampling took, in words."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def make_pairs(settings: PairsSettings, base: Base | None = None) -> PairsMade:
     order = nested_order(len(data.examples), stream_seed(settings.seed, "subset"))
     examples = [data.examples[index] for index in order[: settings.n]]
     base = base or load_base(settings)
-    samples = _sampled(settings, base, examples, data.task.score, reporter)
+    samples, fast_passes = _sampled(settings, base, examples, data.task.score, reporter)
     rows: list[dict[str, Any]] = []
     for example, own in zip(examples, samples, strict=True):
         row = _pair(example, own, data.task.score, best_sample=settings.chosen == "sample")
@@ -99,6 +101,7 @@ def make_pairs(settings: PairsSettings, base: Base | None = None) -> PairsMade:
         n_samples=len(examples) * settings.samples,
         n_distinct_samples=len(every),
         mean_sample_score=sum(sample.score for sample in every) / len(every),
+        fast_passes=fast_passes,
     )
     _write(settings, base, data.sources, rows, made)
     reporter.say(
@@ -115,26 +118,28 @@ def _sampled(
     examples: Sequence[Example],
     kind: str,
     reporter: Reporter,
-) -> list[list[_Sample]]:
-    """Return the distinct samples of every prompt, each with its main score."""
+) -> tuple[list[list[_Sample]], list[str]]:
+    """Return the distinct samples of every prompt, scored, and the fast passes taken."""
     folder = Path(settings.adapter) if settings.adapter else None
     encoder = Encoder.of(base, chat_format_of(folder, settings.chat_format))
     prompts = [encoder.prompt_ids(example.prompt) for example in examples]
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
     texts: list[dict[str, None]] = [{} for _ in examples]
-    with adapted(base, folder) as model, reporter.bar("sampling", len(repeated)) as bar:
-        decoder = Decoder(
-            model, base, settings.max_new_tokens, settings.batch_size, sampling, settings.lean
-        )
+    with (
+        adapted(base, folder, fast_when=settings.fast) as (model, used),
+        reporter.bar("sampling", len(repeated)) as bar,
+    ):
+        decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
         for done, (index, ids) in enumerate(decoder.complete(repeated), 1):
             texts[index // settings.samples][decode(base, ids)] = None
             bar.update(done)
     score, main = SCORERS[kind], MAIN_SCORE[kind]
-    return [
+    samples = [
         [_Sample(text, score(text, example.completion)[main]) for text in sorted(own)]
         for example, own in zip(examples, texts, strict=True)
     ]
+    return samples, used.names
 
 
 def _pair(

@@ -60,6 +60,11 @@ class Replayed:
         self._awaiting = False
         self._records = True
 
+    @property
+    def has_recordings(self) -> bool:
+        """Whether a shape came back often enough to be recorded."""
+        return bool(self._recordings)
+
     def __call__(self, ids_BT: Tensor) -> Tensor:
         """Return the hidden states, at least as wide as the ids, with a gradient."""
         if not self._records or self._awaiting:
