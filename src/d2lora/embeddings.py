@@ -53,7 +53,7 @@ def base_states(
     model = causal_model(base.model)
     decoder = getattr(model, model.base_model_prefix)
     device = base.model.device
-    items = [encoder.encode(example).truncated(max_tokens) for example in examples]
+    items = [encoder.encode_within(example, max_tokens) for example in examples]
     order = sorted(range(len(items)), key=lambda index: -len(items[index].ids))
     found = torch.empty(len(items), _hidden_size(base))
     done = 0

@@ -1,5 +1,6 @@
 """From examples to token ids: chat format, supervised span, length limit."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Literal
@@ -8,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from d2lora.batches import Encoded, Pair, T
 from d2lora.errors import DataError, SettingsError
-from d2lora.models import Base
+from d2lora.models import Base, n_positions
 from d2lora.rows import Example, Message
 from d2lora.settings import Overlong
 
@@ -47,11 +48,14 @@ class Encoder:
 
     tokenizer: PreTrainedTokenizerBase
     format: Format
+    n_positions: int = sys.maxsize
+    """Tokens that the base takes in one row."""
 
     @classmethod
     def of(cls, base: Base, chat_format: str | None) -> "Encoder":
         """Return the encoder of a base's tokenizer."""
-        return cls(base.tokenizer, resolve_format(base.tokenizer, chat_format))
+        form = resolve_format(base.tokenizer, chat_format)
+        return cls(base.tokenizer, form, n_positions(base.model))
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
         """Return the ids that a completion follows, ready for generation."""
@@ -77,6 +81,10 @@ class Encoder:
         if completion[-1] != eos_id:
             completion.append(eos_id)
         return Encoded((*prompt, *completion), len(prompt))
+
+    def encode_within(self, example: Example, max_length: int) -> Encoded:
+        """Return an example's ids, cut to `max_length` tokens and to what the base takes."""
+        return self.encode(example).truncated(min(max_length, self.n_positions))
 
     def encode_pair(self, example: Example) -> Pair:
         """Return the ids of a preference: its prompt with either completion."""
@@ -121,6 +129,8 @@ class EncodedSet(Generic[T]):
     n_dropped: int
     n_truncated: int
     longest: int
+    limit: int
+    """Tokens that a row may have."""
 
     def report(self, max_length: int) -> str | None:
         """Say what became of over-long examples; None where there were none."""
@@ -129,7 +139,8 @@ class EncodedSet(Generic[T]):
         what = f"dropped {self.n_dropped}" if self.n_dropped else f"truncated {self.n_truncated}"
         total = len(self.items) + self.n_dropped
         return (
-            f"{what} of {total} examples longer than {max_length} tokens (longest {self.longest})"
+            f"{what} of {total} examples longer than {min(max_length, self.limit)} tokens (longest "
+            f"{self.longest})"
         )
 
 
@@ -141,7 +152,8 @@ def encode_all(
     Raises:
         DataError: If `overlong` is `error` and an example is too long, or none is left.
     """
-    return _limited([encoder.encode(example) for example in examples], max_length, overlong)
+    encoded = [encoder.encode(example) for example in examples]
+    return _limited(encoded, encoder, max_length, overlong)
 
 
 def encode_pairs(
@@ -152,22 +164,27 @@ def encode_pairs(
     Raises:
         DataError: As `encode_all`.
     """
-    return _limited([encoder.encode_pair(example) for example in examples], max_length, overlong)
+    encoded = [encoder.encode_pair(example) for example in examples]
+    return _limited(encoded, encoder, max_length, overlong)
 
 
-def _limited(encoded: Sequence[T], max_length: int, overlong: Overlong) -> EncodedSet[T]:
+def _limited(
+    encoded: Sequence[T], encoder: Encoder, max_length: int, overlong: Overlong
+) -> EncodedSet[T]:
     longest = max((item.length for item in encoded), default=0)
-    too_long = [index for index, item in enumerate(encoded) if item.length > max_length]
+    limit = min(max_length, encoder.n_positions)
+    too_long = [index for index, item in enumerate(encoded) if item.length > limit]
     if too_long and overlong == "error":
+        own = limit < max_length
+        named = f"the {limit} tokens that the base takes" if own else f"--max-length {limit} tokens"
         raise DataError(
-            f"{len(too_long)} of {len(encoded)} examples are longer than --max-length "
-            f"{max_length} tokens (the longest has {longest}); raise it, or set --overlong to "
-            "drop or truncate"
+            f"{len(too_long)} of {len(encoded)} examples are longer than {named} (the longest has "
+            f"{longest}); {'' if own else 'raise it, or '}set --overlong to drop or truncate"
         )
     dropped = set(too_long) if overlong == "drop" else set[int]()
     kept = [index for index in range(len(encoded)) if index not in dropped]
     if not kept:
-        raise DataError(f"no example is left within --max-length {max_length} tokens")
-    items = [encoded[index].truncated(max_length) for index in kept]
+        raise DataError(f"no example is left within {limit} tokens (--max-length {max_length})")
+    items = [encoded[index].truncated(limit) for index in kept]
     n_truncated = len(too_long) if overlong == "truncate" else 0
-    return EncodedSet(items, kept, len(dropped), n_truncated, longest)
+    return EncodedSet(items, kept, len(dropped), n_truncated, longest, limit)

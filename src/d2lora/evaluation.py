@@ -14,7 +14,7 @@ import pandas as pd
 
 from d2lora.console import Reporter, table_console
 from d2lora.errors import SettingsError
-from d2lora.measuring import BASE, Measured, TestSets, measure
+from d2lora.measuring import BASE, Measured, TestSets, check_rows, measure
 from d2lora.metrics import columns_of
 from d2lora.models import Base, load_base
 from d2lora.runs import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
@@ -43,6 +43,7 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
     RunFolder.open(settings.out, "")
     sets = TestSets.read(settings)
     base = base or load_base(settings)
+    check_rows(names, base, sets, settings)
     measured: dict[str, Measured] = {}
     for name in names:
         scored = name in settings.adapters or not settings.adapters

@@ -11,7 +11,8 @@ from torch import nn
 
 from d2lora import fast
 from d2lora.artifacts import Manifest, check_fit, has_manifest
-from d2lora.decoding import Decoder, Sampling
+from d2lora.console import Reporter
+from d2lora.decoding import Decoder, Sampling, check_room
 from d2lora.encode import Encoder
 from d2lora.errors import DataError, SettingsError
 from d2lora.models import (
@@ -82,12 +83,15 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     """
     if (settings.prompt is None) == (settings.prompts is None):
         raise SettingsError("give either --prompt TEXT or --prompts FILE")
-    conversations = _conversations(settings)
+    conversations, places = _conversations(settings)
     adapter = Path(settings.adapter) if settings.adapter else None
     base = load_base(settings)
     encoder = Encoder.of(base, chat_format_of(adapter, settings.chat_format))
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
     prompts = [encoder.prompt_ids(conversation) for conversation in conversations]
+    told = check_room(prompts, places, base.model, settings.max_new_tokens)
+    if told is not None:
+        Reporter().say(told)
     with adapted(base, adapter, fast_when=settings.fast) as (model, _):
         decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
         outputs = dict(decoder.complete(prompts))
@@ -104,23 +108,28 @@ def decode(base: Base, ids: Sequence[int]) -> str:
     return text.strip()
 
 
-def _conversations(settings: GenerateSettings) -> list[tuple[Message, ...]]:
+def _conversations(settings: GenerateSettings) -> tuple[list[tuple[Message, ...]], list[str]]:
+    """Return the prompts, and where each comes from."""
     if settings.prompt is not None:
         if not settings.prompt.strip():
             raise SettingsError("--prompt is empty")
-        return [(Message("user", settings.prompt),)]
+        return [(Message("user", settings.prompt),)], ["--prompt"]
     assert settings.prompts is not None
     path = Path(settings.prompts)
     if path.suffix == ".txt":
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         lines = path.read_text(encoding="utf-8").splitlines()
-        prompts = [(Message("user", line),) for line in lines if line.strip()]
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        prompts = [(Message("user", line),) for _, line in numbered]
+        places = [f"{path}, line {number}" for number, _ in numbered]
     else:
-        prompts = [example.prompt for example in read_task([settings.prompts], "prompts").examples]
+        data = read_task([settings.prompts], "prompts")
+        prompts = [example.prompt for example in data.examples]
+        places = [row.place for row in data.rows]
     if not prompts:
         raise DataError(f"{path}: the file holds no prompts")
-    return prompts
+    return prompts, places
 
 
 def command(settings: GenerateSettings) -> None:

@@ -4,6 +4,7 @@ Weights come from safetensors only and no code of a model repository is ever run
 """
 
 import os
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -274,6 +275,12 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
+
+
+def n_positions(model: nn.Module) -> int:
+    """Return how many tokens a model takes in one row; `sys.maxsize` where it names no limit."""
+    config = causal_model(model).config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def n_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:

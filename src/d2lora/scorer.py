@@ -16,7 +16,7 @@ from d2lora.batches import Batch, Branches, Encoded, collate, micro_batches
 from d2lora.fast import cuda_graphs, head
 from d2lora.fast.packing import pack, row_by_row, takes_packed_rows
 from d2lora.fast.probing import Probed, in_evaluation
-from d2lora.models import causal_model
+from d2lora.models import causal_model, n_positions
 
 
 class TokenScorer(nn.Module):
@@ -75,7 +75,8 @@ class TokenScorer(nn.Module):
     def _decoder(self, ids_BT: Tensor) -> Callable[[Tensor], Tensor]:
         """Return what computes hidden states from ids: the decoder, or its recordings."""
         wanted = self._replays and self.used.allowed and torch.is_grad_enabled()
-        if not wanted or ids_BT.device.type != "cuda":
+        width = cuda_graphs.recorded_width(ids_BT.shape[1])
+        if not wanted or ids_BT.device.type != "cuda" or width > n_positions(self.model):
             return self._plain
         if self._replayed is None:
             self._replays = cuda_graphs.fits(self.model)
@@ -171,9 +172,7 @@ def _of_logits(logits_PV: Tensor, targets_P: Tensor) -> Tensor:
 
 def within_positions(batch: Batch, model: nn.Module) -> Batch:
     """Return the batch without padding that lies beyond a model's last position."""
-    n_positions = getattr(model.config, "max_position_embeddings", None)
-    beyond = n_positions is not None and batch.ids_BT.shape[1] > n_positions
-    return batch.trimmed() if beyond else batch
+    return batch.trimmed() if batch.ids_BT.shape[1] > n_positions(model) else batch
 
 
 def pass_tokens(device: torch.device, wanted: int = 0) -> int:
