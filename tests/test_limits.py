@@ -1,11 +1,12 @@
 """Rows near the end of what a base takes: each gets its own room, and what does not fit is told."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AddedToken, BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM
 
 from conftest import save_tiny_base
 from d2lora import (
@@ -13,6 +14,7 @@ from d2lora import (
     DataError,
     EvaluateSettings,
     GenerateSettings,
+    ModelError,
     PairsSettings,
     SelectSettings,
     adapt,
@@ -24,7 +26,9 @@ from d2lora import (
 )
 from d2lora.decoding import Decoder, check_room
 from d2lora.embedded import choice_rows
-from d2lora.models import load_base, load_tokenizer
+from d2lora.encode import Encoder
+from d2lora.models import load_base, load_tokenizer, n_embedded
+from d2lora.rows import user
 from d2lora.settings import BaseSettings
 from support import write_rows
 
@@ -158,3 +162,59 @@ def test_choices_beyond_the_last_position_are_told_all_at_once(
 def test_a_model_that_names_no_limit_has_none() -> None:
     model = BloomForCausalLM(BloomConfig(vocab_size=60, hidden_size=16, n_layer=1, n_head=2))
     assert check_room([[5] * 5000], ["a"], model, 100) is None
+
+
+def extended(base: str, folder: Path, kind: str, token: str) -> str:
+    """Copy a base, its tokenizer extended by a token that its embedding has no row for."""
+    shutil.copytree(base, folder)
+    tokenizer = load_tokenizer(BaseSettings(base=base))
+    tokenizer.add_special_tokens({kind: AddedToken(token)})
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("when", [True, False])
+def test_a_pad_token_beyond_the_embedding_is_never_fed(
+    tmp_path: Path, tiny_base: str, problems: str, *, when: bool
+) -> None:
+    padded = extended(tiny_base, tmp_path / "padded", "pad_token", "<|fill|>")
+    base = load_base(BaseSettings(base=padded, device="cpu"))
+    assert base.tokenizer.pad_token_id >= n_embedded(base.model)
+    assert base.pad_id < n_embedded(base.model)
+    common: dict[str, Any] = {
+        "data": (problems,), "device": "cpu", "quiet": True, "rank": 2, "max_steps": 2,
+        "batch_size": 8, "fast": when,
+    }  # fmt: skip
+    own, other = (
+        adapt(AdaptSettings(base=name, **common, out=tmp_path / Path(name).name / "run"))
+        for name in (padded, tiny_base)
+    )
+    assert own.manifest.cost["n_tokens"] == other.manifest.cost["n_tokens"]
+    evaluation = evaluate(
+        EvaluateSettings(
+            base=padded, data=(problems,), limit=5, max_new_tokens=3, out=tmp_path / "e",
+            fast=when, device="cpu", quiet=True,
+        )
+    )  # fmt: skip
+    assert len(evaluation.records) == 5
+
+
+def test_an_end_token_beyond_the_embedding_is_told_when_the_base_is_loaded(
+    tmp_path: Path, tiny_base: str
+) -> None:
+    name = extended(tiny_base, tmp_path / "ended", "eos_token", "<|over|>")
+    with pytest.raises(ModelError, match=r"'<\|over\|>'.*resize the embedding"):
+        load_base(BaseSettings(base=name, device="cpu"))
+
+
+def test_a_token_beyond_the_embedding_is_told_where_it_is_fed_and_else_harmless(
+    tmp_path: Path, tiny_base: str
+) -> None:
+    name = extended(tiny_base, tmp_path / "begun", "bos_token", "<|begin|>")
+    base = load_base(BaseSettings(base=name, device="cpu"))
+    asked = user("How many?")
+    plain = Encoder.of(base, "plain").prompt_ids(asked)
+    assert all(token < n_embedded(base.model) for token in plain)
+    base.tokenizer.chat_template = "<|begin|>{{ messages[0]['content'] }}"
+    with pytest.raises(ModelError, match=f"token {base.tokenizer.bos_token_id} "):
+        Encoder.of(base, "template").prompt_ids(asked)

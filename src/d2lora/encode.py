@@ -8,8 +8,8 @@ from typing import Generic, Literal
 from transformers import PreTrainedTokenizerBase
 
 from d2lora.batches import Encoded, Pair, T
-from d2lora.errors import DataError, SettingsError
-from d2lora.models import Base, n_positions
+from d2lora.errors import DataError, ModelError, SettingsError
+from d2lora.models import Base, n_embedded, n_positions, unknown_token
 from d2lora.rows import Example, Message
 from d2lora.settings import Overlong
 
@@ -50,19 +50,26 @@ class Encoder:
     format: Format
     n_positions: int = sys.maxsize
     """Tokens that the base takes in one row."""
+    n_embedded: int = sys.maxsize
+    """Tokens that the base's embedding has rows for."""
 
     @classmethod
     def of(cls, base: Base, chat_format: str | None) -> "Encoder":
         """Return the encoder of a base's tokenizer."""
         form = resolve_format(base.tokenizer, chat_format)
-        return cls(base.tokenizer, form, n_positions(base.model))
+        return cls(base.tokenizer, form, n_positions(base.model), n_embedded(base.model))
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
-        """Return the ids that a completion follows, ready for generation."""
+        """Return the ids that a completion follows, ready for generation.
+
+        Raises:
+            ModelError: If a token is beyond the base's embedding.
+        """
         if self.format == "template" and prompt:
             return self._ids(self._templated(prompt, completing=True))
         ids = self.tokenizer(plain_prompt(prompt))["input_ids"]
         assert isinstance(ids, list)
+        self._check(ids)
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def encode(self, example: Example) -> Encoded:
@@ -117,7 +124,13 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         assert isinstance(ids, list)
+        self._check(ids)
         return ids
+
+    def _check(self, ids: Sequence[int]) -> None:
+        for token in ids:
+            if token >= self.n_embedded:
+                raise ModelError(unknown_token(token, self.tokenizer, self.n_embedded))
 
 
 @dataclass(frozen=True)
