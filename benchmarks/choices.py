@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from common import SHARED, base_of, head, medians, parser_of, row, taking_turns
+from d2lora import fast
 from d2lora.batches import Question
 from d2lora.continuations import continuation_scores
 from d2lora.encode import Encoder
-from d2lora.lean import lean_layers
 from d2lora.measuring import questions_of
 from d2lora.models import Base, load_base
 from d2lora.scorer import TokenScorer
@@ -86,7 +86,7 @@ def compare(size: str, base: Base, questions: Sequence[Question], rounds: int) -
 
 def own(base: Base, questions: Sequence[Question]) -> list[float]:
     """Score with d2lora."""
-    with lean_layers(base.model):
+    with fast.enabled(base.model, when=True):
         scores = continuation_scores(TokenScorer(base.model), questions, base.pad_id)
     return [score for of_question in scores for score in of_question]
 

@@ -24,9 +24,9 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from common import base_of
+from d2lora import fast
 from d2lora.decoding import Decoder
 from d2lora.encode import Encoder
-from d2lora.lean import lean_layers
 from d2lora.models import Base, load_base
 from d2lora.settings import BaseSettings, GenerationSettings
 from d2lora.tasks import read_task
@@ -96,7 +96,7 @@ def compared(base: Base, args: argparse.Namespace) -> tuple[str, ...]:
 def decoded(base: Base, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """Complete with d2lora, as `evaluate` does."""
     decoder = Decoder(base.model, base, new_tokens, GenerationSettings().batch_size)
-    with lean_layers(base.model):
+    with fast.enabled(base.model, when=True):
         completed = dict(decoder.complete(prompts))
     return [completed[index] for index in range(len(prompts))]
 

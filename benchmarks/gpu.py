@@ -6,11 +6,11 @@ Random weights, rows of GSM8K, batches of 8, rank 16, the same rows in the same 
 which take turns as processes of their own. TRL is measured at its defaults, without gradient
 checkpointing, and, where liger-kernel is installed, with its kernels besides; packing, which
 changes what a batch is and needs another attention to keep rows apart, is left out. d2lora is
-measured without recorded passes (`d2lora.replay`) as well. The first steps, in which libraries load
-their kernels, are told apart: their time stands in a column of its own. Fraction of the floor as in
-floor.py: 4 N FLOPs a token, the head at supervised positions, over the matrix products' rate at
-these shapes. Several adapters in one batch over one base are those of stacked.py; their tokens
-count together. Takes less than 10 minutes; prints its table last.
+measured without recorded passes (`d2lora.fast.cuda_graphs`) as well. The first steps, in which
+libraries load their kernels, are told apart: their time stands in a column of its own. Fraction of
+the floor as in floor.py: 4 N FLOPs a token, the head at supervised positions, over the matrix
+products' rate at these shapes. Several adapters in one batch over one base are those of stacked.py;
+their tokens count together. Takes less than 10 minutes; prints its table last.
 `--device cpu --size small` tries it out without a GPU.
 """
 
@@ -32,9 +32,9 @@ from stacked import stacked
 
 def not_recorded(settings: Any, n_warm: int) -> dict[str, Any]:
     """Train with d2lora's loop, every kernel launched by itself."""
-    from d2lora import replay
+    from d2lora.fast import cuda_graphs
 
-    replay.fits = lambda _model: False
+    cuda_graphs.fits = lambda _model: False
     return ours(settings, n_warm)
 
 

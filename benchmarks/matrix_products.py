@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from d2lora import products
+from d2lora.fast import matmul
 
 SHAPES = ((704, 192, 512), (704, 512, 192), (704, 192, 16), (64, 192, 512), (1000, 576, 1536))
 ROUNDS, REPEATS = 9, 50
@@ -34,7 +34,7 @@ def main() -> None:
     print("| rows, in, out | torch, GFLOP/s | oneDNN, GFLOP/s | ratio |\n|---|---|---|---|")
     for n_rows, n_in, n_out in SHAPES:
         x, weight = torch.randn(n_rows, n_in), torch.randn(n_out, n_in)
-        calls = (partial(functional.linear, x, weight), partial(products.by_onednn, x, weight))
+        calls = (partial(functional.linear, x, weight), partial(matmul.by_onednn, x, weight))
         times: tuple[list[float], ...] = ([], [])
         for _ in range(ROUNDS):
             for call, kept in zip(calls, times, strict=True):

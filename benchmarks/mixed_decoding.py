@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from common import base_of, head, parser_of, row, taking_turns
-from d2lora import decoding, llama
+from d2lora import decoding, fast
 from d2lora.decoding import Decoder
 from d2lora.encode import Encoder
+from d2lora.fast import llama
+from d2lora.fast.matmul import packed, product
 from d2lora.inits import LoraShape, attach_fresh
-from d2lora.lean import lean_layers
 from d2lora.models import Base, load_base, merged
-from d2lora.products import packed, product
 from d2lora.settings import AdaptSettings, BaseSettings, GenerationSettings
 from d2lora.tasks import read_task
 from sides import RANK
@@ -111,7 +111,7 @@ def one_by_one(
     for number in range(k):
         model.set_adapter(str(number))
         decoder = Decoder(model, base, new_tokens, GenerationSettings().batch_size)
-        with merged(model), lean_layers(model):
+        with merged(model), fast.enabled(model, when=True):
             completed = dict(decoder.complete(prompts))
         outputs += (completed[index] for index in range(len(prompts)))
     return time.perf_counter() - began, outputs
@@ -125,6 +125,7 @@ def one_batch(
     decoder = Decoder(base.model, base, new_tokens, GenerationSettings().batch_size)
     owned = [Prompt(prompt, number) for number in range(k) for prompt in prompts]
     with (
+        fast.enabled(base.model, when=True),
         patch.object(Decoder, "_own_pass", lambda *_: laid_out(base, model, k)),
         patch.object(decoding, "LlamaSteps", MixedSteps),
         patch.object(llama, "product", mixed_product),

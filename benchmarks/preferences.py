@@ -92,25 +92,29 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
 def ours(base: Any, model: Any, pairs: Any, settings: Any, *, share: bool) -> dict[str, Any]:
     """Train with d2lora's loop."""
+    from d2lora import fast, pair_scores
     from d2lora import train as loop
     from d2lora.console import Reporter
     from d2lora.objectives import DPO
-    from d2lora.pair_scores import PairScorer
     from d2lora.reference import ReferencePolicy, log_probabilities_of
     from d2lora.runs import RunFolder
 
+    if not share:
+        pair_scores._equal = lambda *_: False
     policy = ReferencePolicy("base", model, switched_off=True, fingerprint="")
-    scored = log_probabilities_of(policy, pairs, base.pad_id)
+    with fast.enabled(model, when=settings.fast):
+        scored = log_probabilities_of(policy, pairs, base.pad_id)
     items = [replace(pair, reference=value) for pair, value in zip(pairs, scored, strict=True)]
     in_order = type("InOrder", (loop.Plan,), {"batch": _batch_in_order})
     loop.Plan = in_order  # pyright: ignore[reportPrivateImportUsage]
-    objective = DPO(scorer=PairScorer(share_prompts=share))
+    objective = DPO()
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
         run.begin("")
-        loop.train(
-            model, items, [], objective, settings, run, Reporter(quiet=True), pad_id=base.pad_id
-        )
+        with fast.enabled(model, when=settings.fast):
+            loop.train(
+                model, items, [], objective, settings, run, Reporter(quiet=True), pad_id=base.pad_id
+            )
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
     elapsed_s = rows[-1]["elapsed_s"] - rows[0]["elapsed_s"]
     return {"step_s": elapsed_s / (len(rows) - 1), "losses": [row["loss"] for row in rows]}

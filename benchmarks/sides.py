@@ -44,6 +44,7 @@ def prepared(settings: Any) -> tuple[Any, Any, list[Any], Any]:
 
 def ours(settings: Any, n_warm: int = 1) -> dict[str, Any]:
     """Train with d2lora's loop; the first `n_warm` steps are not timed."""
+    from d2lora import fast
     from d2lora import train as loop
     from d2lora.console import Reporter
     from d2lora.objectives import SFT
@@ -56,7 +57,9 @@ def ours(settings: Any, n_warm: int = 1) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
         run.begin("")
-        loop.train(model, items, [], SFT(), settings, run, Reporter(quiet=True), pad_id=base.pad_id)
+        say = Reporter(quiet=True)
+        with fast.enabled(model, when=settings.fast):
+            loop.train(model, items, [], SFT(), settings, run, say, pad_id=base.pad_id)
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
     ends = [row["elapsed_s"] for row in rows]
     return _result(settings, items, ends, [row["loss"] for row in rows], n_warm)

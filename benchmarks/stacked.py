@@ -70,7 +70,7 @@ class StackedLora(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         """Return `x weight' + bias + scale (x A') B'`, each adapter on its own rows."""
-        from d2lora.products import linear
+        from d2lora.fast.matmul import linear
 
         ctx.dtype, ctx.scale = a.dtype, scale
         a, b = a.to(x.dtype), b.to(x.dtype)
@@ -83,7 +83,7 @@ class StackedLora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, A and B."""
-        from d2lora.products import linear
+        from d2lora.fast.matmul import linear
 
         x, weight, a, b, low = ctx.saved_tensors
         (g,) = grad_outputs
@@ -123,17 +123,28 @@ def _forward(layer: Any, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
 
 def stacked(settings: Any, k: int, n_warm: int = 1) -> dict[str, Any]:
     """Train k adapters in one batch; the first `n_warm` steps are not timed."""
+    from d2lora import fast
+
+    base, model, examples, encoder = prepared(settings)
+    items = [encoder.encode(example) for example in examples]
+    with fast.enabled(model, when=True):
+        return _trained(settings, k, n_warm, base, model, items)
+
+
+def _trained(
+    settings: Any, k: int, n_warm: int, base: Any, model: Any, items: list[Any]
+) -> dict[str, Any]:
     from torch.optim import AdamW
 
     from d2lora.schedule import learning_rate
     from d2lora.scorer import TokenScorer, pass_tokens
 
-    base, model, examples, encoder = prepared(settings)
-    items = [encoder.encode(example) for example in examples]
-    # The scorer compares heads on its first batch, with one adapter.
+    # The scorer compares ways on its longest and shortest batches, with one adapter.
     scorer = TokenScorer(model)
+    ends = (max, min)
     with torch.no_grad():
-        scorer(_batch(items[:1], 1, base))
+        for end in ends:
+            scorer(_batch([end(items, key=lambda item: item.length)], 1, base))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     parameters = stack(model, k)

@@ -19,16 +19,16 @@ from d2lora import (
     SettingsError,
     adapt,
     evaluate,
+    fast,
     generate,
 )
 from d2lora.decoding import Decoder, Sampling, choose
 from d2lora.embedded import choice_rows, text_rows
 from d2lora.encode import Encoder
+from d2lora.fast.llama import Llama, LlamaSteps
 from d2lora.generation import adapted
-from d2lora.llama import Llama, LlamaSteps
 from d2lora.models import (
     attach_adapter,
-    causal_model,
     detach_adapter,
     fingerprint_of_model,
     load_base,
@@ -77,21 +77,24 @@ def test_the_faster_decoding_says_what_the_plain_one_says_for_the_base_and_a_mer
     encoder = Encoder.of(base, None)
     texts = [f"Tom has {n} pens. " * (1 + n % 7) + "How many?" for n in range(30)]
     prompts = [encoder.prompt_ids([Message("user", text)]) for text in texts]
+
+    def said(folder: Path | None, batch_size: int, *, fast_when: bool) -> dict[int, list[int]]:
+        with adapted(base, folder, fast_when=fast_when) as (model, used):
+            outputs = dict(Decoder(model, base, 80, batch_size).complete(prompts))
+        assert ("Llama decoding" in used.names) == fast_when
+        assert ("folded adapter" in used.names) == (fast_when and folder is not None)
+        return outputs
+
     for folder in (None, adapter.path):
-        with adapted(base, folder) as model:
-            assert Llama.of(causal_model(model)) is not None
-            monkeypatch.setattr(base.model.generation_config, "eos_token_id", None)
-            said = dict(Decoder(model, base, 80, 30, lean=False).complete(prompts))
-            # With more tokens that end a completion, some rows leave before others.
-            common = [n for n, _ in Counter(t for ids in said.values() for t in ids).most_common()]
-            monkeypatch.setattr(base.model.generation_config, "eos_token_id", common[3::9])
-            for batch_size in (1, 7, 30):
-                fast, plain = (
-                    dict(Decoder(model, base, 80, batch_size, lean=lean).complete(prompts))
-                    for lean in (True, False)
-                )
-                assert fast == plain
-                assert len({len(ids) for ids in fast.values()}) > 1
+        monkeypatch.setattr(base.model.generation_config, "eos_token_id", None)
+        tokens = Counter(t for ids in said(folder, 30, fast_when=False).values() for t in ids)
+        # With more tokens that end a completion, some rows leave before others.
+        common = [token for token, _ in tokens.most_common()]
+        monkeypatch.setattr(base.model.generation_config, "eos_token_id", common[3::9])
+        for batch_size in (1, 7, 30):
+            quick, plain = (said(folder, batch_size, fast_when=when) for when in (True, False))
+            assert quick == plain
+            assert len({len(ids) for ids in quick.values()}) > 1
 
 
 def test_batches_decoded_side_by_side_are_those_decoded_in_turn(
@@ -99,7 +102,12 @@ def test_batches_decoded_side_by_side_are_those_decoded_in_turn(
 ) -> None:
     base = load_base(BaseSettings(base=tiny_base, device="cpu"))
     prompts = [[7, 8 + n % 9, *range(20, 21 + n % 5)] for n in range(50)]
-    in_turn = dict(Decoder(base.model, base, 20, 50).complete(prompts))
+
+    def completed() -> dict[int, list[int]]:
+        with fast.enabled(base.model, when=True):
+            return dict(Decoder(base.model, base, 20, 50).complete(prompts))
+
+    in_turn = completed()
     batches: list[tuple[int, int]] = []
     own = Decoder._decode
 
@@ -110,7 +118,7 @@ def test_batches_decoded_side_by_side_are_those_decoded_in_turn(
     monkeypatch.setattr(Decoder, "_decode", watched)
     try:
         torch.set_num_threads(2)
-        beside = dict(Decoder(base.model, base, 20, 50).complete(prompts))
+        beside = completed()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -143,9 +151,9 @@ def test_models_that_the_faster_decoding_does_not_compute_keep_their_own_pass(
 ) -> None:
     base = load_base(BaseSettings(base=tiny_base, device="cpu"))
     prompts = [[5, 6, 7]]
-    expected = dict(Decoder(base.model, base, 5, 1, lean=False).complete(prompts))
+    expected = dict(Decoder(base.model, base, 5, 1).complete(prompts))
     attached = attach_adapter(base.model, adapter.path, trainable=False)
-    assert Llama.of(causal_model(attached)) is None  # the adapter is not merged
+    assert Llama.of(attached.get_base_model()) is None  # the adapter is not merged
     detach_adapter(attached)
     wide = load_base(BaseSettings(base=tiny_base, device="cpu", dtype="bfloat16"))
     assert Llama.of(wide.model) is None
@@ -156,7 +164,9 @@ def test_models_that_the_faster_decoding_does_not_compute_keep_their_own_pass(
     monkeypatch.setattr(
         LlamaSteps, "step", lambda _, next_B: torch.zeros(len(next_B), base.model.vocab_size)
     )
-    assert dict(Decoder(base.model, base, 5, 1).complete(prompts)) == expected
+    with fast.enabled(base.model, when=True) as used:
+        assert dict(Decoder(base.model, base, 5, 1).complete(prompts)) == expected
+    assert "Llama decoding" not in used.names
 
 
 def test_folding_the_adapter_gives_the_same_outputs_and_leaves_no_trace(

@@ -7,12 +7,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from d2lora import AdaptSettings, adapt
+from d2lora import AdaptSettings, adapt, fast
 from d2lora.batches import Batch, Encoded, collate
+from d2lora.fast.cuda_graphs import PLAIN_PASSES, WIDTH_STEP, Replayed, fits
 from d2lora.inits import LoraShape, attach_fresh
-from d2lora.lean import lean_layers
 from d2lora.models import load_base
-from d2lora.replay import PLAIN_PASSES, WIDTH_STEP, Replayed, fits
 from d2lora.scorer import TokenScorer
 from d2lora.settings import BaseSettings
 from support import dies_at_step
@@ -58,7 +57,7 @@ def test_recorded_passes_give_the_gradients_of_plain_ones(
 ) -> None:
     model = adapted(tiny_base, dtype)
     torch.manual_seed(1)
-    with lean_layers(model):
+    with fast.enabled(model, when=True) as used:
         plain, recorded = TokenScorer(model), TokenScorer(model, replays=True)
         for _ in range(N_PASSES):
             batches = batch_of(40, 9, 25), batch_of(100, 31, 64), batch_of(50, 60, 17)
@@ -72,6 +71,7 @@ def test_recorded_passes_give_the_gradients_of_plain_ones(
             gradients_of(recorded, batches[0])
         replayed = recorded._replayed
         assert replayed is not None
+        assert "recorded passes" in used.names
         assert replayed._recordings.keys() >= {(3, WIDTH_STEP)}
 
 
@@ -106,7 +106,7 @@ def test_an_adapter_trained_with_recordings_is_the_plain_one_killed_or_not(
         "max_steps": 14, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 2,
         "quiet": True,
     }  # fmt: skip
-    adapt(AdaptSettings(out=tmp_path / "plain", lean=False, **common))
+    adapt(AdaptSettings(out=tmp_path / "plain", fast=False, **common))
     adapt(AdaptSettings(out=tmp_path / "whole", **common))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(dies_at_step(patch, 9)):
         adapt(AdaptSettings(out=tmp_path / "killed", **common))

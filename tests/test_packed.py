@@ -1,4 +1,4 @@
-"""Rows end to end score as rows padded; the lean head, norm and gated unit equal the plain ones."""
+"""Rows end to end score as rows padded; the fast head, norm and gated unit equal the plain ones."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +12,14 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from d2lora import head
-from d2lora.attention import LONGEST, WIDTH_A_THREAD, RowAttention, pays
+from d2lora import fast
 from d2lora.batches import Batch, Encoded, collate
-from d2lora.lean import lean_layers
-from d2lora.packed import LENGTH_STEP, pack
+from d2lora.fast import head
+from d2lora.fast.attention import LONGEST, WIDTH_A_THREAD, RowAttention, pays
+from d2lora.fast.packing import LENGTH_STEP, NAME, pack
 from d2lora.scorer import TokenScorer
 
 SMALL = {
@@ -72,8 +73,15 @@ def own_scores(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def way_of(scorer: TokenScorer) -> str:
-    assert scorer._way is not None
-    return scorer._way.__name__
+    return scorer._ways[0].__name__
+
+
+def scores_of(model: PreTrainedModel, *batches: Batch, when: bool = True) -> tuple[str, Tensor]:
+    """Score with fast passes, or plain ones; return the way taken and the last batch's scores."""
+    with fast.enabled(model, when=when):
+        scorer = TokenScorer(model)
+        *_, scores = map(scorer, batches)
+        return way_of(scorer), scores
 
 
 def test_rows_lie_end_to_end_each_at_its_own_positions() -> None:
@@ -93,27 +101,27 @@ def test_rows_that_fill_the_width_need_no_filler() -> None:
 def test_scores_are_the_model_s_own(family: str) -> None:
     model = small_model(family)
     batch = batch_of(9, 4, 20, 32)
-    scorer = TokenScorer(model)
-    torch.testing.assert_close(scorer(batch), own_scores(model, batch), rtol=1e-4, atol=1e-4)
+    way, scores = scores_of(model, batch)
+    torch.testing.assert_close(scores, own_scores(model, batch), rtol=1e-4, atol=1e-4)
     if family in PACKED:
-        assert way_of(scorer) == "_packed"
+        assert way == "_packed"
 
 
 @pytest.mark.parametrize("lengths", [(9, 4, 20, 32), (170, 90, 130)])
 def test_gradients_are_those_of_padded_rows(
     lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2lora.attention.WIDTH_A_THREAD", 0)
+    monkeypatch.setattr("d2lora.fast.attention.WIDTH_A_THREAD", 0)
     model = small_model("llama", max_position_embeddings=256)
     embedding = model.get_input_embeddings().weight.requires_grad_()
     batch = batch_of(*lengths)
     weights_P = torch.linspace(-1, 1, len(batch.targets_P))
     gradients: list[Tensor] = []
-    for lean in (True, False):
-        scorer = TokenScorer(model, lean=lean)
-        (gradient,) = torch.autograd.grad((scorer(batch) * weights_P).sum(), embedding)
+    for when in (True, False):
+        way, scores = scores_of(model, batch, when=when)
+        (gradient,) = torch.autograd.grad((scores * weights_P).sum(), embedding)
         gradients.append(gradient)
-        assert way_of(scorer) == ("_packed" if lean else "_padded")
+        assert way == ("_packed" if when else "_padded")
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
@@ -199,9 +207,9 @@ def test_attention_by_products_is_taken_where_it_is_faster_and_as_good() -> None
 def test_a_model_with_a_sliding_window_is_not_packed(window: int) -> None:
     model = small_model("mistral", sliding_window=window)
     batch = batch_of(9, 4, 20)
-    scorer = TokenScorer(model)
-    torch.testing.assert_close(scorer(batch), own_scores(model, batch), rtol=1e-4, atol=1e-4)
-    assert way_of(scorer) != "_packed"
+    way, scores = scores_of(model, batch)
+    torch.testing.assert_close(scores, own_scores(model, batch), rtol=1e-4, atol=1e-4)
+    assert way != "_packed"
 
 
 def test_a_model_that_keeps_the_rows_from_its_attention_is_found_out(
@@ -216,15 +224,17 @@ def test_a_model_that_keeps_the_rows_from_its_attention_is_found_out(
 
     monkeypatch.setattr(model.base_model, "forward", forgetful)
     batch = batch_of(9, 4, 20)
-    scorer = TokenScorer(model)
-    torch.testing.assert_close(scorer(batch), own_scores(model, batch), rtol=1e-4, atol=1e-4)
-    assert way_of(scorer) == "_padded"
+    way, scores = scores_of(model, batch)
+    torch.testing.assert_close(scores, own_scores(model, batch), rtol=1e-4, atol=1e-4)
+    assert way == "_padded"
 
 
 def test_attention_is_the_model_s_own_again_after_a_pass() -> None:
     model = small_model("llama")
-    TokenScorer(model)(batch_of(9, 4))
+    way, _ = scores_of(model, batch_of(9, 4))
+    assert way == "_packed"
     assert model.config._attn_implementation == "sdpa"
+    assert NAME not in ALL_ATTENTION_FUNCTIONS
 
 
 @pytest.mark.parametrize("n_positions", [1, head.ROWS, 2 * head.ROWS + 3])
@@ -272,15 +282,15 @@ def test_a_norm_and_a_gated_unit_equal_the_plain_ones(layer: nn.Module, dtype: t
     slope = torch.randn(3, 5, 32, dtype=dtype)
     wanted = layer(x)
     (plain,) = torch.autograd.grad(wanted, x, slope)
-    with lean_layers(layer):
+    with fast.enabled(layer, when=True):
         assert "forward" in vars(layer)
         got = layer(x)
-        (lean,) = torch.autograd.grad(got, x, slope)
+        (quick,) = torch.autograd.grad(got, x, slope)
     tolerance = (
         {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     )
     torch.testing.assert_close(got, wanted, **tolerance)
-    torch.testing.assert_close(lean, plain, **tolerance)
+    torch.testing.assert_close(quick, plain, **tolerance)
 
 
 def test_a_norm_that_trains_or_shifts_keeps_its_own_pass() -> None:
@@ -289,7 +299,7 @@ def test_a_norm_that_trains_or_shifts_keeps_its_own_pass() -> None:
             return super().forward(hidden_states) + 1
 
     trained, shifted = LlamaRMSNorm(8), Shifted(8).requires_grad_(requires_grad=False)
-    with lean_layers(nn.ModuleList([trained, shifted])):
+    with fast.enabled(nn.ModuleList([trained, shifted]), when=True):
         assert "forward" not in vars(trained)
         assert "forward" not in vars(shifted)
 
@@ -298,5 +308,5 @@ def test_a_gated_unit_of_another_activation_keeps_its_own_pass() -> None:
     config = llama_config()
     config.hidden_act = "gelu"
     layer = LlamaMLP(config).requires_grad_(requires_grad=False)
-    with lean_layers(layer):
+    with fast.enabled(layer, when=True):
         assert "forward" not in vars(layer)

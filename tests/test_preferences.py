@@ -23,6 +23,7 @@ from d2lora import (
     WarmupSettings,
     adapt,
     evaluate,
+    fast,
     phase_rows,
     warm_up,
 )
@@ -170,9 +171,9 @@ def test_a_prompt_computed_once_gives_the_scores_and_gradients_of_two_rows(
     gradients: list[torch.Tensor] = []
     sums: list[torch.Tensor] = []
     for share in (True, False):
-        pair_scorer = PairScorer(share_prompts=share)
-        chosen, rejected = pair_scorer(scorer, items[:5], pad_id)
-        assert pair_scorer._shares == share
+        with fast.enabled(scorer.model, when=share) as used:
+            chosen, rejected = PairScorer()(scorer, items[:5], pad_id)
+        assert ("shared prompts" in used.names) == share
         scorer.zero_grad()
         (chosen - 2 * rejected).sum().backward()
         layer = scorer.model.get_parameter("model.layers.0.self_attn.q_proj.weight")

@@ -163,7 +163,7 @@ def warmed(tiny_base: str) -> Any:
     ]
     features = GradientFeatures(
         base, encoder, rows, n_steps=3, width=4096, max_tokens=128, seed=0,
-        reporter=Reporter(quiet=True),
+        reporter=Reporter(quiet=True), fast_when=True,
     )  # fmt: skip
     yield base, encoder, rows, features
     features.close()

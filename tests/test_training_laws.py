@@ -72,33 +72,33 @@ def test_one_micro_batch_of_eight_equals_eight_of_one(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_the_lean_pass_trains_the_same_adapter_as_peft_s_own(
+def test_the_fast_passes_train_the_same_adapter_as_peft_s_own(
     tmp_path: Path, tiny_base: str, problems: str
 ) -> None:
-    lean = run(tmp_path / "1", tiny_base, problems, lean=True)
-    plain = run(tmp_path / "2", tiny_base, problems, lean=False)
-    assert_same(weights(lean), weights(plain), tolerance=2e-4)
+    fast = run(tmp_path / "1", tiny_base, problems, fast=True)
+    plain = run(tmp_path / "2", tiny_base, problems, fast=False)
+    assert_same(weights(fast), weights(plain), tolerance=2e-4)
 
 
-def test_the_lean_pass_on_a_bfloat16_base_has_the_losses_of_peft_s_own(
+def test_the_fast_passes_on_a_bfloat16_base_have_the_losses_of_peft_s_own(
     tmp_path: Path, tiny_base: str, problems: str
 ) -> None:
-    lean, plain = (
+    fast, plain = (
         [row["loss"] for row in read_rows(adapter.path / "metrics.jsonl")]
         for adapter in (
             run(
-                tmp_path / str(lean),
+                tmp_path / str(fast),
                 tiny_base,
                 problems,
                 dtype="bfloat16",
-                lean=lean,
+                fast=fast,
                 learning_rate=0.02,
             )
-            for lean in (True, False)
+            for fast in (True, False)
         )
     )
-    assert lean[-1] < lean[0] - 0.1
-    assert lean == pytest.approx(plain, rel=2e-3)
+    assert fast[-1] < fast[0] - 0.1
+    assert fast == pytest.approx(plain, rel=2e-3)
 
 
 def test_a_warm_up_ends_with_the_step_that_sees_its_tokens(

@@ -90,6 +90,8 @@ class Manifest(_Part):
     """Evaluation files that the rows were checked against, and how many were taken out."""
     before_training: dict[str, Any] | None = None
     """Losses of the base and of the warm start on rows of the task, before any training on it."""
+    fast_passes: list[str] | None = None
+    """The fast passes that its training took; empty: plain ones alone; None: not told."""
     warnings: list[str] = []
     """What is likely wrong, with what to try."""
 

@@ -21,19 +21,15 @@ def continuation_scores(
 ) -> list[list[float]]:
     """Return the summed log-probability of every continuation, question by question.
 
-    Models that do not take such a mask are found out by a comparison on the first question and
-    score each continuation by itself.
+    Where fast passes are enabled the prompt is computed once. Models that do not take such a mask
+    are found out by a comparison on the shortest and the longest question.
     """
     scorer.eval()
-    if not questions:
-        return []
-    first = questions[:1]
-    together, apart = _together(scorer, first, pad_id), _apart(scorer, first, pad_id)
-    # Sums of rounded numbers: a 16-bit format tells two masks apart less finely.
-    tolerance = 1e-4 if causal_model(scorer.model).dtype == torch.float32 else 2e-2
-    if not torch.allclose(torch.tensor(together), torch.tensor(apart), rtol=tolerance, atol=1e-3):
-        return _apart(scorer, questions, pad_id)
     order = sorted(range(len(questions)), key=lambda index: -questions[index].length)
+    ends = [questions[order[place]] for place in (0, -1)] if order else []
+    if not scorer.used.allowed or not all(_equal(scorer, question, pad_id) for question in ends):
+        return _apart(scorer, questions, pad_id)
+    scorer.used.take("shared prompts")
     limit = pass_tokens(next(scorer.parameters()).device)
     scores: dict[int, list[float]] = {}
     while order:
@@ -42,6 +38,16 @@ def continuation_scores(
         results = _together(scorer, [questions[index] for index in chunk], pad_id)
         scores.update(zip(chunk, results, strict=True))
     return [scores[index] for index in range(len(questions))]
+
+
+def _equal(scorer: TokenScorer, question: Question, pad_id: int) -> bool:
+    """Say whether one row with all continuations gives what a row for each gives."""
+    together, apart = (
+        torch.tensor(score(scorer, [question], pad_id)[0]) for score in (_together, _apart)
+    )
+    # Sums of rounded numbers: a 16-bit format tells two masks apart less finely.
+    tolerance = 1e-4 if causal_model(scorer.model).dtype == torch.float32 else 2e-2
+    return torch.allclose(together, apart, rtol=tolerance, atol=1e-3)
 
 
 def _apart(scorer: nn.Module, questions: Sequence[Question], pad_id: int) -> list[list[float]]:

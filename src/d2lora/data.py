@@ -30,6 +30,11 @@ class Row:
     file: str
     line: int
 
+    @property
+    def place(self) -> str:
+        """Where it stands, for messages."""
+        return f"{self.file}, line {self.line}"
+
 
 @dataclass(frozen=True)
 class Fault:

@@ -5,7 +5,6 @@ batch, so a long answer does not keep the others waiting. Shapes: B rows, T toke
 """
 
 import math
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from d2lora.errors import DataError
-from d2lora.llama import Llama, LlamaSteps
-from d2lora.models import Base, causal_model
+from d2lora import fast
+from d2lora.errors import DataError, listed
+from d2lora.fast.llama import Llama, LlamaSteps
+from d2lora.models import Base, causal_model, n_positions
 
 _ROWS_BESIDE = 16
 """Fewer rows than this are not decoded beside others: each batch reads all weights."""
@@ -63,17 +63,26 @@ class Decoder:
     max_new_tokens: int
     batch_size: int
     sampling: Sampling = Sampling()
-    lean: bool = True
-    """Take the faster pass where it is equal to the model's own."""
 
     def complete(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
         """Yield (index of the prompt, ids of its completion without EOS), as batches end.
 
-        On several cores greedy batches are decoded side by side, where the faster pass is taken.
+        On several cores greedy batches are decoded side by side, where the faster pass is taken:
+        fast passes are enabled, and it gives the model's own logits. A row gets as many tokens as
+        there is room for behind its own prompt, at most `max_new_tokens`.
+
+        Raises:
+            DataError: As `check_room`.
         """
+        places = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+        check_room(prompts, places, self.model, self.max_new_tokens)
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         generator = torch.Generator().manual_seed(self.sampling.seed)
-        llama = self._own_pass(prompts[order[0]]) if order and self.lean else None
+        used = fast.used_in(self.model)
+        ends = [prompts[order[place]] for place in (0, -1)] if order else []
+        llama = self._own_pass(ends) if ends and used.allowed else None
+        if llama:
+            used.take("Llama decoding")
         greedy = self.sampling.temperature == 0
         n_beside = 1
         if llama and greedy:
@@ -92,16 +101,23 @@ class Decoder:
                 yield from zip(chunk, outputs, strict=True)
 
     @torch.inference_mode()
-    def _own_pass(self, prompt: Sequence[int]) -> Llama | None:
-        """Return the faster pass, if a prompt and a token behind it get the model's own logits."""
+    def _own_pass(self, ends: Sequence[Sequence[int]]) -> Llama | None:
+        """Return the faster pass, if prompts and a token behind each get the model's own logits.
+
+        Args:
+            ends: The shortest and the longest prompt.
+        """
         llama = Llama.of(causal_model(self.model))
         if llama is None:
             return None
-        logits: list[Tensor] = []
-        for steps in (LlamaSteps(llama), _PlainSteps(self)):
-            first_1V = steps.begin([prompt])
-            logits.append(torch.stack([first_1V, steps.step(torch.tensor([self.base.eos_id]))]))
-        return llama if torch.allclose(*logits, rtol=1e-3, atol=1e-3) else None
+        for prompt in ends:
+            logits: list[Tensor] = []
+            for steps in (LlamaSteps(llama), _PlainSteps(self)):
+                first_1V = steps.begin([prompt])
+                logits.append(torch.stack([first_1V, steps.step(torch.tensor([self.base.eos_id]))]))
+            if not torch.allclose(*logits, rtol=1e-3, atol=1e-3):
+                return None
+        return llama
 
     @property
     def stop_ids(self) -> set[int]:
@@ -115,33 +131,68 @@ class Decoder:
     def _decode(
         self, prompts: Sequence[Sequence[int]], steps: Steps, generator: torch.Generator
     ) -> list[list[int]]:
-        causal = causal_model(self.model)
-        longest = max(map(len, prompts))
-        limit = getattr(causal.config, "max_position_embeddings", None) or sys.maxsize
-        n_steps = min(self.max_new_tokens, limit - longest)
-        if n_steps < 1:
-            raise DataError(f"a prompt has {longest} tokens; the base takes {limit}")
-        stop = self.stop_ids
+        limit, stop = n_positions(self.model), self.stop_ids
+        rooms = [min(self.max_new_tokens, limit - len(prompt)) for prompt in prompts]
         outputs: list[list[int]] = [[] for _ in prompts]
         owners = list(range(len(prompts)))
         going = set(owners)
         logits_BV = steps.begin(prompts)
-        for number in range(n_steps):
+        while True:
             next_B = choose(logits_BV, self.sampling, generator)
             for row, token in enumerate(next_B.tolist()):
-                if row in going and token in stop:
+                if row not in going:
+                    continue
+                output = outputs[owners[row]]
+                if token not in stop:
+                    output.append(token)
+                if token in stop or len(output) == rooms[owners[row]]:
                     going.remove(row)
-                elif row in going:
-                    outputs[owners[row]].append(token)
-            if not going or number + 1 == n_steps:
-                break
+            if not going:
+                return outputs
             if len(owners) - len(going) >= steps.slack:
                 order = steps.keep(sorted(going))
                 owners = [owners[row] for row in order]
                 going = set(range(len(order)))
                 next_B = next_B[order]
             logits_BV = steps.step(next_B)
-        return outputs
+
+
+def check_room(
+    prompts: Sequence[Sequence[int]], places: Sequence[str], model: nn.Module, max_new_tokens: int
+) -> str | None:
+    """Check that every prompt leaves room for an answer.
+
+    Args:
+        prompts: Their token ids.
+        places: Where each comes from, for messages.
+        model: The model that is to answer.
+        max_new_tokens: The tokens that an answer may have.
+
+    Returns:
+        What to tell of prompts that leave room for a shorter answer only; None without any.
+
+    Raises:
+        DataError: If prompts leave no room at all; it names all of them.
+    """
+    limit = n_positions(model)
+    full = [
+        f"{place}: {len(prompt):,} tokens"
+        for place, prompt in zip(places, prompts, strict=True)
+        if len(prompt) >= limit
+    ]
+    if full:
+        raise DataError(
+            f"{len(full)} of {len(prompts)} prompts leave no room for an answer: the base takes "
+            f"{limit:,} tokens, prompt and answer together; shorten them or leave them out:\n"
+            f"{listed(full)}"
+        )
+    n_short = sum(len(prompt) + max_new_tokens > limit for prompt in prompts)
+    if not n_short:
+        return None
+    return (
+        f"{n_short} of {len(prompts)} prompts leave room for fewer than {max_new_tokens} new "
+        f"tokens: the base takes {limit:,}, prompt and answer together"
+    )
 
 
 class _PlainSteps:

@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel
 
 from d2lora.batches import Encoded
-from d2lora.lean import lean_layers
 from d2lora.scorer import TokenScorer, log_probabilities
 from d2lora.stats import paired_difference
 
@@ -67,7 +66,7 @@ def losses_at_start(model: PeftModel, items: Sequence[Encoded], pad_id: int) -> 
     model.eval()
     shown = list(items[:MOST_ROWS])
     scorer = TokenScorer(model)
-    with torch.no_grad(), lean_layers(model):
+    with torch.no_grad():
         warm = _row_losses(scorer, shown, pad_id)
         with model.disable_adapter():
             base = _row_losses(scorer, shown, pad_id)

@@ -19,7 +19,6 @@ from d2lora.batches import collate, micro_batches
 from d2lora.encode import Encoder
 from d2lora.errors import SettingsError
 from d2lora.feature_cache import Array, unit_rows
-from d2lora.lean import lean_layers
 from d2lora.models import Base, causal_model
 from d2lora.rows import Example
 from d2lora.scorer import pass_tokens, within_positions
@@ -54,11 +53,11 @@ def base_states(
     model = causal_model(base.model)
     decoder = getattr(model, model.base_model_prefix)
     device = base.model.device
-    items = [encoder.encode(example).truncated(max_tokens) for example in examples]
+    items = [encoder.encode_within(example, max_tokens) for example in examples]
     order = sorted(range(len(items)), key=lambda index: -len(items[index].ids))
     found = torch.empty(len(items), _hidden_size(base))
     done = 0
-    with torch.inference_mode(), lean_layers(base.model):
+    with torch.inference_mode():
         for group in micro_batches([items[index] for index in order], pass_tokens(device)):
             batch = within_positions(collate(group, base.pad_id), model).to(device)
             hidden_BTD: Tensor = decoder(

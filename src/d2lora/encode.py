@@ -1,5 +1,6 @@
 """From examples to token ids: chat format, supervised span, length limit."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Literal
@@ -7,8 +8,8 @@ from typing import Generic, Literal
 from transformers import PreTrainedTokenizerBase
 
 from d2lora.batches import Encoded, Pair, T
-from d2lora.errors import DataError, SettingsError
-from d2lora.models import Base
+from d2lora.errors import DataError, ModelError, SettingsError
+from d2lora.models import Base, n_embedded, n_positions, unknown_token
 from d2lora.rows import Example, Message
 from d2lora.settings import Overlong
 
@@ -47,18 +48,28 @@ class Encoder:
 
     tokenizer: PreTrainedTokenizerBase
     format: Format
+    n_positions: int = sys.maxsize
+    """Tokens that the base takes in one row."""
+    n_embedded: int = sys.maxsize
+    """Tokens that the base's embedding has rows for."""
 
     @classmethod
     def of(cls, base: Base, chat_format: str | None) -> "Encoder":
         """Return the encoder of a base's tokenizer."""
-        return cls(base.tokenizer, resolve_format(base.tokenizer, chat_format))
+        form = resolve_format(base.tokenizer, chat_format)
+        return cls(base.tokenizer, form, n_positions(base.model), n_embedded(base.model))
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
-        """Return the ids that a completion follows, ready for generation."""
+        """Return the ids that a completion follows, ready for generation.
+
+        Raises:
+            ModelError: If a token is beyond the base's embedding.
+        """
         if self.format == "template" and prompt:
             return self._ids(self._templated(prompt, completing=True))
         ids = self.tokenizer(plain_prompt(prompt))["input_ids"]
         assert isinstance(ids, list)
+        self._check(ids)
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def encode(self, example: Example) -> Encoded:
@@ -77,6 +88,10 @@ class Encoder:
         if completion[-1] != eos_id:
             completion.append(eos_id)
         return Encoded((*prompt, *completion), len(prompt))
+
+    def encode_within(self, example: Example, max_length: int) -> Encoded:
+        """Return an example's ids, cut to `max_length` tokens and to what the base takes."""
+        return self.encode(example).truncated(min(max_length, self.n_positions))
 
     def encode_pair(self, example: Example) -> Pair:
         """Return the ids of a preference: its prompt with either completion."""
@@ -109,7 +124,13 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         assert isinstance(ids, list)
+        self._check(ids)
         return ids
+
+    def _check(self, ids: Sequence[int]) -> None:
+        for token in ids:
+            if token >= self.n_embedded:
+                raise ModelError(unknown_token(token, self.tokenizer, self.n_embedded))
 
 
 @dataclass(frozen=True)
@@ -121,6 +142,8 @@ class EncodedSet(Generic[T]):
     n_dropped: int
     n_truncated: int
     longest: int
+    limit: int
+    """Tokens that a row may have."""
 
     def report(self, max_length: int) -> str | None:
         """Say what became of over-long examples; None where there were none."""
@@ -129,7 +152,8 @@ class EncodedSet(Generic[T]):
         what = f"dropped {self.n_dropped}" if self.n_dropped else f"truncated {self.n_truncated}"
         total = len(self.items) + self.n_dropped
         return (
-            f"{what} of {total} examples longer than {max_length} tokens (longest {self.longest})"
+            f"{what} of {total} examples longer than {min(max_length, self.limit)} tokens (longest "
+            f"{self.longest})"
         )
 
 
@@ -141,7 +165,8 @@ def encode_all(
     Raises:
         DataError: If `overlong` is `error` and an example is too long, or none is left.
     """
-    return _limited([encoder.encode(example) for example in examples], max_length, overlong)
+    encoded = [encoder.encode(example) for example in examples]
+    return _limited(encoded, encoder, max_length, overlong)
 
 
 def encode_pairs(
@@ -152,22 +177,27 @@ def encode_pairs(
     Raises:
         DataError: As `encode_all`.
     """
-    return _limited([encoder.encode_pair(example) for example in examples], max_length, overlong)
+    encoded = [encoder.encode_pair(example) for example in examples]
+    return _limited(encoded, encoder, max_length, overlong)
 
 
-def _limited(encoded: Sequence[T], max_length: int, overlong: Overlong) -> EncodedSet[T]:
+def _limited(
+    encoded: Sequence[T], encoder: Encoder, max_length: int, overlong: Overlong
+) -> EncodedSet[T]:
     longest = max((item.length for item in encoded), default=0)
-    too_long = [index for index, item in enumerate(encoded) if item.length > max_length]
+    limit = min(max_length, encoder.n_positions)
+    too_long = [index for index, item in enumerate(encoded) if item.length > limit]
     if too_long and overlong == "error":
+        own = limit < max_length
+        named = f"the {limit} tokens that the base takes" if own else f"--max-length {limit} tokens"
         raise DataError(
-            f"{len(too_long)} of {len(encoded)} examples are longer than --max-length "
-            f"{max_length} tokens (the longest has {longest}); raise it, or set --overlong to "
-            "drop or truncate"
+            f"{len(too_long)} of {len(encoded)} examples are longer than {named} (the longest has "
+            f"{longest}); {'' if own else 'raise it, or '}set --overlong to drop or truncate"
         )
     dropped = set(too_long) if overlong == "drop" else set[int]()
     kept = [index for index in range(len(encoded)) if index not in dropped]
     if not kept:
-        raise DataError(f"no example is left within --max-length {max_length} tokens")
-    items = [encoded[index].truncated(max_length) for index in kept]
+        raise DataError(f"no example is left within {limit} tokens (--max-length {max_length})")
+    items = [encoded[index].truncated(limit) for index in kept]
     n_truncated = len(too_long) if overlong == "truncate" else 0
-    return EncodedSet(items, kept, len(dropped), n_truncated, longest)
+    return EncodedSet(items, kept, len(dropped), n_truncated, longest, limit)

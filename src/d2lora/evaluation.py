@@ -1,7 +1,7 @@
 """base + adapters + task -> per-example records, scores with intervals, forgetting.
 
 records.parquet, records.jsonl   one row per adapter and test row
-summary.json                     scores, paired differences, forgetting
+summary.json                     scores, paired differences, forgetting, fast passes taken
 done.json                        the marker of completion
 """
 
@@ -14,7 +14,7 @@ import pandas as pd
 
 from d2lora.console import Reporter, table_console
 from d2lora.errors import SettingsError
-from d2lora.measuring import BASE, Measured, TestSets, measure
+from d2lora.measuring import BASE, Measured, TestSets, check_rows, measure
 from d2lora.metrics import columns_of
 from d2lora.models import Base, load_base
 from d2lora.runs import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
@@ -43,6 +43,7 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
     RunFolder.open(settings.out, "")
     sets = TestSets.read(settings)
     base = base or load_base(settings)
+    check_rows(names, base, sets, settings)
     measured: dict[str, Measured] = {}
     for name in names:
         scored = name in settings.adapters or not settings.adapters
@@ -84,7 +85,8 @@ def _evaluated(
             }
     reference = measured.get(BASE)
     forgetting = {name: _forgetting(raw, reference) for name, raw in measured.items()}
-    return Evaluation(records, scores, differences, forgetting)
+    passes = {name: raw.fast_passes for name, raw in measured.items()}
+    return Evaluation(records, scores, differences, forgetting, passes)
 
 
 def _forgetting(raw: Measured, base: Measured | None) -> Forgetting:

@@ -3,18 +3,26 @@
 import json
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from d2lora import fast
 from d2lora.artifacts import Manifest, check_fit, has_manifest
-from d2lora.decoding import Decoder, Sampling
+from d2lora.console import Reporter
+from d2lora.decoding import Decoder, Sampling, check_room
 from d2lora.encode import Encoder
 from d2lora.errors import DataError, SettingsError
-from d2lora.lean import lean_layers
-from d2lora.models import Base, attach_adapter, detach_adapter, load_base, merged
+from d2lora.models import (
+    Base,
+    attach_adapter,
+    detach_adapter,
+    is_folded,
+    load_base,
+    merged,
+)
 from d2lora.rows import Message
 from d2lora.runs import write_text
 from d2lora.settings import GenerateSettings
@@ -22,21 +30,34 @@ from d2lora.tasks import read_task
 
 
 @contextmanager
-def adapted(base: Base, adapter: Path | None) -> Generator[nn.Module]:
-    """Give the base with an adapter on it, or alone, ready to score and decode fast.
+def adapted(
+    base: Base, adapter: Path | None, *, fast_when: bool
+) -> Generator[tuple[nn.Module, fast.Used]]:
+    """Give the base with an adapter on it, or alone, ready to score and decode.
+
+    Args:
+        base: The base; afterwards the adapter is off again.
+        adapter: The adapter's folder. None: the base alone.
+        fast_when: Whether passes may be fast ones, and the adapter folded into the base.
+
+    Yields:
+        The model, and the record of the fast passes that were taken.
 
     Raises:
         ModelError: If the adapter was made on another base.
     """
     if adapter is None:
-        with lean_layers(base.model):
-            yield base.model
+        with fast.enabled(base.model, when=fast_when) as used:
+            yield base.model, used
         return
     check_fit(adapter, base)
     model = attach_adapter(base.model, adapter, trainable=False)
+    folded = merged(model) if fast_when else nullcontext()
     try:
-        with merged(model), lean_layers(model):
-            yield model
+        with folded, fast.enabled(model, when=fast_when) as used:
+            if is_folded(model):
+                used.take("folded adapter")
+            yield model, used
     finally:
         detach_adapter(model)
 
@@ -62,16 +83,17 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     """
     if (settings.prompt is None) == (settings.prompts is None):
         raise SettingsError("give either --prompt TEXT or --prompts FILE")
-    conversations = _conversations(settings)
+    conversations, places = _conversations(settings)
     adapter = Path(settings.adapter) if settings.adapter else None
     base = load_base(settings)
     encoder = Encoder.of(base, chat_format_of(adapter, settings.chat_format))
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
     prompts = [encoder.prompt_ids(conversation) for conversation in conversations]
-    with adapted(base, adapter) as model:
-        decoder = Decoder(
-            model, base, settings.max_new_tokens, settings.batch_size, sampling, settings.lean
-        )
+    told = check_room(prompts, places, base.model, settings.max_new_tokens)
+    if told is not None:
+        Reporter().say(told)
+    with adapted(base, adapter, fast_when=settings.fast) as (model, _):
+        decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
         outputs = dict(decoder.complete(prompts))
     return [
         {"prompt": conversation[-1].content, "output": decode(base, outputs[index])}
@@ -86,23 +108,28 @@ def decode(base: Base, ids: Sequence[int]) -> str:
     return text.strip()
 
 
-def _conversations(settings: GenerateSettings) -> list[tuple[Message, ...]]:
+def _conversations(settings: GenerateSettings) -> tuple[list[tuple[Message, ...]], list[str]]:
+    """Return the prompts, and where each comes from."""
     if settings.prompt is not None:
         if not settings.prompt.strip():
             raise SettingsError("--prompt is empty")
-        return [(Message("user", settings.prompt),)]
+        return [(Message("user", settings.prompt),)], ["--prompt"]
     assert settings.prompts is not None
     path = Path(settings.prompts)
     if path.suffix == ".txt":
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         lines = path.read_text(encoding="utf-8").splitlines()
-        prompts = [(Message("user", line),) for line in lines if line.strip()]
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        prompts = [(Message("user", line),) for _, line in numbered]
+        places = [f"{path}, line {number}" for number, _ in numbered]
     else:
-        prompts = [example.prompt for example in read_task([settings.prompts], "prompts").examples]
+        data = read_task([settings.prompts], "prompts")
+        prompts = [example.prompt for example in data.examples]
+        places = [row.place for row in data.rows]
     if not prompts:
         raise DataError(f"{path}: the file holds no prompts")
-    return prompts
+    return prompts, places
 
 
 def command(settings: GenerateSettings) -> None:

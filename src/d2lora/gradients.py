@@ -19,13 +19,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from d2lora import checkpoint
+from d2lora import checkpoint, fast
 from d2lora.batches import Encoded, collate
 from d2lora.console import Reporter
 from d2lora.encode import Encoder
 from d2lora.feature_cache import Array
 from d2lora.inits import LoraShape, attach_fresh
-from d2lora.lean import lean_layers
 from d2lora.models import Base, detach_adapter
 from d2lora.objectives import SFT
 from d2lora.rows import Example
@@ -86,7 +85,7 @@ class GradientFeatures:
 
     def __init__(
         self, base: Base, encoder: Encoder, sample: Sequence[Example], *, n_steps: int,
-        width: int, max_tokens: int, seed: int, reporter: Reporter,
+        width: int, max_tokens: int, seed: int, reporter: Reporter, fast_when: bool,
     ) -> None:  # fmt: skip
         """Warm up for a few steps on a sample of the pool.
 
@@ -99,8 +98,10 @@ class GradientFeatures:
             max_tokens: Longer rows are truncated.
             seed: Seed of the adapter, the order of rows and the sketch.
             reporter: Where progress is shown.
+            fast_when: Whether passes may be fast ones.
         """
         self._base, self._encoder, self._max_tokens = base, encoder, max_tokens
+        self._fast = fast_when
         self.width = width
         shape = LoraShape(RANK, 2.0 * RANK, 0.0, ("all-linear",))
         self.model: PeftModel = attach_fresh(base.model, shape, seed)
@@ -111,7 +112,8 @@ class GradientFeatures:
         items = [self._item(example) for example in sample]
         with tempfile.TemporaryDirectory() as folder:
             run = RunFolder(Path(folder))
-            train(self.model, items, [], SFT(), settings, run, reporter, pad_id=base.pad_id)
+            with fast.enabled(self.model, when=fast_when):
+                train(self.model, items, [], SFT(), settings, run, reporter, pad_id=base.pad_id)
             moments = checkpoint.moments(run.path)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -153,7 +155,7 @@ class GradientFeatures:
     def _sketched(self, examples: Sequence[Example], *, adam: bool) -> Array:
         found = np.empty((len(examples), self.width), dtype=np.float32)
         items = [self._item(example) for example in examples]
-        with lean_layers(self.model):
+        with fast.enabled(self.model, when=self._fast):
             # By length: passes of one shape follow each other, see `batches.WIDTH_STEP`.
             for row in sorted(range(len(items)), key=lambda row: items[row].length):
                 gradient = self._gradient(items[row])
@@ -163,7 +165,7 @@ class GradientFeatures:
         return found
 
     def _item(self, example: Example) -> Encoded:
-        return self._encoder.encode(example).truncated(self._max_tokens)
+        return self._encoder.encode_within(example, self._max_tokens)
 
 
 def warmup_rows(n_pool: int, n_steps: int) -> int:

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from rich.table import Table
 from safetensors.torch import load_file
 
+from d2lora import fast
 from d2lora.artifacts import Manifest, check_fit, has_manifest
 from d2lora.base_files import base_folder
 from d2lora.console import table_console
@@ -117,7 +118,8 @@ def _on_task(settings: InspectSettings, folder: Path, manifest: Manifest | None)
     examples = read_task(settings.data).examples[:MOST_ROWS]
     items = encode_all(encoder, examples, LONGEST, "truncate").items
     model = attach_adapter(base.model, folder, trainable=False)
-    return losses_at_start(model, items, base.pad_id)
+    with fast.enabled(model, when=settings.fast):
+        return losses_at_start(model, items, base.pad_id)
 
 
 def _updates(folder: Path) -> dict[str, Factors]:

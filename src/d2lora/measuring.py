@@ -11,9 +11,9 @@ from torch import nn
 from d2lora.batches import Question
 from d2lora.console import Reporter
 from d2lora.continuations import continuation_scores
-from d2lora.decoding import Decoder
+from d2lora.decoding import Decoder, check_room
 from d2lora.encode import Encoder, encode_all, encode_pairs
-from d2lora.errors import DataError
+from d2lora.errors import DataError, listed
 from d2lora.generation import adapted, chat_format_of, decode
 from d2lora.metrics import MAIN_SCORE, SCORERS, preference
 from d2lora.models import Base
@@ -60,6 +60,8 @@ class Measured:
     general_loss: float | None
     right: np.ndarray[tuple[int], np.dtype[np.float64]] | None
     """1 for each multiple-choice question answered right, else 0."""
+    fast_passes: list[str]
+    """The fast passes that were taken, in words."""
 
 
 def measure(
@@ -67,12 +69,13 @@ def measure(
 ) -> Measured:
     """Measure one adapter (a folder), or the base alone (`base`), on every set."""
     path = None if name == BASE else Path(name)
-    with adapted(base, path) as model:
+    with adapted(base, path, fast_when=settings.fast) as (model, used):
         encoder = Encoder.of(base, chat_format_of(path, settings.chat_format))
         return Measured(
             _score_task(model, base, encoder, name, sets.task, settings, reporter),
             _general_loss(model, base, encoder, sets.general, settings),
             _right_choices(model, base, encoder, sets.choices),
+            used.names,
         )
 
 
@@ -91,8 +94,11 @@ def _score_task(
     if data.task.score == "preference":
         return _score_preferences(model, base, encoder, name, examples, settings)
     scorer = SCORERS[data.task.score]
-    decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, lean=settings.lean)
+    decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size)
     prompts = [encoder.prompt_ids(example.prompt) for example in examples]
+    told = check_room(prompts, _places(data, len(prompts)), model, settings.max_new_tokens)
+    if told is not None:
+        reporter.say(told)
     records: dict[int, dict[str, Any]] = {}
     with reporter.bar("generating", len(prompts)) as bar:
         for index, ids in decoder.complete(prompts):
@@ -101,6 +107,30 @@ def _score_task(
             )
             bar.update(len(records))
     return [records[index] for index in range(len(examples))]
+
+
+def check_rows(
+    names: Sequence[str], base: Base, sets: TestSets, settings: EvaluateSettings
+) -> None:
+    """Check, before anything is measured, that the base can take the test rows of all adapters.
+
+    Raises:
+        DataError: If prompts leave no room for an answer, or choices do not fit; it names all.
+    """
+    data = sets.task
+    folders = [None if name == BASE else Path(name) for name in names]
+    for chat_format in {chat_format_of(folder, settings.chat_format) for folder in folders}:
+        encoder = Encoder.of(base, chat_format)
+        if data is not None and data.task.score != "preference":
+            examples = data.examples[: settings.limit]
+            prompts = [encoder.prompt_ids(example.prompt) for example in examples]
+            places = _places(data, len(prompts))
+            check_room(prompts, places, base.model, settings.max_new_tokens)
+        questions_of(encoder, sets.choices)
+
+
+def _places(data: TaskData, n: int) -> list[str]:
+    return [data.rows[index].place for index in range(n)]
 
 
 def _score_preferences(
@@ -184,11 +214,27 @@ def _right_choices(
 
 
 def questions_of(encoder: Encoder, questions: Sequence[Choice]) -> list[Question]:
-    """Return multiple-choice questions as token ids; a choice's EOS is not scored."""
+    """Return multiple-choice questions as token ids; a choice's EOS is not scored.
+
+    Raises:
+        DataError: If some are longer than what the base takes; it names all.
+    """
     rows: list[Question] = []
     for question in questions:
         prompt = (Message("user", question.prompt),)
         whole = [encoder.encode(Example(prompt, choice)) for choice in question.choices]
         endings = tuple(w.ids[w.n_prompt : -1] for w in whole)
         rows.append(Question(whole[0].ids[: whole[0].n_prompt], endings))
+    lengths = [len(row.prompt) + max(map(len, row.endings)) for row in rows]
+    beyond = [
+        f"question {number}: {length:,} tokens"
+        for number, length in enumerate(lengths, 1)
+        if length > encoder.n_positions
+    ]
+    if beyond:
+        raise DataError(
+            f"{len(beyond)} of {len(rows)} multiple-choice questions are longer than the "
+            f"{encoder.n_positions:,} tokens that the base takes; shorten them or leave them "
+            f"out:\n{listed(beyond)}"
+        )
     return rows

@@ -4,6 +4,7 @@ Weights come from safetensors only and no code of a model repository is ever run
 """
 
 import os
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,10 +51,13 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        """A token for padding that is not EOS, so that EOS stays supervised (trl#1623)."""
-        tokenizer = self.tokenizer
+        """A token for padding that is not EOS, so that EOS stays supervised (trl#1623).
+
+        Tokenizers have pad tokens that the embedding has no row for; any other does as well.
+        """
+        tokenizer, n_rows = self.tokenizer, n_embedded(self.model)
         for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
-            if candidate is not None and candidate != self.eos_id:
+            if candidate is not None and candidate != self.eos_id and candidate < n_rows:
                 return _token_id(candidate)
         return 0 if self.eos_id != 0 else 1
 
@@ -68,7 +72,7 @@ def load_base(settings: BaseSettings) -> Base:
 
     Raises:
         ModelError: If it cannot be found, is not a causal language model, has no safetensors or
-            no EOS token, or the device is not there.
+            no EOS token that it knows, or the device is not there.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -85,9 +89,12 @@ def load_base(settings: BaseSettings) -> Base:
         raise ModelError(f"{settings.base}: not a causal language model: {reason}") from None
     model.requires_grad_(False)
     nn.Module.to(model, device).eval()
-    return Base(
+    base = Base(
         model, tokenizer, settings.base, settings.revision, fingerprint, quantization_of(folder)
     )
+    if base.eos_id >= (n_rows := n_embedded(model)):
+        raise ModelError(f"{settings.base}: {unknown_token(base.eos_id, tokenizer, n_rows)}")
+    return base
 
 
 def load_tokenizer(settings: BaseSettings) -> PreTrainedTokenizerBase:
@@ -224,6 +231,11 @@ def merged(model: PeftModel) -> Generator[None]:
                 weight.copy_(value)
 
 
+def is_folded(model: nn.Module) -> bool:
+    """Say whether an adapter is folded into the base's weights, in some layer at least."""
+    return any(isinstance(layer, LoraLayer) and layer.merged for layer in model.modules())
+
+
 def weight_of(layer: nn.Module) -> Any:
     """Return the one matrix that a linear layer multiplies with; None where there is none.
 
@@ -239,6 +251,27 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
+
+
+def n_embedded(model: nn.Module) -> int:
+    """Return how many tokens a model's embedding has rows for."""
+    return len(causal_model(model).get_input_embeddings().get_parameter("weight"))
+
+
+def unknown_token(token: int, tokenizer: PreTrainedTokenizerBase, n_rows: int) -> str:
+    """Say that a tokenizer makes a token for which an embedding has no row."""
+    return (
+        f"the tokenizer makes token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but the "
+        f"base's embedding ends with {n_rows - 1}: the tokenizer is another model's, or "
+        "tokens were added to it alone; take the base's own, or resize the embedding "
+        "(resize_token_embeddings of transformers) and save both"
+    )
+
+
+def n_positions(model: nn.Module) -> int:
+    """Return how many tokens a model takes in one row; `sys.maxsize` where it names no limit."""
+    config = causal_model(model).config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def n_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:

@@ -2,7 +2,7 @@
 
 A pair is one row: the prompt, then both completions right behind it and blind to each other
 (see `batches.branch`). Models that tell such a row from two are found out by a comparison on the
-first pair, and score the completions as rows of their own. Shapes: B pairs.
+first pairs, and on what is longer, and score the completions as rows of their own. Shapes: B pairs.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2lora import fast
 from d2lora.batches import Pair, Question, branch, collate, micro_batches
+from d2lora.fast.probing import Probed, in_evaluation
 from d2lora.models import causal_model
 from d2lora.scorer import TokenScorer, device_of_scorer, pass_tokens, sum_by_row
 
@@ -19,22 +21,26 @@ from d2lora.scorer import TokenScorer, device_of_scorer, pass_tokens, sum_by_row
 class PairScorer:
     """Scores pairs; what it found about the model is kept for the next batch."""
 
-    def __init__(self, *, share_prompts: bool = True) -> None:
-        """Make a scorer.
-
-        Args:
-            share_prompts: Compute a pair's prompt once where that is proved equal.
-        """
-        self._shares: bool | None = None if share_prompts else False
+    def __init__(self) -> None:
+        """Begin without knowing any model."""
+        self._used: fast.Used | None = None
 
     def __call__(
         self, scorer: nn.Module, pairs: Sequence[Pair], pad_id: int
     ) -> tuple[Tensor, Tensor]:
         """Return the summed log-probabilities of chosen and rejected completions, (B,) each."""
-        if self._shares is None:
-            self._shares = _equal(scorer, pairs[0], pad_id)
-        score = _together if self._shares else _apart
-        return score(scorer, pairs, pad_id)
+        used = _inner(scorer).used
+        if used is not self._used:
+            self._used, self._probed = used, Probed()
+            self._shares = used.allowed
+        ordered = sorted(pairs, key=lambda pair: pair.length)
+        due = self._probed.lacks(ordered[0].length, ordered[-1].length)
+        for is_due, pair in zip(due, (ordered[0], ordered[-1]), strict=True):
+            self._shares = self._shares and (not is_due or _equal(scorer, pair, pad_id))
+        if not self._shares:
+            return _apart(scorer, pairs, pad_id)
+        used.take("shared prompts")
+        return _together(scorer, pairs, pad_id)
 
 
 @torch.no_grad()
@@ -95,9 +101,7 @@ def _equal(scorer: nn.Module, pair: Pair, pad_id: int) -> bool:
         return False
     if pair.chosen.n_prompt == 0 or causal.get_output_embeddings() is None:
         return False
-    training = inner.training
-    inner.eval()
-    together, apart = (torch.stack(f(inner, [pair], pad_id)) for f in (_together, _apart))
-    inner.train(training)
+    with in_evaluation(inner):
+        together, apart = (torch.stack(f(inner, [pair], pad_id)) for f in (_together, _apart))
     tolerance = 1e-4 if causal.dtype == torch.float32 else 2e-2
     return bool(torch.allclose(together, apart, rtol=tolerance, atol=1e-3))

@@ -21,7 +21,7 @@ from typing import Any
 from d2lora.artifacts import base_record
 from d2lora.console import Reporter
 from d2lora.data import nested_order, stream_seed
-from d2lora.decoding import Decoder, Sampling
+from d2lora.decoding import Decoder, Sampling, check_room
 from d2lora.encode import Encoder
 from d2lora.errors import DataError
 from d2lora.generation import adapted, chat_format_of, decode
@@ -30,7 +30,7 @@ from d2lora.models import Base, load_base
 from d2lora.rows import Example
 from d2lora.runs import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
 from d2lora.settings import PairsSettings
-from d2lora.tasks import read_task
+from d2lora.tasks import TaskData, read_task
 
 FILE = "pairs.jsonl"
 
@@ -47,6 +47,8 @@ class PairsMade:
     n_samples: int
     n_distinct_samples: int
     mean_sample_score: float
+    fast_passes: list[str]
+    """The fast passes that sampling took, in words."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def make_pairs(settings: PairsSettings, base: Base | None = None) -> PairsMade:
     order = nested_order(len(data.examples), stream_seed(settings.seed, "subset"))
     examples = [data.examples[index] for index in order[: settings.n]]
     base = base or load_base(settings)
-    samples = _sampled(settings, base, examples, data.task.score, reporter)
+    samples, fast_passes = _sampled(settings, base, examples, data, reporter)
     rows: list[dict[str, Any]] = []
     for example, own in zip(examples, samples, strict=True):
         row = _pair(example, own, data.task.score, best_sample=settings.chosen == "sample")
@@ -99,6 +101,7 @@ def make_pairs(settings: PairsSettings, base: Base | None = None) -> PairsMade:
         n_samples=len(examples) * settings.samples,
         n_distinct_samples=len(every),
         mean_sample_score=sum(sample.score for sample in every) / len(every),
+        fast_passes=fast_passes,
     )
     _write(settings, base, data.sources, rows, made)
     reporter.say(
@@ -113,28 +116,35 @@ def _sampled(
     settings: PairsSettings,
     base: Base,
     examples: Sequence[Example],
-    kind: str,
+    data: TaskData,
     reporter: Reporter,
-) -> list[list[_Sample]]:
-    """Return the distinct samples of every prompt, each with its main score."""
+) -> tuple[list[list[_Sample]], list[str]]:
+    """Return the distinct samples of every prompt, scored, and the fast passes taken."""
     folder = Path(settings.adapter) if settings.adapter else None
     encoder = Encoder.of(base, chat_format_of(folder, settings.chat_format))
     prompts = [encoder.prompt_ids(example.prompt) for example in examples]
+    places = [data.rows[example.row].place for example in examples]
+    told = check_room(prompts, places, base.model, settings.max_new_tokens)
+    if told is not None:
+        reporter.say(told)
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
     texts: list[dict[str, None]] = [{} for _ in examples]
-    with adapted(base, folder) as model, reporter.bar("sampling", len(repeated)) as bar:
-        decoder = Decoder(
-            model, base, settings.max_new_tokens, settings.batch_size, sampling, settings.lean
-        )
+    with (
+        adapted(base, folder, fast_when=settings.fast) as (model, used),
+        reporter.bar("sampling", len(repeated)) as bar,
+    ):
+        decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
         for done, (index, ids) in enumerate(decoder.complete(repeated), 1):
             texts[index // settings.samples][decode(base, ids)] = None
             bar.update(done)
+    kind = data.task.score
     score, main = SCORERS[kind], MAIN_SCORE[kind]
-    return [
+    samples = [
         [_Sample(text, score(text, example.completion)[main]) for text in sorted(own)]
         for example, own in zip(examples, texts, strict=True)
     ]
+    return samples, used.names
 
 
 def _pair(

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from accelerate import PartialState
 
-from d2lora import checkpoint
+from d2lora import checkpoint, fast
 from d2lora.artifacts import (
     FORMAT_VERSION,
     LoraRecord,
@@ -60,37 +60,21 @@ def run_phase(
         _set_aside(rows.faults, run, reporter)
     everyone.wait_for_everyone()
     reset_peak_memory(base.model.device)
-    start = _start(settings, base, beginning, rows, run, reporter)
-    model = beginning.model
-    n_scored_tokens = 0
-    reference = reference_name(settings, beginning)
-    if reference is not None:
-        # Where a part of the base is in the adapter, the base is the adapter as it begins.
-        off = reference == "base" and not beginning.changes_base
-        policy = ReferencePolicy(reference, model, off, base.fingerprint)
-        pairs, n_scored_tokens = with_reference(
-            policy,
-            [*rows.train, *rows.valid],
-            run.path,
+    with fast.enabled(beginning.model, when=settings.fast) as used:
+        start = _start(settings, base, beginning, rows, run, reporter)
+        rows, n_scored_tokens = _scored(settings, base, beginning, rows, run, reporter, everyone)
+        trained = train(
+            beginning.model,
+            rows.train,
+            rows.valid,
+            objective_of(settings),
+            settings,
+            run,
             reporter,
             pad_id=base.pad_id,
-            max_tokens=settings.micro_batch_tokens,
-            process=(everyone.process_index, everyone.num_processes),
+            resume=settings.resume,
+            max_tokens=settings.max_tokens if isinstance(settings, WarmupSettings) else None,
         )
-        rows = replace(rows, train=pairs[: len(rows.train)], valid=pairs[len(rows.train) :])
-        everyone.wait_for_everyone()
-    trained = train(
-        model,
-        rows.train,
-        rows.valid,
-        objective_of(settings),
-        settings,
-        run,
-        reporter,
-        pad_id=base.pad_id,
-        resume=settings.resume,
-        max_tokens=settings.max_tokens if isinstance(settings, WarmupSettings) else None,
-    )
     n_before = n_scored_tokens + beginning.about.n_tokens
     trained = replace(trained, cost=replace(trained.cost, n_prepass_tokens=n_before))
     warnings = [] if start is None or start.warning is None else [start.warning]
@@ -98,7 +82,7 @@ def run_phase(
         warnings += _warmup_warnings(trained, reporter)
     if is_main_process():
         saved = _save_weights(beginning, run)
-        manifest = _manifest(settings, base, saved, rows, encoder, trained, run)
+        manifest = _manifest(settings, base, saved, rows, encoder, trained, used, run)
         told = None if start is None else start.to_json()
         manifest = manifest.model_copy(update={"before_training": told, "warnings": warnings})
         _finish(manifest, rows, str(base.model.device), run)
@@ -108,6 +92,36 @@ def run_phase(
         f"written to {run.path} ({cost.n_steps:,} steps, {cost.n_tokens:,} tokens, "
         f"{cost.elapsed_s:.0f} s)"
     )
+
+
+def _scored(
+    settings: WarmupSettings | AdaptSettings,
+    base: Base,
+    beginning: Beginning,
+    rows: Rows,
+    run: RunFolder,
+    reporter: Reporter,
+    everyone: PartialState,
+) -> tuple[Rows, int]:
+    """Give pairs what DPO needs of them; return the rows and the tokens that were run for it."""
+    reference = reference_name(settings, beginning)
+    if reference is None:
+        return rows, 0
+    # Where a part of the base is in the adapter, the base is the adapter as it begins.
+    off = reference == "base" and not beginning.changes_base
+    policy = ReferencePolicy(reference, beginning.model, off, base.fingerprint)
+    pairs, n_tokens = with_reference(
+        policy,
+        [*rows.train, *rows.valid],
+        run.path,
+        reporter,
+        pad_id=base.pad_id,
+        max_tokens=settings.micro_batch_tokens,
+        process=(everyone.process_index, everyone.num_processes),
+    )
+    everyone.wait_for_everyone()
+    n_train = len(rows.train)
+    return replace(rows, train=pairs[:n_train], valid=pairs[n_train:]), n_tokens
 
 
 def reference_name(
@@ -180,6 +194,7 @@ def _manifest(
     rows: Rows,
     encoder: Encoder,
     trained: Trained,
+    used: fast.Used,
     run: RunFolder,
 ) -> Manifest:
     return Manifest(
@@ -202,6 +217,7 @@ def _manifest(
         adapter_fingerprint=fingerprint_of_adapter(run.path),
         provenance=provenance(),
         kept_out=rows.kept_out,
+        fast_passes=used.names,
     )
 
 

@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 
+from d2lora import fast
 from d2lora.bags import semantic_vectors
 from d2lora.console import Reporter
 from d2lora.data import nested_order
@@ -17,7 +18,6 @@ from d2lora.encode import Encoder
 from d2lora.feature_cache import Array, FeatureCache, block_key
 from d2lora.gradients import GradientFeatures, warmup_rows
 from d2lora.hygiene import source_of
-from d2lora.lean import lean_layers
 from d2lora.models import Base, device_of, load_base
 from d2lora.pool import Lazy
 from d2lora.rows import Example
@@ -83,10 +83,15 @@ class PoolFeatures:
             base, encoder = self._encoding()
             width, n = base_width(base), self._settings.feature_tokens
             key = self._key("states", base, encoder)
+
+            def states(block: Sequence[Example]) -> Array:
+                with fast.enabled(base.model, when=self._settings.fast):
+                    return base_states(base, encoder, block, n)
+
             pool, task = (
                 self._cache.rows(
                     "hidden states", key, rows, width,
-                    lambda block: base_states(base, encoder, block, n),
+                    states,
                 )
                 for rows in (self.examples, self.task)
             )  # fmt: skip
@@ -106,8 +111,8 @@ class PoolFeatures:
         n = self._settings.feature_tokens
 
         def losses(block: Sequence[Example]) -> Array:
-            items = [encoder.encode(example).truncated(n) for example in block]
-            with lean_layers(base.model):
+            items = [encoder.encode_within(example, n) for example in block]
+            with fast.enabled(base.model, when=self._settings.fast):
                 sums = log_probabilities(scorer, items, base.pad_id)
             means = [-s / max(1, item.n_supervised) for s, item in zip(sums, items, strict=True)]
             return np.array(means, dtype=np.float32)[:, None]
@@ -134,7 +139,7 @@ class PoolFeatures:
                     GradientFeatures(
                         base, encoder, sample, n_steps=settings.gradient_steps,
                         width=settings.gradient_width, max_tokens=settings.feature_tokens,
-                        seed=settings.seed, reporter=self._reporter,
+                        seed=settings.seed, reporter=self._reporter, fast_when=settings.fast,
                     )
                 )  # fmt: skip
             return made[0]
@@ -165,4 +170,5 @@ class PoolFeatures:
     def _key(self, what: str, base: Base, encoder: Encoder, *parts: object) -> str:
         dtype = str(base.model.dtype)
         n = self._settings.feature_tokens
-        return json.dumps([what, _VERSION, base.fingerprint, dtype, encoder.format, n, *parts])
+        own = parts if self._settings.fast else (*parts, "plain passes")
+        return json.dumps([what, _VERSION, base.fingerprint, dtype, encoder.format, n, *own])

@@ -16,7 +16,6 @@ from peft import PeftModel
 
 from d2lora.batches import Pair
 from d2lora.console import Reporter
-from d2lora.lean import lean_layers
 from d2lora.pair_scores import pair_log_probabilities
 from d2lora.runs import is_main_process, read_json, write_json
 from d2lora.scorer import TokenScorer
@@ -61,7 +60,7 @@ def log_probabilities_of(
 ) -> list[tuple[float, float]]:
     """Return the summed log-probabilities of both completions of each pair, in nats."""
     off = policy.model.disable_adapter() if policy.switched_off else nullcontext()
-    with off, lean_layers(policy.model):
+    with off:
         scorer = TokenScorer(policy.model).eval()
         return pair_log_probabilities(scorer, pairs, pad_id, max_tokens)
 

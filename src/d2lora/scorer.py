@@ -11,45 +11,52 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d2lora import head, replay
+from d2lora import fast
 from d2lora.batches import Batch, Branches, Encoded, collate, micro_batches
-from d2lora.models import causal_model
-from d2lora.packed import pack, row_by_row, takes_packed_rows
+from d2lora.fast import cuda_graphs, head
+from d2lora.fast.packing import pack, row_by_row, takes_packed_rows
+from d2lora.fast.probing import Probed, in_evaluation
+from d2lora.models import causal_model, n_positions
 
 
 class TokenScorer(nn.Module):
     """Scores the supervised tokens of a batch; the one forward pass of training and scoring.
 
     It is what gets wrapped for several devices, so gradients are synchronised by its `forward`.
-    The fastest way that gives the model's own log-probabilities is found on the first batch: rows
-    end to end without padding; rows padded on the right; or the model's whole forward pass, for
-    models that change logits after the head (soft caps, scaling) or see padding.
+    The fastest way that gives the model's own log-probabilities is found on the first batch, and
+    anew on what is longer: rows end to end without padding, where fast passes are enabled; rows
+    padded on the right; or the model's whole forward pass, for models that change logits after the
+    head (soft caps, scaling) or see padding.
     """
 
-    def __init__(self, model: nn.Module, *, lean: bool = True, replays: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, replays: bool = False) -> None:
         """Wrap a causal language model, with or without adapters.
 
         Args:
             model: The model.
-            lean: Try the ways that are faster than padded rows and a plain head.
-            replays: Record passes with a gradient on a GPU: nothing hooks into the model, its
-                weights are changed in place only, and every pass is followed by its backward pass.
+            replays: Where fast passes are enabled, record those with a gradient on a GPU: nothing
+                hooks into the model, its weights are changed in place only, and every pass is
+                followed by its backward pass.
         """
         super().__init__()
         self.model = model
-        self._lean = lean
         self._replays = replays
-        self._replayed: replay.Replayed | None = None
-        self._way: Callable[[Batch], Tensor] | None = None
+        self._replayed: cuda_graphs.Replayed | None = None
+        self._used = fast.used_in(model)
+        self._probed = Probed()
+        self._ways: list[Callable[[Batch], Tensor]] = []
+
+    @property
+    def used(self) -> fast.Used:
+        """The record of fast passes that the model is open to now."""
+        return fast.used_in(self.model)
 
     def forward(self, batch: Batch | Branches) -> Tensor:
         """Return the log-probabilities of `batch.targets_P`, float32, shape (P,)."""
         if isinstance(batch, Branches):
             return self._branched(batch)
         batch = within_positions(batch, causal_model(self.model))
-        if self._way is None:
-            self._way = self._fastest(batch)
-        return self._way(batch)
+        return self._fastest(batch)(batch)
 
     def _packed(self, batch: Batch) -> Tensor:
         """Run the decoder on rows end to end."""
@@ -67,14 +74,18 @@ class TokenScorer(nn.Module):
 
     def _decoder(self, ids_BT: Tensor) -> Callable[[Tensor], Tensor]:
         """Return what computes hidden states from ids: the decoder, or its recordings."""
-        if not self._replays or not torch.is_grad_enabled() or ids_BT.device.type != "cuda":
+        wanted = self._replays and self.used.allowed and torch.is_grad_enabled()
+        width = cuda_graphs.recorded_width(ids_BT.shape[1])
+        if not wanted or ids_BT.device.type != "cuda" or width > n_positions(self.model):
             return self._plain
         if self._replayed is None:
-            self._replays = replay.fits(self.model)
+            self._replays = cuda_graphs.fits(self.model)
             if not self._replays:
                 return self._plain
             parameters = [p for p in self.model.parameters() if p.requires_grad]
-            self._replayed = replay.Replayed(self._plain, parameters)
+            self._replayed = cuda_graphs.Replayed(self._plain, parameters)
+        if self._replayed.has_recordings:
+            self.used.take("recorded passes")
         return self._replayed
 
     def _plain(self, ids_BT: Tensor) -> Tensor:
@@ -103,37 +114,56 @@ class TokenScorer(nn.Module):
     def _of_hidden(self, hidden_PD: Tensor, batch: Batch | Branches) -> Tensor:
         layer = causal_model(self.model).get_output_embeddings()
         assert layer is not None
-        if self._lean and head.fits(layer):
+        if self.used.allowed and head.fits(layer):
+            self.used.take("head without logits")
             return head.log_probabilities(hidden_PD, layer, batch.targets_P)
         return _of_logits(layer(hidden_PD), batch.targets_P)
 
-    @torch.no_grad()
     def _fastest(self, batch: Batch) -> Callable[[Batch], Tensor]:
-        """Return the first way that scores a row behind another one as the model does alone."""
-        causal = causal_model(self.model)
-        if causal.get_output_embeddings() is None:
-            return self._whole
-        ways = [self._packed] if self._lean and takes_packed_rows(causal) else []
-        training = self.model.training
-        self.model.eval()
-        row = batch.row(_shortest(batch))
-        own_P = self._whole(row)
+        """Return the first way that scores rows behind others as the model does alone."""
+        used = self.used
+        if not self._ways or used is not self._used:
+            causal = causal_model(self.model)
+            fitting = [self._packed] if used.allowed and takes_packed_rows(causal) else []
+            plain = [] if causal.get_output_embeddings() is None else [self._padded]
+            self._used, self._probed = used, Probed()
+            self._ways = [*fitting, *plain, self._whole]
+        # By the width: to look at the rows themselves would make a GPU wait in every pass.
+        width = batch.ids_BT.shape[1]
+        for is_due, row in zip(
+            self._probed.lacks(width, width), (_shortest, _longest), strict=True
+        ):
+            while is_due and len(self._ways) > 1 and not self._is_equal(batch.row(row(batch))):
+                del self._ways[0]
+        if self._ways[0] == self._packed:
+            used.take("rows end to end")
+        return self._ways[0]
+
+    @torch.no_grad()
+    def _is_equal(self, row: Batch) -> bool:
+        """Say whether the first way scores a row behind another as the model does alone."""
+        with in_evaluation(self.model):
+            own_P = self._whole(row)
+            off_P = (self._ways[0](row.behind_another())[-len(own_P) :] - own_P).abs()
         # Rounding stays far below; a row that sees another's tokens or a missing mask does not.
-        tolerance = 1e-4 if causal.dtype == torch.float32 else 5e-2
-        for way in (*ways, self._padded):
-            off_P = (way(row.behind_another())[-len(own_P) :] - own_P).abs()
-            if float(off_P.sum()) <= tolerance * len(own_P):
-                break
-        else:
-            way = self._whole
-        self.model.train(training)
-        return way
+        tolerance = 1e-4 if causal_model(self.model).dtype == torch.float32 else 5e-2
+        return float(off_P.sum()) <= tolerance * len(own_P)
 
 
 def _shortest(batch: Batch) -> int:
     """Return the shortest of the rows that predict something, or the first row."""
-    rows = batch.rows_P.unique() if len(batch.rows_P) else batch.rows_P.new_zeros(1)
+    rows = _predicting(batch)
     return int(rows[batch.mask_BT[rows].sum(1).argmin()])
+
+
+def _longest(batch: Batch) -> int:
+    """Return the longest of the rows that predict something, or the first row."""
+    rows = _predicting(batch)
+    return int(rows[batch.mask_BT[rows].sum(1).argmax()])
+
+
+def _predicting(batch: Batch) -> Tensor:
+    return batch.rows_P.unique() if len(batch.rows_P) else batch.rows_P.new_zeros(1)
 
 
 def _of_logits(logits_PV: Tensor, targets_P: Tensor) -> Tensor:
@@ -142,9 +172,7 @@ def _of_logits(logits_PV: Tensor, targets_P: Tensor) -> Tensor:
 
 def within_positions(batch: Batch, model: nn.Module) -> Batch:
     """Return the batch without padding that lies beyond a model's last position."""
-    n_positions = getattr(model.config, "max_position_embeddings", None)
-    beyond = n_positions is not None and batch.ids_BT.shape[1] > n_positions
-    return batch.trimmed() if beyond else batch
+    return batch.trimmed() if batch.ids_BT.shape[1] > n_positions(model) else batch
 
 
 def pass_tokens(device: torch.device, wanted: int = 0) -> int:

@@ -29,6 +29,8 @@ class Evaluation:
     differences: dict[str, dict[str, Difference]]
     """Adapter -> score -> paired difference to the first adapter named."""
     forgetting: dict[str, Forgetting]
+    fast_passes: dict[str, list[str]]
+    """Adapter -> the fast passes that were taken, in words."""
 
     def summary(self) -> dict[str, Any]:
         """Return everything but the records as plain values."""
@@ -36,6 +38,7 @@ class Evaluation:
             "scores": _plain(self.scores),
             "differences_to_first": _plain(self.differences),
             "forgetting": {name: asdict(f) for name, f in self.forgetting.items()},
+            "fast_passes": self.fast_passes,
         }
 
 

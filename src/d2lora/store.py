@@ -85,8 +85,8 @@ def _base_of(settings: BaseSettings) -> BaseSettings:
 
 
 def shared_base(settings: BaseSettings) -> Any:
-    """Load a base once in a process."""
-    return _loaded(_base_of(settings).to_yaml())
+    """Load a base once in a process, however its passes are taken."""
+    return _loaded(_base_of(settings).changed(fast=True).to_yaml())
 
 
 @cache

@@ -8,7 +8,6 @@ killed at any moment and resumed to the same result.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -23,7 +22,6 @@ from d2lora.cost import Cost, TrainingFlops, peak_memory_bytes
 from d2lora.data import stream_seed
 from d2lora.errors import TrainingError
 from d2lora.inits import adamw
-from d2lora.lean import lean_layers
 from d2lora.models import causal_model
 from d2lora.objectives import Objective
 from d2lora.runs import RunFolder, is_main_process
@@ -108,8 +106,8 @@ def train(
         )
     device = next(iter(parameters.values())).device
     accelerator = Accelerator(cpu=device.type == "cpu")
-    alone = settings.lean and accelerator.num_processes == 1
-    scorer = accelerator.prepare(TokenScorer(model, lean=settings.lean, replays=alone))
+    alone = accelerator.num_processes == 1
+    scorer = accelerator.prepare(TokenScorer(model, replays=alone))
     optimizer = adamw(model, settings)
     plan = _planned(train_set, settings, max_tokens)
     causal = causal_model(model)
@@ -121,8 +119,7 @@ def train(
         return _measured(scorer, valid_set, objective, limit, pad_id)
 
     began = time.perf_counter()
-    lean = lean_layers(model) if settings.lean else nullcontext()
-    with lean, torch.random.fork_rng():
+    with torch.random.fork_rng():
         torch.manual_seed(seed_of(settings, "dropout"))
         if resume and checkpoint.exists(run.path):
             state.progress = Progress(

@@ -43,6 +43,10 @@ class BaseSettings(Settings):
     """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps."""
     threads: int = Field(default=0, ge=0)
     """CPU threads. 0: as torch decides."""
+    fast: bool = True
+    """Take fast passes where they are equal to the plain ones: in layers, norms, gated units and
+    the head; rows without padding and a Llama's decoding on a CPU, recorded passes on a GPU;
+    prompts shared by completions; adapters folded for scoring."""
 
     @field_validator("device")
     @classmethod
@@ -128,9 +132,6 @@ class TrainSettings(Settings):
     (gradient accumulation). The result does not depend on it. 0: 1024 on a CPU, 8192 elsewhere."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Most examples in one forward pass. None: only micro_batch_tokens counts."""
-    lean: bool = True
-    """Use the faster passes where they are equal to the plain ones: LoRA layers, norms, gated units
-    and the head; on a CPU rows without padding, on a GPU passes that are recorded and replayed."""
     lora_plus_ratio: float = Field(default=1.0, gt=0)
     """LoRA+: B learns at this many times the learning rate. 1: as A does."""
     schedule: Schedule = "linear"
@@ -206,5 +207,3 @@ class GenerationSettings(Settings):
     """Most tokens to generate for one prompt."""
     batch_size: int = Field(default=64, ge=1)
     """Prompts decoded together."""
-    lean: bool = True
-    """Decode with the faster pass where the model is one that it computes (Llama on a CPU)."""

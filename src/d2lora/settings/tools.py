@@ -166,6 +166,8 @@ class InspectSettings(Settings):
     """The GGUF file to take as weights inside the base's folder or hub model."""
     data: tuple[str, ...] = ()
     """Rows of a task: the loss of the base and of the adapter on the first 32 are told."""
+    fast: bool = True
+    """Take fast passes for it where they are equal to the plain ones."""
     plot: Path | None = None
     """PNG to write: the spectrum of every layer."""
     out: Path | None = None

@@ -25,6 +25,11 @@ PLAIN_PASSES = 3
 """Passes of a shape before it is recorded: they warm its kernels up, and rare shapes stay plain."""
 
 
+def recorded_width(n_tokens: int) -> int:
+    """Return the width to which rows of so many tokens are filled up."""
+    return math.ceil(n_tokens / WIDTH_STEP) * WIDTH_STEP
+
+
 @dataclass
 class _Recording:
     ids_BT: Tensor
@@ -60,11 +65,17 @@ class Replayed:
         self._awaiting = False
         self._records = True
 
+    @property
+    def has_recordings(self) -> bool:
+        """Whether a shape came back often enough to be recorded."""
+        return bool(self._recordings)
+
     def __call__(self, ids_BT: Tensor) -> Tensor:
         """Return the hidden states, at least as wide as the ids, with a gradient."""
         if not self._records or self._awaiting:
             return self._decode(ids_BT)
-        ids_BT = functional.pad(ids_BT, (0, -ids_BT.shape[1] % WIDTH_STEP))
+        n_tokens = ids_BT.shape[1]
+        ids_BT = functional.pad(ids_BT, (0, recorded_width(n_tokens) - n_tokens))
         shape = ids_BT.shape
         self._passes[shape] += 1
         if shape not in self._recordings and self._passes[shape] > PLAIN_PASSES:

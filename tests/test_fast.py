@@ -8,10 +8,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d2lora import products
+from d2lora import fast
 from d2lora.batches import Question
 from d2lora.continuations import _apart, _together, continuation_scores
-from d2lora.lean import lean_layers
+from d2lora.fast import matmul
 from d2lora.models import load_base
 from d2lora.scorer import TokenScorer
 from d2lora.settings import BaseSettings
@@ -22,9 +22,7 @@ ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="to
 @pytest.mark.parametrize("n_rows", [1, 15, 16, 100])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize(
-    "product", [products.linear, pytest.param(products.by_onednn, marks=ONEDNN)]
-)
+@pytest.mark.parametrize("product", [matmul.linear, pytest.param(matmul.by_onednn, marks=ONEDNN)])
 def test_a_product_equals_torch_s(
     product: Callable[..., Tensor], n_rows: int, biased: bool, turned: bool
 ) -> None:
@@ -39,19 +37,19 @@ def test_a_product_equals_torch_s(
 def test_a_packed_weight_gives_torch_s_product_on_every_maker_s_processor(
     monkeypatch: pytest.MonkeyPatch, *, by_onednn: bool
 ) -> None:
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: by_onednn)
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: by_onednn)
     torch.manual_seed(0)
     weight = torch.randn(40, 24)
-    packed = products.packed(weight)
+    packed = matmul.packed(weight)
     assert packed.is_mkldnn == by_onednn
     for n_rows in (1, 16, 100):
         x = torch.randn(n_rows, 24)
-        torch.testing.assert_close(products.product(x, packed), functional.linear(x, weight))
+        torch.testing.assert_close(matmul.product(x, packed), functional.linear(x, weight))
 
 
 def test_other_number_formats_keep_torch_s_own_product() -> None:
     x, weight = torch.randn(20, 8, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
-    assert torch.equal(products.linear(x, weight), functional.linear(x, weight))
+    assert torch.equal(matmul.linear(x, weight), functional.linear(x, weight))
 
 
 def test_a_frozen_layer_passes_the_same_gradient_and_gets_none() -> None:
@@ -61,21 +59,21 @@ def test_a_frozen_layer_passes_the_same_gradient_and_gets_none() -> None:
     x = torch.randn(2, 9, 24, requires_grad=True)
     wanted = layer(x)
     (plain,) = torch.autograd.grad(wanted.square().sum(), x)
-    with lean_layers(layer):
+    with fast.enabled(layer, when=True):
         got = layer(x)
-        (lean,) = torch.autograd.grad(got.square().sum(), x)
+        (quick,) = torch.autograd.grad(got.square().sum(), x)
     torch.testing.assert_close(got, wanted)
-    torch.testing.assert_close(lean, plain)
+    torch.testing.assert_close(quick, plain)
     assert layer.weight.grad is None
 
 
 def test_a_layer_that_trains_keeps_torch_s_pass_and_nothing_is_left_behind() -> None:
     layer = nn.Sequential(nn.Linear(24, 24))
-    with lean_layers(layer):
+    with fast.enabled(layer, when=True):
         layer(torch.randn(20, 24)).sum().backward()
     assert layer[0].weight.grad is not None
     frozen = layer.requires_grad_(False)
-    with lean_layers(frozen):
+    with fast.enabled(frozen, when=True):
         assert "forward" in vars(frozen[0])
     assert "forward" not in vars(frozen[0])
 
@@ -100,9 +98,9 @@ def test_on_a_bfloat16_base_an_adapter_is_trained_as_under_autocast(
 
     with torch.autocast("cpu", torch.bfloat16):
         wanted = passed()
-    with lean_layers(model) as n_lean:
+    with fast.enabled(model, when=True) as used:
         got = passed()
-    assert n_lean == 1
+    assert "LoRA layers" in used.names
     for own, plain in zip(got, wanted, strict=True):
         assert own.dtype == plain.dtype
         assert (own - plain).norm() < 2**-7 * plain.norm()
@@ -124,7 +122,9 @@ def test_choices_scored_together_are_the_choices_scored_apart(tiny_base: str) ->
         together = _together(scorer, questions(), base.pad_id)
     for one, other in zip(together, apart, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
-    in_chunks = continuation_scores(scorer, questions() * 80, base.pad_id)
+    with fast.enabled(base.model, when=True) as used:
+        in_chunks = continuation_scores(scorer, questions() * 80, base.pad_id)
+    assert "shared prompts" in used.names
     assert in_chunks[-1] == pytest.approx(apart[-1], abs=1e-4)
     assert in_chunks[3] == pytest.approx(apart[0], abs=1e-4)
 
@@ -146,6 +146,8 @@ def test_a_model_that_ignores_the_mask_scores_each_choice_by_itself(
     scorer = TokenScorer(base.model).eval()
     with torch.no_grad():
         apart = _apart(scorer, questions(), base.pad_id)
-    scores = continuation_scores(scorer, questions(), base.pad_id)
+    with fast.enabled(base.model, when=True) as used:
+        scores = continuation_scores(scorer, questions(), base.pad_id)
+    assert "shared prompts" not in used.names
     for one, other in zip(scores, apart, strict=True):
         assert one == pytest.approx(other, abs=1e-4)

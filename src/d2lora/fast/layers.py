@@ -1,4 +1,4 @@
-"""Lean forward and backward passes of layers, equal to PEFT's and transformers' and faster.
+"""Fast forward and backward passes of layers, equal to PEFT's and transformers' and faster.
 
 PEFT computes `W x + s * B(A(dropout(x)))` as separate operations of which autograd keeps every
 result. Without dropout the update can be added in place and only x and A x have to be kept; the
@@ -11,9 +11,7 @@ passes of `elementwise`. On a bfloat16 base a float32 adapter is multiplied in b
     dx = g W + (s g B) A             dB = s g' (x A')
 """
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,18 +19,19 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from d2lora.elementwise import gated_fits, gated_forward, norm_fits, norm_forward
-from d2lora.products import is_frozen_linear, linear
+from d2lora.fast.elementwise import gated_fits, gated_forward, norm_fits, norm_forward
+from d2lora.fast.matmul import is_frozen_linear, linear
+from d2lora.fast.probing import Pass, has_own_forward, in_evaluation, is_hooked
 
 _DTYPES = {
-    (torch.float32, torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16, torch.float32),
-    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
 }
-"""Of x, the frozen weight and the adapter."""
+"""Of the frozen weight, and x with it, and of the adapter."""
 
 
-class _LeanLora(torch.autograd.Function):
+class _Lora(torch.autograd.Function):
     """Shapes: x (N, in), weight (out, in), A (r, in), B (out, r), bias (out,) or None."""
 
     @staticmethod
@@ -64,7 +63,7 @@ class _LeanLora(torch.autograd.Function):
         return dx, None, None, da.to(ctx.dtype), db.to(ctx.dtype), None
 
 
-class _LeanFrozen(torch.autograd.Function):
+class _Frozen(torch.autograd.Function):
     """Shapes: x (N, in), weight (out, in), bias (out,) or None."""
 
     @staticmethod
@@ -85,17 +84,16 @@ def _lora_forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Te
     (name,) = layer.active_adapters
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     base = layer.base_layer
-    dtypes = x.dtype, base.weight.dtype, a.dtype
-    if layer.disable_adapters or layer.merged or dtypes not in _DTYPES:
+    if layer.disable_adapters or layer.merged or x.dtype != base.weight.dtype:
         return LoraLinear.forward(layer, x, *args, **kwargs)
     flat = x.reshape(-1, x.shape[-1])
-    y = _LeanLora.apply(flat, base.weight, base.bias, a, b, layer.scaling[name])
+    y = _Lora.apply(flat, base.weight, base.bias, a, b, layer.scaling[name])
     assert isinstance(y, Tensor)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _frozen_forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    y = _LeanFrozen.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias)
+    y = _Frozen.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias)
     assert isinstance(y, Tensor)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -107,32 +105,33 @@ def _lora_fits(layer: nn.Module) -> bool:
     names = layer.active_adapters
     if len(names) != 1 or layer.lora_variant or layer.fan_in_fan_out:
         return False
+    parts = (module for module in layer.modules() if module is not layer)
+    if layer.disable_adapters or layer.merged or any(map(is_hooked, parts)):
+        return False
     dropout, b = layer.lora_dropout[names[0]], layer.lora_B[names[0]]
     plain = isinstance(b, nn.Linear) and b.state_dict().keys() == {"weight"}
-    return plain and isinstance(dropout, nn.Identity)
+    dtypes = layer.base_layer.weight.dtype, b.weight.dtype
+    return plain and isinstance(dropout, nn.Identity) and dtypes in _DTYPES
 
 
-@contextmanager
-def lean_layers(model: nn.Module) -> Generator[int]:
-    """Give layers their lean pass inside the block; yield how many LoRA layers took it."""
-    modules = list(model.modules())
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        taken = [(layer, forward) for fits, forward in _LEAN for layer in modules if fits(layer)]
-    model.train(training)
-    for layer, forward in taken:
-        layer.forward = partial(forward, layer)  # pyright: ignore[reportArgumentType]
-    try:
-        yield sum(forward is _lora_forward for _, forward in taken)
-    finally:
-        for layer, _ in taken:
-            del layer.forward
+def passes_of(model: nn.Module) -> list[tuple[nn.Module, str, Pass]]:
+    """Return the layers that a fast pass is equal for, each with its name and the pass.
+
+    A layer that somebody else gave a `forward` keeps it.
+    """
+    layers = [layer for layer in model.modules() if not has_own_forward(layer)]
+    with in_evaluation(model), torch.no_grad():
+        return [
+            (layer, name, Pass(forward, layer))
+            for name, fits, forward in _PASSES
+            for layer in layers
+            if fits(layer)
+        ]
 
 
-_LEAN: tuple[tuple[Callable[[nn.Module], bool], Callable[..., Tensor]], ...] = (
-    (_lora_fits, _lora_forward),
-    (is_frozen_linear, _frozen_forward),
-    (norm_fits, norm_forward),
-    (gated_fits, gated_forward),
+_PASSES: tuple[tuple[str, Callable[[nn.Module], bool], Callable[..., Tensor]], ...] = (
+    ("LoRA layers", _lora_fits, _lora_forward),
+    ("frozen linear layers", is_frozen_linear, _frozen_forward),
+    ("norms", norm_fits, norm_forward),
+    ("gated units", gated_fits, gated_forward),
 )

@@ -7,6 +7,8 @@ the slower one. `benchmarks/matrix_products.py` measures both.
 
 import os
 import platform
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TypeGuard
@@ -19,9 +21,24 @@ LEAST_ROWS = 16
 """With fewer rows a product is bound by memory, and oneDNN costs more than it saves."""
 _TYPICAL_ROWS = 64
 
-# oneDNN keeps the code and memory of the last 1,024 shapes it met. Batches rarely share a length,
-# so those of old batches are dead weight: hundreds of MB on a small base. It is read at first use.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+_KEPT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+
+
+@contextmanager
+def few_shapes_kept() -> Generator[None]:
+    """Let oneDNN, where the block is its first use, keep the code of few shapes.
+
+    It keeps code and memory of the last 1,024 shapes that it met. Batches rarely share a length,
+    so those of old batches are dead weight: hundreds of MB on a small base.
+    """
+    if _KEPT in os.environ:
+        yield
+        return
+    os.environ[_KEPT] = "64"
+    try:
+        yield
+    finally:
+        os.environ.pop(_KEPT, None)
 
 
 @cache

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from d2lora.attention import RowAttention, pays
 from d2lora.batches import Batch
+from d2lora.fast.attention import RowAttention, pays
 
 NAME = "d2lora_packed"
 _SETTING = "_attn_implementation"
@@ -67,11 +68,13 @@ def takes_packed_rows(model: PreTrainedModel) -> bool:
 def row_by_row(model: PreTrainedModel) -> Generator[None]:
     """Let a model's attention see the rows that its call names as `cu_seq_lens_q`."""
     before = _attention_of(model)
+    ALL_ATTENTION_FUNCTIONS[NAME] = _attention
     setattr(model.config, _SETTING, NAME)
     try:
         yield
     finally:
         setattr(model.config, _SETTING, before)
+        del ALL_ATTENTION_FUNCTIONS[NAME]
 
 
 def _attention_of(model: PreTrainedModel) -> str | None:
@@ -109,6 +112,3 @@ def _attention(
         if row[0].shape[2]
     ]
     return torch.cat(rows, dim=1), None
-
-
-AttentionInterface.register(NAME, _attention)

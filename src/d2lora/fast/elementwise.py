@@ -10,12 +10,14 @@ RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467; SwiGLU: Shazeer 2020, arXiv 
 Shapes: N tokens in any number of dimensions, D hidden, F units.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from transformers.activations import ACT2FN
 
 
 class _Norm(torch.autograd.Function):
@@ -77,28 +79,48 @@ def gated_forward(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def norm_fits(layer: nn.Module) -> bool:
-    """Say whether a layer is an RMS norm as Llama has it: a scale that nothing trains, no shift."""
+    """Say whether a layer is an RMS norm as Llama has it: a scale that nothing trains, no shift.
+
+    It is called only where that cannot fail: one vector of scales and nothing else, one input.
+    """
     own = dict(layer.named_parameters())
     epsilon = getattr(layer, "variance_epsilon", None)
-    if set(own) != {"weight"} or own["weight"].requires_grad or not isinstance(epsilon, float):
+    if set(own) != {"weight"} or not isinstance(epsilon, float) or not _takes_one(layer):
         return False
-    x = torch.linspace(-1, 2, len(own["weight"])).to(own["weight"])
+    weight = own["weight"]
+    if weight.requires_grad or weight.ndim != 1 or next(layer.children(), None) is not None:
+        return False
+    x = torch.linspace(-1, 2, len(weight)).to(weight)
     return _equal(layer(x[None]), norm_forward(layer, x[None]))
 
 
 def gated_fits(layer: nn.Module) -> bool:
-    """Say whether a layer is a gated MLP as Llama has it, whatever its linear layers are."""
+    """Say whether a layer is a gated MLP as Llama has it, whatever its linear layers are.
+
+    The activation is told by what it is: near zero, where small weights lead, all are alike.
+    """
     names = {name for name, _ in layer.named_children()}
-    if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+    if names != {"gate_proj", "up_proj", "down_proj", "act_fn"} or not _takes_one(layer):
         return False
     width = getattr(layer.gate_proj, "in_features", 0)
     weight = next(layer.parameters())
-    if not width or not weight.is_floating_point():
+    if type(layer.act_fn) not in _SILU or not width or not weight.is_floating_point():
         return False
     x = torch.linspace(-1, 2, width).to(weight)
     return _equal(layer(x[None]), gated_forward(layer, x[None]))
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+_SILU = {nn.SiLU, type(ACT2FN["silu"])}
+
+
+def _takes_one(layer: nn.Module) -> bool:
+    """Say whether a layer's pass has one input, and so no gate or mask beside it."""
+    return len(inspect.signature(layer.forward).parameters) == 1
+
+
+def _equal(one: object, other: Tensor) -> bool:
+    if not isinstance(one, Tensor) or one.shape != other.shape or one.dtype != other.dtype:
+        return False
     tolerance = 1e-4 if one.dtype == torch.float32 else 2e-2
-    return torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+    largest = float(other.abs().max())
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance * largest)

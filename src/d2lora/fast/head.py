@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from d2lora.products import is_frozen_linear, linear
+from d2lora.fast.matmul import is_frozen_linear, linear
+from d2lora.fast.probing import is_hooked
 
 ROWS, GPU_ROWS = 64, 1024
 """Positions whose logits are held at a time: on a CPU few, to stay in its cache."""
@@ -50,8 +51,8 @@ class _Scores(torch.autograd.Function):
 
 
 def fits(head: nn.Module) -> TypeGuard[nn.Linear]:
-    """Say whether a head is a plain linear layer that nothing trains."""
-    return is_frozen_linear(head)
+    """Say whether a head is a plain linear layer that nothing trains and nothing hooks into."""
+    return is_frozen_linear(head) and not is_hooked(head)
 
 
 def log_probabilities(hidden_PD: Tensor, head: nn.Linear, targets_P: Tensor) -> Tensor:

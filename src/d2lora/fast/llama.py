@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from d2lora.fast.matmul import packed, product
+from d2lora.fast.probing import is_hooked
 from d2lora.models import weight_of
-from d2lora.products import packed, product
 
 _PROMPT_TOKENS = 512
 """Padded prompt tokens in one pass: what it computes stays in the cache of one core."""
@@ -239,5 +240,6 @@ def _fits(model: PreTrainedModel) -> bool:
         config.hidden_act == "silu"
         and config.rope_parameters["rope_type"] in _ROPES
         and not (config.attention_bias or config.mlp_bias)
+        and not any(map(is_hooked, model.modules()))
         and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
     )

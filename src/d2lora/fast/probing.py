@@ -1,0 +1,57 @@
+"""What is asked before a fast pass takes the place of a plain one."""
+
+import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Pass(partial):
+    """A fast pass in the place of a module's `forward`."""
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Say whether somebody else gave this one module a `forward`, as accelerate's hooks do."""
+    own = vars(module).get("forward")
+    return own is not None and not isinstance(own, Pass)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Say whether a call of a module does more than its class says, so that it must be called."""
+    return has_own_forward(module) or any(vars(module).get(name) for name in _HOOKS)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Generator[None]:
+    """Switch dropout off inside the block; every module is then in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class Probed:
+    """The lengths of the inputs on which a fast pass was compared with the plain one."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._least, self._most = math.inf, 0
+
+    def lacks(self, shortest: int, longest: int) -> tuple[bool, bool]:
+        """Say whether the shortest and the longest of more inputs are to be compared as well.
+
+        Windows of attention and limits of positions show in long inputs alone, so whatever is
+        longer than all before is; of shorter ones, those of half the length.
+        """
+        is_short, is_long = 2 * shortest <= self._least, longest > self._most
+        if is_short:
+            self._least = shortest
+        self._most = max(self._most, longest)
+        return is_short, is_long

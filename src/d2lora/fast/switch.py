@@ -1,0 +1,75 @@
+"""The one door to the fast passes: they are taken inside its block alone, and told afterwards.
+
+    with fast.enabled(model, when=settings.fast) as used:
+        ...
+    used.names
+
+What scores or decodes with a model asks `used_in(model)`; outside a block every pass is plain.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from d2lora.fast.layers import passes_of
+from d2lora.fast.matmul import few_shapes_kept
+
+
+@dataclass
+class Used:
+    """Whether fast passes may be taken, and those that were."""
+
+    allowed: bool
+    taken: set[str] = field(default_factory=set[str])
+
+    @property
+    def names(self) -> list[str]:
+        """What was taken, in words, sorted."""
+        return sorted(self.taken)
+
+    def take(self, name: str) -> None:
+        """Note that a pass is taken."""
+        assert self.allowed
+        self.taken.add(name)
+
+
+_PLAIN = Used(allowed=False)
+_OPEN: WeakKeyDictionary[nn.Module, Used] = WeakKeyDictionary()
+"""Every module that is inside a block."""
+
+
+@contextmanager
+def enabled(model: nn.Module, *, when: bool) -> Generator[Used]:
+    """Let a model's passes be fast inside the block when that is wanted, and else plain.
+
+    Layers get their fast `forward`, but for those to which somebody else gave one.
+
+    Raises:
+        RuntimeError: If the model, or a part of it, is inside such a block already.
+    """
+    modules = list(model.modules())
+    if any(module in _OPEN for module in modules):
+        raise RuntimeError("fast passes of this model are on, or off, already: blocks do not nest")
+    used = Used(allowed=when)
+    passes = passes_of(model) if when else []
+    for layer, name, forward in passes:
+        used.take(name)
+        layer.forward = forward
+    _OPEN.update(dict.fromkeys(modules, used))
+    try:
+        with few_shapes_kept() if when else nullcontext():
+            yield used
+    finally:
+        for module in modules:
+            _OPEN.pop(module, None)
+        for layer, _, forward in passes:
+            if vars(layer).get("forward") is forward:
+                del layer.forward
+
+
+def used_in(model: nn.Module) -> Used:
+    """Return the record of the block that a model is in; outside of one nothing is allowed."""
+    return _OPEN.get(model, _PLAIN)

@@ -1,0 +1,114 @@
+"""What is found out about a model is found out on short and on long inputs."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from d2lora import fast
+from d2lora.batches import Batch, Encoded, Pair, Question, collate
+from d2lora.continuations import continuation_scores
+from d2lora.decoding import Decoder
+from d2lora.fast.llama import LlamaSteps
+from d2lora.models import Base, load_base
+from d2lora.pair_scores import PairScorer
+from d2lora.scorer import TokenScorer
+from d2lora.settings import BaseSettings
+
+LONG = 40
+
+
+@pytest.fixture
+def base(tiny_base: str) -> Base:
+    return load_base(BaseSettings(base=tiny_base, device="cpu"))
+
+
+def spoil(base: Base, monkeypatch: pytest.MonkeyPatch, *names: str, width: int) -> None:
+    """Make the decoder deaf to some inputs where a row is longer than `width`."""
+    decoder = base.model.base_model
+    own = decoder.forward
+
+    def forgetful(**values: Any) -> Any:
+        if values["input_ids"].shape[1] > width:
+            for name in names:
+                values.pop(name, None)
+        return own(**values)
+
+    monkeypatch.setattr(decoder, "forward", forgetful)
+
+
+def row_of(length: int, start: int = 5) -> Encoded:
+    ids = tuple((7 * place + start) % 90 + 5 for place in range(length))
+    return Encoded(ids, length // 3)
+
+
+def batch_of(*lengths: int) -> Batch:
+    return collate([row_of(length, row) for row, length in enumerate(lengths)], 0)
+
+
+@pytest.mark.parametrize("batches", [[(4, 60, 9)], [(4, 9), (9, 60)], [(60,), (9, 4)]])
+@torch.no_grad()
+def test_a_scorer_compares_ways_on_the_shortest_and_the_longest_row_it_meets(
+    base: Base, monkeypatch: pytest.MonkeyPatch, batches: list[tuple[int, ...]]
+) -> None:
+    spoil(base, monkeypatch, "cu_seq_lens_q", "position_ids", width=LONG)
+    plain = [TokenScorer(base.model)(batch_of(*lengths)) for lengths in batches]
+    with fast.enabled(base.model, when=True):
+        scorer = TokenScorer(base.model)
+        for lengths, expected in zip(batches, plain, strict=True):
+            torch.testing.assert_close(scorer(batch_of(*lengths)), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_choices_are_compared_on_the_shortest_and_the_longest_question(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(base, monkeypatch, "attention_mask", width=LONG)
+    questions = [
+        Question((1, 9, 8, 7), ((10, 11), (12,))),
+        Question(row_of(30).ids, (row_of(10).ids, row_of(12, 9).ids)),
+        Question((1, 20), ((21, 22), (10, 11))),
+    ]
+    plain = continuation_scores(TokenScorer(base.model), questions, base.pad_id)
+    with fast.enabled(base.model, when=True):
+        scores = continuation_scores(TokenScorer(base.model), questions, base.pad_id)
+    for ours, expected in zip(scores, plain, strict=True):
+        assert ours == pytest.approx(expected, abs=1e-3)
+
+
+@torch.no_grad()
+def test_pairs_are_compared_on_the_shortest_and_the_longest_pair(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(base, monkeypatch, "attention_mask", width=LONG)
+
+    def pair_of(length: int) -> Pair:
+        prompt = row_of(length).ids
+        return Pair(Encoded((*prompt, 11, 12), length), Encoded((*prompt, 30, 31, 32), length))
+
+    groups = [[pair_of(9), pair_of(4)], [pair_of(12), pair_of(44)]]
+    plain = [PairScorer()(TokenScorer(base.model), group, base.pad_id) for group in groups]
+    with fast.enabled(base.model, when=True) as used:
+        scorer, pair_scorer = TokenScorer(base.model), PairScorer()
+        for group, expected in zip(groups, plain, strict=True):
+            ours = pair_scorer(scorer, group, base.pad_id)
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+            assert "shared prompts" in used.names
+
+
+def test_faster_decoding_is_compared_on_the_shortest_and_the_longest_prompt(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = LlamaSteps.begin
+
+    def begin(steps: LlamaSteps, prompts: Any) -> Tensor:
+        logits_BV = own(steps, prompts)
+        return logits_BV.flip(1) if max(map(len, prompts)) > LONG else logits_BV
+
+    monkeypatch.setattr(LlamaSteps, "begin", begin)
+    prompts = [list(row_of(length).ids) for length in (9, 60, 5)]
+    expected = dict(Decoder(base.model, base, 6, 1).complete(prompts))
+    with fast.enabled(base.model, when=True) as used:
+        assert dict(Decoder(base.model, base, 6, 1).complete(prompts)) == expected
+    assert "Llama decoding" not in used.names
