@@ -26,11 +26,12 @@ from torch import Tensor
 
 from common import base_of, head, parser_of, row, taking_turns
 from d2lora import decoding, llama
+from d2lora.attaching import merged
 from d2lora.decoding import Decoder
 from d2lora.encode import Encoder
 from d2lora.inits import LoraShape, attach_fresh
 from d2lora.lean import lean_layers
-from d2lora.models import Base, load_base, merged
+from d2lora.models import Base, load_base
 from d2lora.products import packed, product
 from d2lora.settings import AdaptSettings, BaseSettings, GenerationSettings
 from d2lora.tasks import read_task

@@ -13,9 +13,10 @@ from typing import Any, Literal, Self
 from peft import LoraConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from d2lora.adapter_files import ADAPTER_WEIGHTS
 from d2lora.errors import ModelError, WarmStartError
 from d2lora.inits import LoraShape
-from d2lora.models import ADAPTER_WEIGHTS, EMBEDDED, Base
+from d2lora.models import EMBEDDED, Base
 from d2lora.runs import read_json, sha256_of, write_json, write_text
 
 FORMAT_VERSION = 1

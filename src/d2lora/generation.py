@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from d2lora.artifacts import Manifest, check_fit, has_manifest
+from d2lora.attaching import attached, merged
 from d2lora.decoding import Decoder, Sampling
 from d2lora.encode import Encoder
 from d2lora.errors import DataError, SettingsError
 from d2lora.lean import lean_layers
-from d2lora.models import Base, attach_adapter, detach_adapter, load_base, merged
+from d2lora.models import Base, load_base
 from d2lora.rows import Message
 from d2lora.runs import write_text
 from d2lora.settings import GenerateSettings
@@ -33,12 +34,8 @@ def adapted(base: Base, adapter: Path | None) -> Generator[nn.Module]:
             yield base.model
         return
     check_fit(adapter, base)
-    model = attach_adapter(base.model, adapter, trainable=False)
-    try:
-        with merged(model), lean_layers(model):
-            yield model
-    finally:
-        detach_adapter(model)
+    with attached(base.model, adapter) as model, merged(model), lean_layers(model):
+        yield model
 
 
 def chat_format_of(adapter: Path | None, wanted: str | None) -> str | None:

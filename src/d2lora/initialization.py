@@ -21,14 +21,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from d2lora.adapter_files import read_adapter_config
 from d2lora.artifacts import Ancestor, save_adapter
+from d2lora.attaching import detach_adapter
 from d2lora.batches import Encoded, Item, Pair, collate, micro_batches
 from d2lora.console import Reporter
 from d2lora.data_inits import LOOKS
 from d2lora.errors import ModelError, SettingsError
 from d2lora.inits import LoraShape, attach, check_targets, lora_config, target_layers
 from d2lora.loftq import on_cpu
-from d2lora.models import Base, causal_model, detach_adapter, read_adapter_config
+from d2lora.models import Base, causal_model
 from d2lora.scorer import pass_tokens
 from d2lora.settings import FRESH, PhaseSettings
 
@@ -191,6 +193,11 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
         raise SettingsError(
             f"--init {name} changes the base, and a DoRA adapter cannot be converted back; use "
             "--init fresh, gaussian, orthogonal or eva with --dora"
+        )
+    if changes_base(name) and name != "loftq" and getattr(model, "is_quantized", False):
+        raise SettingsError(
+            f"--init {name} changes the base's weights, and those of this base are quantized; use "
+            "--init fresh, gaussian, orthogonal or eva"
         )
     if name == "orthogonal" and shape.rank % 2:
         raise SettingsError(f"--init orthogonal needs an even rank, got {shape.rank}")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from d2lora.models import weight_of
+from d2lora.models import is_plain, weight_of
 from d2lora.products import packed, product
 
 _PROMPT_TOKENS = 512
@@ -232,7 +232,7 @@ class LlamaSteps:
 
 def _fits(model: PreTrainedModel) -> bool:
     """Say whether a model is what this module computes."""
-    if type(model) is not LlamaForCausalLM:
+    if type(model) is not LlamaForCausalLM or not is_plain(model):
         return False
     config: Any = model.config
     return (
