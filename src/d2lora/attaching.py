@@ -44,16 +44,17 @@ def attach_adapter(
             a trainable one holds more than LoRA weights.
     """
     files = AdapterFiles.read(folder)
-    if trainable:
-        files.check_lora_only()
     if dropout is not None:
         files.config.lora_dropout = dropout
     before = _Before(model, files)
     try:
-        return _put_on(model, files, trainable=trainable)
+        on_base = _put_on(model, files, trainable=trainable)
+        if trainable:
+            files.check_lora_only()
     except ModelError:
         before.restore()
         raise
+    return on_base
 
 
 @contextmanager
@@ -199,11 +200,12 @@ def _foldable(model: nn.Module) -> Iterator[LoraLinear]:
     for layer in model.modules():
         if type(layer) is not LoraLinear or len(layer.active_adapters) != 1:
             continue
-        base, (name,) = layer.get_base_layer(), layer.active_adapters
+        base: nn.Module = layer.get_base_layer()
+        (name,) = layer.active_adapters
         if (
             type(base) in {nn.Linear, Conv1D}
-            and base.weight.dtype == torch.float32
-            and base.weight.data_ptr() not in shared
+            and base.get_parameter("weight").dtype == torch.float32
+            and base.get_parameter("weight").data_ptr() not in shared
             and not layer.lora_bias[name]
             and all(type(variant) is DoraLinearVariant for variant in layer.lora_variant.values())
         ):

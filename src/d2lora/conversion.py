@@ -204,9 +204,11 @@ def _merge(settings: ConvertSettings, folder: Path) -> Conversion:
     _untie(adapted)
     try:
         with warnings.catch_warnings():
+            # They are untied already, where the adapter changes one of them.
+            warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer")
             merged = adapted.merge_and_unload()
-    except (NotImplementedError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: the adapter cannot be merged: {error}") from None
     _check_same(folder, base, apart, merged(input_ids=ids).logits.float())
     with new_folder(settings.out.resolve()) as out:  # behind a symbolic link, which stays

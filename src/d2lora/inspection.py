@@ -129,7 +129,7 @@ def _updates(files: AdapterFiles) -> dict[str, Factors]:
     for full_name, (a, b) in files.layers.items():
         name = full_name.removeprefix(PREFIX)
         alphas = config.alpha_pattern or {}
-        alpha = float(alphas.get(get_pattern_key(alphas.keys(), name), config.lora_alpha))
+        alpha = float(alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha))
         rank = len(a)
         scale = alpha / (rank**0.5 if config.use_rslora else rank)
         updates[name] = Factors(a.double(), b.double() * scale)
