@@ -17,6 +17,7 @@ from d2lora.phase_rows import prepare_rows
 from d2lora.runs import RunFolder
 from d2lora.settings import AdaptSettings, is_named_init
 from d2lora.train import seed_of
+from d2lora.trained_rows import TrainedRows
 from d2lora.warmstart import WarmStart
 
 
@@ -71,7 +72,8 @@ def _begun(
     )
     lineage = (*warm_start.manifest.lineage, ancestor_of(warm_start.path, warm_start.manifest))
     try:
-        yield Beginning(model, shape, Initialization("warm start"), lineage)
+        about, trained = Initialization("warm start"), TrainedRows.read(warm_start.path)
+        yield Beginning(model, shape, about, lineage, trained=trained)
     finally:
         detach_adapter(model)
 

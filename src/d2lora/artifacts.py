@@ -2,6 +2,7 @@
 
 adapter_config.json, adapter_model.safetensors   PEFT's own format, loadable without d2lora
 warm_start.json or adapter.json                  the manifest
+trained_rows.json                                which rows it was trained on, see `trained_rows`
 README.md                                        the model card
 """
 

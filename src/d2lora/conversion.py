@@ -15,6 +15,8 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,10 @@ from d2lora.console import Reporter
 from d2lora.errors import ModelError, SettingsError
 from d2lora.factors import Factors, extend, truncate
 from d2lora.mixing import Plain, averaged, concatenated, part, tensors_of
-from d2lora.models import Base, load_base
+from d2lora.models import Base, base_folder, load_base
 from d2lora.runs import DONE, RunFolder, new_folder, provenance, write_json, write_text
 from d2lora.settings import ConvertSettings
+from d2lora.trained_rows import TrainedRows
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,8 @@ def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:
                 }
             )
             write_manifest(manifest, out)
+            parents = [TrainedRows.read(Path(path)) for path in (folder, *settings.mix)]
+            reduce(or_, parents).write(out)
             done = {"kind": manifest.kind, "cost": manifest.cost}
         write_json(out / DONE, done)
     return Conversion(settings.out, energy, None)
@@ -167,6 +172,7 @@ def randomise(folder: Path, out: Path, seed: int) -> None:
             "provenance": provenance(),
         }
         write_manifest(old_manifest.model_copy(update=update), temporary)
+        TrainedRows().write(temporary)  # random weights know no row
         write_json(temporary / DONE, {"kind": old_manifest.kind, "cost": old_manifest.cost})
 
 
@@ -214,6 +220,8 @@ def _merge(settings: ConvertSettings, folder: Path) -> Conversion:
     with new_folder(settings.out.resolve()) as out:  # behind a symbolic link, which stays
         merged.save_pretrained(out)
         base.tokenizer.save_pretrained(out)
+        own = TrainedRows.read(base_folder(settings.base, settings.revision))
+        (TrainedRows.read(folder) | own).write(out)
         # What was written is what counts: transformers ties weights again as it reads them.
         read = AutoModelForCausalLM.from_pretrained(out, dtype=model.dtype, use_safetensors=True)
         nn.Module.to(read, model.device).eval()

@@ -10,7 +10,7 @@ beginning, an ordinary adapter of twice the rank on the base as it was (PEFT's
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +33,7 @@ from d2lora.loftq import on_cpu
 from d2lora.models import Base, causal_model
 from d2lora.scorer import pass_tokens
 from d2lora.settings import FRESH, PhaseSettings
+from d2lora.trained_rows import TrainedRows
 
 _INITIAL = "initial"
 _INEXACT = "loftq"
@@ -72,6 +73,8 @@ class Beginning:
     """The adapter as it began, where the base was changed."""
     weights: Mapping[str, Tensor] | None = None
     """The base's own weights, where it was changed."""
+    trained: TrainedRows = field(default_factory=TrainedRows)
+    """What its ancestors were trained on."""
 
     @property
     def changes_base(self) -> bool:

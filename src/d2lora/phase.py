@@ -101,6 +101,7 @@ def run_phase(
         manifest = _manifest(settings, base, saved, rows, encoder, trained, run)
         told = None if start is None else start.to_json()
         manifest = manifest.model_copy(update={"before_training": told, "warnings": warnings})
+        (beginning.trained | rows.trained).write(run.path)
         _finish(manifest, rows, str(base.model.device), run)
     everyone.wait_for_everyone()
     cost = trained.cost

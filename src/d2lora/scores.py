@@ -1,6 +1,6 @@
 """What an evaluation found, and how it is shown in the terminal."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -29,6 +29,8 @@ class Evaluation:
     differences: dict[str, dict[str, Difference]]
     """Adapter -> score -> paired difference to the first adapter named."""
     forgetting: dict[str, Forgetting]
+    trained_on: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    """Adapter -> set (`task`, `general_text`, `choices`) -> rows of it that it was trained on."""
 
     def summary(self) -> dict[str, Any]:
         """Return everything but the records as plain values."""
@@ -36,6 +38,7 @@ class Evaluation:
             "scores": _plain(self.scores),
             "differences_to_first": _plain(self.differences),
             "forgetting": {name: asdict(f) for name, f in self.forgetting.items()},
+            "trained_on": self.trained_on,
         }
 
 
