@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from d2lora import AdaptSettings, WarmStart, WarmStartError, adapt, phase_rows
+from d2lora.attaching import attach_adapter
 from d2lora.batches import collate
 from d2lora.encode import Encoder
-from d2lora.models import attach_adapter, load_base
+from d2lora.models import load_base
 from d2lora.objectives import SFT
 from d2lora.schedule import Plan
 from d2lora.scorer import TokenScorer

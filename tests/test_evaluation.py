@@ -22,18 +22,13 @@ from d2lora import (
     fast,
     generate,
 )
+from d2lora.attaching import attach_adapter, detach_adapter, merged
 from d2lora.decoding import Decoder, Sampling, choose
 from d2lora.embedded import choice_rows, text_rows
 from d2lora.encode import Encoder
 from d2lora.fast.llama import Llama, LlamaSteps
 from d2lora.generation import adapted
-from d2lora.models import (
-    attach_adapter,
-    detach_adapter,
-    fingerprint_of_model,
-    load_base,
-    merged,
-)
+from d2lora.models import fingerprint_of_model, load_base
 from d2lora.rows import Message
 from d2lora.settings import BaseSettings
 from support import read_rows, write_rows

@@ -1,5 +1,6 @@
 """Bases come from where they should, with their reasons where they do not."""
 
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -12,6 +13,9 @@ from d2lora.base_files import base_folder
 from d2lora.fingerprints import fingerprint_of
 from d2lora.models import device_of, dtype_of, load_base
 from d2lora.settings import BaseSettings
+
+EMBEDDED = "8e7dcdb90a70d2828b15ec8cc6278c25d539939df5009a19620c8acd6941ccd7"
+"""What stored warm starts on the embedded base say of it."""
 
 
 def test_a_hub_id_is_fetched_without_code_or_pickles(
@@ -52,6 +56,34 @@ def test_a_fingerprint_tells_weights_and_not_their_files(
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert fingerprint_of(tmp_path) == fingerprint_of(Path(tiny_base))
     assert fingerprint_of(tmp_path) != fingerprint_of(Path(other_base))
+
+
+def test_files_that_are_not_loaded_do_not_change_a_fingerprint(
+    tmp_path: Path, tiny_base: str, other_base: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    own, other = fingerprint_of(Path(tiny_base)), Path(other_base) / "model.safetensors"
+    whole, sharded = Path(shutil.copytree(tiny_base, tmp_path / "whole")), tmp_path / "sharded"
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model.save_pretrained(sharded, max_shard_size="20KB")
+    for folder in (whole, sharded):
+        for name in ("consolidated.safetensors", "model.fp16.safetensors", "adapter.safetensors"):
+            shutil.copy(other, folder / name)
+        assert fingerprint_of(folder) == own
+    next(sharded.glob("model-00002*")).unlink()
+    with pytest.raises(ModelError, match=r"1 file\(s\) of weights missing: model-00002"):
+        fingerprint_of(sharded)
+    shutil.copy(other, sharded / "model.safetensors")  # which transformers takes first
+    assert fingerprint_of(sharded) == fingerprint_of(Path(other_base))
+    loaded = AutoModelForCausalLM.from_pretrained(sharded)
+    expected = AutoModelForCausalLM.from_pretrained(other_base)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
+
+
+def test_the_fingerprint_of_the_embedded_base_stays_what_it_is() -> None:
+    assert fingerprint_of(base_folder("embedded")) == EMBEDDED
 
 
 def test_the_number_format_follows_the_device() -> None:

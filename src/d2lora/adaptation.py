@@ -4,18 +4,20 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from d2lora.artifacts import Adapter, ancestor_of
+from d2lora.attaching import detach_adapter
 from d2lora.batches import Item
 from d2lora.console import Reporter
 from d2lora.encode import Encoder
 from d2lora.errors import SettingsError, WarmStartError
 from d2lora.initialization import Beginning, Initialization, begin
 from d2lora.inits import LoraShape
-from d2lora.models import Base, detach_adapter, load_base
+from d2lora.models import Base, load_base
 from d2lora.phase import run_phase
 from d2lora.phase_rows import prepare_rows
 from d2lora.runs import RunFolder
 from d2lora.settings import AdaptSettings, is_named_init
 from d2lora.train import seed_of
+from d2lora.trained_rows import TrainedRows
 from d2lora.warmstart import WarmStart
 
 
@@ -70,7 +72,8 @@ def _begun(
     )
     lineage = (*warm_start.manifest.lineage, ancestor_of(warm_start.path, warm_start.manifest))
     try:
-        yield Beginning(model, shape, Initialization("warm start"), lineage)
+        about, trained = Initialization("warm start"), TrainedRows.read(warm_start.path)
+        yield Beginning(model, shape, about, lineage, trained=trained)
     finally:
         detach_adapter(model)
 

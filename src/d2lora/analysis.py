@@ -26,14 +26,7 @@ from d2lora.findings import (
 )
 from d2lora.plan import NEEDS_WARM_UP, StudyPlan
 from d2lora.runs import read_json
-from d2lora.stats import (
-    Difference,
-    holm,
-    mean_interval,
-    paired_difference,
-    permutation_p,
-    power,
-)
+from d2lora.stats import Difference, holm, mean_interval, paired_difference, permutation_p, power
 
 
 def read_findings(path: Path) -> Findings:

@@ -2,6 +2,7 @@
 
 adapter_config.json, adapter_model.safetensors   PEFT's own format, loadable without d2lora
 warm_start.json or adapter.json                  the manifest
+trained_rows.json                                which rows it was trained on, see `trained_rows`
 README.md                                        the model card
 """
 
@@ -13,10 +14,11 @@ from typing import Any, Literal, Self
 from peft import LoraConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from d2lora.adapter_files import ADAPTER_WEIGHTS
 from d2lora.base_files import EMBEDDED, SMOLLM2, SMOLLM2_HUB_ID
 from d2lora.errors import ModelError, WarmStartError
 from d2lora.inits import LoraShape
-from d2lora.models import ADAPTER_WEIGHTS, Base
+from d2lora.models import Base
 from d2lora.runs import read_json, sha256_of, write_json, write_text
 
 FORMAT_VERSION = 1

@@ -157,8 +157,12 @@ def _without_common(pairs: Iterable[tuple[int, int]]) -> dict[int, int]:
 
 def _digest(question: str) -> int:
     """Return a hash of a question's words and of the signs between its numbers."""
-    told = [*words(question), *_SIGN.findall(question)]
-    return xxhash.xxh3_64_intdigest(word_hashes(told).tobytes())
+    return xxhash.xxh3_64_intdigest(word_hashes(normalized(question)).tobytes())
+
+
+def normalized(text: str) -> list[str]:
+    """Return a text's words and the signs between its numbers: what makes two texts the same."""
+    return [*words(text), *_SIGN.findall(text)]
 
 
 def _items(name: str) -> Iterator[_Item]:

@@ -8,10 +8,12 @@ done.json                        the marker of completion
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from d2lora.base_files import base_folder
 from d2lora.console import Reporter, table_console
 from d2lora.errors import SettingsError
 from d2lora.measuring import BASE, Measured, TestSets, check_rows, measure
@@ -22,6 +24,7 @@ from d2lora.scores import Evaluation, Forgetting, forgetting_table, score_table
 from d2lora.settings import EvaluateSettings
 from d2lora.stats import Difference, Interval, mean_interval, paired_difference
 from d2lora.tasks import TaskData
+from d2lora.trained_rows import TrainedRows, places
 
 
 def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation:
@@ -44,6 +47,7 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
     sets = TestSets.read(settings)
     base = base or load_base(settings)
     check_rows(names, base, sets, settings)
+    trained_on = _trained_on(names, base, sets, reporter)
     measured: dict[str, Measured] = {}
     for name in names:
         scored = name in settings.adapters or not settings.adapters
@@ -51,6 +55,7 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
         own = sets if scored else replace(sets, task=None)
         measured[name] = measure(name, base, own, settings, reporter)
     evaluation = _evaluated(measured, sets.task, list(settings.adapters) or [BASE])
+    evaluation = replace(evaluation, trained_on=trained_on)
     _write(evaluation, settings)
     return evaluation
 
@@ -62,6 +67,25 @@ def _names(settings: EvaluateSettings) -> list[str]:
     names = list(dict.fromkeys(settings.adapters)) or [BASE]
     forgetting = settings.general_text or settings.choices
     return [BASE, *names] if forgetting and BASE not in names else names
+
+
+def _trained_on(
+    names: Sequence[str], base: Base, sets: TestSets, reporter: Reporter
+) -> dict[str, dict[str, int]]:
+    """Count the rows of each set that each adapter, or what it comes from, was trained on."""
+    of_base = TrainedRows.read(base_folder(base.name, base.revision, fetch=False))
+    counts: dict[str, dict[str, int]] = {}
+    for name in names:
+        trained = of_base if name == BASE else of_base | TrainedRows.read(Path(name))
+        found = trained.among(sets.rows)
+        uses = dict.fromkeys(row.use for row in sets.rows)
+        counts[name] = {use: sum(row.use == use for row in found) for use in uses}
+        for place in places(found):
+            reporter.say(
+                f"warning: {name} was trained on {place}: what is measured there tells nothing of "
+                "new text; leave these rows out"
+            )
+    return counts
 
 
 def _evaluated(
@@ -101,7 +125,7 @@ def _forgetting(raw: Measured, base: Measured | None) -> Forgetting:
 
 
 def _write(evaluation: Evaluation, settings: EvaluateSettings) -> None:
-    with new_folder(settings.out) as folder:
+    with new_folder(settings.out.resolve()) as folder:  # behind a symbolic link, which stays
         if len(evaluation.records):
             evaluation.records.to_parquet(folder / "records.parquet", index=False)
             rows = evaluation.records.to_dict(orient="records")

@@ -11,18 +11,12 @@ from torch import nn
 
 from d2lora import fast
 from d2lora.artifacts import Manifest, check_fit, has_manifest
+from d2lora.attaching import attached, is_folded, merged
 from d2lora.console import Reporter
 from d2lora.decoding import Decoder, Sampling, check_room
 from d2lora.encode import Encoder
 from d2lora.errors import DataError, SettingsError
-from d2lora.models import (
-    Base,
-    attach_adapter,
-    detach_adapter,
-    is_folded,
-    load_base,
-    merged,
-)
+from d2lora.models import Base, load_base
 from d2lora.rows import Message
 from d2lora.runs import write_text
 from d2lora.settings import GenerateSettings
@@ -51,15 +45,15 @@ def adapted(
             yield base.model, used
         return
     check_fit(adapter, base)
-    model = attach_adapter(base.model, adapter, trainable=False)
-    folded = merged(model) if fast_when else nullcontext()
-    try:
-        with folded, fast.enabled(model, when=fast_when) as used:
-            if is_folded(model):
-                used.take("folded adapter")
-            yield model, used
-    finally:
-        detach_adapter(model)
+    folding = merged if fast_when else nullcontext
+    with (
+        attached(base.model, adapter) as model,
+        folding(model),
+        fast.enabled(model, when=fast_when) as used,
+    ):
+        if is_folded(model):
+            used.take("folded adapter")
+        yield model, used
 
 
 def chat_format_of(adapter: Path | None, wanted: str | None) -> str | None:

@@ -20,12 +20,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from d2lora import checkpoint, fast
+from d2lora.attaching import detach_adapter
 from d2lora.batches import Encoded, collate
 from d2lora.console import Reporter
 from d2lora.encode import Encoder
 from d2lora.feature_cache import Array
 from d2lora.inits import LoraShape, attach_fresh
-from d2lora.models import Base, detach_adapter
+from d2lora.models import Base
 from d2lora.objectives import SFT
 from d2lora.rows import Example
 from d2lora.runs import RunFolder

@@ -10,7 +10,7 @@ beginning, an ordinary adapter of twice the rank on the base as it was (PEFT's
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,16 +21,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from d2lora.adapter_files import read_adapter_config
 from d2lora.artifacts import Ancestor, save_adapter
+from d2lora.attaching import detach_adapter
 from d2lora.batches import Encoded, Item, Pair, collate, micro_batches
 from d2lora.console import Reporter
 from d2lora.data_inits import LOOKS
 from d2lora.errors import ModelError, SettingsError
 from d2lora.inits import LoraShape, attach, check_targets, lora_config, target_layers
 from d2lora.loftq import on_cpu
-from d2lora.models import Base, causal_model, detach_adapter, read_adapter_config
+from d2lora.models import Base, causal_model
 from d2lora.scorer import pass_tokens
 from d2lora.settings import FRESH, PhaseSettings
+from d2lora.trained_rows import TrainedRows
 
 _INITIAL = "initial"
 _INEXACT = "loftq"
@@ -70,6 +73,8 @@ class Beginning:
     """The adapter as it began, where the base was changed."""
     weights: Mapping[str, Tensor] | None = None
     """The base's own weights, where it was changed."""
+    trained: TrainedRows = field(default_factory=TrainedRows)
+    """What its ancestors were trained on."""
 
     @property
     def changes_base(self) -> bool:
@@ -191,6 +196,11 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
         raise SettingsError(
             f"--init {name} changes the base, and a DoRA adapter cannot be converted back; use "
             "--init fresh, gaussian, orthogonal or eva with --dora"
+        )
+    if changes_base(name) and name != "loftq" and getattr(model, "is_quantized", False):
+        raise SettingsError(
+            f"--init {name} changes the base's weights, and those of this base are quantized; use "
+            "--init fresh, gaussian, orthogonal or eva"
         )
     if name == "orthogonal" and shape.rank % 2:
         raise SettingsError(f"--init orthogonal needs an even rank, got {shape.rank}")

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from peft import EvaConfig, LoftQConfig, LoraConfig, PeftModel, get_peft_model
@@ -12,9 +12,10 @@ from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from torch import nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from d2lora.errors import SettingsError, did_you_mean
-from d2lora.models import linear_names
+from d2lora.attaching import peft_notes_ignored
+from d2lora.errors import SettingsError, did_you_mean, listed
 from d2lora.settings import FRESH, LoraSettings, TrainSettings
 
 ALL_LINEAR = "all-linear"
@@ -83,7 +84,7 @@ def lora_config(model: PreTrainedModel, shape: LoraShape, init: str) -> LoraConf
         lora_alpha=shape.alpha,  # pyright: ignore[reportArgumentType]  # PEFT scales by floats too
         lora_dropout=shape.dropout,
         # LoRA-GA and CorDA look at the layers before PEFT resolves `all-linear`.
-        target_modules=list(linear_names(model)) if every else list(shape.targets),
+        target_modules=linear_names(model) if every else list(shape.targets),
         use_rslora=shape.rslora,
         use_dora=shape.dora,
         init_lora_weights=True if init == FRESH else cast("Any", init),
@@ -98,7 +99,7 @@ def lora_config(model: PreTrainedModel, shape: LoraShape, init: str) -> LoraConf
 
 def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
     """Put the adapter of a configuration on a model; what is random comes from `seed`."""
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(), peft_notes_ignored(), warnings.catch_warnings():
         # PEFT tells how to convert such an adapter; that is what is done when it is saved.
         warnings.filterwarnings("ignore", message=".*path_initial_model_for_weight_conversion")
         # The adapter's weights are small beside the base, which is loaded already.
@@ -109,15 +110,31 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
     return attached
 
 
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """Return the last names of the layers that `all-linear` takes: all but the head."""
+    head = model.get_output_embeddings()
+    linear = [(name, layer) for name, layer in model.named_modules() if _is_linear(layer)]
+    heads = {name.rsplit(".", 1)[-1] for name, layer in linear if layer is head}
+    return sorted({name.rsplit(".", 1)[-1] for name, _ in linear} - heads)
+
+
+def _is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(layer, nn.Linear | Conv1D)
+
+
 def target_layers(
     model: PreTrainedModel, targets: tuple[str, ...]
 ) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the linear layers, by full name, that get an adapter."""
-    wanted = set(linear_names(model)) if targets == (ALL_LINEAR,) else set(targets)
+    wanted = tuple(linear_names(model)) if targets == (ALL_LINEAR,) else targets
     for name, layer in model.named_modules():
-        chosen = name in wanted or any(name.endswith(f".{target}") for target in wanted)
-        if isinstance(layer, nn.Linear) and chosen:
+        if _is_linear(layer) and any(_is_named(name, target) for target in wanted):
             yield name, layer
+
+
+def _is_named(name: str, target: str) -> bool:
+    """Say whether a target, a last name or a longer end of it, means a module, as in PEFT."""
+    return name == target or name.endswith(f".{target}")
 
 
 def adamw(model: nn.Module, settings: TrainSettings) -> AdamW:
@@ -146,18 +163,26 @@ def adamw(model: nn.Module, settings: TrainSettings) -> AdamW:
 
 
 def check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
-    """Check that every target is a module of the model.
+    """Check that every target is a name of layers that LoRA can be put on.
 
     Raises:
         SettingsError: If one is not, with those that are.
     """
     if targets == (ALL_LINEAR,):
         return
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    missing = [target for target in targets if target.rsplit(".", 1)[-1] not in present]
-    if missing:
-        names = ", ".join(linear_names(model))
+    faults: list[str] = []
+    for target in targets:
+        found = [layer for name, layer in model.named_modules() if _is_named(name, target)]
+        odd = [layer for layer in found if not (_is_linear(layer) or type(layer) is nn.Embedding)]
+        if not found:
+            hint = did_you_mean(target, linear_names(model))
+            faults.append(
+                f"the base has no module `{target}`.{hint} Targets are names, no patterns"
+            )
+        elif odd:
+            faults.append(f"`{target}` is no linear layer but a {type(odd[0]).__name__}")
+    if faults:
         raise SettingsError(
-            f"--targets: the base has no module `{missing[0]}`."
-            f"{did_you_mean(missing[0], linear_names(model))} It has: {names}; or use all-linear"
+            f"--targets:\n{listed(faults)}\nThe base has: {', '.join(linear_names(model))}; or use "
+            "all-linear"
         )

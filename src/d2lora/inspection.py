@@ -9,31 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from rich.table import Table
-from safetensors.torch import load_file
 
 from d2lora import fast
+from d2lora.adapter_files import PREFIX, AdapterFiles, some
 from d2lora.artifacts import Manifest, check_fit, has_manifest
+from d2lora.attaching import attach_adapter
 from d2lora.base_files import base_folder
 from d2lora.console import table_console
 from d2lora.diagnosis import MOST_ROWS, Start, losses_at_start
 from d2lora.encode import Encoder, encode_all
 from d2lora.errors import ModelError, SettingsError
-from d2lora.factors import (
-    Factors,
-    effective_rank,
-    inner_product,
-    singular_values,
-    subspace_overlap,
-)
+from d2lora.factors import Factors, effective_rank, inner_product, singular_values, subspace_overlap
 from d2lora.fingerprints import fingerprint_of
-from d2lora.models import (
-    ADAPTER_WEIGHTS,
-    attach_adapter,
-    load_base,
-    read_adapter_config,
-)
+from d2lora.models import load_base
 from d2lora.plots import spectra
 from d2lora.runs import write_json
 from d2lora.settings import BaseSettings, InspectSettings
@@ -42,7 +32,6 @@ from d2lora.tasks import read_task
 ENERGY = 0.99
 LONGEST = 1024
 """Tokens of a task row that are read."""
-_A, _B, _PREFIX = ".lora_A.weight", ".lora_B.weight", "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -84,8 +73,9 @@ def inspect(settings: InspectSettings) -> Inspection:
         ModelError: If a folder is no LoRA adapter, or the two have no layer in common.
     """
     folder = Path(settings.adapter)
-    mine = _updates(folder)
-    other = _updates(Path(settings.other)) if settings.other else {}
+    files = AdapterFiles.read(folder)
+    mine = _updates(files)
+    other = _updates(AdapterFiles.read(Path(settings.other))) if settings.other else {}
     if settings.other and not mine.keys() & other.keys():
         raise ModelError(f"{folder} and {settings.other} have no layer in common")
     layers = [_layer(name, factors, other.get(name)) for name, factors in mine.items()]
@@ -95,6 +85,11 @@ def inspect(settings: InspectSettings) -> Inspection:
         own = fingerprint_of(base_folder(settings.base, settings.revision, settings.gguf_file))
         fits = own == manifest.base.fingerprint
     advice = advice_on(layers, manifest)
+    if files.beyond_factors:
+        advice.append(
+            f"Beside these layers it holds {some(files.beyond_factors)}, which the numbers do not "
+            "tell of."
+        )
     start = _on_task(settings, folder, manifest) if settings.data else None
     if start is not None and start.warning is not None:
         advice.append(f"{start.warning[0].upper()}{start.warning[1:]}.")
@@ -117,28 +112,30 @@ def _on_task(settings: InspectSettings, folder: Path, manifest: Manifest | None)
     encoder = Encoder.of(base, manifest.chat_format if manifest else None)
     examples = read_task(settings.data).examples[:MOST_ROWS]
     items = encode_all(encoder, examples, LONGEST, "truncate").items
+    AdapterFiles.read(folder).check_lora_only()
     model = attach_adapter(base.model, folder, trainable=False)
     with fast.enabled(model, when=settings.fast):
         return losses_at_start(model, items, base.pad_id)
 
 
-def _updates(folder: Path) -> dict[str, Factors]:
-    """Return the scaled factors of every layer, B carrying the scale."""
-    config = read_adapter_config(folder)
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
-    names = sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A))
-    updates: dict[str, Factors] = {}
-    for name in names:
-        a, b = tensors[name + _A].double(), tensors[name + _B].double()
-        scale = _scale(config, name, len(a))
-        updates[name.removeprefix(_PREFIX)] = Factors(a, b * scale)
+def _updates(files: AdapterFiles) -> dict[str, Factors]:
+    """Return the scaled factors of every layer, B carrying the scale.
+
+    Raises:
+        ModelError: If there are none.
+    """
+    config, updates = files.config, dict[str, Factors]()
+    for full_name, (a, b) in files.layers.items():
+        name = full_name.removeprefix(PREFIX)
+        alphas = config.alpha_pattern or {}
+        alpha = float(alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha))
+        rank = len(a)
+        scale = alpha / (rank**0.5 if config.use_rslora else rank)
+        updates[name] = Factors(a.double(), b.double() * scale)
+    if not updates:
+        held = some(files.beyond_factors)
+        raise ModelError(f"{files.folder}: no LoRA factors of linear layers; it holds {held}")
     return updates
-
-
-def _scale(config: LoraConfig, name: str, rank: int) -> float:
-    matching = [v for key, v in (config.alpha_pattern or {}).items() if name.endswith(key)]
-    alpha = matching[0] if matching else config.lora_alpha
-    return float(alpha) / (rank**0.5 if config.use_rslora else rank)
 
 
 def _layer(name: str, factors: Factors, other: Factors | None) -> Layer:

@@ -1,7 +1,7 @@
 """base + one adapter + test rows -> a record of every row, general loss, choices answered right."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from d2lora.batches import Question
 from d2lora.console import Reporter
 from d2lora.continuations import continuation_scores
+from d2lora.data import read_source
 from d2lora.decoding import Decoder, check_room
 from d2lora.encode import Encoder, encode_all, encode_pairs
 from d2lora.errors import DataError, listed
@@ -22,6 +23,7 @@ from d2lora.rows import Example, Message
 from d2lora.scorer import TokenScorer, mean_loss
 from d2lora.settings import EvaluateSettings
 from d2lora.tasks import Choice, TaskData, read_choices, read_task
+from d2lora.trained_rows import TestRow
 
 BASE = "base"
 
@@ -35,6 +37,8 @@ class TestSets:
     task: TaskData | None
     general: list[Example]
     choices: list[Choice]
+    rows: list[TestRow] = field(default_factory=list[TestRow])
+    """All of them with their places, as they are in the files."""
 
     @classmethod
     def read(cls, settings: EvaluateSettings) -> "TestSets":
@@ -48,8 +52,32 @@ class TestSets:
             raise DataError(
                 f"task {task.task.name} has no scored output; give it as --general-text"
             )
-        general = list(read_task(settings.general_text).examples) if settings.general_text else []
-        return cls(task, general, read_choices(settings.choices) if settings.choices else [])
+        general = read_task(settings.general_text) if settings.general_text else None
+        choices = read_choices(settings.choices) if settings.choices else []
+        rows = [
+            *_placed("task", task, settings.limit),
+            *_placed("general_text", general, None),
+            *_placed_choices(settings.choices, choices),
+        ]
+        return cls(task, list(general.examples) if general else [], choices, rows)
+
+
+def _placed(use: str, data: TaskData | None, limit: int | None) -> list[TestRow]:
+    if data is None:
+        return []
+    digests = {str(source["file"]): str(source["sha256"]) for source in data.sources}
+    pairs = zip(data.rows[:limit], data.examples[:limit], strict=True)
+    return [TestRow(use, r.file, r.line, e.text, digests.get(r.file, "")) for r, e in pairs]
+
+
+def _placed_choices(names: Sequence[str], choices: Sequence[Choice]) -> list[TestRow]:
+    """Return questions with their right choices."""
+    sources = [read_source(name) for name in names]
+    rows = [(row, source.sha256) for source in sources for row in source.rows]
+    return [
+        TestRow("choices", r.file, r.line, f"{c.prompt}\n{c.choices[c.answer]}", sha256)
+        for (r, sha256), c in zip(rows, choices, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

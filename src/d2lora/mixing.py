@@ -12,14 +12,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
 from torch import Tensor
 
+from d2lora.adapter_files import LORA_A, LORA_B, AdapterFiles, some
 from d2lora.errors import ModelError, SettingsError
 from d2lora.factors import Factors
-from d2lora.models import ADAPTER_WEIGHTS, read_adapter_config
 
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -38,16 +36,19 @@ class Plain:
         Raises:
             ModelError: If its layers have different ranks, or are no plain LoRA.
         """
-        config = read_adapter_config(folder)
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
-        names = sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A))
-        whole = {f"{name}{part}" for name in names for part in (_A, _B)} == tensors.keys()
-        if config.rank_pattern or config.alpha_pattern or config.use_dora or not whole:
+        files = AdapterFiles.read(folder)
+        config, layers = files.config, files.layers
+        ranks = {rank for pair in layers.values() for rank in (len(pair.a), pair.b.shape[1])}
+        whole = 2 * len(layers) == len(files.weights)
+        patterns = config.rank_pattern or config.alpha_pattern
+        if patterns or config.use_dora or not whole or ranks != {config.r}:
+            others = some(files.beyond_factors)
+            held = f" (beside the factors it holds {others})" if others else ""
             raise ModelError(
-                f"{folder}: layers of different rank or alpha, or DoRA; only plain LoRA of one "
-                "rank can be converted"
+                f"{folder}: layers of different rank or alpha, DoRA, biases or whole modules"
+                f"{held}; only plain LoRA of one rank can be converted"
             )
-        return cls(folder, config, {n: Factors(tensors[n + _A], tensors[n + _B]) for n in names})
+        return cls(folder, config, layers)
 
     @property
     def scale(self) -> float:
@@ -58,8 +59,8 @@ class Plain:
 
 def tensors_of(layers: Mapping[str, Factors]) -> dict[str, Tensor]:
     """Return the factors under the names of PEFT's file."""
-    named = {f"{name}{_A}": factors.a.contiguous() for name, factors in layers.items()}
-    return named | {f"{name}{_B}": factors.b.contiguous() for name, factors in layers.items()}
+    named = {f"{name}{LORA_A}": factors.a.contiguous() for name, factors in layers.items()}
+    return named | {f"{name}{LORA_B}": factors.b.contiguous() for name, factors in layers.items()}
 
 
 def concatenated(adapters: Sequence[Plain], weights: Sequence[float]) -> dict[str, Factors]:

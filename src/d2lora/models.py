@@ -5,15 +5,15 @@ Weights come from safetensors only and no code of a model repository is ever run
 
 import os
 import sys
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,14 +22,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from d2lora.adapter_files import ADAPTER_CONFIG
 from d2lora.base_files import base_folder
 from d2lora.errors import ModelError
 from d2lora.fingerprints import fingerprint_of
 from d2lora.gguf_base import quantization_of
 from d2lora.settings import BaseSettings
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,19 @@ def load_base(settings: BaseSettings) -> Base:
         torch.set_num_threads(settings.threads)
     device = device_of(settings.device)
     folder = base_folder(settings.base, settings.revision, settings.gguf_file)
+    if (folder / ADAPTER_CONFIG).is_file():
+        # transformers would load the base that is named there, wherever that is.
+        raise ModelError(
+            f"{settings.base}: it holds an adapter ({ADAPTER_CONFIG}) and is no base; give --base "
+            "the model that the adapter was made on, or take that file out"
+        )
     fingerprint = fingerprint_of(folder)
     tokenizer = load_tokenizer(settings)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype_of(settings.dtype, device), use_safetensors=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{settings.base}: not a causal language model: {reason}") from None
     model.requires_grad_(False)
@@ -151,91 +155,6 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """Read the LoRA configuration of an adapter folder.
-
-    Raises:
-        ModelError: If the folder is no LoRA adapter, or its weights are missing.
-    """
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise ModelError(f"{folder}: no adapter: it has no {ADAPTER_CONFIG}")
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ModelError(f"{folder}: the adapter has no {ADAPTER_WEIGHTS}")
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise ModelError(f"{folder}: expected a LoRA adapter, found {config.peft_type}")
-    init = str(config.init_lora_weights)
-    if init.startswith("pissa") or init in {"olora", "corda", "lora_ga", "loftq"}:
-        raise ModelError(
-            f"{folder}: an adapter of --init {init} that was never converted: it belongs to a base "
-            "whose weights were changed. Save it with PEFT's "
-            "path_initial_model_for_weight_conversion, or make it anew with d2lora, which does so"
-        )
-    return config
-
-
-def attach_adapter(
-    model: PreTrainedModel, folder: Path, *, trainable: bool, dropout: float | None = None
-) -> PeftModel:
-    """Put a saved adapter on a model, with another dropout where one is given.
-
-    A trainable one has its LoRA weights, and nothing else, open to gradients: PEFT loads
-    adapters frozen by default (peft#282).
-
-    Raises:
-        ModelError: If it is no LoRA adapter or does not fit the model.
-    """
-    config = read_adapter_config(folder)
-    config.inference_mode = not trainable
-    if dropout is not None:
-        config.lora_dropout = dropout
-    try:
-        attached = PeftModel.from_pretrained(
-            model, str(folder), is_trainable=trainable, config=config
-        )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder}: the adapter does not fit the base: {reason}") from None
-    if not trainable:
-        attached.requires_grad_(False)
-    return attached.eval()
-
-
-def detach_adapter(model: PeftModel) -> PreTrainedModel:
-    """Take the adapter off again; the base is as it was before, bit for bit."""
-    return model.unload()
-
-
-@contextmanager
-def merged(model: PeftModel) -> Generator[None]:
-    """Fold the adapter into the base's weights inside the block, for faster scoring.
-
-    Only for float32 bases, where folding costs no precision that matters; for others the block
-    runs unfolded. Leaving it restores the base's weights bit for bit.
-    """
-    if next(model.parameters()).dtype != torch.float32:
-        yield
-        return
-    layers = [m.get_base_layer() for m in model.modules() if isinstance(m, LoraLayer)]
-    weights = [layer.get_parameter("weight") for layer in layers]
-    kept = [weight.detach().clone() for weight in weights]
-    tuner = model.base_model
-    assert isinstance(tuner, LoraModel)
-    tuner.merge_adapter()
-    try:
-        yield
-    finally:
-        tuner.unmerge_adapter()
-        with torch.no_grad():
-            for weight, value in zip(weights, kept, strict=True):
-                weight.copy_(value)
-
-
-def is_folded(model: nn.Module) -> bool:
-    """Say whether an adapter is folded into the base's weights, in some layer at least."""
-    return any(isinstance(layer, LoraLayer) and layer.merged for layer in model.modules())
-
-
 def weight_of(layer: nn.Module) -> Any:
     """Return the one matrix that a linear layer multiplies with; None where there is none.
 
@@ -244,6 +163,15 @@ def weight_of(layer: nn.Module) -> Any:
     if isinstance(layer, LoraLayer):
         return weight_of(layer.get_base_layer()) if layer.merged else None
     return layer.weight if type(layer) is nn.Linear else None
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Say whether a model computes with plain weights alone: without adapters, or all merged."""
+    return all(
+        isinstance(module, LoraLayer) and module.merged
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    )
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
@@ -277,11 +205,3 @@ def n_positions(model: nn.Module) -> int:
 def n_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
     """Count parameters, each shared one once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
-
-
-def linear_names(model: nn.Module) -> Sequence[str]:
-    """Return the distinct last names of a model's linear layers, for messages."""
-    names = {
-        name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)
-    }
-    return sorted(names - {"lm_head"})

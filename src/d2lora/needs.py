@@ -15,12 +15,7 @@ from typing import Any
 
 from d2lora.data import split_validation
 from d2lora.jobs import Merged, Mixed, Norms, Paired, Scored, Trial, WarmUp
-from d2lora.plan import (
-    NEEDS_WARM_UP,
-    UNTRAINED,
-    ArmPlan,
-    StudyPlan,
-)
+from d2lora.plan import NEEDS_WARM_UP, UNTRAINED, ArmPlan, StudyPlan
 from d2lora.recipes import adapt_settings, base_values, pairs_settings, warm_up_settings
 from d2lora.schedule import Plan
 from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, PhaseSettings

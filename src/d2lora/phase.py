@@ -28,14 +28,7 @@ from d2lora.models import Base
 from d2lora.objectives import objective_of
 from d2lora.phase_rows import Rows
 from d2lora.reference import ReferencePolicy, with_reference
-from d2lora.runs import (
-    RunFolder,
-    is_main_process,
-    new_folder,
-    provenance,
-    write_json,
-    write_text,
-)
+from d2lora.runs import RunFolder, is_main_process, new_folder, provenance, write_json, write_text
 from d2lora.settings import AdaptSettings, PhaseSettings, Reference, WarmupSettings
 from d2lora.train import Trained, train
 
@@ -85,6 +78,7 @@ def run_phase(
         manifest = _manifest(settings, base, saved, rows, encoder, trained, used, run)
         told = None if start is None else start.to_json()
         manifest = manifest.model_copy(update={"before_training": told, "warnings": warnings})
+        (beginning.trained | rows.trained).write(run.path)
         _finish(manifest, rows, str(base.model.device), run)
     everyone.wait_for_everyone()
     cost = trained.cost

@@ -1,7 +1,7 @@
 """The rows of a phase: read, without leaks, chosen, encoded and split."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from d2lora.console import Reporter
@@ -14,6 +14,7 @@ from d2lora.selection import selection_behind
 from d2lora.settings import PhaseSettings
 from d2lora.tasks import TaskData, read_task
 from d2lora.train import seed_of
+from d2lora.trained_rows import TrainedRows
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Rows:
     faults: list[Fault]
     kept_out: dict[str, object] | None = None
     """Evaluation files that were checked, and how many rows were taken out."""
+    trained: TrainedRows = field(default_factory=TrainedRows)
+    """The training rows' digests."""
 
 
 def prepare_rows(
@@ -68,7 +71,8 @@ def prepare_rows(
         f"task {data.task.name}, chat format {encoder.format})"
     )
     train_items = [items[index] for index in train_rows]
-    return Rows(train_items, valid, data.sources, selection, data.faults, kept_out)
+    trained = TrainedRows.of(examples[encoded.kept[index]] for index in train_rows)
+    return Rows(train_items, valid, data.sources, selection, data.faults, kept_out, trained)
 
 
 def _without_leaks(

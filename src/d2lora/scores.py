@@ -1,6 +1,6 @@
 """What an evaluation found, and how it is shown in the terminal."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -31,6 +31,8 @@ class Evaluation:
     forgetting: dict[str, Forgetting]
     fast_passes: dict[str, list[str]]
     """Adapter -> the fast passes that were taken, in words."""
+    trained_on: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    """Adapter -> set (`task`, `general_text`, `choices`) -> rows of it that it was trained on."""
 
     def summary(self) -> dict[str, Any]:
         """Return everything but the records as plain values."""
@@ -39,6 +41,7 @@ class Evaluation:
             "differences_to_first": _plain(self.differences),
             "forgetting": {name: asdict(f) for name, f in self.forgetting.items()},
             "fast_passes": self.fast_passes,
+            "trained_on": self.trained_on,
         }
 
 

@@ -16,10 +16,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from d2lora.adapter_files import read_adapter_config
 from d2lora.artifacts import Adapter, Manifest, differences
+from d2lora.attaching import attach_adapter
 from d2lora.errors import ModelError, WarmStartError, did_you_mean
 from d2lora.inits import ALL_LINEAR, LoraShape
-from d2lora.models import attach_adapter, fingerprint_of_model, read_adapter_config
+from d2lora.models import fingerprint_of_model
 from d2lora.runs import DONE
 from d2lora.settings import FRESH, PEFT_INITS, LoraSettings
 

@@ -5,13 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from d2lora.embedded import (
-    choice_rows,
-    general_rows,
-    text_rows,
-    title_rows,
-    word_problem_rows,
-)
+from d2lora.embedded import choice_rows, general_rows, text_rows, title_rows, word_problem_rows
 from d2lora.embedded.skills import NUMBERS, WORDS, gist, with_wrong_answers
 
 

@@ -2,14 +2,7 @@
 
 import random
 
-from d2lora.embedded.words import (
-    HOLDERS,
-    PEOPLE,
-    THINGS,
-    counted,
-    in_words,
-    pronoun,
-)
+from d2lora.embedded.words import HOLDERS, PEOPLE, THINGS, counted, in_words, pronoun
 
 Chance = random.Random
 SIGNS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}

@@ -27,7 +27,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from d2lora.fast.matmul import packed, product
 from d2lora.fast.probing import is_hooked
-from d2lora.models import weight_of
+from d2lora.models import is_plain, weight_of
 
 _PROMPT_TOKENS = 512
 """Padded prompt tokens in one pass: what it computes stays in the cache of one core."""
@@ -233,7 +233,7 @@ class LlamaSteps:
 
 def _fits(model: PreTrainedModel) -> bool:
     """Say whether a model is what this module computes."""
-    if type(model) is not LlamaForCausalLM:
+    if type(model) is not LlamaForCausalLM or not is_plain(model):
         return False
     config: Any = model.config
     return (

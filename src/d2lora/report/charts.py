@@ -5,10 +5,9 @@ from typing import Any
 import altair as alt
 
 from d2lora.findings import BASE, Convergence, Findings, signed
-from d2lora.grids import Grid
+from d2lora.grids import NONE, Grid
 from d2lora.report.canvas import Chart, Palette, Rows, chart_of, rows_of
 from d2lora.report.compared import differences, scores
-from d2lora.report.tables import NONE
 
 SMALL_HEIGHT = 200
 MANY_ARMS = 8
