@@ -1,5 +1,6 @@
 """Intervals with known answers, and honest ones where there is little to know."""
 
+import runpy
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,8 @@ from d2lora.stats import (
     paired_difference,
     permutation_p,
 )
+
+from support import REPOSITORY
 
 Pair = tuple[np.ndarray, np.ndarray]
 Maker = Callable[[np.random.Generator, int, int, float], Pair]
@@ -244,6 +247,21 @@ def test_a_pooled_effect_of_means_is_student_s_interval_over_the_seeds_means() -
     assert (pooled.n_cells, pooled.n_seeds) == (3, 8)
     one = pooled_difference([differences[:, :1]])
     assert (one.interval, one.p_value, one.verdict) == (None, None, "no verdict from one seed")
+
+
+def test_the_pooled_effect_of_twenty_seeds_is_what_the_results_say(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table of docs/results.md, from the cells that lie beside it."""
+    cells = REPOSITORY / "benchmarks" / "studies" / "seeds.csv"
+    monkeypatch.setattr("sys.argv", ["over_seeds.py", str(cells)])
+    runpy.run_path(str(REPOSITORY / "scripts" / "over_seeds.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    row = "| pooled | 3 cells | warm | +2.2 | +0.8 to +3.5, p = 0.0028 | stands |"
+    assert row in said
+    assert "0 of 3 stand" in said
+    told = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
+    assert "+2.2 points (+0.8 to +3.5, p = 0.003)" in told
 
 
 def test_a_pooled_interval_covers_the_truth_where_sizes_share_seeds_and_items() -> None:

@@ -85,6 +85,19 @@ def test_a_plan_tells_all_its_faults_at_once_with_the_nearest_names(
         assert part in text
 
 
+def test_a_plan_says_once_how_long_to_train(tmp_path: Path) -> None:
+    assert not read_plan("quick").steps
+    assert read_plan("scarcity", changes=["epochs={16: 3}"]).steps == {}
+    assert read_plan("quick", changes=["steps.16=40"]).epochs == {}
+    with pytest.raises(SettingsError, match="steps and epochs both say how long"):
+        read_plan("scarcity", changes=["epochs={16: 3}", "steps={16: 40}"])
+    with pytest.raises(SettingsError, match=r"adapt: `max_steps` and the plan's `steps` both say"):
+        read_plan("scarcity", changes=["adapt.max_steps=3"])
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("adapt: {max_steps: 3}\nsteps: {}\n")
+    assert read_plan(str(plan)).adapt["max_steps"] == 3
+
+
 @pytest.mark.parametrize("change", ["sizs=[4]", "tasks.titles.n_tst=3", "seeds", "seeds.a=1"])
 def test_a_wrong_change_of_a_plan_is_an_error(
     tmp_path: Path, plan: dict[str, Any], change: str

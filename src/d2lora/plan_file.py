@@ -137,9 +137,13 @@ def _faults_of_settings(plan: StudyPlan) -> list[str]:
         **{f"tasks.{name}.adapt": task.adapt for name, task in plan.tasks.items()},
         **{f"arms, {arm.name or arm.kind}: adapt": arm.adapt for arm in plan.arms},
     }
-    fixed = _FIXED_ADAPT | ({"epochs", "max_steps"} if plan.steps else set())
     for place, values in places.items():
-        faults += _forbidden(place, values, fixed)
+        faults += _forbidden(place, values, _FIXED_ADAPT)
+        faults += [
+            f"{place}: `{name}` and the plan's `steps` both say how long to train; set `steps: {{}}`"
+            for name in ("epochs", "max_steps")
+            if plan.steps and name in values
+        ]
         whole: dict[str, Any] = {"data": ("unused",), "out": nowhere, **listed_values(values)}
         try:
             AdaptSettings(**whole)
