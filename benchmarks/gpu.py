@@ -24,10 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stacked import stacked
+
 from common import SHAPES, base_of, head, medians, parser_of, row, taking_turns, worker
 from floor import against_floor
 from sides import ours, settings_of, trl_s
-from stacked import stacked
 
 
 def not_recorded(settings: Any, n_warm: int) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     python scripts/over_seeds.py benchmarks/studies/scarcity.csv --against fresh
 
 For every task, arm and n: the mean paired difference to the reference, in points, with Student's
-95 % interval over seeds. Test rows are taken as they are; `d2lora report` counts both.
+95 % interval over seeds; and for every arm the pooled effect, the mean over tasks and sizes, with
+seeds as the units that repeat. Test rows are taken as they are; `d2lora report` counts both.
 """
 
 import argparse
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+from d2lora.crossed import pooled_difference
 
 SCORES = {"problems": "exact_match", "gsm8k": "exact_match", "titles": "rougeL"}
 UNTRAINED = {"base", "few_shot", "warm_only"}
@@ -28,6 +31,7 @@ def main() -> None:
     print("| study | task | n | arm | difference | over seeds | |\n|---|---|---|---|---|---|---|")
     for path in args.results:
         stand = compared = 0
+        cells: dict[str, dict[str, list[Any]]] = {}
         for (task, n, arm), difference in differences(path, args.against):
             margin = stats.sem(difference) * stats.t.ppf(0.975, len(difference) - 1)
             mean = difference.mean()
@@ -36,7 +40,24 @@ def main() -> None:
             interval = f"{mean - margin:+.1f} to {mean + margin:+.1f}"
             mark = "stands" if stands else ""
             print(f"| {path.stem} | {task} | {n} | {arm} | {mean:+.1f} | {interval} | {mark} |")
+            cells.setdefault(arm, {}).setdefault(task, []).append(difference)
+        for arm, by_task in cells.items():
+            if sum(map(len, by_task.values())) > 1:
+                print(f"| {path.stem} | {pooled(arm, by_task)} |")
         print(f"\n{path.stem}: {stand} of {compared} stand\n")
+
+
+def pooled(arm: str, by_task: dict[str, list[Any]]) -> str:
+    """Return an arm's row of the table over all tasks and sizes that have as many seeds as most."""
+    most = max(len(cell) for cells in by_task.values() for cell in cells)
+    whole = [[cell for cell in cells if len(cell) == most] for cells in by_task.values()]
+    found = pooled_difference([np.stack(cells)[:, :, None] for cells in whole if cells])
+    if found.interval is None or found.p_value is None:
+        return f"pooled | {found.n_cells} cells | {arm} | {found.mean:+.1f} | one seed | "
+    low, high = found.interval
+    mark = "stands" if low > 0 or high < 0 else ""
+    told = f"{low:+.1f} to {high:+.1f}, p = {found.p_value:.2g}"
+    return f"pooled | {found.n_cells} cells | {arm} | {found.mean:+.1f} | {told} | {mark}"
 
 
 def differences(path: Path, against: str) -> Iterator[tuple[Any, Any]]:

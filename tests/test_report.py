@@ -1,6 +1,7 @@
 """The report of a study: a hand-made study of known numbers, read as people and browsers do."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -80,17 +81,17 @@ def study(
             }
         ).to_parquet(place / "records.parquet")
     place = [{"task": "sums", "arm": arm, "n": 16} for arm in ("fresh", "warm")]
-    rates = [{**p, "learning_rate": 0.01, "at_edge": True} for p in place] if curves else []
     ends = {"fresh": 1.0, "warm": 0.5}
-    trials = [
+    chosen = [
         {
-            **rate,
-            "seed": 0,
-            "validation_loss_after": ends[rate["arm"]],
-            "curve": [[0, 2.0], [8, ends[rate["arm"]]]],
+            **p, "seed": seed, "learning_rate": 0.01, "step": 8, "doublings": 0,
+            "at_edge": True, "at_end": False, "curve": [[0, 2.0], [8, ends[p["arm"]]]],
         }
-        for rate in rates
-    ]
+        for p in place
+        for seed in range(seeds)
+        if curves
+    ]  # fmt: skip
+    trials = [{**one, "fold": 0, "validation_loss_after": one["curve"][-1][1]} for one in chosen]
     write_rows(path / "trials.jsonl", trials)
     plan = {
         "question": f"Does it help? {PLANTED}",
@@ -105,7 +106,7 @@ def study(
         "plan": plan,
         "n_cells": len(cells),
         "failures": {},
-        "rates": rates,
+        "chosen": chosen,
         "warm_ups": {"general": warm_up},
         "store": str(folder / "store"),
         "provenance": {"date": "2026-11-24T12:00:00+00:00", "versions": {"d2lora": "0.1.0"}},
@@ -131,7 +132,11 @@ def test_the_page_says_the_known_numbers(known: Path) -> None:
     assert "takes" in text
     assert "with 2 seeds" in text
     assert "or, with 40 test rows," in text
-    assert "lie at the edge" in text
+    assert "4 of 4 chosen learning rates are the last that may be tried" in text
+    assert "learning rate (2)" in text
+    assert "0.01 (2)" in text
+    assert "Pooled over 1 task and 2 sizes: warm helps against fresh (+50.0 points" in text
+    assert '<td class="num">0.67</td>' in text, "warm has fresh's lowest loss at 5.3 of 8 steps"
     assert "1.250" in text
 
 
@@ -187,11 +192,14 @@ def test_the_summary_is_markdown_with_verdict_and_tables(known: Path) -> None:
 def test_arms_that_answer_alike_are_not_made_to_differ(
     tmp_path: Path, fresh: int, warm: int
 ) -> None:
+    two = study(tmp_path / "two", fresh=fresh, warm=warm, loss=None, curves=False)
+    assert headline(read_findings(two)) == [
+        "Compared with fresh, warm makes no difference that could be seen in any of 2 comparisons."
+    ]
     path = study(tmp_path, fresh=fresh, warm=warm, seeds=1, loss=None, curves=False)
     text = visible(write_report(read_findings(path)).read_text("utf-8"))
-    assert "makes no difference that could be seen" in text
-    assert "one seed" in text
-    assert "cannot be foretold" in text
+    assert "warm was run with one seed, which gives no verdict" in text
+    assert "cannot be estimated" in text
     assert "Forgetting was not measured" in text
     assert "There are no learning curves" in text
     assert "No cell failed." in text
@@ -212,8 +220,60 @@ def test_seeds_without_a_difference_are_not_said_to_disagree(tmp_path: Path) -> 
     write_rows(path / "results.jsonl", cells)
     findings = read_findings(path)
     assert all(c.seeds == "of 3 seeds 2 above zero, 1 equal" for c in findings.comparisons)
-    assert findings.verdicts()[0].endswith("; of 3 seeds 2 above zero, 1 equal)")
+    assert findings.verdicts()[1].endswith("; of 3 seeds 2 above zero, 1 equal)")
     assert "of 3 seeds 2 above zero, 1 equal" in visible(write_report(findings).read_text("utf-8"))
+
+
+def curve_of(path: Path, arm: str, curve: list[list[float]]) -> None:
+    """Give an arm this curve of trials, in a study that is written already."""
+    study = json.loads((path / "study.json").read_text())
+    for one in study["chosen"]:
+        if one["arm"] == arm:
+            one["curve"] = curve
+    (path / "study.json").write_text(json.dumps(study))
+
+
+OVERFITS: list[list[float]] = [[0, 3.0], [2, 1.0], [8, 2.5]]
+
+
+@pytest.mark.parametrize("curve", [OVERFITS, [[0, 3.0], [4, 1.2], [6, 1.3], [8, 1.1]]])
+def test_an_arm_that_learns_as_the_reference_does_saves_nothing(
+    tmp_path: Path, curve: list[list[float]]
+) -> None:
+    path = study(tmp_path)
+    curve_of(path, "fresh", curve)
+    curve_of(path, "warm", curve)
+    findings = read_findings(path)
+    cost = next(c for c in findings.costs if c.arm == "warm" and c.n == 16)
+    assert cost.flops_saved_per_task == 0
+    assert cost.break_even_tasks == math.inf
+    assert [c.ratio for c in findings.convergence] == [1.0]
+
+
+def test_a_saving_is_against_when_the_reference_itself_had_its_lowest_loss(tmp_path: Path) -> None:
+    path = study(tmp_path)
+    curve_of(path, "fresh", [[0, 3.0], [4, 1.0], [8, 2.5]])
+    curve_of(path, "warm", [[0, 2.0], [1, 1.0], [8, 0.5]])
+    findings = read_findings(path)
+    cost = next(c for c in findings.costs if c.arm == "warm" and c.n == 16)
+    per_step = COST["flops"] / COST["n_steps"]
+    assert cost.flops_saved_per_task == pytest.approx(3 * per_step)
+    assert cost.break_even_tasks == pytest.approx(COST["flops"] / (3 * per_step))
+    curve_of(path, "warm", [[0, 2.0], [8, 1.5]])
+    findings = read_findings(path)
+    cost = next(c for c in findings.costs if c.arm == "warm" and c.n == 16)
+    assert cost.flops_saved_per_task == pytest.approx(-4 * per_step), "it never gets there"
+
+
+def test_ratios_of_steps_are_averaged_and_not_the_steps(tmp_path: Path) -> None:
+    path = study(tmp_path)
+    told = json.loads((path / "study.json").read_text())
+    ends = {("fresh", 0): 2, ("fresh", 1): 8, ("warm", 0): 1, ("warm", 1): 8}
+    for one in told["chosen"]:
+        one["curve"] = [[0, 2.0], [ends[one["arm"], one["seed"]], 1.0]]
+    (path / "study.json").write_text(json.dumps(told))
+    (found,) = read_findings(path).convergence
+    assert found.ratio == pytest.approx((1 / 2 + 8 / 8) / 2)
 
 
 def test_outputs_that_are_gone_are_said_to_be_gone(tmp_path: Path) -> None:

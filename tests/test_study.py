@@ -1,6 +1,7 @@
 """Studies: what is planned, run, resumed, chosen and kept apart."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from d2lora import AdaptSettings, WarmStart, WarmupSettings
 from d2lora.analysis import read_findings
 from d2lora.artifacts import Manifest
 from d2lora.calibration import Calibration
+from d2lora.cells import Cell
 from d2lora.cli import main
 from d2lora.conversion import randomise
 from d2lora.decontamination import contamination_said, decontaminated
@@ -26,7 +28,7 @@ from d2lora.embedded.__main__ import write_world
 from d2lora.errors import DataError, SettingsError
 from d2lora.jobs import Scored, Trial
 from d2lora.mixture import write_mixture
-from d2lora.needs import Cell, Needs
+from d2lora.needs import Needs
 from d2lora.plan import KINDS, StudyPlan
 from d2lora.plan_file import read_plan, shipped
 from d2lora.report import write_report
@@ -81,6 +83,19 @@ def test_a_plan_tells_all_its_faults_at_once_with_the_nearest_names(
         "no arm `frsh`. Did you mean `fresh`?",
     ):
         assert part in text
+
+
+def test_a_plan_says_once_how_long_to_train(tmp_path: Path) -> None:
+    assert not read_plan("quick").steps
+    assert read_plan("scarcity", changes=["epochs={16: 3}"]).steps == {}
+    assert read_plan("quick", changes=["steps.16=40"]).epochs == {}
+    with pytest.raises(SettingsError, match="steps and epochs both say how long"):
+        read_plan("scarcity", changes=["epochs={16: 3}", "steps={16: 40}"])
+    with pytest.raises(SettingsError, match=r"adapt: `max_steps` and the plan's `steps` both say"):
+        read_plan("scarcity", changes=["adapt.max_steps=3"])
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("adapt: {max_steps: 3}\nsteps: {}\n")
+    assert read_plan(str(plan)).adapt["max_steps"] == 3
 
 
 @pytest.mark.parametrize("change", ["sizs=[4]", "tasks.titles.n_tst=3", "seeds", "seeds.a=1"])
@@ -210,64 +225,164 @@ def dies_after(n_jobs: int) -> Callable[[Job], dict[str, Any]]:
 def test_a_changed_plan_runs_only_what_it_touches(tmp_path: Path, plan: dict[str, Any]) -> None:
     store = tmp_path / "store"
     run_study(settings(tmp_path, plan))
-    first = runs_in(store)
-    assert len(first) == 1 + 1 + 2 * 2 * 2 * 2 + 2 * 2 * 2  # base, warm-up, trials, cells
+    first, trials = runs_in(store), trial_keys(tmp_path)
+    assert len(first) == 1 + 1 + len(trials) + 2 * 2 * 2  # base, warm-up, trials, cells
     run_study(settings(tmp_path, plan))
     assert runs_in(store) == first
-    run_study(settings(tmp_path, plan, set=("seeds=3",)))
-    assert len(runs_in(store)) == len(first) + 2 * 2
-    # Other test rows: cells are scored anew, but no rate is tried again.
+    # Other test rows: cells are scored again, but nothing is tried again.
     run_study(settings(tmp_path, plan, set=("tasks.titles.n_test=3",)))
-    assert len(runs_in(store)) == len(first) + 4 + (1 + 2 * 2 * 2)
+    assert trial_keys(tmp_path) == trials
+    second = runs_in(store)
+    assert len(second) == len(first) + (1 + 2 * 2 * 2)
+    run_study(settings(tmp_path, plan, set=("seeds=3",)))
+    more = trial_keys(tmp_path) - trials
+    assert len(runs_in(store)) == len(second) + 2 * 2 + len(more)
+    assert len(more) >= 2 * 2 * 2, "a seed tries learning rates of its own"
 
 
-def test_a_cell_that_fails_is_told_with_its_reason_and_the_rest_goes_on(
-    tmp_path: Path, plan: dict[str, Any]
+def trial_keys(folder: Path) -> set[str]:
+    return {trial["key"] for trial in read_rows(folder / "study" / "trials.jsonl")}
+
+
+def test_a_study_with_failed_cells_is_not_done_and_ends_with_an_error_that_says_why(
+    tmp_path: Path, plan: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    plan |= {"learning_rates": [0.03], "sizes": [4]}
+    run_study(settings(tmp_path, plan))
+    assert (tmp_path / "study" / "done.json").exists()
     plan["arms"] = ["fresh", {"kind": "init", "init": str(tmp_path / "nowhere")}]
     study = run_study(settings(tmp_path, plan))
-    assert len(study.results) == 1 + 4
-    assert len(study.failures) == 4
+    assert len(study.results) == 1 + 2
+    assert len(study.failures) == 2
     assert all("nowhere" in reason for reason in study.failures.values())
-    assert not (tmp_path / "study" / "done.json").exists()
+    assert not (tmp_path / "study" / "done.json").exists(), "that of the earlier run is gone"
     saved = json.loads((tmp_path / "study" / "study.json").read_text())
     assert saved["failures"] == study.failures
+    asked = settings(tmp_path, plan)
+    words = ["study", *asked.plan, "--out", str(asked.out), "--store", str(asked.store)]
+    assert main([*words, "--executor", "inline", "--quiet", "--no-report"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 of 5 cells failed" in said
+    assert "nowhere" in said
 
 
-def test_the_rate_with_the_lowest_validation_loss_is_used_and_one_that_diverges_is_out(
+def test_each_seed_takes_its_own_best_learning_rate_and_one_that_diverges_is_out(
     tmp_path: Path, plan: dict[str, Any]
 ) -> None:
-    plan["learning_rates"] = [1e-4, 0.03, 1e30]
+    plan |= {"learning_rates": [1e-4, 0.03, 1e30], "sizes": [8], "seeds": 3}
     study = run_study(settings(tmp_path, plan))
     assert not study.failures
     trials = read_rows(tmp_path / "study" / "trials.jsonl")
-    assert {t["learning_rate"] for t in trials if "learning_rate" in t} >= {1e-4, 0.03}
+    assert any("failed" in trial for trial in trials)
+    place = ("arm", "n", "seed")
     for row in study.results:
         if row["learning_rate"] is None:
             continue
-        own = [t for t in trials if (t["arm"], t["n"]) == (row["arm"], row["n"])]
-        means = {
-            rate: sum(t["validation_loss_after"] for t in own if t.get("learning_rate") == rate)
-            for rate in (1e-4, 0.03)
-        }
-        assert row["learning_rate"] == min(means, key=lambda rate: means[rate])
+        own = [t for t in trials if all(t[name] == row[name] for name in place) and "curve" in t]
+        assert {t["learning_rate"] for t in own} >= {1e-4, 0.03}
+        best = min(own, key=lambda trial: trial["validation_loss_after"])
+        assert row["learning_rate"] == best["learning_rate"]
+    before = {t["curve"][0][1] for t in trials if t["arm"] == "fresh" and "curve" in t}
+    assert len(before) == 3, "seeds validate on rows of their own"
 
 
-def test_a_cell_without_a_usable_rate_tells_the_reason_of_the_trial_that_failed(
+def test_each_cell_ends_at_the_step_of_its_lowest_loss_over_the_folds_of_its_rows(
     tmp_path: Path, plan: dict[str, Any]
 ) -> None:
-    plan["learning_rates"] = [1e30, 1e31]
+    del plan["epochs"]
+    plan |= {"steps": {4: 3}, "folds": 2, "sizes": [4], "learning_rates": [0.03]}
     study = run_study(settings(tmp_path, plan))
-    assert len(study.failures) == 2 * 2 * 2
-    assert all("no learning rate could be used" in r for r in study.failures.values())
+    assert not study.failures
+    chosen = json.loads((tmp_path / "study" / "study.json").read_text())["chosen"]
+    trials = read_rows(tmp_path / "study" / "trials.jsonl")
+    assert len(chosen) == 4
+    for one in chosen:
+        place = {name: one[name] for name in ("arm", "n", "seed")}
+        (row,) = [r for r in study.results if place.items() <= r.items()]
+        own = [t for t in trials if place.items() <= t.items()]
+        assert {t["fold"] for t in own} == {0, 1}
+        assert len({t["validation_loss_before"] for t in own}) == 2, "folds hold other rows out"
+        length = one["curve"][-1][0]
+        assert length == 3 * 2 ** one["doublings"]
+        folds = [t["curve"] for t in own if t["curve"][-1][0] == length]
+        mean = {step: (a + b) / 2 for (step, a), (_, b) in zip(*folds, strict=True)}
+        assert dict(map(tuple, one["curve"])) == pytest.approx(mean)
+        assert mean[one["step"]] == min(mean.values())
+        assert row["cost"]["n_steps"] == one["step"]
+        adapter = yaml.safe_load((Path(row["adapter"]) / "settings.yaml").read_text())
+        assert adapter["max_steps"] in (length, 0)
+        assert adapter["n"] == 4
 
 
-def test_a_rate_at_the_edge_of_the_grid_is_marked(tmp_path: Path, plan: dict[str, Any]) -> None:
-    plan["learning_rates"] = [1e-9, 1e-8, 0.01]
+def test_a_cell_whose_lowest_loss_is_the_untrained_one_is_the_initialization_itself(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    del plan["epochs"]
+    plan |= {"steps": {4: 2}, "sizes": [4], "seeds": 1, "arms": ["fresh"]}
+    plan["learning_rates"] = [1e-30]
+    study = run_study(settings(tmp_path, plan))
+    assert not study.failures
+    base, fresh = study.results
+    assert fresh["cost"]["n_steps"] == 0
+    assert (fresh["scores"], fresh["general_loss"]) == (base["scores"], base["general_loss"])
+    assert read_findings(study.path).levels[1].learning_rates == (1e-30,)
+
+
+def test_seeds_begin_from_warm_ups_of_their_own_where_the_plan_says_so(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    plan |= {"learning_rates": [0.01], "sizes": [4], "seeds": 3, "warm_up_seeds": 2}
+    plan["arms"] = ["fresh", "warm", "warm_only"]
+    study = run_study(settings(tmp_path, plan))
+    assert not study.failures
+    warm_ups = json.loads((tmp_path / "study" / "study.json").read_text())["warm_ups"]
+    assert list(warm_ups) == ["general", "general, seed 1"]
+    paths = [warm_up["path"] for warm_up in warm_ups.values()]
+    assert [Manifest.read(Path(path)).settings["seed"] for path in paths] == [0, 1]
+    inits = [
+        yaml.safe_load((Path(row["adapter"]) / "settings.yaml").read_text())["init"]
+        for row in study.results
+        if row["arm"] == "warm"
+    ]
+    assert inits == [paths[0], paths[1], paths[0]]
+    assert [row["adapter"] for row in study.results if row["arm"] == "warm_only"] == paths
+
+
+def test_a_warm_start_that_is_there_is_used_as_it_is_and_known_by_its_weights(
+    tmp_path: Path, plan: dict[str, Any], warm_start: WarmStart
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(warm_start.path, mine)
+    plan |= {"learning_rates": [0.01], "sizes": [4], "seeds": 1}
+    plan |= {"warm_ups": {"mine": {"path": str(mine)}}, "arms": ["fresh", "warm", "longer"]}
+    study = run_study(settings(tmp_path, plan))
+    assert not study.failures
+    adapter = next(row["adapter"] for row in study.results if row["arm"] == "warm")
+    assert Manifest.read(Path(adapter)).lineage[0].path == str(mine)
+    before = runs_in(tmp_path / "store")
+    changed = load_file(mine / "adapter_model.safetensors")
+    save_file({k: 2 * v for k, v in changed.items()}, mine / "adapter_model.safetensors")
     run_study(settings(tmp_path, plan))
-    rates = json.loads((tmp_path / "study" / "study.json").read_text())["rates"]
-    assert len(rates) == 4
-    assert all(r["learning_rate"] == 0.01 and r["at_edge"] for r in rates)
+    new = runs_in(tmp_path / "store") - before
+    kinds = [json.loads((tmp_path / "store" / key / "result.json").read_text())["about"][0]
+             for key in new]  # fmt: skip
+    assert sorted(kinds) == ["Ready", "Scored"], "what begins from it, and nothing else"
+
+
+def test_a_warm_start_that_cannot_be_used_stops_a_study_before_it_runs(
+    tmp_path: Path, plan: dict[str, Any], other_base: str, warm_start: WarmStart
+) -> None:
+    plan |= {"warm_ups": {"gone": {"path": str(tmp_path / "nowhere")}}}
+    with pytest.raises(DataError, match=r"warm_ups.gone: .*nowhere: no such folder"):
+        run_study(settings(tmp_path, plan))
+    plan |= {"warm_ups": {"mine": {"path": str(warm_start.path)}}, "base": other_base}
+    with pytest.raises(DataError, match=r"warm_ups.mine: .*has other weights"):
+        run_study(settings(tmp_path, plan))
+    plan |= {"warm_ups": {"mine": {"path": 3, "m": 5}}, "arms": ["fresh", "mixed"]}
+    with pytest.raises(SettingsError) as error:
+        run_study(settings(tmp_path, plan))
+    for part in ("`m` beside `path`", "expected a folder, got 3", "rows cannot be mixed"):
+        assert part in str(error.value)
 
 
 def test_only_the_last_job_of_a_cell_knows_the_test_rows(
@@ -277,7 +392,9 @@ def test_only_the_last_job_of_a_cell_knows_the_test_rows(
     study = run_study(settings(tmp_path, plan))
     needs = Needs(study.plan, tmp_path / "store", keep_adapters=True)
     cell = Cell("warm", "titles", 4, 1)
-    for trial in needs.trials(cell):
+    trials = [trial for folds in needs.trials(cell).values() for trial in folds]
+    assert len(trials) >= 2
+    for trial in trials:
         assert isinstance(trial, Trial)
         assert test not in str(trial)
     last = needs.last_job(cell)
@@ -512,7 +629,7 @@ def write_study(folder: Path, plan: StudyPlan, rows: list[dict[str, Any]]) -> No
     folder.mkdir()
     write_rows(folder / "results.jsonl", rows)
     write_rows(folder / "trials.jsonl", [])
-    told = {"plan": plan.model_dump(mode="json"), "failures": {}, "rates": [], "warm_ups": {}}
+    told = {"plan": plan.model_dump(mode="json"), "failures": {}, "chosen": [], "warm_ups": {}}
     (folder / "study.json").write_text(json.dumps({**told, "store": "", "provenance": {}}))
 
 
@@ -540,7 +657,10 @@ def test_findings_pair_arms_by_seed_and_item_and_speak_plainly(tmp_path: Path) -
     assert gain.verdict == "helps"
     assert none.verdict == "no difference seen"
     assert none.p_value == 1
-    first, second = findings.verdicts()
+    pooled, first, second = findings.verdicts()
+    assert pooled.startswith(
+        "Pooled over 1 task and 2 sizes: warm helps against fresh (+25.0 points"
+    )
     assert first.startswith("Word problems, n = 16: warm helps against fresh (+50.0 points")
     assert "no difference seen" in second
     by_n = {e.n: e.equals for e in findings.efficiency if e.arm == "warm"}
@@ -581,7 +701,7 @@ def test_a_guess_knows_how_much_more_work_a_longer_run_is(
 ) -> None:
     checked = read_plan(*settings(tmp_path, plan).plan)
     needs = Needs(checked, tmp_path / "store", keep_adapters=True)
-    guess = Calibration(checked, [], n_threads=1)
+    guess = Calibration(checked, n_threads=1)
     short = needs.warm_up("general")
     long = replace(short, settings=short.settings.changed(max_steps=400))
     first, second = guess.seconds(short), guess.seconds(long)

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from d2lora.curves import size_that_scores, steps_to_reach
+from d2lora.cells import BASE
+from d2lora.crossed import pooled_difference, power
+from d2lora.curves import mean_of, size_that_scores, steps_to_reach
 from d2lora.errors import RunError
 from d2lora.findings import (
-    BASE,
     MAIN_SCORES,
     ArmCost,
     Array,
@@ -22,11 +23,15 @@ from d2lora.findings import (
     Efficiency,
     Findings,
     Level,
+    PooledComparison,
+    Reached,
     references,
 )
 from d2lora.plan import NEEDS_WARM_UP, StudyPlan
 from d2lora.runs import read_json
-from d2lora.stats import Difference, holm, mean_interval, paired_difference, permutation_p, power
+from d2lora.stats import Difference, difference_p, holm, mean_interval, paired_difference
+
+Curve = list[tuple[float, float]]
 
 
 def read_findings(path: Path) -> Findings:
@@ -47,18 +52,19 @@ def read_findings(path: Path) -> Findings:
     levels = _levels(rows, plan, score_of)
     against = references(plan)
     comparisons = _comparisons(levels, against)
-    convergence = _convergence(trials, study["rates"], against)
+    convergence = _convergence(study["chosen"], against)
     return Findings(
         path=path,
         plan=plan,
         levels=levels,
         comparisons=comparisons,
+        pooled=_pooled(levels, against),
         convergence=convergence,
         efficiency=_efficiency(levels, against),
         costs=_costs(levels, plan, study["warm_ups"], convergence),
         score_of=score_of,
         trials=trials,
-        rates=study["rates"],
+        chosen=study["chosen"],
         warm_ups=study["warm_ups"],
         failures=study["failures"],
         contamination=study.get("contamination", []),
@@ -97,7 +103,9 @@ def _levels(
                 n=n,
                 scores=scores,
                 interval=mean_interval(scores.mean(axis=0)),
-                learning_rate=group[0]["learning_rate"],
+                learning_rates=tuple(
+                    row["learning_rate"] for row in group if row["learning_rate"] is not None
+                ),
                 general_loss_change=_loss_change(group, bases[task]),
                 choices_change=_choices_change(group, bases[task]),
                 costs=tuple(row["cost"] for row in group if "cost" in row),
@@ -133,7 +141,7 @@ def _comparisons(levels: Sequence[Level], against: dict[str, str]) -> list[Compa
                 if (v.task, v.arm) == (task, arm) and (task, other, v.n) in found
             ]
             pairs = [(v, w) for v, w in pairs if v.scores.shape == w.scores.shape]
-            p_values = [permutation_p(w.scores, v.scores) for v, w in pairs]
+            p_values = [difference_p(w.scores, v.scores) for v, w in pairs]
             for (v, w), p, adjusted in zip(pairs, p_values, holm(p_values), strict=True):
                 difference = paired_difference(w.scores, v.scores)
                 needed = power(w.scores, v.scores)
@@ -143,28 +151,53 @@ def _comparisons(levels: Sequence[Level], against: dict[str, str]) -> list[Compa
     return comparisons
 
 
-def _convergence(
-    trials: Sequence[dict[str, Any]], rates: Sequence[dict[str, Any]], against: dict[str, str]
-) -> list[Convergence]:
-    curves: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
-    for rate in rates:
-        place = (rate["task"], rate["arm"], rate["n"])
-        own = [
-            trial["curve"]
-            for trial in trials
-            if (trial["task"], trial["arm"], trial["n"]) == place
-            and trial.get("learning_rate") == rate["learning_rate"]
-        ]
-        if own and len({len(curve) for curve in own}) == 1:
-            curves[place] = [(float(s), float(v)) for s, v in np.mean(own, axis=0)]
-    found: list[Convergence] = []
-    for (task, arm, n), curve in curves.items():
-        reference = curves.get((task, against.get(arm, ""), n))
-        if reference is not None:
-            steps = steps_to_reach(curve, reference[-1][1])
-            both = {arm: curve, against[arm]: reference}
-            found.append(Convergence(task, arm, against[arm], n, reference[-1][0], steps, both))
+def _pooled(levels: Sequence[Level], against: dict[str, str]) -> list[PooledComparison]:
+    """Pool each pair of arms over the tasks and sizes at which both have as many seeds as most."""
+    found: list[PooledComparison] = []
+    levels_at = {(v.task, v.arm, v.n): v for v in levels}
+    for arm, other in against.items():
+        cells: dict[tuple[str, int], Array] = {}
+        for v in levels:
+            reference = levels_at.get((v.task, other, v.n))
+            if v.arm == arm and reference and v.scores.shape == reference.scores.shape:
+                cells[v.task, v.n] = v.scores - reference.scores
+        n_seeds = max((len(cell) for cell in cells.values()), default=0)
+        cells = {place: cell for place, cell in cells.items() if len(cell) == n_seeds}
+        if len(cells) < 2:
+            continue
+        tasks = tuple(dict.fromkeys(task for task, _ in cells))
+        tables = [np.stack([c for (task, _), c in cells.items() if task == own]) for own in tasks]
+        sizes = tuple(sorted({n for _, n in cells}))
+        found.append(PooledComparison(arm, other, tasks, sizes, pooled_difference(tables)))
     return found
+
+
+def _convergence(chosen: Sequence[dict[str, Any]], against: dict[str, str]) -> list[Convergence]:
+    curves: dict[tuple[str, str, int], dict[int, Curve]] = {}
+    for one in chosen:
+        place = (one["task"], one["arm"], one["n"])
+        curves.setdefault(place, {})[one["seed"]] = [(float(s), v) for s, v in one["curve"]]
+    found: list[Convergence] = []
+    for (task, arm, n), own in curves.items():
+        references = curves.get((task, against.get(arm, ""), n), {})
+        seeds = sorted(own.keys() & references.keys())
+        if not seeds:
+            continue
+        reached = tuple(_reached(seed, own[seed], references[seed]) for seed in seeds)
+        both = {
+            arm: mean_of([own[seed] for seed in seeds]),
+            against[arm]: mean_of([references[seed] for seed in seeds]),
+        }
+        found.append(Convergence(task, arm, against[arm], n, reached, both))
+    return found
+
+
+def _reached(seed: int, curve: Curve, reference: Curve) -> Reached:
+    """Compare two curves at the reference's lowest loss: when does each first have it?"""
+    lowest = min(loss for _, loss in reference)
+    own = steps_to_reach(reference, lowest)
+    assert own is not None, "a curve reaches its own lowest loss"
+    return Reached(seed, own, steps_to_reach(curve, lowest), curve[-1][0])
 
 
 def _efficiency(levels: Sequence[Level], against: dict[str, str]) -> list[Efficiency]:
@@ -196,7 +229,7 @@ def _costs(
             if not costs:
                 continue
             flops = float(np.mean([cost["flops"] for cost in costs]))
-            reached = [c for c in convergence if (c.arm, c.n) == (arm.name, n)]
+            saved = _saved([c for c in convergence if (c.arm, c.n) == (arm.name, n)], levels)
             found.append(
                 ArmCost(
                     arm=arm.name,
@@ -208,18 +241,26 @@ def _costs(
                     peak_memory_bytes=max(cost["peak_memory_bytes"] for cost in costs),
                     warm_up_flops=warm_up_flops,
                     n_tasks=len(plan.tasks),
-                    flops_saved_per_task=_saved(reached, flops),
+                    flops_saved_per_task=saved,
                 )
             )
     return found
 
 
-def _saved(reached: Sequence[Convergence], flops: float) -> float | None:
-    """Return the mean saving of an arm that stops where its reference ends up.
+def _saved(convergence: Sequence[Convergence], levels: Sequence[Level]) -> float | None:
+    """Return the mean saving over tasks and seeds; None where nothing was measured.
 
-    An arm that does not get there saves nothing on that task; None where nothing was measured.
+    It is what the reference takes to its lowest validation loss, less what the arm takes to the
+    same, and may be negative. An arm that does not get there takes its whole run, at least.
     """
-    if not reached:
-        return None
-    shares = [0.0 if c.steps is None else 1 - c.steps / c.n_steps for c in reached]
-    return flops * float(np.mean(shares))
+    levels_at = {(v.task, v.arm, v.n): v for v in levels}
+    saved: list[float] = []
+    for c in convergence:
+        own, reference = (levels_at.get((c.task, arm, c.n)) for arm in (c.arm, c.against))
+        if own is None or reference is None:
+            continue
+        for seed in c.seeds:
+            steps = seed.whole if seed.steps is None else seed.steps
+            of_reference = seed.reference_steps * reference.flops_per_step
+            saved.append(of_reference - steps * own.flops_per_step)
+    return float(np.mean(saved)) if saved else None

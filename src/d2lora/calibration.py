@@ -6,10 +6,11 @@ measured on.
 """
 
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -31,7 +32,7 @@ N_STEPS = 4
 N_ROWS = 16
 """Rows that are measured of what forgetting is measured on."""
 _SHORT: dict[str, Any] = {
-    "max_steps": N_STEPS, "validation_fraction": 0.0, "validation_data": ()
+    "max_steps": N_STEPS, "stop_step": None, "validation_fraction": 0.0, "validation_data": ()
 }  # fmt: skip
 S = TypeVar("S", WarmupSettings, AdaptSettings)
 
@@ -46,16 +47,14 @@ class _Step(NamedTuple):
 class Calibration:
     """Guesses seconds of runs; measures on first use, and only what is asked for."""
 
-    def __init__(self, plan: StudyPlan, mixed: Iterable[Mixed], n_threads: int | None) -> None:
+    def __init__(self, plan: StudyPlan, n_threads: int | None) -> None:
         """Guess for a plan whose data are named by paths.
 
         Args:
             plan: The plan.
-            mixed: Mixtures to be written: the rows of runs that train on one.
             n_threads: Threads that a run will have. None: as many as this process.
         """
         self._plan, self._n_threads = plan, n_threads
-        self._mixed = {str(job.path): job for job in mixed}
         self._measured_steps: dict[object, _Step] = {}
         self._scoring_s: dict[str, float] = {}
         self._failed: str | None = None
@@ -90,38 +89,28 @@ class Calibration:
     def seconds(self, job: Job) -> float | None:
         """Return a run's guessed seconds; None where nothing can be measured.
 
-        Merging, mixing and random adapters, done in a moment, count as nothing.
+        Merging, mixing, random adapters and what is there count as nothing.
         """
         if self.why_not is not None:
             return None
         try:
             if isinstance(job, WarmUp):
                 step, budget = self._warm_up_step(job.settings), job.settings.max_tokens
-                n_steps = self._steps(job.settings) if budget is None else budget / step.n_tokens
+                n_steps = n_steps_of(job.settings) if budget is None else budget / step.n_tokens
                 return n_steps * step.seconds
             total = 0.0
             if isinstance(job, Trial | Scored) and job.training is not None:
-                total += self._steps(job.training) * self._task_step(job.about[0]).seconds
+                task, n = job.about
+                step = self._task_step(task).seconds
+                total += n_steps_of(job.training) * step
+                if isinstance(job, Trial):
+                    total += _validations(job.training, n) * step
             if isinstance(job, Scored):
                 total += self._scoring(job.about[0], job.tests)
         except D2LoraError as error:
             self._failed = str(error)
             return None
         return total
-
-    def _steps(self, settings: WarmupSettings | AdaptSettings) -> int:
-        from d2lora.tasks import read_task
-
-        n = settings.m if isinstance(settings, WarmupSettings) else settings.n
-        mixed = self._mixed.get(settings.data[0])
-        if mixed is not None:
-            general, own = mixed.general, mixed.training
-            sizes = ((general.m or 0, general), (own.n or 0, own))
-            n = round(sum(size * passes(size, of) for size, of in sizes))
-        if n is None:
-            n = len(read_task(settings.data, settings.task, skip_bad=True).rows)
-        shown, _ = split_validation(range(n), settings.validation_fraction)
-        return Plan.of(len(shown), settings, 0).n_steps
 
     def _warm_up_step(self, settings: WarmupSettings) -> _Step:
         from d2lora.warmup import warm_up
@@ -188,3 +177,30 @@ class Calibration:
                 total += scale * elapsed
             self._scoring_s[task] = total
         return self._scoring_s[task]
+
+
+def n_steps_of(settings: WarmupSettings | AdaptSettings) -> int:
+    """Return the optimizer steps that a run takes; its rows are counted where they decide."""
+    from d2lora.tasks import read_task
+
+    if settings.max_steps is not None:
+        return settings.max_steps if settings.stop_step is None else settings.stop_step
+    n = settings.m if isinstance(settings, WarmupSettings) else settings.n
+    if n is None:
+        n = len(read_task(settings.data, settings.task, skip_bad=True).rows)
+    shown, _ = split_validation(range(n), settings.validation_fraction, settings.fold)
+    return Plan.of(len(shown), settings, 0).last_step
+
+
+def n_rows_of(mixed: Mixed) -> int:
+    """Return about how many rows a mixture will have."""
+    general, own = mixed.general, mixed.training
+    sizes = ((general.m or 0, general), (own.n or 0, own))
+    return max(1, round(sum(size * passes(size, of) for size, of in sizes)))
+
+
+def _validations(settings: AdaptSettings, n: int) -> float:
+    """Return what a trial's validations cost, in optimizer steps: a forward pass is a third."""
+    n_held_out = n / settings.fold[1] if settings.fold else n * settings.validation_fraction
+    n_times = 1 + math.ceil(n_steps_of(settings) / max(1, settings.eval_every))
+    return n_times * n_held_out / min(n, settings.batch_size) / 3

@@ -221,7 +221,7 @@ def _merge(settings: ConvertSettings, folder: Path) -> Conversion:
     with new_folder(settings.out.resolve()) as out:  # behind a symbolic link, which stays
         merged.save_pretrained(out)
         base.tokenizer.save_pretrained(out)
-        own = TrainedRows.read(base_folder(settings.base, settings.revision))
+        own = TrainedRows.read(base_folder(settings.base, settings.revision, settings.gguf_file))
         (TrainedRows.read(folder) | own).write(out)
         # What was written is what counts: transformers ties weights again as it reads them.
         read = AutoModelForCausalLM.from_pretrained(out, dtype=model.dtype, use_safetensors=True)

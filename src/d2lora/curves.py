@@ -27,6 +27,17 @@ def steps_to_reach(curve: Sequence[tuple[float, float]], target: float) -> float
     return None
 
 
+def mean_of(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Return the mean of curves at all their steps, as far as the shortest goes."""
+    end = min(curve[-1][0] for curve in curves)
+    steps = sorted({step for curve in curves for step, _ in curve if step <= end})
+    losses = [
+        np.interp(steps, [step for step, _ in curve], [loss for _, loss in curve])
+        for curve in curves
+    ]
+    return [(float(s), float(v)) for s, v in zip(steps, np.mean(losses, axis=0), strict=True)]
+
+
 def size_that_scores(sizes: Sequence[int], scores: Sequence[float], target: float) -> float | None:
     """Return the size at which a score curve first reaches `target`, on a logarithmic scale.
 

@@ -237,12 +237,20 @@ def stream_seed(root: int, stream: str) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def split_validation(indices: Sequence[int], fraction: float) -> tuple[list[int], list[int]]:
+def split_validation(
+    indices: Sequence[int], fraction: float, fold: tuple[int, int] | None = None
+) -> tuple[list[int], list[int]]:
     """Split chosen rows into training and validation rows; the last `fraction` validate.
 
-    At least one row validates where `fraction` > 0, and at least one trains.
+    At least one row validates where `fraction` > 0, and at least one trains. A `fold` (i, k) takes
+    the place of the fraction: the i-th of k parts, as equal as can be, validates.
     """
-    if fraction == 0 or len(indices) < 2:
+    n = len(indices)
+    if n < 2 or (fraction == 0 and fold is None):
         return list(indices), []
-    n_valid = min(max(1, round(len(indices) * fraction)), len(indices) - 1)
-    return list(indices[:-n_valid]), list(indices[-n_valid:])
+    if fold is None:
+        begin, end = n - min(max(1, round(n * fraction)), n - 1), n
+    else:
+        number, n_folds = fold
+        begin, end = n * number // n_folds, n * (number + 1) // n_folds
+    return [*indices[:begin], *indices[end:]], list(indices[begin:end])

@@ -39,7 +39,8 @@ class Check:
     use: str
     """`warm-up NAME` or `task NAME`."""
     n_rows: int | None
-    """Rows that were checked. None: they are not on this machine (of a dry run)."""
+    """Rows that were checked. None: they are not here, as in a dry run or of a warm start that was
+    made before."""
     removed: tuple[Removed, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -76,6 +77,9 @@ def decontaminated(
     checks: list[Check] = []
     faults: list[str] = []
     for name in plan.warm_ups:
+        if plan.ready(name):
+            checks.append(Check(f"warm-up {name}", None, ()))
+            continue
         settings = warm_up_settings(plan, name, Path())
         data, check = cleaner.cleaned(f"warm-up {name}", settings.data, settings.task)
         if data != settings.data:

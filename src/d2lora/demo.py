@@ -37,7 +37,7 @@ def demo(settings: DemoSettings) -> Findings:
         f"at n = {', '.join(map(str, settings.sizes))}, {settings.seeds} seeds each; everything "
         f"goes to {out}"
     )
-    run_study(
+    study = run_study(
         StudySettings(
             plan=("quick",),
             out=out / "study",
@@ -50,7 +50,8 @@ def demo(settings: DemoSettings) -> Findings:
             workers=settings.workers,
         )
     )
-    findings = read_findings(out / "study")
+    study.check()
+    findings = read_findings(study.path)
     console = Console(width=WIDTH)
     show(findings, console)
     page = write_report(findings)

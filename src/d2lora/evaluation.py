@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from d2lora.base_files import base_folder
 from d2lora.console import Reporter, table_console
 from d2lora.errors import SettingsError
 from d2lora.measuring import BASE, Measured, TestSets, check_rows, measure
@@ -73,7 +72,7 @@ def _trained_on(
     names: Sequence[str], base: Base, sets: TestSets, reporter: Reporter
 ) -> dict[str, dict[str, int]]:
     """Count the rows of each set that each adapter, or what it comes from, was trained on."""
-    of_base = TrainedRows.read(base_folder(base.name, base.revision, fetch=False))
+    of_base = TrainedRows.read(base.folder)
     counts: dict[str, dict[str, int]] = {}
     for name in names:
         trained = of_base if name == BASE else of_base | TrainedRows.read(Path(name))

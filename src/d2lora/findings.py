@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2lora.crossed import NO_VERDICT, NOTHING_SEEN, Pooled, Power
 from d2lora.plan import StudyPlan
-from d2lora.stats import NOTHING_SEEN, Difference, Interval, Power
+from d2lora.stats import Difference, Interval
 
 Array = NDArray[np.float64]
-BASE = "base"
+CI = "95 % CI over items and seeds"
 MAIN_SCORES = {"exact_match": "exact match", "rougeL": "ROUGE-L", "accuracy": "accuracy"}
 """Main scores, the first that a task has is taken, and their names."""
 
@@ -29,7 +30,8 @@ class Level:
     """Main score, shape (S, I), 0 to 1."""
     interval: Interval
     """Mean over items of the mean over seeds."""
-    learning_rate: float | None
+    learning_rates: tuple[float, ...]
+    """Of each seed; empty where nothing was trained."""
     general_loss_change: Array | None
     """Shape (S,): loss on general text minus the base's, nats per token."""
     choices_change: Difference | None
@@ -44,9 +46,11 @@ class Level:
         """Mean score of each seed."""
         return self.scores.mean(axis=1).tolist()
 
-    def mean_cost(self, name: str) -> float | None:
-        """Return a cost's mean over seeds."""
-        return float(np.mean([cost[name] for cost in self.costs])) if self.costs else None
+    @property
+    def flops_per_step(self) -> float:
+        """Operations of an optimizer step, mean over seeds; 0 where none was taken."""
+        steps = sum(cost["n_steps"] for cost in self.costs)
+        return sum(cost["flops"] for cost in self.costs) / steps if steps else 0.0
 
 
 @dataclass(frozen=True)
@@ -66,25 +70,20 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """`helps`, `hurts` or `no difference seen`: the interval and Holm's test must agree.
+        """`helps`, `hurts` or `no difference seen`, over items and seeds.
 
-        Where that holds of these seeds alone, and not of others, it says so.
+        The interval and Holm's test must agree.
         """
-        if self.difference.verdict == NOTHING_SEEN or self.p_holm >= 0.05:
-            return NOTHING_SEEN
-        if self.difference.holds_for_other_seeds:
-            return self.difference.verdict
-        these = "these seeds" if self.difference.n_seeds > 1 else "this seed"
-        return f"{self.difference.verdict} with {these}"
+        said = self.difference.verdict
+        return said if said == NO_VERDICT or self.p_holm < 0.05 else NOTHING_SEEN
 
     @property
     def numbers(self) -> str:
         """The difference and its intervals, in points."""
         d = self.difference
-        said = f"{signed(100 * d.mean)} points, 95 % interval {range_said(d.low, d.high)}"
-        return (
-            said if d.over_seeds is None else f"{said}, over seeds too {range_said(*d.over_seeds)}"
-        )
+        rows = f"over rows alone {range_said(d.low, d.high)}"
+        wide = rows if d.over_seeds is None else f"{CI} {range_said(*d.over_seeds)}; {rows}"
+        return f"{signed(100 * d.mean)} points, {wide}"
 
     @property
     def seeds(self) -> str:
@@ -99,19 +98,70 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class PooledComparison:
+    """An arm against its reference over all tasks and sizes."""
+
+    arm: str
+    against: str
+    tasks: tuple[str, ...]
+    sizes: tuple[int, ...]
+    pooled: Pooled
+
+    @property
+    def numbers(self) -> str:
+        """The difference, its interval in points, and p."""
+        said = f"{signed(100 * self.pooled.mean)} points"
+        if self.pooled.interval is None or self.pooled.p_value is None:
+            return said
+        return f"{said}, {CI} {range_said(*self.pooled.interval)}, {p_said(self.pooled.p_value)}"
+
+    @property
+    def place(self) -> str:
+        """Over what it is the mean."""
+        n_tasks, n_sizes = len(self.tasks), len(self.sizes)
+        tasks = f"{n_tasks} task{'s' if n_tasks > 1 else ''}"
+        return f"{tasks} and {n_sizes} size{'s' if n_sizes > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Reached:
+    """When one seed's trials reach the lowest validation loss of the reference's."""
+
+    seed: int
+    reference_steps: float
+    """Steps after which the reference first had that loss."""
+    steps: float | None
+    """Steps of the arm; None: it does not get there."""
+    whole: float
+    """Steps of the arm's whole trial."""
+
+
+@dataclass(frozen=True)
 class Convergence:
-    """How soon an arm's trials reach the reference's final validation loss."""
+    """How soon an arm's trials reach the reference's lowest validation loss, seed by seed."""
 
     task: str
     arm: str
     against: str
     n: int
-    n_steps: float
-    """Steps of the reference's whole run."""
-    steps: float | None
-    """Steps of the arm; None: it does not get there."""
+    seeds: tuple[Reached, ...]
     curves: dict[str, list[tuple[float, float]]]
-    """Arm and reference -> (step, validation loss), mean of the trials at the chosen rate."""
+    """Arm and reference -> (step, validation loss) of the chosen trials, mean of the seeds."""
+
+    @property
+    def n_reached(self) -> int:
+        """Seeds in which the arm gets there."""
+        return sum(seed.steps is not None for seed in self.seeds)
+
+    @property
+    def ratio(self) -> float | None:
+        """Mean over seeds of the arm's steps by the reference's; None: not with every seed."""
+        ratios = [
+            seed.steps / seed.reference_steps
+            for seed in self.seeds
+            if seed.steps is not None and seed.reference_steps
+        ]
+        return float(np.mean(ratios)) if ratios and len(ratios) == len(self.seeds) else None
 
 
 @dataclass(frozen=True)
@@ -143,7 +193,8 @@ class ArmCost:
     n_tasks: int
     """Tasks of the study that share it."""
     flops_saved_per_task: float | None
-    """By stopping where the reference's final validation loss is reached; None: not measured."""
+    """Mean over tasks and seeds of what the reference takes to its lowest validation loss, less
+    what the arm takes to the same; None: not measured."""
 
     @property
     def amortised_flops(self) -> float:
@@ -166,13 +217,15 @@ class Findings:
     plan: StudyPlan
     levels: list[Level]
     comparisons: list[Comparison]
+    pooled: list[PooledComparison]
     convergence: list[Convergence]
     efficiency: list[Efficiency]
     costs: list[ArmCost]
     score_of: dict[str, str]
     """Task -> name of its main score's column."""
     trials: list[dict[str, Any]]
-    rates: list[dict[str, Any]]
+    chosen: list[dict[str, Any]]
+    """Of each cell: the learning rate and step chosen, and the curve that they were chosen by."""
     warm_ups: dict[str, Any]
     failures: dict[str, str]
     contamination: list[dict[str, Any]]
@@ -207,15 +260,27 @@ class Findings:
         ]
 
     def verdicts(self) -> list[str]:
-        """Return what was found in words, one sentence a comparison."""
-        return [self._said(c) for c in self.comparisons]
+        """Return what was found in words, pooled and then one sentence a comparison."""
+        return [*self.pooled_verdicts(), *(self._said(c) for c in self.comparisons)]
+
+    def pooled_verdicts(self) -> list[str]:
+        """Return what was found over all tasks and sizes, one sentence a pair of arms."""
+        return [
+            f"Pooled over {c.place}: {_verdict_said(c.pooled.verdict, c.arm, c.against)} "
+            f"({c.numbers})"
+            for c in self.pooled
+        ]
 
     def _said(self, c: Comparison) -> str:
         place = f"{self.title(c.task)}, n = {c.n}"
-        if c.verdict == NOTHING_SEEN:
-            return f"{place}: {NOTHING_SEEN} between {c.arm} and {c.against} ({c.numbers})"
         seeds = f"; {c.seeds}" if c.seeds else ""
-        return f"{place}: {c.arm} {c.verdict} against {c.against} ({c.numbers}{seeds})"
+        return f"{place}: {_verdict_said(c.verdict, c.arm, c.against)} ({c.numbers}{seeds})"
+
+
+def _verdict_said(verdict: str, arm: str, against: str) -> str:
+    if verdict in (NOTHING_SEEN, NO_VERDICT):
+        return f"{verdict} between {arm} and {against}"
+    return f"{arm} {verdict} against {against}"
 
 
 def references(plan: StudyPlan) -> dict[str, str]:
@@ -236,3 +301,8 @@ def signed(value: float, digits: int = 1) -> str:
 def range_said(low: float, high: float) -> str:
     """Return an interval in points."""
     return f"{signed(100 * low)} to {signed(100 * high)}"
+
+
+def p_said(p: float) -> str:
+    """Return a p-value, one below what is worth telling as such."""
+    return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"

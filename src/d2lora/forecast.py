@@ -1,14 +1,18 @@
 """What a study would run, and for how long: `d2lora study PLAN --dry-run`."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
-from d2lora.calibration import N_STEPS, Calibration
+from d2lora.calibration import N_STEPS, Calibration, n_rows_of, n_steps_of
+from d2lora.cells import Cell
+from d2lora.data import is_local
 from d2lora.grids import Grid
-from d2lora.jobs import Mixed, Scored, Trial
-from d2lora.needs import Cell, Needs
+from d2lora.jobs import Mixed, Scored, Trial, WarmUp
+from d2lora.needs import Needs
 from d2lora.plan import StudyPlan
 from d2lora.runs import read_json
 from d2lora.store import RESULT, Job
@@ -16,7 +20,7 @@ from d2lora.store import RESULT, Job
 _WORDS = {
     "WarmUp": "warm-ups", "Merged": "merged bases", "Norms": "random adapters",
     "Mixed": "mixed files", "Paired": "preference pairs",
-    "Trial": "trials of rates", "Scored": "cells",
+    "Trial": "trials", "Scored": "cells", "Ready": "warm starts there",
 }  # fmt: skip
 
 
@@ -32,14 +36,34 @@ class _Assumed(Needs):
         for job in jobs:
             result = job.result()
             (self.missing if result is None else self.present)[job.key] = job
-            done = {"cost": {"n_steps": 0}, "validation_loss_after": 0.0}
-            self.done[job.key] = done if result is None else result
+            self.done[job.key] = self._assumed(job) if result is None else result
+
+    def _assumed(self, job: Job) -> dict[str, Any]:
+        """Return a result by which nothing has to be widened: the best lies in the middle."""
+        if isinstance(job, WarmUp):
+            known = (
+                job.settings.m or job.settings.max_steps or all(map(is_local, job.settings.data))
+            )
+            return {"cost": {"n_steps": n_steps_of(job.settings) if known else 0}}
+        if isinstance(job, Mixed):
+            return {"n_rows": n_rows_of(job)}
+        if isinstance(job, Trial):
+            rates = self.plan.learning_rates
+            middle = sum(map(math.log, rates)) / len(rates)
+            loss = abs(math.log(job.training.learning_rate) - middle)
+            end = job.training.max_steps or 1
+            steps = sorted({0, math.ceil(0.75 * end), end})
+            return {"curve": [[step, loss + abs(step - 0.75 * end) / end] for step in steps]}
+        return {}
 
 
 def forecast(
     plan: StudyPlan, store: Path, cells: Sequence[Cell], n_workers: int, n_threads: int | None
 ) -> tuple[list[Grid], str]:
     """Return two tables and what is to be known of their times.
+
+    What a search for a learning rate and a length tries beyond the plan's own is not known before;
+    a run is taken to end after three quarters of its longest length.
 
     The tables are the cells of each arm, and the runs there and missing with their time. Times are
     those of runs of the same kind in the store, of the same task and size or the nearest size;
@@ -51,8 +75,7 @@ def forecast(
     done = {cell: job.result() is not None for cell, job in last.items()}
     for job in last.values():
         needs.need_all([job])
-    mixed = [job for job in needs.missing.values() if isinstance(job, Mixed)]
-    guess = Calibration(plan, mixed, n_threads)
+    guess = Calibration(plan, n_threads)
     runs, note = _runs(needs, _Seconds(_times(store), guess), n_workers)
     return [_cells(cells, done), runs], note
 
@@ -78,7 +101,7 @@ def _times(store: Path) -> dict[tuple[str, str, int], list[float]]:
 
 
 class _Seconds:
-    """Foretells the seconds of runs, and keeps in mind whether any of them is a guess."""
+    """Estimates the seconds of runs, and keeps in mind whether any of them is a guess."""
 
     def __init__(self, times: dict[tuple[str, str, int], list[float]], guess: Calibration) -> None:
         self._times, self._guess = times, guess
@@ -99,7 +122,7 @@ class _Seconds:
         """Say what the times are worth."""
         if unknown:
             why = self._guess.why_not
-            return f"No time can be foretold until runs of each kind are done: {why}"
+            return f"No time can be estimated until runs of each kind are done: {why}"
         if guessed:
             return (
                 f"about: a rough guess from {N_STEPS} steps and one batch of answers, measured "
@@ -139,7 +162,13 @@ def _runs(needs: _Assumed, seconds: _Seconds, n_workers: int) -> tuple[Grid, str
         f"Runs; minutes with {n_workers} at a time",
         ("what", "in the store", "to be run", "minutes"), rows,
     )  # fmt: skip
-    return grid, seconds.note(guessed=guessed, unknown=unknown)
+    note = seconds.note(guessed=guessed, unknown=unknown)
+    if any(isinstance(job, Trial) for job in needs.missing.values()):
+        note += (
+            ". Not counted: trials beyond the plan's learning rates and steps, where the best lies "
+            "at their edge"
+        )
+    return grid, note
 
 
 def _minutes(seconds: float | None, n_workers: int, *, guessed: bool) -> str:

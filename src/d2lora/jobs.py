@@ -19,7 +19,7 @@ from d2lora.settings import (
     PairsSettings,
     WarmupSettings,
 )
-from d2lora.store import Job, identity_of, shared_base
+from d2lora.store import Job, adapter_content, identity_of, shared_base
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,27 @@ class WarmUp(Job):
 
 
 @dataclass(frozen=True)
+class Ready(Job):
+    """A warm start made outside of the study, used as it is and known by its weights."""
+
+    path: Path
+    """The warm start."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return {"adapter": adapter_content(self.path)}
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        return _told(self.path)
+
+
+@dataclass(frozen=True)
 class Merged(Job):
     """A warm start folded into its base."""
 
     base: BaseSettings
-    warm_up: WarmUp
+    warm_up: WarmUp | Ready
 
     @property
     def path(self) -> Path:
@@ -61,7 +77,7 @@ class Merged(Job):
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the result."""
-        return {"warm_up": self.warm_up.key}
+        return {"base": identity_of(self.base), "warm_up": self.warm_up.key}
 
     def run(self) -> dict[str, Any]:
         """Do it."""
@@ -77,7 +93,7 @@ class Merged(Job):
 class Norms(Job):
     """Random weights with the norms of a warm start's."""
 
-    warm_up: WarmUp
+    warm_up: WarmUp | Ready
     seed: int
 
     @property
@@ -153,7 +169,7 @@ class Paired(Job):
 
 @dataclass(frozen=True)
 class Trial(Job):
-    """A learning rate tried on validation rows out of the n; the adapter is thrown away."""
+    """A learning rate tried on rows held out of the n; the adapter is thrown away."""
 
     training: AdaptSettings
 
@@ -190,7 +206,7 @@ class Scored(Job):
         return {
             "tests": identity_of(self.tests),
             "training": None if self.training is None else identity_of(self.training),
-            "adapter": None if self.adapter is None else self.adapter.parent.name,
+            "adapter": None if self.adapter is None else adapter_content(self.adapter),
             "shots": None if self.shots is None else identity_of(self.shots),
         }
 

@@ -38,7 +38,9 @@ def write_mixture(
     task = read_task(training.data, training.task)
     general_rows = _chosen(pool, general.m, seed_of(general, "subset"))
     task_rows = _chosen(task, training.n, seed_of(training, "subset"))
-    shown, valid = split_validation(range(len(task_rows)), training.validation_fraction)
+    shown, valid = split_validation(
+        range(len(task_rows)), training.validation_fraction, training.fold
+    )
     task_shown = [task_rows[index] for index in shown]
     rows = _repeated(general_rows, passes(len(general_rows), general))
     rows += _repeated(task_shown, passes(len(task_shown), training))

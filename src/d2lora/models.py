@@ -39,6 +39,8 @@ class Base:
     name: str
     revision: str | None
     fingerprint: str
+    folder: Path
+    """Where its files are."""
     quantization: str | None = None
     """How the weights were quantized where they come from, such as GGUF; None: they were not."""
 
@@ -94,7 +96,13 @@ def load_base(settings: BaseSettings) -> Base:
     model.requires_grad_(False)
     nn.Module.to(model, device).eval()
     base = Base(
-        model, tokenizer, settings.base, settings.revision, fingerprint, quantization_of(folder)
+        model,
+        tokenizer,
+        settings.base,
+        settings.revision,
+        fingerprint,
+        folder,
+        quantization_of(folder),
     )
     if base.eos_id >= (n_rows := n_embedded(model)):
         raise ModelError(f"{settings.base}: {unknown_token(base.eos_id, tokenizer, n_rows)}")

@@ -1,48 +1,35 @@
 """What a cell of a study needs: which jobs, one after the other, lead to its result.
 
-warm-up ─▶ (merged base | random adapter | mixed rows | pairs) ─▶ trials of rates ─▶ the cell
+warm-up ─▶ (merged base | random adapter | mixed rows | pairs) ─▶ trials ─▶ the cell
 
-The rate of an arm at a size is chosen from trials on validation rows out of the n; the job that
-sees the test rows comes last and decides nothing.
+The learning rate and the length of a cell are chosen from trials on rows held out of its own n, for
+every seed anew, so that the noise of the choice is in the spread over seeds. The job that sees the
+test rows comes last and decides nothing.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from d2lora.cells import BASE, Cell
 from d2lora.data import split_validation
-from d2lora.jobs import Merged, Mixed, Norms, Paired, Scored, Trial, WarmUp
+from d2lora.jobs import Merged, Mixed, Norms, Paired, Ready, Scored, Trial, WarmUp
 from d2lora.plan import NEEDS_WARM_UP, UNTRAINED, ArmPlan, StudyPlan
 from d2lora.recipes import adapt_settings, base_values, pairs_settings, warm_up_settings
 from d2lora.schedule import Plan
 from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, PhaseSettings
-from d2lora.store import Job
+from d2lora.store import Job, content_of
 from d2lora.tasks import read_task
+from d2lora.tuning import Candidate, Choice, Curve, Grid, mean_curve
 
-CURVE_POINTS = 8
-"""Validation losses in a trial's curve."""
+CURVE_POINTS = 12
+"""Validation losses in a trial's curve, at most, besides that of the untrained adapter."""
 _INHERITED = {"rank": None, "alpha": None, "targets": None}
 """What an arm takes over from a warm start, whatever the plan says of fresh ones."""
 _LENGTHS = ("max_length", "overlong")
 """What holds for test rows as for training rows."""
-BASE = "base"
-"""The arm of the base alone, without examples: what forgetting is measured against."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Arm x task x n x seed. n is 0 where no task row is used."""
-
-    arm: str
-    task: str
-    n: int
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.arm}, {self.task}, n = {self.n}, seed {self.seed}"
 
 
 class Missing(Exception):  # noqa: N818  # no error: it says what to run next
@@ -58,20 +45,6 @@ class CellFailedError(Exception):
     """A job that a cell needs has failed; the text is the reason."""
 
 
-def cells_of(plan: StudyPlan) -> list[Cell]:
-    """Return all cells of a plan; the base alone comes first of every task."""
-    cells: list[Cell] = []
-    for task in plan.tasks:
-        cells.append(Cell(BASE, task, 0, 0))
-        for arm in plan.arms:
-            if arm.kind == "warm_only":
-                cells.append(Cell(arm.name, task, 0, 0))
-                continue
-            sizes = (plan.shots,) if arm.kind == "few_shot" else plan.sizes
-            cells += [Cell(arm.name, task, n, seed) for n in sizes for seed in range(plan.seeds)]
-    return cells
-
-
 class Needs:
     """Knows what is done and what has failed, and tells what a cell needs next."""
 
@@ -81,6 +54,7 @@ class Needs:
         self.done: dict[str, dict[str, Any]] = {}
         self.failed: dict[str, str] = {}
         self._arms = {arm.name: arm for arm in plan.arms}
+        self._choices: dict[Cell, Choice] = {}
 
     def result(self, cell: Cell) -> dict[str, Any]:
         """Return a cell's result.
@@ -98,71 +72,95 @@ class Needs:
         if cell.arm == BASE:
             return Scored(*place, tests)
         arm = self._arms[cell.arm]
-        warm_up = self._warm_up(arm) if arm.kind in NEEDS_WARM_UP else None
+        warm_up = self._warm_up(arm, cell.seed) if arm.kind in NEEDS_WARM_UP else None
         if arm.kind == "warm_only":
             assert warm_up is not None
             return Scored(*place, tests, adapter=warm_up.path)
         if arm.kind == "few_shot":
             shots = adapt_settings(self.plan, arm, cell.task, cell.n, cell.seed, Path())
             return Scored(*place, tests, shots=shots)
-        rate = self.rate(cell)
-        training = self._training(cell, warm_up, learning_rate=rate)
-        return Scored(*place, tests, training, keep=self.keep_adapters)
+        choice = self.choice(cell)
+        whole = self._training(cell, warm_up, **self._recipe(cell, choice))
+        step = choice.stop_of(_n_steps(cell.n, whole))
+        end: dict[str, Any] = {"stop_step": step} if step != 0 else {"max_steps": 0}
+        return Scored(*place, tests, whole.changed(**end), keep=self.keep_adapters)
 
-    def trials(self, cell: Cell) -> list[Trial]:
-        """Return the trials behind the rate of a cell's arm, task and n; empty: rate given."""
-        if cell.arm == BASE or self._arms[cell.arm].kind in UNTRAINED:
-            return []
-        if self._given(cell) is not None:
-            return []
-        arm = self._arms[cell.arm]
-        warm_up = self._warm_up(arm) if arm.kind in NEEDS_WARM_UP else None
-        return [
-            self._trial(cell, seed, rate, warm_up)
-            for rate in self.plan.learning_rates
-            for seed in range(min(self.plan.tuning_seeds, self.plan.seeds))
-        ]
+    def choice(self, cell: Cell) -> Choice:
+        """Return the learning rate and length of a cell: given, or those of the lowest loss.
 
-    def rate(self, cell: Cell) -> float:
-        """Return the learning rate of a cell: given, or that of the lowest validation loss.
-
-        A rate with which any trial failed, as one at which training diverges, is out.
+        A candidate of which any fold failed, as one at which training diverges, is out.
         """
-        given = self._given(cell)
-        if given is not None:
-            return given
-        trials = self.trials(cell)
-        self.need_all(trials)
-        losses: dict[float, list[float]] = {}
-        for trial in trials:
-            result = self.done.get(trial.key)
-            loss = math.inf if result is None else result["validation_loss_after"]
-            losses.setdefault(trial.training.learning_rate, []).append(loss)
-        means = {rate: sum(values) / len(values) for rate, values in losses.items()}
-        best = min(sorted(means), key=lambda rate: means[rate])
-        if not math.isfinite(means[best]):
-            reason = next(self.failed[t.key] for t in trials if t.key in self.failed)
-            raise CellFailedError(f"no learning rate could be used: {reason}")
-        return best
+        if cell not in self._choices:
+            grid = self._grid(cell)
+            if len(grid.rates) == 1 and not grid.chooses_length:
+                self._choices[cell] = Choice(grid.rates[0])
+            else:
+                chosen = Choice.of(grid, self._searched(cell, grid))
+                if chosen is None:
+                    trials = self.trials(cell).values()
+                    reasons = (self.failed.get(job.key) for jobs in trials for job in jobs)
+                    reason = next(filter(None, reasons), f"no row of n = {cell.n} can be held out")
+                    raise CellFailedError(f"no learning rate could be used: {reason}")
+                self._choices[cell] = chosen
+        return self._choices[cell]
 
-    def _given(self, cell: Cell) -> float | None:
-        by_size = self.plan.rates.get(cell.task, {}).get(cell.arm)
-        if by_size:
-            n = max(cell.n, 1)
-            return by_size[min(by_size, key=lambda size: max(size / n, n / size))]
-        if len(self.plan.learning_rates) == 1:
-            return self.plan.learning_rates[0]
-        return None
+    def trials(self, cell: Cell) -> dict[Candidate, list[Trial]]:
+        """Return the trials behind a finished choice, one job a fold; empty: none was needed."""
+        grid = self._grid(cell)
+        if not self.tunes(cell):
+            return {}
+        return {c: self._trials(cell, grid, c) for c in self._searched(cell, grid)}
 
-    def _trial(self, cell: Cell, seed: int, rate: float, warm_up: WarmUp | None) -> Trial:
-        own = Cell(cell.arm, cell.task, cell.n, seed)
-        held_out = {"validation_fraction": self.plan.validation_fraction}
-        training = self._training(own, warm_up, learning_rate=rate, **held_out)
-        every = max(1, _n_steps(cell.n, training) // CURVE_POINTS)
-        label = f"{own}, trial of {rate:g}"
-        return Trial(label, (cell.task, cell.n), self.store, training.changed(eval_every=every))
+    def tunes(self, cell: Cell) -> bool:
+        """Say whether anything is chosen for a cell."""
+        if cell.arm == BASE or self._arms[cell.arm].kind in UNTRAINED:
+            return False
+        grid = self._grid(cell)
+        return len(grid.rates) > 1 or grid.chooses_length
 
-    def _training(self, cell: Cell, warm_up: WarmUp | None, **values: Any) -> AdaptSettings:
+    def _grid(self, cell: Cell) -> Grid:
+        given = self.plan.rate_of(cell.task, cell.arm, cell.n)
+        rates = self.plan.learning_rates if given is None else (given,)
+        return Grid(tuple(sorted(set(rates))), chooses_length=bool(self.plan.steps))
+
+    def _searched(self, cell: Cell, grid: Grid) -> dict[Candidate, Curve | None]:
+        """Return the curves of all that the search tries; raises as `result` until they are."""
+        tried: dict[Candidate, Curve | None] = {}
+        while new := grid.wanted(tried):
+            jobs = {candidate: self._trials(cell, grid, candidate) for candidate in new}
+            self.need_all([job for folds in jobs.values() for job in folds])
+            for candidate, folds in jobs.items():
+                results = [self.done.get(job.key) for job in folds]
+                curves = [result["curve"] for result in results if result is not None]
+                tried[candidate] = mean_curve(curves) if len(curves) == len(folds) else None
+        return tried
+
+    def _trials(self, cell: Cell, grid: Grid, candidate: Candidate) -> list[Trial]:
+        arm, rate = self._arms[cell.arm], grid.rate(candidate.place)
+        warm_up = self._warm_up(arm, cell.seed) if arm.kind in NEEDS_WARM_UP else None
+        recipe = self._recipe(cell, Choice(rate, candidate.doublings))
+        n_folds = min(self.plan.folds, cell.n)
+        parts: list[dict[str, Any]] = [{"fold": (fold, n_folds)} for fold in range(n_folds)]
+        if n_folds == 1:
+            parts = [{"validation_fraction": self.plan.validation_fraction}]
+        trials: list[Trial] = []
+        for number, part in enumerate(parts):
+            training = self._training(cell, warm_up, **recipe, **part)
+            n_steps = _n_steps(cell.n, training)
+            training = training.changed(eval_every=max(1, math.ceil(n_steps / CURVE_POINTS)))
+            label = f"{cell}, trial of {rate:g}, {n_steps} steps" + f", fold {number}" * bool(
+                number
+            )
+            trials.append(Trial(label, (cell.task, cell.n), self.store, training))
+        return trials
+
+    def _recipe(self, cell: Cell, choice: Choice) -> dict[str, Any]:
+        """Return the settings of a choice, its schedule whole."""
+        longest = self.plan.steps_of(cell.n)
+        length = {} if longest is None else {"max_steps": longest * 2**choice.doublings}
+        return {"learning_rate": choice.learning_rate, **length}
+
+    def _training(self, cell: Cell, warm_up: WarmUp | Ready | None, **values: Any) -> AdaptSettings:
         """Return the settings of a cell's training: how each arm begins, and on what."""
         arm = self._arms[cell.arm]
         plain = adapt_settings(self.plan, arm, cell.task, cell.n, cell.seed, Path(), **values)
@@ -181,13 +179,16 @@ class Needs:
                 self._need(merged)
                 changes = {"base": str(merged.path)}
             case "mixed":
+                assert isinstance(warm_up, WarmUp), "checked with the plan"
                 place = (cell.task, cell.n)
                 mixed = Mixed(f"{cell}, rows", place, self.store, warm_up.settings, plain)
-                self._need(mixed)
-                held_out = (str(mixed.held_out),) if plain.validation_fraction else ()
+                n_rows = self._need(mixed)["n_rows"]
+                holds_out = plain.validation_fraction or plain.fold
                 changes = {
-                    "data": (str(mixed.path),), "task": "instruct", "n": None, "epochs": 1.0,
-                    "validation_fraction": 0.0, "validation_data": held_out,
+                    "data": (str(mixed.path),), "task": "instruct", "n": None, "fold": None,
+                    "max_steps": math.ceil(n_rows / min(plain.batch_size, n_rows)),
+                    "validation_fraction": 0.0,
+                    "validation_data": (str(mixed.held_out),) if holds_out else (),
                 }  # fmt: skip
             case "norms":
                 norms = Norms(f"{arm.warm_up}, random", ("", 0), self.store, warm_up, cell.seed)
@@ -199,7 +200,7 @@ class Needs:
         return self._with_pairs(cell, plain.changed(**changes), warm_up)
 
     def _with_pairs(
-        self, cell: Cell, plain: AdaptSettings, warm_up: WarmUp | None
+        self, cell: Cell, plain: AdaptSettings, warm_up: WarmUp | Ready | None
     ) -> AdaptSettings:
         """Put pairs of the n rows in the place of the rows where preferences are to be learnt."""
         if _learns_as_is(plain):
@@ -212,22 +213,27 @@ class Needs:
         self._need(pairs)
         return plain.changed(data=(str(pairs.path),), task="preferences", n=None)
 
-    def _warm_up(self, arm: ArmPlan) -> WarmUp:
-        job = self.warm_up(arm.warm_up or "")
+    def _warm_up(self, arm: ArmPlan, seed: int) -> WarmUp | Ready:
+        name = arm.warm_up or ""
+        job = self.warm_up(name, seed % self.plan.warm_up_seeds_of(name))
         self._need(job)
         return job
 
-    def warm_up(self, name: str) -> WarmUp:
-        """Return the job that makes a warm start."""
-        settings = warm_up_settings(self.plan, name, Path())
+    def warm_up(self, name: str, seed: int = 0) -> WarmUp | Ready:
+        """Return the job that makes a warm start, or takes one that is there."""
+        ready = self.plan.ready(name)
+        if ready is not None:
+            return Ready(f"warm-up {name}", ("", 0), self.store, ready)
+        label = f"{name}, seed {seed}" if seed else name
+        settings = warm_up_settings(self.plan, name, Path(), seed)
         place = ("", settings.m or 0)
         if not _learns_as_is(settings):
             made = pairs_settings(self.plan, settings, settings.m, None)
-            pairs = Paired(f"pairs for {name}", place, self.store, made)
+            pairs = Paired(f"pairs for {label}", place, self.store, made)
             self._need(pairs)
             changes = {"data": (str(pairs.path),), "task": "preferences", "m": None}
             settings = settings.changed(**changes)
-        return WarmUp(f"warm-up {name}", place, self.store, settings)
+        return WarmUp(f"warm-up {label}", place, self.store, settings)
 
     def _base(self) -> BaseSettings:
         return BaseSettings(**base_values(self.plan))
@@ -270,15 +276,19 @@ class Needs:
 
 def _n_steps(n: int, settings: AdaptSettings) -> int:
     """Return the optimizer steps of a run on n rows, validation rows among them."""
-    shown, _ = split_validation(range(n), settings.validation_fraction)
+    shown, _ = split_validation(range(n), settings.validation_fraction, settings.fold)
     return Plan.of(len(shown), settings, 0).n_steps
 
 
 def _learns_as_is(settings: PhaseSettings) -> bool:
     """Say whether an objective finds what it learns from in the rows: preferences, or none."""
-    return settings.objective == "sft" or _hold_preferences(settings.data, settings.task)
+    if settings.objective == "sft":
+        return True
+    contents = tuple(content_of(name) for name in settings.data)
+    return _hold_preferences(settings.data, settings.task, contents)
 
 
 @cache
-def _hold_preferences(data: tuple[str, ...], task: str) -> bool:
+def _hold_preferences(data: tuple[str, ...], task: str, contents: tuple[str, ...]) -> bool:
+    assert len(contents) == len(data)
     return read_task(data, task).task.score == "preference"

@@ -53,8 +53,10 @@ def prepare_rows(
     examples = [data.examples[index] for index in chosen]
     encoded = _encoded(settings, encoder, examples)
     _report(encoded.report(settings.max_length), reporter)
-    fraction = 0.0 if settings.validation_data else settings.validation_fraction
-    train_rows, valid_rows = split_validation(range(len(encoded.items)), fraction)
+    parts = (
+        (0.0, None) if settings.validation_data else (settings.validation_fraction, settings.fold)
+    )
+    train_rows, valid_rows = split_validation(range(len(encoded.items)), *parts)
     items = encoded.items
     valid = [items[index] for index in valid_rows]
     if settings.validation_data:

@@ -3,12 +3,15 @@
 A plan spans cells (arm x task x n x seed).
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from d2lora.settings import BaseSettings, Settings, TaskName
+
+V = TypeVar("V")
 
 Kind = Literal[
     "fresh", "warm", "longer", "mixed", "merged", "warm_a", "norms", "warm_only", "few_shot", "init"
@@ -76,7 +79,11 @@ class StudyPlan(BaseSettings):
     warm_up: dict[str, Any] = Field(default_factory=dict)
     """Settings of `warmup` that all warm-ups share."""
     warm_ups: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"general": {}})
-    """Name -> settings of `warmup` for this one alone."""
+    """Name -> settings of `warmup` for this one alone; or `path`, the folder of a warm start made
+    before, which is used as it is."""
+    warm_up_seeds: int = Field(default=1, ge=1)
+    """Warm-ups of each name: seed s of a cell begins from the one made with seed s mod this, with
+    its own rows, order and random weights."""
     tasks: dict[str, TaskPlan]
     """Name -> task."""
     sizes: tuple[int, ...] = Field(default=(16, 64, 256), min_length=1)
@@ -87,16 +94,22 @@ class StudyPlan(BaseSettings):
     """Arms; the first is what the others are compared with."""
     adapt: dict[str, Any] = Field(default_factory=dict)
     """Settings of `adapt` that all arms share."""
+    steps: dict[int, int] = Field(default_factory=dict)
+    """n -> the longest training in optimizer steps; a size takes the nearest one's. Every cell ends
+    where its loss on held-out rows was lowest, and where that is at the end, twice the steps are
+    tried. Give these or `epochs`."""
     epochs: dict[int, float] = Field(default_factory=dict)
-    """n -> passes over the task's rows; a size takes the nearest one's. Empty: `adapt`'s."""
+    """n -> passes over the task's rows, a length that is not chosen; a size takes the nearest
+    one's. Both empty: `adapt`'s length."""
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    """Rates tried for every arm, task and n; the one with the lowest validation loss is used."""
-    tuning_seeds: int = Field(default=2, ge=1)
-    """Seeds that every rate is tried with: the first of the study's own."""
+    """Learning rates tried for every cell on rows held out of its n: each seed chooses its own, the
+    one with the lowest validation loss. Where that lies at an edge, ones beyond are tried."""
     validation_fraction: float = Field(default=0.25, gt=0, lt=1)
-    """Share of the n held out while rates are tried; the chosen rate then trains on all n."""
+    """Share of the n held out for the choice; the training that counts then sees all n."""
+    folds: int = Field(default=1, ge=1)
+    """k > 1: choose by k-fold cross-validation within the n rows, so that each of them counts."""
     rates: dict[str, dict[str, dict[int, float]]] = Field(default_factory=dict)
-    """Task -> arm -> n -> a rate chosen before, which is then not tried again."""
+    """Task -> arm -> n -> a learning rate chosen before, the only one then tried."""
     pairs: dict[str, Any] = Field(default_factory=dict)
     """Settings of `pairs`: where an objective learns preferences and the rows hold none, they are
     made of the same rows, the worse completions sampled from what the training begins from."""
@@ -122,8 +135,35 @@ class StudyPlan(BaseSettings):
     def _one_file(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps and self.epochs:
+            raise ValueError("steps and epochs both say how long to train: give one")
+        return self
+
     def epochs_of(self, n: int) -> float | None:
         """Return the passes over n rows: those of the nearest size, by ratio."""
-        if not self.epochs:
-            return None
-        return self.epochs[min(self.epochs, key=lambda size: max(size / n, n / size))]
+        return _of_nearest(self.epochs, n)
+
+    def steps_of(self, n: int) -> int | None:
+        """Return the longest training on n rows in steps: that of the nearest size, by ratio."""
+        return _of_nearest(self.steps, n)
+
+    def rate_of(self, task: str, arm: str, n: int) -> float | None:
+        """Return the learning rate chosen before for the nearest size, by ratio."""
+        return _of_nearest(self.rates.get(task, {}).get(arm, {}), n)
+
+    def ready(self, warm_up: str) -> Path | None:
+        """Return the folder of a warm start that was made before; None where it is to be made."""
+        path = self.warm_ups[warm_up].get("path")
+        return None if path is None else Path(path)
+
+    def warm_up_seeds_of(self, warm_up: str) -> int:
+        """Return how many warm-ups of a name there are."""
+        return 1 if self.ready(warm_up) else min(self.warm_up_seeds, self.seeds)
+
+
+def _of_nearest(by_size: Mapping[int, V], n: int) -> V | None:
+    if not by_size:
+        return None
+    return by_size[min(by_size, key=lambda size: max(size / max(n, 1), n / size))]

@@ -18,8 +18,10 @@ from d2lora.settings import AdaptSettings, PairsSettings
 _FIXED = {"base", "revision", "dtype", "device", "threads", "out", "resume", "quiet"}
 _FIXED_PAIRS = _FIXED | {"data", "adapter", "n", "seed", "task"}
 _FIXED_ADAPT = _FIXED | {
-    "data", "init", "n", "seed", "validation_data", "validation_fraction", "task",
+    "data", "init", "n", "seed", "validation_data", "validation_fraction", "fold", "task",
+    "stop_step", "eval_every",
 }  # fmt: skip
+_LENGTHS = {"steps", "epochs"}
 
 
 def shipped() -> list[str]:
@@ -41,6 +43,8 @@ def read_plan(*sources: str, changes: Sequence[str] = ()) -> StudyPlan:
         SettingsError: With every fault at once.
     """
     values = _filled([_read(source) for source in sources])
+    changed = {change.partition("=")[0].partition(".")[0]: None for change in changes}
+    values = _without_other_length(values, changed)
     for change in changes:
         _change(values, change)
     plan = StudyPlan(**values)
@@ -60,8 +64,15 @@ def _filled(plans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for name in ("warm_up", "adapt")
             if isinstance(filled[name], dict) and isinstance(values.get(name), dict)
         }
-        filled = {**filled, **values, **joined}
+        filled = {**_without_other_length(filled, values), **values, **joined}
     return filled
+
+
+def _without_other_length(values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop a length that the given values state in another way."""
+    if not _LENGTHS & given.keys():
+        return values
+    return {name: value for name, value in values.items() if name not in _LENGTHS - given.keys()}
 
 
 def _read(source: str) -> dict[str, Any]:
@@ -107,6 +118,9 @@ def _faults_of_settings(plan: StudyPlan) -> list[str]:
     nowhere = Path("unused")
     faults += _forbidden("warm_up", plan.warm_up, _FIXED)
     for name, values in plan.warm_ups.items():
+        if "path" in values:
+            faults += _faults_of_path(name, values)
+            continue
         faults += _forbidden(f"warm_ups.{name}", values, _FIXED)
         try:
             warm_up_settings(plan, name, nowhere)
@@ -125,11 +139,27 @@ def _faults_of_settings(plan: StudyPlan) -> list[str]:
     }
     for place, values in places.items():
         faults += _forbidden(place, values, _FIXED_ADAPT)
+        faults += [
+            f"{place}: `{name}` and the plan's `steps` both say how long; set `steps: {{}}`"
+            for name in ("epochs", "max_steps")
+            if plan.steps and name in values
+        ]
         whole: dict[str, Any] = {"data": ("unused",), "out": nowhere, **listed_values(values)}
         try:
             AdaptSettings(**whole)
         except SettingsError as error:
             faults.append(f"{place}: {error}")
+    return faults
+
+
+def _faults_of_path(name: str, values: Mapping[str, Any]) -> list[str]:
+    faults = [
+        f"warm_ups.{name}: `{other}` beside `path`, which names a finished warm start"
+        for other in values
+        if other != "path"
+    ]
+    if not isinstance(values["path"], str):
+        faults.append(f"warm_ups.{name}.path: expected a folder, got {values['path']!r}")
     return faults
 
 
@@ -146,6 +176,13 @@ def _faults_of_names(plan: StudyPlan) -> list[str]:
             faults.append(
                 f"arm {arm.name or arm.kind}: no warm-up `{arm.warm_up}`."
                 f"{did_you_mean(arm.warm_up, plan.warm_ups)}"
+            )
+        if arm.kind == "mixed" and any(
+            "path" in plan.warm_ups.get(w, {}) for w in _warm_ups(plan, arm)
+        ):
+            faults.append(
+                f"arm {arm.name or arm.kind}: rows cannot be mixed with those of a warm start that "
+                "was made before; name a warm-up with its data"
             )
         if (arm.kind == "init") != bool(arm.init):
             faults.append(f"arm {arm.name or arm.kind}: kind `init`, and it alone, needs `init`")
@@ -177,9 +214,14 @@ def _named(plan: StudyPlan) -> tuple[ArmPlan, ...]:
         if arm.kind not in NEEDS_WARM_UP:
             arms.append(arm.changed(name=arm.name or arm.init or arm.kind))
             continue
-        for warm_up in [arm.warm_up] if arm.warm_up else list(plan.warm_ups):
+        for warm_up in _warm_ups(plan, arm):
             stem = arm.name or arm.kind
             alone = len(plan.warm_ups) == 1 or (arm.name and arm.warm_up)
             name = stem if alone else f"{stem} ({warm_up})"
             arms.append(arm.changed(name=name, warm_up=warm_up))
     return tuple(arms)
+
+
+def _warm_ups(plan: StudyPlan, arm: ArmPlan) -> list[str]:
+    """Return the names of an arm's warm-ups: its own, else every one."""
+    return list(plan.warm_ups) if arm.warm_up is None else [arm.warm_up]

@@ -3,11 +3,16 @@
 Hidden states, losses and gradients are kept on disk by fingerprint; see `feature_cache`.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from d2lora import fast
 from d2lora.bags import semantic_vectors
@@ -24,6 +29,7 @@ from d2lora.rows import Example
 from d2lora.runs import cache_folder
 from d2lora.scorer import TokenScorer, log_probabilities
 from d2lora.settings import SelectSettings
+from d2lora.store import Stamp, stamp_of
 from d2lora.tasks import TaskData
 
 WORD_WIDTH, _SEED = 128, 0
@@ -97,7 +103,7 @@ class PoolFeatures:
             )  # fmt: skip
             return centred(pool, task)
         model = SentenceEncoder(name, device_of(self._settings.device))
-        key = json.dumps(["sentence", _VERSION, name])
+        key = json.dumps(["sentence", _VERSION, name, _model_files(name)])
         pool, task = (
             self._cache.rows("embeddings", key, rows, model.width, model.vectors)
             for rows in (self.examples, self.task)
@@ -168,7 +174,21 @@ class PoolFeatures:
         return base, Encoder.of(base, self._settings.chat_format)
 
     def _key(self, what: str, base: Base, encoder: Encoder, *parts: object) -> str:
-        dtype = str(base.model.dtype)
-        n = self._settings.feature_tokens
+        known = [base.fingerprint, tokenizer_sha256(base.tokenizer), encoder.format]
+        known += [str(base.model.dtype), base.model.device.type]
+        known += [torch.__version__, transformers.__version__]
         own = parts if self._settings.fast else (*parts, "plain passes")
-        return json.dumps([what, _VERSION, base.fingerprint, dtype, encoder.format, n, *own])
+        return json.dumps([what, _VERSION, *known, self._settings.feature_tokens, *own])
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what a tokenizer's token ids follow from: its vocabulary, rules and chat template."""
+    fast = isinstance(tokenizer, PreTrainedTokenizerFast)
+    rules = tokenizer.backend_tokenizer.to_str() if fast else sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(repr((rules, tokenizer.chat_template)).encode()).hexdigest()
+
+
+def _model_files(name: str) -> list[Stamp]:
+    """Return the stamps of a model's files where its name is a folder."""
+    files = sorted(file for file in Path(name).rglob("*") if file.is_file())
+    return [stamp_of(file) for file in files] if Path(name).is_dir() else []

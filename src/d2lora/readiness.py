@@ -7,11 +7,13 @@ from typing import Any
 from d2lora.base_files import base_folder
 from d2lora.data import is_local
 from d2lora.embedded.__main__ import write_world
-from d2lora.errors import D2LoraError, DataError, RunError, listed
+from d2lora.errors import D2LoraError, DataError, ModelError, RunError, listed
+from d2lora.fingerprints import fingerprint_of
 from d2lora.plan import WORLD, StudyPlan
 from d2lora.plan_file import read_plan
 from d2lora.settings import StudySettings
 from d2lora.tasks import read_task
+from d2lora.warmstart import WarmStart
 
 
 def place(settings: StudySettings) -> tuple[StudyPlan, Path, Path]:
@@ -40,6 +42,7 @@ def check(plan: StudyPlan, *, fetch: bool = True) -> None:
             base_folder(plan.base, plan.revision, plan.gguf_file)
         except D2LoraError as error:
             faults.append(str(error))
+    faults += _faults_of_warm_starts(plan, fetch=fetch)
     for name, task in plan.tasks.items():
         if not fetch and not all(map(is_local, (*task.data, *task.test))):
             continue
@@ -55,6 +58,23 @@ def check(plan: StudyPlan, *, fetch: bool = True) -> None:
             )
     if faults:
         raise DataError(f"the study cannot run:\n{listed(faults)}")
+
+
+def _faults_of_warm_starts(plan: StudyPlan, *, fetch: bool) -> list[str]:
+    """Open the warm starts that were made before, and compare their base with the plan's."""
+    faults: list[str] = []
+    for name in plan.warm_ups:
+        path = plan.ready(name)
+        if path is None:
+            continue
+        try:
+            made = WarmStart.load(path)
+            if fetch:
+                base = fingerprint_of(base_folder(plan.base, plan.revision, plan.gguf_file))
+                made.manifest.check_base(base, plan.base, path)
+        except ModelError as error:
+            faults.append(f"warm_ups.{name}: {error}")
+    return faults
 
 
 def _with_world(plan: StudyPlan, folder: Path) -> StudyPlan:

@@ -14,11 +14,12 @@ from d2lora.settings import (
 )
 
 
-def warm_up_settings(plan: StudyPlan, name: str, out: Path) -> WarmupSettings:
-    """Return the settings of one warm-up."""
+def warm_up_settings(plan: StudyPlan, name: str, out: Path, seed: int = 0) -> WarmupSettings:
+    """Return the settings of one warm-up; those of other seeds begin from the settings' own."""
     own = listed_values({**plan.warm_up, **plan.warm_ups[name]})
     values: dict[str, Any] = {**base_values(plan), **own, "out": out, "quiet": True}
-    return WarmupSettings(**values)
+    settings = WarmupSettings(**values)
+    return settings.changed(seed=settings.seed + seed)
 
 
 def adapt_settings(
@@ -26,10 +27,11 @@ def adapt_settings(
 ) -> AdaptSettings:
     """Return the settings of one cell's training, but for what `values` set."""
     own = plan.tasks[task]
-    epochs = plan.epochs_of(n)
+    epochs, steps = plan.epochs_of(n), plan.steps_of(n)
     settings: dict[str, Any] = {
         **base_values(plan),
         **({} if epochs is None else {"epochs": epochs}),
+        **({} if steps is None else {"max_steps": steps}),
         **listed_values({**plan.adapt, **own.adapt, **arm.adapt}),
         "data": own.data,
         "task": own.task,

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 
@@ -41,9 +42,10 @@ class ReferencePolicy:
     fingerprint: str
 
     def key(self, pairs: Sequence[Pair]) -> str:
-        """Return what the log-probabilities depend on: policy, number format and token ids."""
+        """Return what the log-probabilities depend on: policy, where it computes, token ids."""
         digest = hashlib.sha256()
-        digest.update(f"{self.name} {self.fingerprint} {self.model.dtype}".encode())
+        where = f"{self.model.dtype} {self.model.device.type} {torch.__version__}"
+        digest.update(f"{self.name} {self.fingerprint} {where}".encode())
         if not self.switched_off:
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:

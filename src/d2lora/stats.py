@@ -3,20 +3,14 @@
 Shapes: S seeds (runs), I items (test questions).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
-CONFIDENCE = 0.95
+from d2lora.crossed import CONFIDENCE, NO_VERDICT, ROUNDING, Array, crossed_spread, verdict_of
+
 N_RESAMPLES = 10_000
-NOTHING_SEEN = "no difference seen"
-ROUNDING = 1e-12
-"""A difference of means no larger than this is none."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +25,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean paired difference with its 95 % interval over items, and its spread over seeds."""
+    """A mean paired difference with its intervals, and its spread over seeds."""
 
     mean: float
     low: float
+    """Of the 95 % interval over items alone, with these seeds."""
     high: float
     over_seeds: tuple[float, float] | None
-    """95 % interval that speaks of other seeds as well as of other items; None with one seed."""
+    """95 % interval over items and seeds; None with one seed."""
     seed_sd: float | None
     """Standard deviation of the difference over seeds; None with one seed."""
     by_seed: tuple[float, ...]
@@ -62,19 +57,11 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`helps`, `hurts` or `no difference seen`: what the interval over items lets one say."""
-        return _verdict(self.low, self.high)
+        """`helps`, `hurts` or `no difference seen`: what the interval over items and seeds says.
 
-    @property
-    def holds_for_other_seeds(self) -> bool:
-        """Whether the interval over items and seeds says what that over items says."""
-        return self.over_seeds is not None and _verdict(*self.over_seeds) == self.verdict
-
-
-def _verdict(low: float, high: float) -> str:
-    if low > 0:
-        return "helps"
-    return "hurts" if high < 0 else NOTHING_SEEN
+        One seed tells nothing of others, so there is no verdict.
+        """
+        return NO_VERDICT if self.over_seeds is None else verdict_of(*self.over_seeds)
 
 
 def mean_interval(scores: Array, seed: int = 0) -> Interval:
@@ -129,63 +116,29 @@ def paired_difference(first: Array, second: Array, seed: int = 0) -> Difference:
     mean = float(by_item.mean())
     over_seeds = None
     if n_seeds > 1:
-        margin = _crossed_margin(by_seed_and_item)
+        margin = crossed_spread(by_seed_and_item).margin
         over_seeds = min(low, mean - margin), max(high, mean + margin)
     return Difference(
         mean, low, high, over_seeds, seed_sd, tuple(by_seed.tolist()), n_items, n_seeds
     )
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """Variances of a crossed table of items and seeds, by the analysis of variance."""
+def difference_p(first: Array, second: Array, seed: int = 0) -> float:
+    """Return the two-sided p-value of "both arms are the same", over items and seeds.
 
-    item: float
-    """Of what an item adds, whatever the seed."""
-    seed: float
-    """Of what a seed adds, whatever the item."""
-    rest: float
-    """Of what is left."""
-
-    @classmethod
-    def of(cls, values: Array) -> "_Parts":
-        """Part the variance of values, shape (S, I); one seed leaves all to the items."""
-        n_seeds, n_items = values.shape
-        by_item, by_seed = values.mean(axis=0), values.mean(axis=1)
-        item = float(by_item.var(ddof=1)) if n_items > 1 else 0.0
-        if n_seeds == 1:
-            return cls(item, 0.0, 0.0)
-        rest = 0.0
-        if n_items > 1:
-            left = values - by_item - by_seed[:, None] + values.mean()
-            rest = float((left**2).sum()) / ((n_seeds - 1) * (n_items - 1))
-        seed = float(by_seed.var(ddof=1))
-        return cls(max(0.0, item - rest / n_seeds), max(0.0, seed - rest / n_items), rest)
-
-
-def _crossed_margin(values: Array) -> float:
-    """Return half the 95 % interval of a mean over items and seeds, both drawn at random.
-
-    The variance of the mean is item / I + seed / S + rest / (I S); its degrees of freedom are
-    Satterthwaite's (1946), which go to S - 1 where seeds decide and to I - 1 where items do.
+    The larger of two: that of the interval over items and seeds, and that of sign flips of items.
+    With one seed there is the second alone.
 
     Args:
-        values: Shape (S, I), at least two seeds.
+        first: Scores, shape (S, I).
+        second: Scores, shape (S, I).
+        seed: Seed of the flips.
     """
-    from scipy import stats
-
-    n_seeds, n_items = values.shape
-    parts = _Parts.of(values)
-    rest = parts.rest / (n_items * n_seeds)
-    of_items, of_seeds = parts.item / n_items + rest, parts.seed / n_seeds
-    variance = of_items + of_seeds
-    if not variance:
-        return 0.0
-    freedom = variance**2 / (
-        of_items**2 / max(1, n_items - 1) + (of_seeds + rest) ** 2 / (n_seeds - 1)
-    )
-    quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / 2, freedom)
-    return float(quantile * math.sqrt(variance))
+    flipped = permutation_p(first, second, seed)
+    if len(first) == 1:
+        return flipped
+    differences = second - first
+    return max(flipped, crossed_spread(differences).p_value(float(differences.mean())))
 
 
 def permutation_p(first: Array, second: Array, seed: int = 0) -> float:
@@ -223,48 +176,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
         adjusted[index] = highest
     return adjusted
-
-
-@dataclass(frozen=True)
-class Power:
-    """What it would take to see a difference of a given size, four times out of five."""
-
-    effect: float
-    n_items: float
-    """Test items needed with the present number of seeds; infinite where no number is enough."""
-    n_seeds: float
-    """Seeds needed with the present items; infinite where no number is enough."""
-
-
-def power(first: Array, second: Array, effect: float = 0.01) -> Power | None:
-    """Return how many items or seeds a 5 % test needs to see `effect` with 80 % power.
-
-    The test is one over items and seeds. The variance of a difference is parted into what an item
-    adds, what a seed adds and the rest (two-way analysis of variance); more items average out the
-    first and the last, more seeds the last two. None where nothing varies, as then nothing can be
-    foretold. One seed tells nothing of other seeds, and they are taken to be alike.
-
-    Args:
-        first: Scores, shape (S, I).
-        second: Scores, shape (S, I).
-        effect: Difference to be seen, on the scale of the scores.
-    """
-    differences = second - first
-    n_seeds, n_items = differences.shape
-    if n_items < 2 or not differences.mean(axis=0).var():
-        return None
-    parts = _Parts.of(differences)
-    quantile = NormalDist().inv_cdf
-    z = quantile(1 - (1 - CONFIDENCE) / 2) + quantile(0.8)
-    wanted = (effect / z) ** 2
-    items = _enough(parts.item + parts.rest / n_seeds, wanted - parts.seed / n_seeds)
-    seeds = _enough(parts.seed + parts.rest / n_items, wanted - parts.item / n_items)
-    return Power(effect, items, seeds)
-
-
-def _enough(variance: float, allowed: float) -> float:
-    """Return how many it takes to average a variance down to what is allowed."""
-    return max(1, math.ceil(variance / allowed)) if allowed > 0 else math.inf
 
 
 def _bootstrap(values: Array, seed: int) -> tuple[float, float]:

@@ -1,10 +1,10 @@
 """Run what is missing of a study: `d2lora study PLAN`.
 
-study.json          the plan, every cell with its state, the warm-ups, the rates chosen
+study.json          the plan, the warm-ups, the learning rate and length chosen for each cell
 results.jsonl       one line per finished cell
 trials.jsonl        one line per trial of a learning rate
-removed_rows.jsonl  where training rows give an evaluation row away: they, and the reason
-done.json           the marker of completion, once no cell is left
+removed_rows.jsonl  training rows that an evaluation row was found in, and why
+done.json           the marker of completion: every cell is there, and none has failed
 
 What is run lies in the store, so a killed study continues where it was, and a changed plan runs
 only what is new.
@@ -13,20 +13,21 @@ only what is new.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from d2lora.analysis import read_findings
+from d2lora.cells import BASE, Cell, cells_of
 from d2lora.console import Bar, Reporter, table_console
 from d2lora.data import fault_lines
 from d2lora.decontamination import Check, contamination_said, decontaminated
-from d2lora.errors import D2LoraError
+from d2lora.errors import D2LoraError, RunError, listed
 from d2lora.executors import Submit, executor, layout
 from d2lora.forecast import forecast
 from d2lora.grids import as_table
 from d2lora.jobs import WarmUp
-from d2lora.needs import BASE, Cell, CellFailedError, Missing, Needs, cells_of
+from d2lora.needs import CellFailedError, Missing, Needs
 from d2lora.plan import StudyPlan
 from d2lora.readiness import check, place
 from d2lora.runs import DONE, provenance, write_json, write_text
@@ -48,6 +49,20 @@ class Study:
     failures: dict[str, str]
     """Cell -> reason."""
 
+    def check(self) -> None:
+        """Check that every cell is there.
+
+        Raises:
+            RunError: With the cells that failed, and why.
+        """
+        if self.failures:
+            told = listed([f"{cell}: {reason}" for cell, reason in self.failures.items()])
+            n_cells = len(self.results) + len(self.failures)
+            raise RunError(
+                f"{self.path}: {len(self.failures)} of {n_cells} cells failed; what is finished is "
+                f"kept, and the next run does the others:\n{told}"
+            )
+
 
 def run_study(settings: StudySettings) -> Study:
     """Run the missing cells of a study and write what was found.
@@ -59,6 +74,7 @@ def run_study(settings: StudySettings) -> Study:
     reporter = Reporter(quiet=settings.quiet)
     plan, store, out = place(settings)
     check(plan)
+    (out / DONE).unlink(missing_ok=True)  # of an earlier run
     # Workers load their libraries while the rows are looked at.
     with executor(settings.executor, settings.workers, settings.address) as submit:
         plan, checks = decontaminated(plan, store, store / "world")
@@ -157,7 +173,7 @@ def _write(
     """Write what the report reads."""
     lines = "".join(json.dumps(row) + "\n" for row in results)
     write_text(out / "results.jsonl", lines)
-    trials, rates, warm_ups = _behind(needs, cells)
+    trials, choices = _chosen(needs, cells)
     write_text(out / "trials.jsonl", "".join(json.dumps(row) + "\n" for row in trials))
     _write_removed(out / "removed_rows.jsonl", checks)
     study = {
@@ -165,8 +181,8 @@ def _write(
         "contamination": [check.to_json() for check in checks],
         "n_cells": len(cells),
         "failures": failures,
-        "rates": rates,
-        "warm_ups": warm_ups,
+        "chosen": choices,
+        "warm_ups": _warm_ups(needs),
         "store": str(needs.store),
         "provenance": provenance(),
     }
@@ -184,35 +200,43 @@ def _write_removed(path: Path, checks: Sequence[Check]) -> None:
         path.unlink(missing_ok=True)
 
 
-def _behind(
+def _chosen(
     needs: Needs, cells: Sequence[Cell]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
-    """Return the trials, the rates chosen from them, and the warm-ups."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the trials, and what was chosen from them for each cell."""
     trials: list[dict[str, Any]] = []
-    rates: list[dict[str, Any]] = []
-    for cell in dict.fromkeys(replace(cell, seed=0) for cell in cells):
-        place = {"arm": cell.arm, "task": cell.task, "n": cell.n}
+    choices: list[dict[str, Any]] = []
+    for cell in cells:
+        if not needs.tunes(cell):
+            continue
         try:
-            own = needs.trials(cell)
-            rate = needs.rate(cell) if own else None
+            tried = needs.trials(cell)
         except (CellFailedError, Missing):
             continue
-        if rate is not None:
-            grid = needs.plan.learning_rates
-            edge = rate in (min(grid), max(grid))
-            rates.append({**place, "learning_rate": rate, "at_edge": edge})
-        for trial in own:
-            result = needs.done.get(trial.key, {"failed": needs.failed.get(trial.key)})
-            trials.append({**place, "seed": trial.training.seed, **_measured(result)})
-    warm_ups: dict[str, Any] = {}
+        for job, fold in ((job, fold) for jobs in tried.values() for fold, job in enumerate(jobs)):
+            result = needs.done.get(job.key, {"failed": needs.failed.get(job.key)})
+            told = {"learning_rate": job.training.learning_rate, "fold": fold, "key": job.key}
+            trials.append({**asdict(cell), **told, **_measured(result)})
+        try:
+            choices.append({**asdict(cell), **asdict(needs.choice(cell))})
+        except CellFailedError:
+            continue
+    return trials, choices
+
+
+def _warm_ups(needs: Needs) -> dict[str, Any]:
+    """Return what became of the warm-ups by name, those of further seeds beside the first."""
+    found: dict[str, Any] = {}
     for name in needs.plan.warm_ups:
-        try:
-            job = needs.warm_up(name)
-        except (CellFailedError, Missing):
-            continue
-        if job.key in needs.done:
-            warm_ups[name] = {"path": str(job.path), **needs.done[job.key]}
-    return trials, rates, warm_ups
+        for seed in range(needs.plan.warm_up_seeds_of(name)):
+            try:
+                job = needs.warm_up(name, seed)
+            except (CellFailedError, Missing):
+                continue
+            if job.key in needs.done:
+                told = {"path": str(job.path), "key": job.key, **needs.done[job.key]}
+                found[f"{name}, seed {seed}" if seed else name] = told
+    return found
 
 
 def command(settings: StudySettings) -> None:
@@ -231,11 +255,13 @@ def command(settings: StudySettings) -> None:
             table_console().print(f"contamination: {said}", highlight=False, markup=False)
         return
     study = run_study(settings)
-    findings = read_findings(study.path)
-    show(findings, table_console())
     reporter = Reporter(quiet=settings.quiet)
-    reporter.say(f"written to {study.path}")
-    if settings.report:
-        from d2lora.report import write_report
+    if study.results:
+        findings = read_findings(study.path)
+        show(findings, table_console())
+        reporter.say(f"written to {study.path}")
+        if settings.report:
+            from d2lora.report import write_report
 
-        reporter.say(f"report: {write_report(findings)}")
+            reporter.say(f"report: {write_report(findings)}")
+    study.check()

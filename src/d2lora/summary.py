@@ -5,7 +5,7 @@ import math
 from rich.console import Console
 
 from d2lora.decontamination import contamination_said
-from d2lora.findings import ArmCost, Comparison, Findings, Level, range_said, signed
+from d2lora.findings import CI, ArmCost, Comparison, Findings, Level, p_said, range_said, signed
 from d2lora.grids import NONE, Grid, as_table
 
 
@@ -16,17 +16,36 @@ def score_grid(findings: Findings, task: str) -> Grid:
         "n",
         "arm",
         "score",
-        "difference (95 % interval)",
-        "over seeds too",
+        "difference",
+        CI,
+        "over rows alone",
         "p, Holm",
-        "general loss",
-        "choices",
+        "held-out general loss",
+        "MC accuracy",
     )
     rows = [
         _row(level, _comparison(findings, level))
         for level in sorted(_levels(findings, task), key=lambda v: v.n)
     ]
     return Grid(title, columns, rows)
+
+
+def pooled_grid(findings: Findings) -> Grid:
+    """Return the mean difference of each pair of arms over all tasks and sizes."""
+    columns = ("arm", "against", "mean of", "difference", CI, "p", "verdict")
+    rows = [
+        (
+            c.arm,
+            c.against,
+            c.place,
+            signed(100 * c.pooled.mean),
+            NONE if c.pooled.interval is None else range_said(*c.pooled.interval),
+            NONE if c.pooled.p_value is None else p_said(c.pooled.p_value),
+            c.pooled.verdict,
+        )
+        for c in findings.pooled
+    ]
+    return Grid("Pooled effect over tasks and sizes, points", columns, rows)
 
 
 def cost_grid(findings: Findings) -> Grid:
@@ -64,12 +83,12 @@ def cost_grid(findings: Findings) -> Grid:
 def show(findings: Findings, console: Console) -> None:
     """Print the verdicts and tables of a study."""
     grids = [score_grid(findings, task) for task in findings.plan.tasks]
-    for grid in (*grids, cost_grid(findings)):
+    for grid in (*grids, pooled_grid(findings), cost_grid(findings)):
         if grid.rows:
             console.print(as_table(grid))
     console.print(
-        "general loss: change on held-out general text against the base, nats per token; choices: "
-        "change of multiple-choice accuracy, points.",
+        "held-out general loss: change against the base, nats per token; MC accuracy: change of "
+        "multiple-choice accuracy against the base, points.",
         highlight=False,
     )
     for name, warm_up in findings.warm_ups.items():
@@ -81,7 +100,7 @@ def show(findings: Findings, console: Console) -> None:
         )
     for said in contamination_said(findings.contamination):
         console.print(f"Contamination: {said}.", highlight=False, markup=False)
-    console.print("What was seen:", style="bold")
+    console.print("Findings:", style="bold")
     for verdict in findings.verdicts():
         console.print(f"  {verdict}", highlight=False)
     for cell, reason in findings.failures.items():
@@ -98,19 +117,20 @@ def _comparison(findings: Findings, level: Level) -> Comparison | None:
 
 
 def _row(level: Level, comparison: Comparison | None) -> tuple[str, ...]:
-    difference = wider = p = ""
+    difference = wide = rows = p = ""
     if comparison is not None:
         d = comparison.difference
-        difference = f"{signed(100 * d.mean)} ({range_said(d.low, d.high)})"
-        wider = "" if d.over_seeds is None else range_said(*d.over_seeds)
-        p = f"{comparison.p_holm:.4f}"
+        difference = signed(100 * d.mean)
+        wide = NONE if d.over_seeds is None else range_said(*d.over_seeds)
+        rows, p = range_said(d.low, d.high), f"{comparison.p_holm:.4f}"
     loss, choices = level.general_loss_change, level.choices_change
     return (
         str(level.n) if level.n else "-",
         level.arm,
         f"{100 * level.interval.mean:.1f}",
         difference,
-        wider,
+        wide,
+        rows,
         p,
         "" if loss is None or level.arm == "base" else f"{loss.mean():+.2f}",
         "" if choices is None or level.arm == "base" else f"{100 * choices.mean:+.1f}",

@@ -11,7 +11,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from d2lora.findings import BASE
+from d2lora.cells import BASE
 from d2lora.grids import Grid
 
 BASE_COLOUR = "#7a828e"

@@ -4,7 +4,8 @@ from typing import Any
 
 import altair as alt
 
-from d2lora.findings import BASE, Convergence, Findings, signed
+from d2lora.cells import BASE
+from d2lora.findings import Convergence, Findings, signed
 from d2lora.grids import NONE, Grid
 from d2lora.report.canvas import Chart, Palette, Rows, chart_of, rows_of
 from d2lora.report.compared import differences, scores
@@ -41,7 +42,7 @@ def curves(findings: Findings, palette: Palette, task: str, n: int) -> Chart | N
     y = alt.Y("loss:Q", title="validation loss", scale=alt.Scale(zero=False))
     told = ["arm:N", "step:Q", alt.Tooltip("loss:Q", format=".3f")]
     base = rows_of(rows).encode(x=x, y=y, color=palette.colour(shown), tooltip=told)
-    ends = [{"loss": lines[c.against][-1][1]} for c in own[:1]]
+    ends = [{"loss": min(loss for _, loss in lines[c.against])} for c in own[:1]]
     layers = [
         rows_of(ends).mark_rule(strokeDash=[4, 4]).encode(y=y),
         base.mark_line(strokeWidth=2),
@@ -81,7 +82,7 @@ def forgetting(findings: Findings, palette: Palette, task: str) -> Chart | None:
         for s, change in zip(v.by_seed, v.general_loss_change, strict=True)
     ]
     name = f"{findings.score_name(task)}, %"
-    x = alt.X("change:Q", title="change of loss on general text, nats per token")
+    x = alt.X("change:Q", title="change of held-out general loss, nats per token")
     y = alt.Y("score:Q", title=name, scale=alt.Scale(zero=False))
     told = [
         "arm:N",
@@ -101,13 +102,13 @@ def forgetting(findings: Findings, palette: Palette, task: str) -> Chart | None:
         dots = rows_of(seeds).mark_circle(size=20, opacity=0.35)
         layers.insert(0, dots.encode(x=x, y=y, color=palette.colour(shown), tooltip=told))
     title = f"{findings.title(task)}: learnt and forgotten"
-    words = "Score against the change of loss on general text. " + " ".join(
+    words = "Score against the change of held-out general loss. " + " ".join(
         f"{row['arm']} at n = {row['n']}: {row['score']:.1f} % and {signed(row['change'], 2)} nats."
         for row in rows
     )
     grid = Grid(
         title,
-        ("n", "arm", name, "change of general loss"),
+        ("n", "arm", name, "change of held-out general loss"),
         [
             (
                 f"{row['n']:,}" if row["n"] else NONE,
@@ -122,7 +123,9 @@ def forgetting(findings: Findings, palette: Palette, task: str) -> Chart | None:
 
 
 def _reached(c: Convergence) -> str:
-    if c.steps is None:
-        return f"{c.arm} does not reach the final loss of {c.against} ({c.n_steps:.0f} steps)."
-    steps = f"{c.steps:.0f} of {c.n_steps:.0f} steps"
-    return f"{c.arm} reaches the final loss of {c.against} after {steps}."
+    if c.ratio is None:
+        return (
+            f"{c.arm} reaches the lowest loss of {c.against} with {c.n_reached} of "
+            f"{len(c.seeds)} seeds."
+        )
+    return f"{c.arm} reaches the lowest loss of {c.against} in {c.ratio:.2f} times its steps."

@@ -139,7 +139,7 @@ def differences(
 ) -> Chart | None:
     """Draw paired differences with intervals; with n in rows at that size, else over n.
 
-    A mark is filled where a difference holds for other seeds.
+    A mark is filled where there is a verdict.
     """
     own = [c for c in findings.comparisons if c.task == task and n in (None, c.n)]
     if not own:
@@ -181,7 +181,7 @@ def differences(
             mark = rows_of(held).mark_point(filled=filled, size=80, strokeWidth=2, opacity=1)
             layers.append(mark.encode(color=colour, shape=shape, tooltip=tips, **points))
     words = (
-        "Paired differences with 95 % intervals: thick over test rows, thin over seeds too. "
+        "Paired differences with 95 % intervals: thick over rows alone, thin over items and seeds. "
     ) + " ".join(
         f"{c.arm} minus {c.against} at n = {c.n}: "
         f"{signed(100 * c.difference.mean)} points, {c.verdict}."

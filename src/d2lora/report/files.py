@@ -4,11 +4,12 @@ from typing import Any
 
 import pandas as pd
 
+from d2lora.cells import BASE
 from d2lora.decontamination import contamination_said
-from d2lora.findings import BASE, Findings
+from d2lora.findings import Findings
 from d2lora.grids import markdown
 from d2lora.report import words
-from d2lora.summary import cost_grid, score_grid
+from d2lora.summary import cost_grid, pooled_grid, score_grid
 
 
 def cell_table(findings: Findings) -> pd.DataFrame:
@@ -43,7 +44,7 @@ def cell_table(findings: Findings) -> pd.DataFrame:
 
 
 def item_table(findings: Findings) -> pd.DataFrame:
-    """Return one row a cell and test row, with every score (0 to 1), for statistics of one's own.
+    """Return one row a cell and test row, with every score (0 to 1), for your own statistics.
 
     Prompts and outputs stay in the store, in `KEY/records.parquet`.
     """
@@ -76,7 +77,9 @@ def summary_text(findings: Findings) -> str:
         "",
     ]
     grids = [score_grid(findings, task) for task in plan.tasks]
-    tables = [markdown(grid) for grid in (*grids, cost_grid(findings)) if grid.rows]
+    tables = [
+        markdown(grid) for grid in (*grids, pooled_grid(findings), cost_grid(findings)) if grid.rows
+    ]
     failed = [f"- failed: {cell}: {reason}" for cell, reason in findings.failures.items()]
     versions = ", ".join(f"{k} {v}" for k, v in made.get("versions", {}).items())
     end = f"{plan.seeds} seeds, base {plan.base}, {made.get('date')}, {versions}."

@@ -17,17 +17,17 @@ from d2lora.findings import Findings
 from d2lora.report import tables, words
 from d2lora.report.canvas import DARK, LIGHT, Chart, Palette, scripts
 from d2lora.report.examples import Examples
-from d2lora.summary import cost_grid
+from d2lora.summary import cost_grid, pooled_grid
 
 SECTIONS = {
-    "verdict": "What was found",
+    "verdict": "Findings",
     "score": "Score over n",
     "difference": "Paired differences",
     "curves": "Learning curves",
     "forgetting": "Learnt and forgotten",
     "tables": "Scores",
     "cost": "Cost",
-    "rates": "Learning rates",
+    "choices": "Learning rates and lengths",
     "failures": "Failures",
     "examples": "Examples",
     "provenance": "Provenance",
@@ -61,6 +61,7 @@ def page(
         title=plan.question or f"Study {findings.path.resolve().name}",
         facts=_facts(findings),
         headline=words.headline(findings),
+        pooled=findings.pooled_verdicts(),
         verdicts=words.task_verdicts(findings),
         cautions=words.cautions(findings),
         charts=drawn,
@@ -68,9 +69,10 @@ def page(
         specs={"charts": specs, "themes": {"light": LIGHT, "dark": DARK}},
         examples=examples,
         scores=[tables.score_table(findings, task) for task in plan.tasks],
+        pooled_effects=pooled_grid(findings),
         cost=cost_grid(findings),
         efficiency=tables.efficiency_table(findings),
-        rates=tables.rate_table(findings),
+        choices=tables.choice_table(findings),
         failures=tables.failure_table(findings),
         warm_ups=tables.warm_up_table(findings),
         keep_out_words=plan.keep_out_words,

@@ -1,11 +1,13 @@
 """The tables of a report, as text."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2lora.findings import BASE, Comparison, Findings, Level, range_said, signed
+from d2lora.cells import BASE
+from d2lora.findings import CI, Comparison, Findings, Level, range_said, signed
 from d2lora.grids import NONE, Grid
 from d2lora.plan import StudyPlan
 from d2lora.runs import sha256_of
@@ -33,12 +35,12 @@ def score_table(findings: Findings, task: str) -> Grid:
         "95 % interval",
         "SD of seeds",
         "difference",
-        "95 % interval",
-        "over seeds too",
+        CI,
+        "over rows alone",
         "p, Holm",
         "verdict",
-        "general loss",
-        "choices",
+        "held-out general loss",
+        "MC accuracy",
     )
     return Grid(f"{findings.title(task)}: scores", columns, rows)
 
@@ -67,20 +69,20 @@ def difference_grid(comparisons: Iterable[Comparison], title: str) -> Grid:
             c.arm,
             c.against,
             signed(100 * c.difference.mean),
-            range_said(c.difference.low, c.difference.high),
             NONE if c.difference.over_seeds is None else range_said(*c.difference.over_seeds),
+            range_said(c.difference.low, c.difference.high),
             ", ".join(signed(100 * d) for d in c.difference.by_seed),
             c.verdict,
         )
         for c in sorted(comparisons, key=lambda c: c.n)
     ]
-    intervals = ("95 % interval", "over seeds too")
+    intervals = (CI, "over rows alone")
     columns = ("n", "arm", "against", "difference", *intervals, "each seed", "verdict")
     return Grid(title, columns, rows)
 
 
 def efficiency_table(findings: Findings) -> Grid:
-    """Return how many rows, and how many steps, the reference needs to match an arm."""
+    """Return how many rows the reference needs to match an arm, and the ratio of steps."""
     steps = {(c.task, c.arm, c.n): c for c in findings.convergence}
     largest = max(findings.plan.sizes)
     rows: list[tuple[str, ...]] = []
@@ -89,38 +91,37 @@ def efficiency_table(findings: Findings) -> Grid:
         c = steps.get((e.task, e.arm, e.n))
         reached = NONE
         if c is not None:
-            reached = "not reached" if c.steps is None else f"{c.steps:.0f} of {c.n_steps:.0f}"
+            reached = f"{c.n_reached} of {len(c.seeds)} seeds get there"
+            reached = reached if c.ratio is None else f"{c.ratio:.2f}"
         rows.append((str(e.n), findings.title(e.task), e.arm, e.against, equals, reached))
-    columns = ("n", "task", "arm", "against", "rows for the same score", "steps to the same loss")
+    columns = ("n", "task", "arm", "against", "rows for the same score", "steps to its loss")
     return Grid("Data efficiency and convergence", columns, rows)
 
 
-def rate_table(findings: Findings) -> Grid:
-    """Return the learning rate of every arm, task and n, and how it was chosen."""
-    chosen = {(r["task"], r["arm"], r["n"]): r for r in findings.rates}
-    columns = ("n", "task", "arm", "learning rate", "chosen from", "edge of the grid")
+def choice_table(findings: Findings) -> Grid:
+    """Return the learning rate and length of every arm, task and n, and how they were chosen."""
+    columns = (
+        "n", "task", "arm", "learning rate", "steps", "lowest validation loss by learning rate",
+        "at the end of what was tried",
+    )  # fmt: skip
     rows: list[tuple[str, ...]] = []
     for level in sorted(findings.levels, key=lambda v: (v.task, v.n)):
-        if level.learning_rate is None:
+        if not level.learning_rates:
             continue
-        rate = chosen.get((level.task, level.arm, level.n))
+        own = [c for c in findings.chosen if _place(c) == (level.task, level.arm, level.n)]
         tried = [t for t in findings.trials if _place(t) == (level.task, level.arm, level.n)]
-        edge = (
-            NONE
-            if rate is None
-            else ("yes: a rate beyond may be better" if rate["at_edge"] else "no")
-        )
         rows.append(
             (
                 str(level.n),
                 findings.title(level.task),
                 level.arm,
-                f"{level.learning_rate:g}",
+                _counted(level.learning_rates),
+                _counted([cost["n_steps"] for cost in level.costs]),
                 _tried(tried) or "given by the plan",
-                edge,
+                _ends(own),
             )
         )
-    return Grid("Learning rates", columns, rows)
+    return Grid("Learning rates and lengths, each with how many seeds chose it", columns, rows)
 
 
 def warm_up_table(findings: Findings) -> Grid:
@@ -211,8 +212,8 @@ def _difference(c: Comparison | None) -> tuple[str, ...]:
     verdict, said = c.verdict, c.seeds
     return (
         signed(100 * d.mean),
-        range_said(d.low, d.high),
         NONE if d.over_seeds is None else range_said(*d.over_seeds),
+        range_said(d.low, d.high),
         f"{c.p_holm:.4f}",
         f"{verdict} ({said})" if said else verdict,
     )
@@ -232,11 +233,27 @@ def _place(trial: dict[str, Any]) -> tuple[str, str, int]:
     return trial["task"], trial["arm"], trial["n"]
 
 
+def _counted(values: Sequence[float]) -> str:
+    """Return values with how many seeds have each: `0.003 (4), 0.01 (1)`."""
+    return ", ".join(f"{value:g} ({n})" for value, n in sorted(Counter(values).items()))
+
+
+def _ends(chosen: Sequence[dict[str, Any]]) -> str:
+    """Say how many seeds chose the last learning rate, or the last step, that may be tried."""
+    if not chosen:
+        return NONE
+    ends = (("at_edge", "learning rate"), ("at_end", "steps"))
+    found = [(word, sum(one[name] for one in chosen)) for name, word in ends]
+    return ", ".join(f"{word} ({n})" for word, n in found if n) or "no"
+
+
 def _tried(trials: Iterable[dict[str, Any]]) -> str:
+    """Return the mean over seeds and folds of the lowest loss of each learning rate."""
     losses: dict[float, list[float]] = {}
     for trial in trials:
-        if trial.get("validation_loss_after") is not None:
-            losses.setdefault(trial["learning_rate"], []).append(trial["validation_loss_after"])
+        if trial.get("curve"):
+            lowest = min(loss for _, loss in trial["curve"])
+            losses.setdefault(trial["learning_rate"], []).append(lowest)
     return "; ".join(
         f"{rate:g}: {sum(values) / len(values):.3f}" for rate, values in sorted(losses.items())
     )
@@ -252,6 +269,9 @@ def _data(plan: StudyPlan) -> Iterable[tuple[str, str]]:
         yield from ((f"{task.title or name}: test", path) for path in task.test)
     for name, own in plan.warm_ups.items():
         data = {**plan.warm_up, **own}.get("data", ())
+        ready = plan.ready(name)
+        if ready is not None:
+            data = str(ready / "adapter_model.safetensors")
         paths = (data,) if isinstance(data, str) else data
         yield from ((f"warm-up {name}", path) for path in paths)
     yield from (("general text", path) for path in plan.general_text)

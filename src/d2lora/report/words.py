@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from d2lora.crossed import NO_VERDICT, NOTHING_SEEN
 from d2lora.decontamination import contamination_said
 from d2lora.findings import Comparison, Findings
-from d2lora.stats import NOTHING_SEEN
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Claim:
 
     n: int
     verdict: str
-    """`helps`, `hurts` or `no difference seen`, or that it is so with these seeds alone."""
+    """`helps`, `hurts`, `no difference seen`, or that one seed gives no verdict."""
     numbers: str
     seeds: str
     """Said where not all seeds say the same, or where there is one alone; else empty."""
@@ -48,13 +48,16 @@ def headline(findings: Findings) -> list[str]:
     sentences: list[str] = []
     for arm, against in dict.fromkeys((c.arm, c.against) for c in findings.comparisons):
         own = [c for c in findings.comparisons if (c.arm, c.against) == (arm, against)]
-        said = sorted({c.verdict for c in own} - {NOTHING_SEEN}, key=lambda v: (len(v), v))
+        said = sorted({c.verdict for c in own} - {NOTHING_SEEN, NO_VERDICT})
         parts = [
             f"{verdict} {_places(findings, [c for c in own if c.verdict == verdict])}"
             for verdict in said
         ]
         unseen = [c for c in own if c.verdict == NOTHING_SEEN]
         subject = f"Compared with {against}, {arm}"
+        if all(c.verdict == NO_VERDICT for c in own):
+            sentences.append(f"{subject} was run with one seed, which gives no verdict.")
+            continue
         if not parts:
             where = "" if len(own) == 1 else f" in any of {len(own)} comparisons"
             sentences.append(f"{subject} makes no difference that could be seen{where}.")
@@ -87,7 +90,7 @@ def power_line(comparisons: Sequence[Comparison]) -> str:
     known = [(c.difference, c.power) for c in comparisons if c.power is not None]
     if not known:
         return (
-            "What it would take to see a difference of 1 point cannot be foretold: the arms "
+            "What it would take to see a difference of 1 point cannot be estimated: the arms "
             "answer alike, row by row."
         )
     rows = _needed([power.n_items for _, power in known], "test rows")
@@ -119,12 +122,14 @@ def cautions(findings: Findings) -> list[str]:
         f"{sentence[0].upper()}{sentence[1:]}."
         for sentence in contamination_said(c for c in findings.contamination if c["n_removed"])
     ]
-    edges = [rate for rate in findings.rates if rate["at_edge"]]
-    if edges:
-        said.append(
-            f"{len(edges)} of {len(findings.rates)} chosen learning rates lie at the edge of the "
-            "rates tried; a rate beyond it may be better. They are marked in the table of rates."
-        )
+    ends = (("at_edge", "learning rates", "one beyond"), ("at_end", "lengths", "a longer one"))
+    for name, word, more in ends:
+        n_ends = sum(one[name] for one in findings.chosen)
+        if n_ends:
+            said.append(
+                f"{n_ends} of {len(findings.chosen)} chosen {word} are the last that may be tried; "
+                f"{more} may be better. They are marked in the table of learning rates and lengths."
+            )
     return said
 
 

@@ -125,6 +125,9 @@ class TrainSettings(Settings):
     """Passes over the training rows; ignored where max_steps is set."""
     max_steps: int | None = Field(default=None, ge=0)
     """Optimizer steps. None: from epochs. 0: save the beginning untrained."""
+    stop_step: int | None = Field(default=None, ge=1)
+    """End after this optimizer step of the schedule, whose length stays that of max_steps or
+    epochs: as a longer run was at this step. None: at the schedule's end."""
     batch_size: int = Field(default=16, ge=1)
     """Examples per optimizer step, over all devices."""
     micro_batch_tokens: int = Field(default=0, ge=0)
@@ -146,6 +149,9 @@ class TrainSettings(Settings):
     """Gradients are clipped to this norm. 0: off."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the rows kept for validation loss. They count towards n."""
+    fold: tuple[int, int] | None = None
+    """(i, k): keep the i-th of k equal parts of the rows, from 0, in place of validation_fraction,
+    so that k runs validate on every row once. None: the last validation_fraction."""
     eval_every: int = Field(default=0, ge=0)
     """Optimizer steps between validation losses. 0: once an epoch."""
     patience: int = Field(default=0, ge=0)
@@ -162,6 +168,13 @@ class TrainSettings(Settings):
     """Seed of a fresh adapter's random weights. None: from seed."""
     seed_dropout: int | None = Field(default=None, ge=0)
     """Seed of dropout. None: from seed."""
+
+    @field_validator("fold")
+    @classmethod
+    def _one_of_several(cls, fold: tuple[int, int] | None) -> tuple[int, int] | None:
+        if fold is not None and not 0 <= fold[0] < fold[1]:
+            raise ValueError("expected i and k, with i from 0 to k - 1")
+        return fold
 
 
 class ObjectiveSettings(Settings):
