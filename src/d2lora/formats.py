@@ -196,12 +196,13 @@ FORMATS = (
     _asked("question/answer", "question", "answer"),
     _asked("question/response", "question", "response"),
 )
+_ANSWERS = tuple(name for known in FORMATS for name in known.needs[1:])
 PROMPTS = tuple(
     replace(
         known,
         name=f"prompts in `{known.needs[0]}`",
         needs=known.needs[:1],
-        reads=(*known.reads, *known.needs[1:]),
+        reads=(*known.reads, *_ANSWERS),
         answer=lambda _: "",
     )
     for known in FORMATS
@@ -239,7 +240,8 @@ class Seen:
         known = format_of(formats, row)
         assert known is not None
         self._formats[known.name] += 1
-        self._beside.update(dict.fromkeys(name for name in known.reads if row.get(name)))
+        beside = (name for name in known.reads if name in BESIDE and row.get(name))
+        self._beside.update(dict.fromkeys(beside))
         new = sorted(known.unused(row) - self._unused.keys())
         self._unused.update(dict.fromkeys(new))
         return new

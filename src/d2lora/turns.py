@@ -62,7 +62,10 @@ def _turn(turn: Any, place: str) -> Message:
     name = held[who]
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        raise BadRowError(f"{place}: role must be one of {', '.join(ROLES)}, found {name!r:.60}")
+        raise BadRowError(
+            f"{place}: role must be system, user, assistant or tool, or a name that these go by "
+            f"(human, gpt, observation, ...), found {name!r:.60}"
+        )
     content = _text(held.get(what, ""), place)
     if name.lower() in _CALLING:
         calls, content = [content], ""
