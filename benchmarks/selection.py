@@ -46,7 +46,8 @@ def main() -> None:
 
 def write_pool(source: Path, target: Path, size: int) -> None:
     """Write `size` rows of real length; rows beyond the source's are perturbed copies."""
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    with source.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
     words = [word for row in rows for word in row["prompt"].split()]
     rng = random.Random(0)
     with target.open("w", encoding="utf-8") as file:

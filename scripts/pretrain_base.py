@@ -83,8 +83,8 @@ def english_texts(folder: Path | None, split: str) -> list[str]:
     """Return real English as plain text; none without a folder."""
     if folder is None:
         return []
-    lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    with (folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
     return [f"{row['prompt']}\n{row['response']}" for row in rows]
 
 

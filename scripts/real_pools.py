@@ -46,7 +46,8 @@ def main() -> None:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

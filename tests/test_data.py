@@ -1,19 +1,22 @@
 """Reading rows of every kind; bad ones are named with file and line, all at once."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from d2lora.data import nested_order, read_source, split_validation, stream_seed
 from d2lora.errors import DataError
 from d2lora.pool import read_pool
-from d2lora.rows import Message
+from d2lora.rows import Message, Row
 from d2lora.tasks import read_choices, read_task
 from support import SHARED, needs_shared_data, write_rows
 
@@ -150,7 +153,13 @@ def test_a_line_separator_inside_a_text_is_no_new_line(tmp_path: Path) -> None:
         ("a.jsonl", b"\xff\xfe\x00", "not UTF-8"),
         ("a.json", b"{", "not JSON"),
         ("a.json", b"3", "expected a list of rows, found int"),
-        ("a.csv", b"prompt,completion\na,b,c\n", "expected 2 fields"),
+        ("a.json", b'{"a": {"prompt": "p"}}', "expected a list of rows, found an object with `a`"),
+        ("a.json", b'{"prompt": "p"}\n{"prompt": "q"}\n', "is it JSON Lines"),
+        ("a.json", b"[" * 100_000, "nested too deeply"),
+        ("a.csv", b"prompt,completion\na,b,c\n", "expected 2 fields .*, found 3"),
+        ("a.csv", b"prompt,completion,completion\na,b,c\n", "names `completion` more than once"),
+        ("a.tsv", b"prompt\tcompletion\tprompt\n1\t2\t3\n", "names `prompt` more than once"),
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         ("a.parquet", b"nothing", "not a Parquet file"),
         ("a.txt", b"hello", r"expected a file of kind \.jsonl"),
     ],
@@ -160,6 +169,122 @@ def test_unreadable_files_say_why(tmp_path: Path, name: str, content: bytes, mes
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_task([str(path)])
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv"])
+def test_a_file_that_is_not_utf8_says_where_and_what_to_do(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(b"prompt,completion\n" * 2_000 + "café,b\n".encode("latin-1"))
+    place = rf"rows\.{suffix}, line 2001: .*byte 36,004 of the file is 0xe9.*iconv -f WINDOWS-1252"
+    with pytest.raises(DataError, match=place):
+        read_source(str(path))
+    path.write_text("prompt,completion\n", encoding="utf-16")
+    with pytest.raises(DataError, match=r"line 1: not UTF-8 .*iconv -f UTF-16"):
+        read_source(str(path))
+
+
+DIGITS = "9" * 5_000
+ODD_ROWS = (
+    ('{"prompt": "p", "completion": "hi \\ud83d"}', r"`completion` holds \\ud83d, half of a"),
+    ('{"messages": [{"role": "user", "content": "\\udc00"}]}', r"`messages` holds \\udc00"),
+    ('{"prompt": "p", "completion": "c", "\\ud800": 1}', r"`\\ud800` holds"),
+    (f'{{"prompt": "p", "completion": "c", "id": {DIGITS}}}', "integer of thousands of digits"),
+    (f'{{"prompt": "p", "completion": "c", "ids": [[-{DIGITS}]]}}', "thousands of digits"),
+    ('{"prompt": "p", "completion": "c", "prompt": "q"}', "`prompt` stands more than once"),
+    ('{"messages": [{"role": "user", "role": "x"}]}', "`role` stands more than once"),
+    ('{"prompt": "p", "completion": "c", "score": -Infinity}', "-Infinity is not JSON"),
+)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_json_that_would_not_be_read_as_it_stands_is_a_bad_row(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    rows = [text for text, _ in ODD_ROWS] + ['{"prompt": "p, [", "completion": "\\ud83d\\ude00"}']
+    listed = '{"data": 1, "about": {"data": []}, "data": [' + ",\n".join(rows) + '], "n": 2}'
+    path.write_text("\n".join(rows) if suffix == "jsonl" else listed)
+    with pytest.raises(DataError) as caught:
+        read_task([str(path)])
+    place = "line" if suffix == "jsonl" else "row"
+    for number, (_, reason) in enumerate(ODD_ROWS, 1):
+        assert re.search(rf"rows\.{suffix}, {place} {number}: .*{reason}", str(caught.value))
+    (kept,) = read_task([str(path)], skip_bad=True).examples
+    assert kept.completion == "\U0001f600"
+
+
+def test_deep_nesting_is_a_bad_row_and_nan_a_missing_value(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    deep = "[" * 100_000 + "]" * 100_000
+    path.write_text(
+        f'{{"prompt": "p", "completion": "c", "x": {deep}}}\n'
+        '{"instruction": "i", "input": NaN, "output": "o"}\n'
+    )
+    data = read_task([str(path)], skip_bad=True)
+    assert [str(fault) for fault in data.faults] == [f"{path}, line 1: nested too deeply"]
+    assert data.examples[0].prompt[0].content == "i"
+
+
+def test_a_quote_in_tsv_is_a_sign_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "rows.tsv"
+    long = "x" * 200_000
+    path.write_bytes(
+        b'\xef\xbb\xbfprompt\tcompletion\r\nQuote the first word\t"Call me" he said\r\n'
+        b'Quote the second\t"me" is the word\n\nAnd the third\the "said\xe2\x80\xa8so\r\x0c\n'
+        + f"Long\t{long}\n".encode()
+    )
+    data = read_task([str(path)])
+    assert [row.line for row in data.rows] == [2, 3, 5, 6]
+    assert [example.completion for example in data.examples] == [
+        '"Call me" he said', '"me" is the word', 'he "said\u2028so\r\x0c', long,
+    ]  # fmt: skip
+    path.write_text("prompt\tcompletion\na\tb\n\tb\na\nb\tc\td\n")
+    with pytest.raises(DataError) as caught:
+        read_task([str(path)])
+    for line in ("line 3: field `prompt` is empty", "line 4: .* found 1", "line 5: .* found 3"):
+        assert re.search(rf"rows\.tsv, {line}", str(caught.value))
+
+
+def test_csv_is_read_with_its_quotes_and_its_faults_where_they_begin(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    long = "x" * 200_000
+    text = f'prompt,completion\r\n"a\r\n""b"", c",d\r\n\r\nsay "hi",{long}\r\n'
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_task([str(path)]).rows == [
+        Row({"prompt": 'a\r\n"b", c', "completion": "d"}, str(path), 2),
+        Row({"prompt": 'say "hi"', "completion": long}, str(path), 5),
+    ]
+    path.write_text('prompt,completion\na,"b" c\nd\n"e\n",f\ng,"h\ni,j\n')
+    with pytest.raises(DataError) as caught:
+        read_task([str(path)])
+    assert "3 bad row(s); mend them" in str(caught.value)
+    for line in ("line 2: not CSV", "line 3: expected 2 .* found 1", "line 6: a quote that opens"):
+        assert re.search(rf"rows\.csv, {line}", str(caught.value))
+
+
+def test_columns_without_a_name_are_named_by_their_place(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    pd.DataFrame(ROWS).to_csv(path)
+    said: list[str] = []
+    read_task([str(path)], say=said.append)
+    assert said == [f"{path}: rows read: 3 as prompt/completion; not used: `column 1`"]
+
+
+def test_a_parquet_column_named_twice_is_refused(tmp_path: Path) -> None:
+    columns = [pa.array(["p"]), pa.array(["c"]), pa.array(["q"])]
+    table = pa.table(columns, names=["prompt", "completion", "prompt"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="`prompt` names more than one column"):
+        read_task([str(tmp_path / "rows.parquet")])
+
+
+def test_a_hub_data_set_with_a_script_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "owner" / "name" / "name.py"
+    script.parent.mkdir(parents=True)
+    script.write_text("raise SystemExit\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"owner/name:train: .*no code of the hub is run"):
+        read_task(["owner/name:train"])
 
 
 def test_a_missing_file_is_not_taken_for_a_hub_name() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from d2lora import (
     Adapter,
     AdaptSettings,
+    DataError,
     EvaluateSettings,
     GenerateSettings,
     SettingsError,
@@ -289,6 +290,15 @@ def test_generate_answers_one_prompt_or_a_file(
     lines = tmp_path / "prompts.txt"
     lines.write_text(f"{question}\n\nSecond\n")
     assert generate(GenerateSettings(prompts=str(lines), **common))[0] == one
+    lines.write_bytes(f"\ufeff{question}\r\nA\u2028b\n \nC\x0cd\x85e\x0bf".encode())
+    told = generate(GenerateSettings(prompts=str(lines), **common))
+    assert [row["prompt"] for row in told] == [question, "A\u2028b", "C\x0cd\x85e\x0bf"]
+    assert told[0] == one
+    lines.write_bytes("café".encode("latin-1"))
+    with pytest.raises(DataError, match=r"prompts\.txt, line 1: not UTF-8 text"):
+        generate(GenerateSettings(prompts=str(lines), **common))
+    with pytest.raises(SettingsError, match="--prompt is not UTF-8 text"):
+        generate(GenerateSettings(prompt="caf\udce9", **common))
     for wrong in ({}, {"prompt": "a", "prompts": "b"}):
         with pytest.raises(SettingsError, match="either --prompt"):
             generate(GenerateSettings(**common, **wrong))

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from d2lora.batches import Encoded, Pair, T
 from d2lora.errors import DataError, ModelError, SettingsError
 from d2lora.models import Base, n_embedded, n_positions, unknown_token
-from d2lora.rows import Example, Message
+from d2lora.rows import BadRowError, Example, Message
 from d2lora.settings import Overlong
 
 Format = Literal["template", "plain"]
@@ -63,14 +63,47 @@ class Encoder:
         """Return the ids that a completion follows, ready for generation.
 
         Raises:
+            DataError: If the chat format cannot show a turn.
             ModelError: If a token is beyond the base's embedding.
         """
+        if fault := self._unshown(prompt):
+            raise DataError(fault)
         if self.format == "template" and prompt:
             return self._ids(self._templated(prompt, completing=True))
         ids = self.tokenizer(plain_prompt(prompt))["input_ids"]
         assert isinstance(ids, list)
         self._check(ids)
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def check(self, example: Example) -> None:
+        """Check that the chat format shows every turn of an example's prompt.
+
+        Raises:
+            BadRowError: If it does not.
+        """
+        if fault := self._unshown(example.prompt):
+            raise BadRowError(fault)
+
+    def _unshown(self, prompt: Sequence[Message]) -> str | None:
+        """Say which turn of a tool the chat format leaves out; None where it shows all."""
+        for place, turn in enumerate(prompt):
+            if not turn.of_tools:
+                continue
+            told = "is a tool's" if turn.role == "tool" else "calls a tool"
+            if self.format == "plain":
+                return (
+                    f"turn {place + 1} {told}, which the plain chat format cannot show; use a base "
+                    "whose chat template can"
+                )
+            shown = self._templated(prompt, completing=True)
+            for other in turn.altered():
+                changed = (*prompt[:place], other, *prompt[place + 1 :])
+                if self._templated(changed, completing=True) == shown:
+                    return (
+                        f"turn {place + 1} {told}, and the base's chat template leaves that out; "
+                        "use a base whose template supports tools"
+                    )
+        return None
 
     def encode(self, example: Example) -> Encoded:
         """Return an example's ids; the prompt and the completion are tokenized apart.
@@ -100,7 +133,7 @@ class Encoder:
         return Pair(self.encode(example), self.encode(other))
 
     def _templated(self, messages: Sequence[Message], *, completing: bool) -> str:
-        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+        turns = [turn.to_dict() for turn in messages]
         text = self.tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=completing
         )

@@ -43,7 +43,7 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
     reporter = Reporter(quiet=settings.quiet)
     names = _names(settings)
     RunFolder.open(settings.out, "")
-    sets = TestSets.read(settings)
+    sets = TestSets.read(settings, reporter.say)
     base = base or load_base(settings)
     check_rows(names, base, sets, settings)
     trained_on = _trained_on(names, base, sets, reporter)

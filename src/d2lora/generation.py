@@ -16,6 +16,7 @@ from d2lora.console import Reporter
 from d2lora.decoding import Decoder, Sampling, check_room
 from d2lora.encode import Encoder
 from d2lora.errors import DataError, SettingsError
+from d2lora.files import text_lines
 from d2lora.models import Base, load_base
 from d2lora.rows import Message
 from d2lora.runs import write_text
@@ -107,18 +108,22 @@ def _conversations(settings: GenerateSettings) -> tuple[list[tuple[Message, ...]
     if settings.prompt is not None:
         if not settings.prompt.strip():
             raise SettingsError("--prompt is empty")
+        try:
+            settings.prompt.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+            raise SettingsError("--prompt is not UTF-8 text; put it into a file") from None
         return [(Message("user", settings.prompt),)], ["--prompt"]
     assert settings.prompts is not None
     path = Path(settings.prompts)
     if path.suffix == ".txt":
         if not path.is_file():
             raise DataError(f"{path}: no such file")
-        lines = path.read_text(encoding="utf-8").splitlines()
-        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        numbered = [(n, line) for n, line in enumerate(text_lines(path), 1) if line.strip()]
         prompts = [(Message("user", line),) for _, line in numbered]
         places = [f"{path}, line {number}" for number, _ in numbered]
     else:
-        data = read_task([settings.prompts], "prompts")
+        say = Reporter().say
+        data = read_task([settings.prompts], "prompts", say=say)
         prompts = [example.prompt for example in data.examples]
         places = [row.place for row in data.rows]
     if not prompts:

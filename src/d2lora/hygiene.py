@@ -22,7 +22,7 @@ from d2lora.duplicates import Duplicates
 from d2lora.encode import Encoder
 from d2lora.errors import SettingsError
 from d2lora.grams import gram_hashes, word_hashes, words
-from d2lora.rows import Example
+from d2lora.rows import Example, place
 from d2lora.settings import HygieneSettings
 from d2lora.tasks import TaskData
 
@@ -188,7 +188,7 @@ def _repeats(memory: Duplicates, index: int, example: Example, pool: TaskData) -
     if found is None:
         return None
     first = pool.rows[found.of]
-    where = f"{first.file}, line {first.line}"
+    where = place(first.file, first.line)
     if found.similarity == 1:
         return "duplicate", f"the same as {where}"
     return "near_duplicate", f"{found.similarity:.0%} the same as {where}"

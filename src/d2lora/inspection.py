@@ -17,7 +17,7 @@ from d2lora.adapter_files import PREFIX, AdapterFiles, some
 from d2lora.artifacts import Manifest, check_fit, has_manifest
 from d2lora.attaching import attach_adapter
 from d2lora.base_files import base_folder
-from d2lora.console import table_console
+from d2lora.console import Reporter, table_console
 from d2lora.diagnosis import MOST_ROWS, Start, losses_at_start
 from d2lora.encode import Encoder, encode_all
 from d2lora.errors import ModelError, SettingsError
@@ -110,7 +110,7 @@ def _on_task(settings: InspectSettings, folder: Path, manifest: Manifest | None)
     )
     check_fit(folder, base)
     encoder = Encoder.of(base, manifest.chat_format if manifest else None)
-    examples = read_task(settings.data).examples[:MOST_ROWS]
+    examples = read_task(settings.data, say=Reporter().say).examples[:MOST_ROWS]
     items = encode_all(encoder, examples, LONGEST, "truncate").items
     AdapterFiles.read(folder).check_lora_only()
     model = attach_adapter(base.model, folder, trainable=False)

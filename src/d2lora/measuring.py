@@ -22,7 +22,7 @@ from d2lora.pair_scores import pair_log_probabilities
 from d2lora.rows import Example, Message
 from d2lora.scorer import TokenScorer, mean_loss
 from d2lora.settings import EvaluateSettings
-from d2lora.tasks import Choice, TaskData, read_choices, read_task
+from d2lora.tasks import Choice, Say, TaskData, read_choices, read_task
 from d2lora.trained_rows import TestRow
 
 BASE = "base"
@@ -41,19 +41,19 @@ class TestSets:
     """All of them with their places, as they are in the files."""
 
     @classmethod
-    def read(cls, settings: EvaluateSettings) -> "TestSets":
-        """Read the test rows that the settings name.
+    def read(cls, settings: EvaluateSettings, say: Say | None = None) -> "TestSets":
+        """Read the test rows that the settings name; `say` is told what they were read as.
 
         Raises:
             DataError: If rows are bad, or the task has no scored output.
         """
-        task = read_task(settings.data, settings.task) if settings.data else None
+        task = read_task(settings.data, settings.task, say=say) if settings.data else None
         if task is not None and task.task.score not in MAIN_SCORE:
             raise DataError(
                 f"task {task.task.name} has no scored output; give it as --general-text"
             )
-        general = read_task(settings.general_text) if settings.general_text else None
-        choices = read_choices(settings.choices) if settings.choices else []
+        general = read_task(settings.general_text, say=say) if settings.general_text else None
+        choices = read_choices(settings.choices, say) if settings.choices else []
         rows = [
             *_placed("task", task, settings.limit),
             *_placed("general_text", general, None),

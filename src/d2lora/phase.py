@@ -20,7 +20,7 @@ from d2lora.artifacts import (
 )
 from d2lora.console import Reporter
 from d2lora.cost import reset_peak_memory
-from d2lora.data import Fault, fault_lines
+from d2lora.data import fault_lines
 from d2lora.diagnosis import Start, losses_at_start, overfitting
 from d2lora.encode import Encoder
 from d2lora.initialization import Beginning
@@ -28,6 +28,7 @@ from d2lora.models import Base
 from d2lora.objectives import objective_of
 from d2lora.phase_rows import Rows
 from d2lora.reference import ReferencePolicy, with_reference
+from d2lora.rows import Fault
 from d2lora.runs import RunFolder, is_main_process, new_folder, provenance, write_json, write_text
 from d2lora.settings import AdaptSettings, PhaseSettings, Reference, WarmupSettings
 from d2lora.train import Trained, train

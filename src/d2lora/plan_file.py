@@ -87,6 +87,8 @@ def _read(source: str) -> dict[str, Any]:
                 f"{source}: cannot read the plan: {error.strerror}."
                 f"{did_you_mean(source, shipped())} Shipped plans: {', '.join(shipped())}"
             ) from None
+        except UnicodeDecodeError as error:
+            raise SettingsError(f"{source}: not UTF-8 text: {error}") from None
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -12,7 +12,7 @@ from d2lora.fingerprints import fingerprint_of
 from d2lora.plan import WORLD, StudyPlan
 from d2lora.plan_file import read_plan
 from d2lora.settings import StudySettings
-from d2lora.tasks import read_task
+from d2lora.tasks import Say, read_task
 from d2lora.warmstart import WarmStart
 
 
@@ -26,11 +26,12 @@ def place(settings: StudySettings) -> tuple[StudyPlan, Path, Path]:
     return _with_world(read_plan(*settings.plan, changes=settings.set), store / "world"), store, out
 
 
-def check(plan: StudyPlan, *, fetch: bool = True) -> None:
+def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> None:
     """Open everything that a study names before hours are spent on it.
 
     Args:
         plan: What is to run.
+        say: Is told what test rows were read as; of training rows `decontaminated` tells.
         fetch: Ask the hub, too. False: what is not on this machine goes unchecked.
 
     Raises:
@@ -48,7 +49,7 @@ def check(plan: StudyPlan, *, fetch: bool = True) -> None:
             continue
         try:
             rows = len(read_task(task.data, task.task).examples)
-            read_task(task.test, task.task)
+            read_task(task.test, task.task, say=say)
         except D2LoraError as error:
             faults.append(f"tasks.{name}: {error}")
             continue

@@ -73,11 +73,11 @@ def run_study(settings: StudySettings) -> Study:
     """
     reporter = Reporter(quiet=settings.quiet)
     plan, store, out = place(settings)
-    check(plan)
+    check(plan, reporter.say)
     (out / DONE).unlink(missing_ok=True)  # of an earlier run
     # Workers load their libraries while the rows are looked at.
     with executor(settings.executor, settings.workers, settings.address) as submit:
-        plan, checks = decontaminated(plan, store, store / "world")
+        plan, checks = decontaminated(plan, store, store / "world", reporter.say)
         for said in contamination_said(c.to_json() for c in checks if c.removed):
             reporter.say(f"contamination: {said}")
         needs, cells = Needs(plan, store, keep_adapters=settings.keep_adapters), cells_of(plan)

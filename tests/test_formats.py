@@ -1,0 +1,334 @@
+"""Which formats of conversations are known, what is read of them, and what is said of the rest."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from d2lora import (
+    AdaptSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    WarmupSettings,
+    adapt,
+    evaluate,
+    generate,
+)
+from d2lora.contamination import Guard
+from d2lora.encode import Encoder
+from d2lora.errors import DataError
+from d2lora.formats import FORMATS
+from d2lora.mixture import write_mixture
+from d2lora.pool import read_pool
+from d2lora.rows import Message
+from d2lora.tasks import TASKS, read_choices, read_task
+from support import write_rows
+
+SYSTEM, USER = ("system", "You answer briefly."), ("user", "Which month follows May?")
+FIRST, NEXT = ("assistant", "June."), ("user", "And the one after?")
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Lund"}}}
+ASKS = {"role": "user", "content": "Is it raining in Lund?"}
+TOOL_TURNS: list[dict[str, Any]] = [
+    ASKS,
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "name": "weather", "content": "rain"},
+    {"role": "assistant", "content": "Yes, it is raining in Lund."},
+]
+TOOLS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments.city }}){% endfor %}"
+    "<|eos|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+NO_CALLS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|eos|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+NO_TOOL = TOOLS.replace("{{ m.content }}", "{{ '' if m.role == 'tool' else m.content }}")
+
+
+def turns(*pairs: tuple[str, str], who: str = "role", what: str = "content") -> list[Any]:
+    return [{who: role, what: text} for role, text in pairs]
+
+
+def read(folder: Path, *rows: dict[str, Any], task: str = "auto") -> tuple[Any, list[str]]:
+    said: list[str] = []
+    data = read_task([write_rows(folder / "rows.jsonl", rows)], task, say=said.append)
+    return data, [line.removeprefix(f"{folder / 'rows.jsonl'}: ") for line in said]
+
+
+def shown(prompt: tuple[Message, ...]) -> list[tuple[str, str]]:
+    return [(turn.role, turn.content) for turn in prompt]
+
+
+SHAREGPT = turns(
+    SYSTEM, ("human", USER[1]), ("gpt", FIRST[1]), ("human", NEXT[1]), ("gpt", "July."),
+    who="from", what="value",
+)  # fmt: skip
+BOTH = turns(SYSTEM, USER, FIRST, NEXT, ("assistant", "July."))
+PARTS = [{"type": "text", "text": "And the "}, {"type": "text", "text": "one after?"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"conversations": SHAREGPT}, "ShareGPT"),
+        ({"conversations": BOTH}, "ShareGPT"),
+        ({"messages": SHAREGPT}, "messages"),
+        ({"messages": BOTH}, "messages"),
+        ({"messages": BOTH[1:], "system": SYSTEM[1]}, "messages with `system`"),
+        ({"messages": BOTH, "system": SYSTEM[1]}, "messages with `system`"),
+        (
+            {"messages": [*BOTH[:3], {"role": "user", "content": PARTS}, BOTH[4]]},
+            "messages",
+        ),
+        (
+            {
+                "instruction": NEXT[1], "input": "", "output": "July.", "system": SYSTEM[1],
+                "history": [[USER[1], FIRST[1]]],
+            },
+            "Alpaca with `system`, `history`",
+        ),
+        (
+            {
+                "system_prompt": SYSTEM[1], "history": BOTH[1:3], "question": NEXT[1],
+                "response": "July.",
+            },
+            "question/response with `system_prompt`, `history`",
+        ),
+        ({"prompt": BOTH[:4], "completion": BOTH[4:]}, "prompt/completion"),
+        ({"prompt": BOTH[:4], "completion": "July."}, "prompt/completion"),
+        ({"prompt": BOTH[:4], "response": "July.", "messages": None}, "prompt/response"),
+    ],
+)  # fmt: skip
+def test_every_format_of_a_conversation_reads_the_same_and_is_reported_once(
+    tmp_path: Path, row: dict[str, Any], name: str
+) -> None:
+    data, said = read(tmp_path, row, row)
+    for example in data.examples:
+        assert shown(example.prompt) == [SYSTEM, USER, FIRST, NEXT]
+        assert example.completion == "July."
+    assert said == [f"rows read: 2 as {name}"]
+    assert list(read_pool([str(tmp_path / "rows.jsonl")]).examples) == data.examples
+
+
+@pytest.mark.parametrize(
+    ("row", "task"),
+    [
+        ({"instruction": "Who?", "context": "The town's masons.", "response": "c"}, "instruct"),
+        ({"prompt": "Who?", "context": "The town's masons.", "completion": "c"}, "instruct"),
+        ({"instruction": "Who?", "input": "The town's masons.", "output": "c"}, "instruct"),
+        ({"question": "Who?", "context": "The town's masons.", "answer": "#### 1"}, "gsm8k"),
+        (
+            {"prompt": "Who?", "context": "The town's masons.", "chosen": "a", "rejected": "b"},
+            "preferences",
+        ),
+    ],
+)
+def test_a_context_follows_the_question_after_an_empty_line(
+    tmp_path: Path, row: dict[str, Any], task: str
+) -> None:
+    data, _ = read(tmp_path, row)
+    assert data.task.name == task
+    assert shown(data.examples[0].prompt) == [("user", "Who?\n\nThe town's masons.")]
+
+
+def test_fields_that_are_not_used_are_named_once_a_source(tmp_path: Path) -> None:
+    weighed = [*turns(USER), {"role": "assistant", "content": "June.", "weight": 0}]
+    rows = [
+        {"instruction": "i", "response": "r", "category": "c", "note": None},
+        {"instruction": "i", "response": "r", "category": "c", "id": 1},
+        {"messages": weighed},
+    ]
+    _, said = read(tmp_path, *rows)
+    unused = "`category`, `id`, `messages[].weight`"
+    assert said == [f"rows read: 2 as Dolly, 1 as messages; not used: {unused}"]
+    _, said = read(tmp_path, {"text": "t", "title": "T", "label": 1})
+    assert said == ["rows read: 1 as text/title; not used: `label`"]
+    _, said = read(tmp_path, {"text": "t", "url": "u"})
+    assert said == ["rows read: 1 as documents; not used: `url`"]
+    choice = {"prompt": "p", "choices": ["a", "b"], "answer": 0, "subject": "s"}
+    told: list[str] = []
+    read_choices([write_rows(tmp_path / "c.jsonl", [choice, choice])], told.append)
+    assert [line.partition("rows read: ")[2] for line in told] == [
+        "2 as multiple choice; not used: `subject`"
+    ]
+
+
+def test_commands_say_what_they_read(
+    tmp_path: Path, tiny_base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": n, "conversations": SHAREGPT} for n in range(4)]
+    data = write_rows(tmp_path / "sharegpt.jsonl", rows)
+    common: dict[str, Any] = {"base": tiny_base, "device": "cpu"}
+    adapt(AdaptSettings(**common, data=(data,), out=tmp_path / "a", max_steps=1, rank=2))
+    evaluate(EvaluateSettings(**common, data=(data,), out=tmp_path / "e", max_new_tokens=2))
+    generate(GenerateSettings(**common, prompts=data, max_new_tokens=2))
+    said = capsys.readouterr().err.split("\n")
+    read_as = f"{data}: rows read: 4 as ShareGPT; not used: `id`"
+    prompts = f"{data}: rows read: 4 as prompts in `conversations`; not used: `id`"
+    assert [line for line in said if "rows read" in line] == [read_as, read_as, prompts]
+
+
+@pytest.mark.parametrize("label", ["label", "Label", "summary", "answer", "output"])
+def test_text_beside_a_label_is_no_document_unless_that_is_asked_for(
+    tmp_path: Path, label: str
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"text,{label}\nThe soup was cold.,negative\nA lovely evening.,positive\n")
+    with pytest.raises(DataError, match=f"`text` with `{label}`.*rename.*drop `{label}`"):
+        read_task([str(path)])
+    assert [e.completion for e in read_task([str(path)], "text").examples] == [
+        "The soup was cold.", "A lovely evening.",
+    ]  # fmt: skip
+    rows = [{"text": "The soup was cold."}, {"text": "A lovely evening.", label: "positive"}]
+    with pytest.raises(DataError, match=f"`text` with `{label}`"):
+        read(tmp_path, *rows)
+    assert Guard([str(path)]).n_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"conversations": []}, "must be a list of turns, found an empty list"),
+        ({"conversations": "x"}, "must be a list of turns, found str"),
+        ({"conversations": turns(("gpt", "a"), who="from", what="value")}, "must come before"),
+        ({"conversations": turns(("human", "a"), who="from", what="value")}, "assistant's, found"),
+        ({"messages": turns(("alien", "a"))}, "role must be .* found 'alien'"),
+        ({"messages": [{"role": ["x"], "content": "a"}]}, "role must be"),
+        ({"messages": [{"role": "user"}]}, "must have `role` and `content`"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}]}, "found dict"),
+        ({"messages": [{"role": "user", "content": []}]}, "not empty"),
+        ({"messages": BOTH, "system": "Another."}, "not that of `system`"),
+        ({"messages": TOOL_TURNS[:2]}, "the last turn calls a tool"),
+        ({"messages": [{**ASKS, "tool_calls": [CALL]}]}, "of an assistant's turn"),
+        ({"messages": [ASKS, {"role": "assistant", "tool_calls": [3]}]}, "must have a `name`"),
+        ({"instruction": "i", "output": "o", "history": "h"}, "list of pairs"),
+        ({"instruction": "i", "output": "o", "history": [["q", "a"], ["q"]]}, "as number 2"),
+        ({"instruction": "i", "output": "o", "history": [["q", 3]]}, "list of pairs"),
+        ({"instruction": "i", "output": "o", "system": 3}, "`system` must be text, found int"),
+        ({"question": "q", "answer": "a", "context": {"a": 1}}, "`context` must be text"),
+        ({"prompt": BOTH[:3], "completion": "c"}, "must be the user's"),
+        ({"prompt": "p", "completion": BOTH[:1]}, "one turn, the assistant's, found system"),
+        ({"prompt": "p", "completion": [*BOTH[2:3], *BOTH[4:]]}, "assistant, assistant"),
+        ({"instruction": "i"}, r"`output` \(or `response`\) is missing beside `instruction`"),
+        ({"question": "q"}, r"`answer` \(or `response`\) is missing beside `question`"),
+    ],
+)
+def test_what_is_of_no_format_is_a_bad_row_that_says_why(
+    tmp_path: Path, row: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(DataError, match=rf"rows\.jsonl, line 1: .*{fault}"):
+        read(tmp_path, row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TOOL_TURNS},
+        {
+            "conversations": turns(
+                ("human", "Is it raining in Lund?"),
+                ("function_call", '{"name": "weather", "arguments": {"city": "Lund"}}'),
+                ("observation", "rain"), ("gpt", "Yes, it is raining in Lund."),
+                who="from", what="value",
+            )
+        },
+        {
+            "messages": [
+                ASKS,
+                {
+                    "role": "assistant",
+                    "function_call": {"name": "weather", "arguments": '{"city": "Lund"}'},
+                },
+                {"role": "function", "content": "rain"},
+                TOOL_TURNS[3],
+            ]
+        },
+    ],
+)  # fmt: skip
+def test_tool_calls_reach_a_template_that_shows_them(
+    tmp_path: Path, tiny_base: str, row: dict[str, Any]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = TOOLS
+    encoder = Encoder(tokenizer, "template")
+    data = write_rows(tmp_path / "rows.jsonl", [row])
+    (example,) = read_task([data], check=encoder.check).examples
+    encoded = encoder.encode(example)
+    assert tokenizer.decode(encoded.ids[: encoded.n_prompt]) == (
+        "<user>Is it raining in Lund?<|eos|><assistant>weather(Lund)<|eos|><tool>rain<|eos|>"
+        "<assistant>"
+    )
+    assert tokenizer.decode(encoded.ids[encoded.n_prompt :]) == "Yes, it is raining in Lund.<|eos|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        (NO_CALLS, "turn 2 calls a tool, and the base's chat template leaves that out"),
+        (NO_TOOL, "turn 3 is a tool's, and the base's chat template leaves that out"),
+        (None, "turn 2 calls a tool, which the plain chat format cannot show"),
+    ],
+)
+def test_a_format_without_tools_makes_a_row_with_tools_a_bad_one(
+    tmp_path: Path, tiny_base: str, template: str | None, fault: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer, "template" if template else "plain")
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": BOTH}, {"messages": TOOL_TURNS}])
+    with pytest.raises(DataError, match=rf"rows\.jsonl, line 2: {fault}"):
+        read_task([data], check=encoder.check)
+    kept = read_task([data], skip_bad=True, check=encoder.check)
+    assert (len(kept.examples), len(kept.faults)) == (1, 1)
+    whole = read_task([data]).examples[1]
+    with pytest.raises(DataError, match=fault):
+        encoder.prompt_ids(whole.prompt)
+
+
+def test_adapt_sets_rows_with_tools_aside_with_the_other_bad_ones(
+    tmp_path: Path, tiny_base: str
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": BOTH}, {"messages": TOOL_TURNS}])
+    settings = AdaptSettings(
+        base=tiny_base, data=(data,), out=tmp_path / "a", max_steps=1, rank=2, quiet=True,
+        skip_bad_rows=True,
+    )  # fmt: skip
+    adapt(settings)
+    (aside,) = (tmp_path / "a" / "bad_rows.jsonl").read_text().strip().split("\n")
+    assert json.loads(aside)["line"] == 2
+    with pytest.raises(DataError, match=r"line 2: turn 2 calls a tool"):
+        adapt(settings.changed(skip_bad_rows=False, out=tmp_path / "b"))
+
+
+def test_a_mixture_keeps_the_turns_of_tools(tmp_path: Path) -> None:
+    data = (write_rows(tmp_path / "rows.jsonl", [{"messages": TOOL_TURNS}]),)
+    general = WarmupSettings(data=data, out=tmp_path, epochs=1)
+    task = AdaptSettings(data=data, out=tmp_path, epochs=1)
+    write_mixture(general, task, tmp_path / "mixed.jsonl", tmp_path / "held.jsonl")
+    (example,) = read_task(data).examples
+    mixed = read_task([str(tmp_path / "mixed.jsonl")]).examples
+    assert [(e.prompt, e.completion) for e in mixed] == [(example.prompt, example.completion)] * 2
+
+
+def test_only_the_prompt_is_asked_of_prompts_in_every_format(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"conversations": SHAREGPT[:4]}, {"conversations": SHAREGPT}, {"messages": BOTH[:4]},
+        {"instruction": NEXT[1], "history": [[USER[1], FIRST[1]]], "system": SYSTEM[1]},
+        {"prompt": BOTH[:4]}, {"question": NEXT[1], "history": BOTH[:3], "response": "July."},
+    ]  # fmt: skip
+    data, said = read(tmp_path, *rows, task="prompts")
+    assert all(shown(e.prompt) == [SYSTEM, USER, FIRST, NEXT] for e in data.examples)
+    assert {e.completion for e in data.examples} == {""}
+    assert "not used" not in said[0]
+
+
+def test_every_format_is_told_from_the_fields_that_it_needs() -> None:
+    for known in FORMATS:
+        row = dict.fromkeys(known.needs, "x")
+        told = next(other for other in FORMATS if row.keys() >= set(other.needs))
+        assert told is known
+    assert all(task.formats for task in TASKS.values())
