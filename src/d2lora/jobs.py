@@ -239,6 +239,7 @@ class Scored(Job):
             "learning_rate": self.training.learning_rate if self.training else None,
             "adapter": None if path is None or not self.keep else str(path),
             "scores": {column: records[column].tolist() for column in columns},
+            "fast_passes": measured.fast_passes,
             "general_loss": measured.general_loss,
             "choices_right": None if measured.right is None else measured.right.tolist(),
             "n_output_tokens": sum(record["n_output_tokens"] for record in measured.records),

@@ -56,9 +56,10 @@ class Base:
         Tokenizers have pad tokens that the embedding has no row for; any other does as well.
         """
         tokenizer, n_rows = self.tokenizer, n_embedded(self.model)
-        for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
-            if candidate is not None and candidate != self.eos_id and candidate < n_rows:
-                return _token_id(candidate)
+        named = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+        for candidate in (_token_id(token) for token in named if token is not None):
+            if candidate != self.eos_id and candidate < n_rows:
+                return candidate
         return 0 if self.eos_id != 0 else 1
 
 
