@@ -120,6 +120,27 @@ def test_a_warm_up_ends_with_the_step_that_sees_its_tokens(
     assert_same(first, second)
 
 
+def test_a_run_that_stops_at_a_step_is_the_longer_run_at_that_step(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    whole = run(tmp_path / "whole", tiny_base, problems, max_steps=9)
+    stopped = run(tmp_path / "stopped", tiny_base, problems, max_steps=9, stop_step=5)
+    lines = [read_rows(a.path / "metrics.jsonl") for a in (whole, stopped)]
+    course = [[(row["loss"], row["learning_rate"]) for row in rows] for rows in lines]
+    assert len(course[0]) == 9
+    assert course[1] == course[0][:5]
+    assert stopped.manifest.cost["n_steps"] == 5
+    short = run(tmp_path / "short", tiny_base, problems, max_steps=5)
+    assert not torch.equal(*(next(iter(weights(a).values())) for a in (short, stopped)))
+
+
+def test_a_run_cannot_stop_beyond_its_schedule(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    with pytest.raises(SettingsError, match="beyond the schedule's 10 steps"):
+        run(tmp_path / "1", tiny_base, problems, epochs=2, stop_step=11)
+
+
 def test_a_warm_up_has_one_end(tiny_base: str) -> None:
     with pytest.raises(SettingsError, match="give one"):
         WarmupSettings(base=tiny_base, data=("a",), out=Path("w"), max_tokens=9, max_steps=1)

@@ -31,7 +31,7 @@ N_STEPS = 4
 N_ROWS = 16
 """Rows that are measured of what forgetting is measured on."""
 _SHORT: dict[str, Any] = {
-    "max_steps": N_STEPS, "validation_fraction": 0.0, "validation_data": ()
+    "max_steps": N_STEPS, "stop_step": None, "validation_fraction": 0.0, "validation_data": ()
 }  # fmt: skip
 S = TypeVar("S", WarmupSettings, AdaptSettings)
 
@@ -119,7 +119,7 @@ class Calibration:
         if n is None:
             n = len(read_task(settings.data, settings.task, skip_bad=True).rows)
         shown, _ = split_validation(range(n), settings.validation_fraction)
-        return Plan.of(len(shown), settings, 0).n_steps
+        return Plan.of(len(shown), settings, 0).last_step
 
     def _warm_up_step(self, settings: WarmupSettings) -> _Step:
         from d2lora.warmup import warm_up

@@ -192,6 +192,7 @@ class Needs:
                 held_out = (str(mixed.held_out),) if plain.validation_fraction else ()
                 changes = {
                     "data": (str(mixed.path),), "task": "instruct", "n": None, "epochs": 1.0,
+                    "max_steps": None, "stop_step": None,
                     "validation_fraction": 0.0, "validation_data": held_out,
                 }  # fmt: skip
             case "norms":
@@ -276,7 +277,7 @@ class Needs:
 def _n_steps(n: int, settings: AdaptSettings) -> int:
     """Return the optimizer steps of a run on n rows, validation rows among them."""
     shown, _ = split_validation(range(n), settings.validation_fraction)
-    return Plan.of(len(shown), settings, 0).n_steps
+    return Plan.of(len(shown), settings, 0).last_step
 
 
 def _learns_as_is(settings: PhaseSettings) -> bool:

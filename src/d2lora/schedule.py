@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from d2lora.errors import SettingsError
 from d2lora.settings import TrainSettings
 
 
@@ -16,7 +17,10 @@ class Plan:
     n_rows: int
     batch_size: int
     n_steps: int
+    """Optimizer steps of the schedule."""
     order_seed: int
+    stop_step: int | None = None
+    """Step to end after; None: the schedule's last."""
 
     @classmethod
     def of(cls, n_rows: int, settings: TrainSettings, order_seed: int) -> "Plan":
@@ -25,7 +29,7 @@ class Plan:
         steps = settings.max_steps
         if steps is None:
             steps = max(1, math.ceil(settings.epochs * math.ceil(n_rows / batch_size)))
-        return cls(n_rows, batch_size, steps, order_seed)
+        return cls(n_rows, batch_size, steps, order_seed, settings.stop_step)
 
     def until(self, n_tokens: int, tokens_of_rows: Sequence[int]) -> "Plan":
         """Return this plan with as many steps as it takes to see `n_tokens`."""
@@ -34,6 +38,22 @@ class Plan:
             seen += sum(tokens_of_rows[row] for row in self.batch(step))
             step += 1
         return replace(self, n_steps=step)
+
+    @property
+    def last_step(self) -> int:
+        """Step that the run ends with.
+
+        Raises:
+            SettingsError: If it is to end after its schedule does.
+        """
+        if self.stop_step is None:
+            return self.n_steps
+        if self.stop_step > self.n_steps:
+            raise SettingsError(
+                f"--stop-step {self.stop_step} is beyond the schedule's {self.n_steps} steps; "
+                "give --max-steps the length of the schedule"
+            )
+        return self.stop_step
 
     @property
     def steps_per_epoch(self) -> int:
@@ -50,9 +70,10 @@ class Plan:
 
 def passes(n_rows: int, settings: TrainSettings) -> float:
     """Return how often a run shows each of its rows."""
-    if settings.max_steps is None:
+    if settings.max_steps is None and settings.stop_step is None:
         return settings.epochs
-    return settings.max_steps * min(settings.batch_size, n_rows) / max(1, n_rows)
+    plan = Plan.of(max(1, n_rows), settings, 0)
+    return plan.last_step / plan.steps_per_epoch
 
 
 def learning_rate(step: int, n_steps: int, settings: TrainSettings) -> float:

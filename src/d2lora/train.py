@@ -129,7 +129,7 @@ def train(
                 **checkpoint.load(run.path, parameters, optimizer, state.best)
             )
             run.cut_log(state.progress.step)
-            reporter.say(f"resumed at step {state.progress.step} of {plan.n_steps}")
+            reporter.say(f"resumed at step {state.progress.step} of {plan.last_step}")
         elif valid_set:
             before = validate()
             state.progress.validation_before = state.progress.validation_after = before["loss"]
@@ -137,8 +137,8 @@ def train(
         began -= state.progress.elapsed_s
         progress = state.progress
         tokens_before, resumed_at = progress.n_tokens, time.perf_counter()
-        with reporter.bar("training", plan.n_steps, progress.step) as bar:
-            while progress.step < plan.n_steps and not progress.stopped:
+        with reporter.bar("training", plan.last_step, progress.step) as bar:
+            while progress.step < plan.last_step and not progress.stopped:
                 items = [train_set[index] for index in plan.batch(progress.step)]
                 rate = learning_rate(progress.step, plan.n_steps, settings)
                 model.train()
@@ -255,7 +255,7 @@ def _validation_names(measured: Mapping[str, float]) -> dict[str, float]:
 
 
 def _due(step: int, every: int, plan: Plan) -> bool:
-    return step % every == 0 or step == plan.n_steps
+    return step % every == 0 or step == plan.last_step
 
 
 def _judge(

@@ -119,6 +119,9 @@ class TrainSettings(Settings):
     """Passes over the training rows; ignored where max_steps is set."""
     max_steps: int | None = Field(default=None, ge=0)
     """Optimizer steps. None: from epochs. 0: save the beginning untrained."""
+    stop_step: int | None = Field(default=None, ge=1)
+    """End after this optimizer step of the schedule, whose length stays that of max_steps or
+    epochs: as a longer run was at this step. None: at the schedule's end."""
     batch_size: int = Field(default=16, ge=1)
     """Examples per optimizer step, over all devices."""
     micro_batch_tokens: int = Field(default=0, ge=0)
