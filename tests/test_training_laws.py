@@ -28,7 +28,8 @@ Weights = dict[str, torch.Tensor]
 
 
 def run(out: Path, base: str, data: str, **changes: Any) -> Adapter:
-    settings = {"epochs": 2, "batch_size": 8, "rank": 4, "quiet": True, **changes}
+    length = {} if "max_steps" in changes else {"epochs": 2}
+    settings = {**length, "batch_size": 8, "rank": 4, "quiet": True, **changes}
     return adapt(AdaptSettings(base=base, data=(data,), out=out, **settings))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from d2lora.artifacts import Manifest, check_fit, has_manifest
+from d2lora.claims import claimed
 from d2lora.decoding import Decoder, Sampling
 from d2lora.encode import Encoder
 from d2lora.errors import DataError, SettingsError
@@ -107,7 +108,11 @@ def _conversations(settings: GenerateSettings) -> list[tuple[Message, ...]]:
 
 def command(settings: GenerateSettings) -> None:
     """Run `d2lora generate`."""
-    rows = generate(settings)
+    with claimed(settings.out, "file"):
+        _write(generate(settings), settings)
+
+
+def _write(rows: list[dict[str, Any]], settings: GenerateSettings) -> None:
     if settings.out:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(settings.out, lines)

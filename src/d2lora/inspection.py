@@ -14,6 +14,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from d2lora.artifacts import Manifest, check_fit, has_manifest
+from d2lora.claims import claimed
 from d2lora.console import table_console
 from d2lora.diagnosis import MOST_ROWS, Start, losses_at_start
 from d2lora.encode import Encoder, encode_all
@@ -250,8 +251,13 @@ def to_json(found: Inspection) -> dict[str, Any]:
 
 def command(settings: InspectSettings) -> None:
     """Run `d2lora inspect`."""
-    with torch.inference_mode():
-        found = inspect(settings)
+    with claimed(settings.out, "file"), claimed(settings.plot, "file", "--plot"):
+        with torch.inference_mode():
+            found = inspect(settings)
+        _tell(found, settings)
+
+
+def _tell(found: Inspection, settings: InspectSettings) -> None:
     console = table_console()
     console.print(layer_table(found))
     measured = [] if found.start is None else [str(found.start)]

@@ -165,7 +165,9 @@ class Needs:
         training = self._training(own, warm_up, learning_rate=rate, **held_out)
         every = max(1, _n_steps(cell.n, training) // CURVE_POINTS)
         label = f"{own}, trial of {rate:g}"
-        return Trial(label, (cell.task, cell.n), self.store, training.changed(eval_every=every))
+        # The cell itself has no validation rows, so it ends with its last weights, too.
+        alike = training.changed(eval_every=every, keep_best=training.patience > 0)
+        return Trial(label, (cell.task, cell.n), self.store, alike)
 
     def _training(self, cell: Cell, warm_up: WarmUp | None, **values: Any) -> AdaptSettings:
         """Return the settings of a cell's training: how each arm begins, and on what."""
@@ -178,7 +180,7 @@ class Needs:
         match arm.kind:
             case "longer":
                 more = self._need(warm_up)["cost"]["n_steps"]
-                changes = {"max_steps": _n_steps(cell.n, plain) + more}
+                changes = {"epochs": None, "max_steps": _n_steps(cell.n, plain) + more}
             case "merged":
                 merged = Merged(
                     f"{arm.warm_up}, merged", ("", 0), self.store, self._base(), warm_up
