@@ -48,7 +48,8 @@ def adapt(data: Path, out: Path, threads: int, base: str = "embedded", **more: o
     """Return the command of a `d2lora adapt` run; `more` are settings of it."""
     settings = {
         "base": base, "data": data, "out": out, "rank": RANK, "batch-size": BATCH,
-        "learning-rate": RATE, "warmup-fraction": 0.0, "device": "cpu", "threads": threads, **more,
+        "learning-rate": RATE, "warmup-fraction": 0.0, "epochs": 3, "device": "cpu",
+        "threads": threads, **more,
     }  # fmt: skip
     return [console_script("d2lora"), "adapt", *_options(settings), "--quiet"]
 
@@ -111,7 +112,7 @@ def first_step_of_adapt(data: Path, out: Path, threads: int, base: str) -> float
     """Return the seconds from the start of the command to the end of its first step."""
     shutil.rmtree(out, ignore_errors=True)
     log = out / "metrics.jsonl"
-    command = adapt(data, out, threads, base, **{"max-steps": 1})
+    command = adapt(data, out, threads, base, epochs=0.001)
     return _seconds_until(command, threads, lambda _: log.exists() and "loss" in log.read_text())
 
 

@@ -8,7 +8,7 @@ import pytest
 from d2lora import AdaptSettings, InspectSettings, WarmupSettings, adapt, inspect, warm_up
 from d2lora.artifacts import Manifest
 from d2lora.cli import main
-from d2lora.diagnosis import Start, overfitting
+from d2lora.diagnosis import Start, overfitting, too_short
 from d2lora.embedded import general_rows
 from support import read_rows, write_rows
 
@@ -16,15 +16,19 @@ from support import read_rows, write_rows
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
-        ((2.0, 1.5, 4, 1.9, 12), "overfits"),
-        ((2.0, 1.5, 12, 1.5, 12), None),
-        ((2.0, 1.5, 8, 1.51, 12), None),
-        ((2.0, 2.1, 4, 2.3, 12), "did not lower"),
-        ((None, float("inf"), None, None, 12), None),
+        ((2.0, 1.5, 4, 1.9, 12, True), "so the weights of that step are kept"),
+        ((2.0, 1.5, 4, 1.9, 12, False), "leave out --no-keep-best"),
+        ((2.0, 1.5, 12, 1.5, 12, True), None),
+        ((2.0, 1.5, 8, 1.51, 12, True), None),
+        ((2.0, 2.1, 4, 2.3, 12, True), "did not lower"),
+        ((2.0, 1.5, 4, 2.3, 12, True), "overfits"),
+        ((2.0, 1.5, 4, 2.3, 12, False), "did not lower"),
+        ((None, float("inf"), None, None, 12, True), None),
     ],
 )
 def test_overfitting_is_a_rise_of_the_held_out_loss(losses: Any, expected: str | None) -> None:
-    found = overfitting(*losses)
+    *losses, kept = losses
+    found = overfitting(*losses, kept=kept)
     assert (found is None) == (expected is None)
     assert expected is None or (found is not None and expected in found)
 
@@ -58,12 +62,36 @@ def test_a_warm_up_on_few_rows_for_many_epochs_is_told_to_overfit(
             learning_rate=1e-2, schedule="constant", quiet=False,
         )
     )  # fmt: skip
-    assert len(start.manifest.warnings) == 1
+    assert sum("overfits its data" in text for text in start.manifest.warnings) == 1
     assert "warning: the warm-up overfits its data" in capsys.readouterr().err
+    assert start.manifest.kept_step is not None
+    assert start.manifest.kept_step < start.manifest.cost["n_steps"]
     sound = warm_up(
-        warm(tmp_path, tiny_base, general, learning_rate=3e-3, epochs=3, out=tmp_path / "sound")
+        warm(tmp_path, tiny_base, general, learning_rate=2e-3, epochs=7, out=tmp_path / "sound")
     )
     assert sound.manifest.warnings == []
+
+
+@pytest.mark.parametrize(("n_steps", "warned"), [(0, False), (1, True), (49, True), (50, False)])
+def test_a_run_of_fewer_than_fifty_steps_is_called_short(n_steps: int, *, warned: bool) -> None:
+    assert (too_short(n_steps) is not None) is warned
+
+
+def test_a_short_run_warns_before_it_trains_and_in_its_manifest(
+    tmp_path: Path, tiny_base: str, titles: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = AdaptSettings(
+        base=tiny_base,
+        data=(titles,),
+        out=tmp_path / "a",
+        epochs=1,
+        rank=4,
+        validation_fraction=0.2,
+    )
+    (told,) = adapt(settings).manifest.warnings
+    assert told.startswith("8 optimizer step(s) hardly train an adapter: give --max-steps 50")
+    said = capsys.readouterr().err
+    assert said.index(f"warning: {told}") < said.index("step 8:")
 
 
 @pytest.fixture
@@ -91,7 +119,8 @@ def test_adapt_and_inspect_warn_of_a_warm_start_that_hurts(
     assert measured["loss_warm_start"] > measured["loss_base"]
     first = read_rows(tmp_path / "a" / "metrics.jsonl")[0]
     assert first["loss_warm_start"] == measured["loss_warm_start"]
-    assert "worse than the base" in inspect(InspectSettings(adapter=str(adapter.path))).advice[-1]
+    advice = inspect(InspectSettings(adapter=str(adapter.path))).advice
+    assert sum("worse than the base" in text for text in advice) == 1
     found = inspect(InspectSettings(adapter=str(bad.path), base="embedded", data=(titles,)))
     assert found.start is not None
     assert "worse than the base" in found.advice[-1]
@@ -104,7 +133,7 @@ def test_adapt_and_inspect_are_content_with_a_warm_start_that_helps(
         warm(tmp_path, tiny_base, titles, epochs=5, learning_rate=5e-3, out=tmp_path / "good")
     )
     settings = AdaptSettings(
-        base=tiny_base, data=(titles,), init=str(good.path), max_steps=1, out=tmp_path / "a"
+        base=tiny_base, data=(titles,), init=str(good.path), max_steps=50, out=tmp_path / "a"
     )
     adapter = adapt(settings)
     assert "warning" not in capsys.readouterr().err
@@ -124,7 +153,7 @@ def test_a_fresh_adapter_costs_no_look_at_the_task(
     tmp_path: Path, tiny_base: str, titles: str
 ) -> None:
     settings = AdaptSettings(
-        base=tiny_base, data=(titles,), max_steps=1, out=tmp_path / "a", quiet=True
+        base=tiny_base, data=(titles,), max_steps=50, out=tmp_path / "a", quiet=True
     )
     adapter = adapt(settings)
     assert adapter.manifest.before_training is None

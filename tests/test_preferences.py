@@ -62,8 +62,8 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(out: Path, base: str, data: str, **changes: Any) -> Adapter:
     settings = {
-        "objective": "dpo", "epochs": 2, "batch_size": 8, "rank": 4, "learning_rate": 5e-3,
-        "quiet": True, **changes,
+        "objective": "dpo", "epochs": None if "max_steps" in changes else 2, "batch_size": 8,
+        "rank": 4, "learning_rate": 5e-3, "quiet": True, **changes,
     }  # fmt: skip
     return adapt(AdaptSettings(base=base, data=(data,), out=out, **settings))
 
@@ -269,7 +269,7 @@ def test_a_killed_run_resumes_and_scores_the_reference_once(
     tmp_path: Path, tiny_base: str, preferences: str, objective: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    common = {"objective": objective, "checkpoint_every": 2, "max_steps": 5, "epochs": 3}
+    common = {"objective": objective, "checkpoint_every": 2, "max_steps": 5}
     whole = run(tmp_path / "whole", tiny_base, preferences, **common)
     from d2lora import reference
 

@@ -616,7 +616,7 @@ def test_a_mixture_shows_rows_as_often_as_the_steps_of_a_warm_up_do(
     warm_up = WarmupSettings(data=(general,), out=tmp_path, m=10, max_steps=5, batch_size=6)
     training = AdaptSettings(data=(titles,), out=tmp_path, n=4, epochs=1)
     write_mixture(warm_up, training, tmp_path / "train.jsonl", tmp_path / "valid.jsonl")
-    assert len(read_rows(tmp_path / "train.jsonl")) == 5 * 6 + 4
+    assert len(read_rows(tmp_path / "train.jsonl")) == (6 + 4) + (6 + 4) + 6 + 4
     by_tokens = warm_up.changed(max_steps=None, max_tokens=100)
     with pytest.raises(SettingsError, match="max_tokens"):
         write_mixture(by_tokens, training, tmp_path / "t.jsonl", tmp_path / "v.jsonl")

@@ -21,14 +21,18 @@ from d2lora import (
     adapt,
     warm_up,
 )
+from d2lora.embedded import title_rows
 from d2lora.fingerprints import fingerprint_of
-from support import REPOSITORY, read_rows
+from d2lora.schedule import Plan, passes
+from d2lora.settings import TrainSettings
+from support import REPOSITORY, read_rows, write_rows
 
 Weights = dict[str, torch.Tensor]
 
 
 def run(out: Path, base: str, data: str, **changes: Any) -> Adapter:
-    settings = {"epochs": 2, "batch_size": 8, "rank": 4, "quiet": True, **changes}
+    length = {} if "max_steps" in changes else {"epochs": 2}
+    settings = {**length, "batch_size": 8, "rank": 4, "quiet": True, **changes}
     return adapt(AdaptSettings(base=base, data=(data,), out=out, **settings))
 
 
@@ -141,9 +145,17 @@ def test_a_run_cannot_stop_beyond_its_schedule(
         run(tmp_path / "1", tiny_base, problems, epochs=2, stop_step=11)
 
 
-def test_a_warm_up_has_one_end(tiny_base: str) -> None:
-    with pytest.raises(SettingsError, match="give one"):
-        WarmupSettings(base=tiny_base, data=("a",), out=Path("w"), max_tokens=9, max_steps=1)
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        {"max_tokens": 9, "max_steps": 1},
+        {"max_tokens": 9, "epochs": 1},
+        {"epochs": 1, "max_steps": 1},
+    ],
+)
+def test_a_run_has_one_length(lengths: dict[str, int]) -> None:
+    with pytest.raises(SettingsError, match="both say how long to train: give one"):
+        WarmupSettings(data=("a",), out=Path("w"), **lengths)
 
 
 def test_zero_warm_up_steps_equal_a_fresh_adapter(
@@ -224,17 +236,86 @@ def test_a_killed_run_resumes_to_the_same_adapter(
 def test_early_stopping_keeps_the_adapter_of_the_best_validation_loss(
     tmp_path: Path, tiny_base: str, problems: str
 ) -> None:
-    adapter = run(
-        tmp_path / "1", tiny_base, problems, learning_rate=0.3, validation_fraction=0.5,
-        eval_every=1, patience=2, epochs=20,
-    )  # fmt: skip
-    losses = [
-        row["validation_loss"]
-        for row in read_rows(adapter.path / "metrics.jsonl")
-        if "validation_loss" in row
-    ]
-    assert len(losses) < 20 * 3
-    assert adapter.manifest.validation_loss_after == min(losses[1:])
+    common = {
+        "learning_rate": 0.3, "validation_fraction": 0.5, "eval_every": 1, "epochs": 20,
+    }  # fmt: skip
+    stopped = run(tmp_path / "1", tiny_base, problems, patience=2, **common)
+    losses = validation_losses(stopped)
+    best = min(range(1, len(losses)), key=losses.__getitem__)
+    assert best + 2 == len(losses) - 1 < 20 * 3
+    assert stopped.manifest.validation_loss_after == losses[best]
+    assert stopped.manifest.kept_step == best
+    at_best = run(tmp_path / "2", tiny_base, problems, stop_step=best, keep_best=False, **common)
+    at_end = run(tmp_path / "3", tiny_base, problems, stop_step=best + 2, keep_best=False, **common)
+    assert_same(weights(stopped), weights(at_best))
+    assert not torch.equal(*(next(iter(weights(a).values())) for a in (stopped, at_end)))
+
+
+def test_a_run_with_validation_rows_ends_with_its_best_weights_unless_told_otherwise(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    common = {
+        "learning_rate": 1.0, "schedule": "constant", "validation_fraction": 0.5, "eval_every": 1,
+        "max_steps": 3,
+    }  # fmt: skip
+    kept = run(tmp_path / "1", tiny_base, problems, **common)
+    losses = validation_losses(kept)
+    best = min(range(1, 4), key=losses.__getitem__)
+    assert best < 3
+    assert kept.manifest.cost["n_steps"] == 3
+    assert (kept.manifest.kept_step, kept.manifest.validation_loss_after) == (best, losses[best])
+    last = run(tmp_path / "2", tiny_base, problems, keep_best=False, **common)
+    assert (last.manifest.kept_step, last.manifest.validation_loss_after) == (3, losses[3])
+    at_best = run(tmp_path / "3", tiny_base, problems, keep_best=False, stop_step=best, **common)
+    assert_same(weights(kept), weights(at_best))
+
+
+def validation_losses(adapter: Adapter) -> list[float]:
+    """Return the losses of a run that validates after every step, the one before it first."""
+    rows = [r for r in read_rows(adapter.path / "metrics.jsonl") if "validation_loss" in r]
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return [row["validation_loss"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "given", "course"),
+    [
+        (16, {}, (4, 100)),
+        (63, {}, (4, 100)),
+        (64, {}, (8, 100)),
+        (255, {}, (8, 100)),
+        (256, {}, (16, 100)),
+        (1000, {}, (16, 3 * 63)),
+        (2, {}, (2, 100)),
+        (16, {"epochs": 3}, (4, 12)),
+        (16, {"epochs": 3, "batch_size": 16}, (16, 3)),
+        (1000, {"max_steps": 5}, (16, 5)),
+        (16, {"batch_size": 8}, (8, 100)),
+    ],
+)
+def test_a_run_is_long_enough_for_few_rows_unless_its_length_is_given(
+    n_rows: int, given: dict[str, Any], course: tuple[int, int]
+) -> None:
+    plan = Plan.of(n_rows, TrainSettings(**given), 0)
+    assert (plan.batch_size, plan.n_steps) == course
+    assert plan.last_step == plan.n_steps
+    shown = sum(len(plan.batch(step)) for step in range(plan.last_step))
+    assert passes(n_rows, TrainSettings(**given)) == pytest.approx(shown / n_rows)
+
+
+@pytest.mark.slow
+def test_the_defaults_train_an_adapter_on_sixteen_rows(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "task.jsonl", title_rows("train", 16))
+    held_out = write_rows(tmp_path / "valid.jsonl", title_rows("valid", 20))
+    settings = AdaptSettings(
+        data=(data,), out=tmp_path / "a", validation_data=(held_out,), quiet=True
+    )
+    manifest = adapt(settings).manifest
+    assert manifest.validation_loss_before is not None
+    assert manifest.validation_loss_after is not None
+    assert manifest.validation_loss_before > 5
+    assert manifest.validation_loss_after < 1
+    assert manifest.warnings == []
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_with_advice(

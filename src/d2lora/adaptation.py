@@ -40,12 +40,12 @@ def adapt(settings: AdaptSettings, base: Base | None = None) -> Adapter:
     if warm_start is None and settings.init_scale != 1:
         raise SettingsError(f"--init-scale weakens a warm start; --init {settings.init} is none")
     chat_format = _inherited_format(settings, warm_start)
-    run = RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume)
-    base = base or load_base(settings)
-    encoder = Encoder.of(base, chat_format)
-    rows = prepare_rows(settings, settings.n, encoder, reporter)
-    with _begun(settings, warm_start, base, rows.train, reporter) as beginning:
-        run_phase(settings, base, beginning, rows, encoder, run, reporter)
+    with RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume) as run:
+        base = base or load_base(settings)
+        encoder = Encoder.of(base, chat_format)
+        rows = prepare_rows(settings, settings.n, encoder, reporter)
+        with _begun(settings, warm_start, base, rows.train, reporter) as beginning:
+            run_phase(settings, base, beginning, rows, encoder, run, reporter)
     return Adapter.load(settings.out)
 
 

@@ -79,9 +79,12 @@ class Manifest(_Part):
     cost: dict[str, Any]
     validation_loss_before: float | None
     validation_loss_after: float | None
+    """Of the weights that are kept."""
     lineage: list[Ancestor]
     adapter_fingerprint: str
     provenance: dict[str, Any]
+    kept_step: int | None = None
+    """Optimizer step whose weights these are: the best by validation loss, else the last."""
     reference: str | None = None
     """The reference policy, where the objective has one: `base` or `warm_start`."""
     initialization: dict[str, Any] | None = None

@@ -23,7 +23,7 @@ from d2lora.jobs import Mixed, Scored, Trial, WarmUp
 from d2lora.plan import ArmPlan, StudyPlan
 from d2lora.recipes import adapt_settings
 from d2lora.runs import METRICS
-from d2lora.schedule import Plan, passes
+from d2lora.schedule import Plan, batch_size_of, passes
 from d2lora.settings import AdaptSettings, EvaluateSettings, WarmupSettings
 from d2lora.store import Job, shared_base
 
@@ -32,7 +32,8 @@ N_STEPS = 4
 N_ROWS = 16
 """Rows that are measured of what forgetting is measured on."""
 _SHORT: dict[str, Any] = {
-    "max_steps": N_STEPS, "stop_step": None, "validation_fraction": 0.0, "validation_data": ()
+    "epochs": None, "max_steps": N_STEPS, "stop_step": None, "validation_fraction": 0.0,
+    "validation_data": (),
 }  # fmt: skip
 S = TypeVar("S", WarmupSettings, AdaptSettings)
 
@@ -117,8 +118,12 @@ class Calibration:
 
         what = (settings.data, settings.batch_size, settings.objective, settings.rank)
         if what not in self._measured_steps:
-            m = min(settings.m or N_ROWS, N_STEPS * settings.batch_size)
-            few = settings.changed(m=m, select=None, for_task=(), max_tokens=None, **_SHORT)
+            n_rows = settings.m or N_ROWS
+            size = batch_size_of(n_rows, settings)
+            few = settings.changed(
+                m=min(n_rows, N_STEPS * size), batch_size=size, select=None, for_task=(),
+                max_tokens=None, **_SHORT,
+            )  # fmt: skip
             self._measured_steps[what] = self._measured(few, warm_up)
         return self._measured_steps[what]
 
@@ -128,7 +133,9 @@ class Calibration:
         if task not in self._measured_steps:
             arm = ArmPlan(kind="fresh", name="fresh")
             few = adapt_settings(self._plan, arm, task, max(self._plan.sizes), 0, Path(), **_SHORT)
-            few = few.changed(n=min(max(self._plan.sizes), N_STEPS * few.batch_size))
+            n_rows = max(self._plan.sizes)
+            size = batch_size_of(n_rows, few)
+            few = few.changed(n=min(n_rows, N_STEPS * size), batch_size=size)
             self._measured_steps[task] = self._measured(few, adapt)
         return self._measured_steps[task]
 

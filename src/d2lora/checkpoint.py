@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from d2lora.errors import RunError
-from d2lora.runs import new_folder, write_json
+from d2lora.runs import new_folder, restore, write_json
 
 FOLDER = "checkpoint"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def exists(run_path: Path) -> bool:
-    """Say whether a run has a checkpoint."""
+    """Say whether a run has a checkpoint, be it one that was being replaced."""
+    restore(run_path / FOLDER)
     return (run_path / FOLDER / "progress.json").is_file()
 
 
@@ -35,8 +36,9 @@ def save(
         tensors["random/cuda"] = torch.cuda.get_rng_state()
     for name, parameter in parameters.items():
         tensors[f"weight/{name}"] = parameter.detach()
-        for moment in _MOMENTS:
-            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+        # A parameter without a gradient so far, as of an expert never routed to, has none.
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{moment}/{name}"] = value
     tensors |= {f"best/{name}": value for name, value in best.items()}
     whole = {name: value.cpu().contiguous() for name, value in tensors.items()}
     with new_folder(run_path / FOLDER) as folder:
@@ -66,9 +68,10 @@ def load(
         places = dict.fromkeys(_MOMENTS, parameter.device)
         if not optimizer.defaults["fused"]:
             places["step"] = torch.device("cpu")
-        optimizer.state[parameter] = {
-            moment: tensors[f"{moment}/{name}"].to(place) for moment, place in places.items()
-        }
+        if f"step/{name}" in tensors:
+            optimizer.state[parameter] = {
+                moment: tensors[f"{moment}/{name}"].to(place) for moment, place in places.items()
+            }
     for name, value in tensors.items():
         if name.startswith("best/"):
             own = name.removeprefix("best/")
@@ -80,7 +83,13 @@ def load(
 
 
 def moments(run_path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return Adam's two moments of each parameter in a run's checkpoint."""
+    """Return Adam's two moments of each parameter in a run's checkpoint; zeros without gradient."""
     tensors = load_file(run_path / FOLDER / "state.safetensors")
-    names = [name.removeprefix("exp_avg/") for name in tensors if name.startswith("exp_avg/")]
-    return {name: (tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"]) for name in names}
+    weights = {n.removeprefix("weight/"): w for n, w in tensors.items() if n.startswith("weight/")}
+    return {
+        name: (
+            tensors.get(f"exp_avg/{name}", torch.zeros_like(weight)),
+            tensors.get(f"exp_avg_sq/{name}", torch.zeros_like(weight)),
+        )
+        for name, weight in weights.items()
+    }

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from d2lora.runs import is_main_process
+from d2lora.claims import is_main_process
 
 WIDTH = 110
 """Columns of a table where there is no terminal to ask."""

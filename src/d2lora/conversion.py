@@ -72,9 +72,9 @@ def convert(settings: ConvertSettings) -> Conversion:
         raise SettingsError(
             "give --rank, --scale, --mix, --targets or --layers to convert, or --merge alone"
         )
-    RunFolder.open(settings.out, "")
     folder = Path(settings.adapter)
-    return _merge(settings, folder) if settings.merge else _reshape(settings, folder)
+    with RunFolder.open(settings.out, "", whole=True):
+        return _merge(settings, folder) if settings.merge else _reshape(settings, folder)
 
 
 def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:

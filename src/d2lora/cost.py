@@ -1,12 +1,12 @@
 """What a run cost: tokens, steps, operations, time, memory, trainable parameters."""
 
 import re
-import resource
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -65,6 +65,11 @@ def peak_memory_bytes(device: torch.device) -> int:
         peaks = re.findall(r"^VmHWM:\s+(\d+) kB$", status.read_text("utf-8"), re.MULTILINE)
         if peaks:
             return int(peaks[0]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows keeps the peak elsewhere
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

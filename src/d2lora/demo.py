@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from d2lora.analysis import read_findings
+from d2lora.claims import claimed, target_of
 from d2lora.console import WIDTH, Reporter
 from d2lora.errors import RunError
 from d2lora.findings import Findings
@@ -28,8 +29,12 @@ def demo(settings: DemoSettings) -> Findings:
     Raises:
         RunError: If `out` holds something that is not a demo.
     """
-    began = time.perf_counter()
-    out, reporter = settings.out, Reporter()
+    with claimed(settings.out, "folder"):
+        return _demo(settings, target_of(settings.out))
+
+
+def _demo(settings: DemoSettings, out: Path) -> Findings:
+    began, reporter = time.perf_counter(), Reporter()
     _clear(out)
     write_json(out / MARKER, provenance())
     reporter.say(

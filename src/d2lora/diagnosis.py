@@ -19,6 +19,8 @@ MOST_ROWS = 32
 """Task rows that are looked at before training; more would cost what a small task costs."""
 LEAST_ROWS = 4
 """With fewer rows nothing is said of a difference."""
+FEW_STEPS = 50
+"""Optimizer steps below which a run is called short."""
 RISE = 0.02
 """Share by which a held-out loss has to rise over its least before it is called overfitting."""
 
@@ -79,8 +81,24 @@ def _row_losses(scorer: TokenScorer, items: Sequence[Encoded], pad_id: int) -> A
     return np.array([-s / max(1, item.n_supervised) for s, item in zip(sums, items, strict=True)])
 
 
+def too_short(n_steps: int) -> str | None:
+    """Say that a run is short; None where it is long enough, or trains nothing."""
+    if not 0 < n_steps < FEW_STEPS:
+        return None
+    return (
+        f"{n_steps} optimizer step(s) hardly train an adapter: give --max-steps {FEW_STEPS} or "
+        "more, more --epochs or a smaller --batch-size"
+    )
+
+
 def overfitting(
-    before: float | None, best: float, best_step: int | None, after: float | None, n_steps: int
+    before: float | None,
+    best: float,
+    best_step: int | None,
+    last: float | None,
+    n_steps: int,
+    *,
+    kept: bool = True,
 ) -> str | None:
     """Say that a warm-up's held-out general loss rose, or never fell; None where it is sound.
 
@@ -88,20 +106,24 @@ def overfitting(
         before: Held-out loss before the first step.
         best: Least held-out loss at a validation.
         best_step: Optimizer step of that validation.
-        after: Held-out loss of the weights that are kept.
+        last: Held-out loss after the last step.
         n_steps: Steps taken.
+        kept: Whether the best weights are kept, not the last.
     """
-    if before is None or after is None or best_step is None:
+    if before is None or last is None or best_step is None:
         return None
+    after = best if kept else last
     if after >= before:
         return (
             f"the warm-up did not lower the held-out general loss ({before:.4f} before, "
             f"{after:.4f} after): lower the learning rate, or look at the data (d2lora select)"
         )
-    if after > best * (1 + RISE):
+    if last > best * (1 + RISE):
         return (
             f"the warm-up overfits its data: the held-out general loss was least at step "
-            f"{best_step} of {n_steps} ({best:.4f}) and rose to {after:.4f}. Keep the best with "
-            "--patience 2, or take more rows, fewer epochs or a lower learning rate"
+            f"{best_step} of {n_steps} ({best:.4f}) and rose to {last:.4f}"
+            + (", so the weights of that step are kept" if kept else "")
+            + ". Take more rows, fewer epochs or a lower learning rate"
+            + ("" if kept else ", or leave out --no-keep-best")
         )
     return None

@@ -40,9 +40,13 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
         D2LoraError: One of its kinds, for settings, data, a base or an adapter that cannot be
             used.
     """
-    reporter = Reporter(quiet=settings.quiet)
     names = _names(settings)
-    RunFolder.open(settings.out, "")
+    with RunFolder.open(settings.out, "", whole=True):
+        return _evaluate(settings, base, names)
+
+
+def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str]) -> Evaluation:
+    reporter = Reporter(quiet=settings.quiet)
     sets = TestSets.read(settings, reporter.say)
     base = base or load_base(settings)
     check_rows(names, base, sets, settings)

@@ -12,6 +12,7 @@ from torch import nn
 from d2lora import fast
 from d2lora.artifacts import Manifest, check_fit, has_manifest
 from d2lora.attaching import attached, is_folded, merged
+from d2lora.claims import claimed
 from d2lora.console import Reporter
 from d2lora.decoding import Decoder, Sampling, check_room
 from d2lora.encode import Encoder
@@ -133,7 +134,11 @@ def _conversations(settings: GenerateSettings) -> tuple[list[tuple[Message, ...]
 
 def command(settings: GenerateSettings) -> None:
     """Run `d2lora generate`."""
-    rows = generate(settings)
+    with claimed(settings.out, "file"):
+        _write(generate(settings), settings)
+
+
+def _write(rows: list[dict[str, Any]], settings: GenerateSettings) -> None:
     if settings.out:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(settings.out, lines)

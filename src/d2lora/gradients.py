@@ -107,8 +107,8 @@ class GradientFeatures:
         shape = LoraShape(RANK, 2.0 * RANK, 0.0, ("all-linear",))
         self.model: PeftModel = attach_fresh(base.model, shape, seed)
         settings = TrainSettings(
-            max_steps=n_steps, learning_rate=RATE, seed=seed, checkpoint_every=n_steps,
-            schedule="constant",
+            max_steps=n_steps, batch_size=16, learning_rate=RATE, seed=seed,
+            checkpoint_every=n_steps, schedule="constant",
         )  # fmt: skip
         items = [self._item(example) for example in sample]
         with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,7 @@ from d2lora.adapter_files import PREFIX, AdapterFiles, some
 from d2lora.artifacts import Manifest, check_fit, has_manifest
 from d2lora.attaching import attach_adapter
 from d2lora.base_files import base_folder
+from d2lora.claims import claimed
 from d2lora.console import Reporter, table_console
 from d2lora.diagnosis import MOST_ROWS, Start, losses_at_start
 from d2lora.encode import Encoder, encode_all
@@ -251,8 +252,13 @@ def to_json(found: Inspection) -> dict[str, Any]:
 
 def command(settings: InspectSettings) -> None:
     """Run `d2lora inspect`."""
-    with torch.inference_mode():
-        found = inspect(settings)
+    with claimed(settings.out, "file"), claimed(settings.plot, "file", "--plot"):
+        with torch.inference_mode():
+            found = inspect(settings)
+        _tell(found, settings)
+
+
+def _tell(found: Inspection, settings: InspectSettings) -> None:
     console = table_console()
     console.print(layer_table(found))
     measured = [] if found.start is None else [str(found.start)]

@@ -289,7 +289,9 @@ def _with_shots(task: Any, shots: AdaptSettings) -> Any:
 
 def _can_resume(path: Path) -> bool:
     """Say whether a killed run can go on; one without a checkpoint is cleared away."""
-    if (path / "checkpoint").is_dir() and (path / SETTINGS).is_file():
+    from d2lora import checkpoint
+
+    if checkpoint.exists(path) and (path / SETTINGS).is_file():
         return True
     shutil.rmtree(path, ignore_errors=True)
     return False

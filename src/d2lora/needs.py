@@ -147,7 +147,9 @@ class Needs:
         for number, part in enumerate(parts):
             training = self._training(cell, warm_up, **recipe, **part)
             n_steps = _n_steps(cell.n, training)
-            training = training.changed(eval_every=max(1, math.ceil(n_steps / CURVE_POINTS)))
+            every = max(1, math.ceil(n_steps / CURVE_POINTS))
+            # What is read is the curve, so no weights are kept but for stopping early.
+            training = training.changed(eval_every=every, keep_best=training.patience > 0)
             label = f"{cell}, trial of {rate:g}, {n_steps} steps" + f", fold {number}" * bool(
                 number
             )
@@ -171,7 +173,7 @@ class Needs:
         match arm.kind:
             case "longer":
                 more = self._need(warm_up)["cost"]["n_steps"]
-                changes = {"max_steps": _n_steps(cell.n, plain) + more}
+                changes = {"epochs": None, "max_steps": _n_steps(cell.n, plain) + more}
             case "merged":
                 merged = Merged(
                     f"{arm.warm_up}, merged", ("", 0), self.store, self._base(), warm_up
@@ -182,12 +184,11 @@ class Needs:
                 assert isinstance(warm_up, WarmUp), "checked with the plan"
                 place = (cell.task, cell.n)
                 mixed = Mixed(f"{cell}, rows", place, self.store, warm_up.settings, plain)
-                n_rows = self._need(mixed)["n_rows"]
+                self._need(mixed)
                 holds_out = plain.validation_fraction or plain.fold
                 changes = {
                     "data": (str(mixed.path),), "task": "instruct", "n": None, "fold": None,
-                    "max_steps": math.ceil(n_rows / min(plain.batch_size, n_rows)),
-                    "validation_fraction": 0.0,
+                    "epochs": 1.0, "max_steps": None, "validation_fraction": 0.0,
                     "validation_data": (str(mixed.held_out),) if holds_out else (),
                 }  # fmt: skip
             case "norms":

@@ -68,8 +68,12 @@ def make_pairs(settings: PairsSettings, base: Base | None = None) -> PairsMade:
         D2LoraError: One of its kinds, for settings, data, a base or an adapter that cannot be
             used.
     """
+    with RunFolder.open(settings.out, "", whole=True):
+        return _make_pairs(settings, base)
+
+
+def _make_pairs(settings: PairsSettings, base: Base | None) -> PairsMade:
     reporter = Reporter(quiet=settings.quiet)
-    RunFolder.open(settings.out, "")
     data = read_task(
         settings.data, settings.task, skip_bad=settings.skip_bad_rows, say=reporter.say
     )

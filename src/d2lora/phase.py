@@ -18,10 +18,11 @@ from d2lora.artifacts import (
     fingerprint_of_adapter,
     write_manifest,
 )
+from d2lora.claims import is_main_process
 from d2lora.console import Reporter
 from d2lora.cost import reset_peak_memory
 from d2lora.data import fault_lines
-from d2lora.diagnosis import Start, losses_at_start, overfitting
+from d2lora.diagnosis import Start, losses_at_start, overfitting, too_short
 from d2lora.encode import Encoder
 from d2lora.initialization import Beginning
 from d2lora.models import Base
@@ -29,9 +30,9 @@ from d2lora.objectives import objective_of
 from d2lora.phase_rows import Rows
 from d2lora.reference import ReferencePolicy, with_reference
 from d2lora.rows import Fault
-from d2lora.runs import RunFolder, is_main_process, new_folder, provenance, write_json, write_text
+from d2lora.runs import RunFolder, new_folder, provenance, write_json, write_text
 from d2lora.settings import AdaptSettings, PhaseSettings, Reference, WarmupSettings
-from d2lora.train import Trained, train
+from d2lora.train import Trained, planned, train
 
 
 def run_phase(
@@ -47,16 +48,25 @@ def run_phase(
 
     With several processes the first writes, after all have found the folder free.
     """
+    resumes = settings.resume and checkpoint.exists(run.path)
     everyone = PartialState(cpu=base.model.device.type == "cpu")
     everyone.wait_for_everyone()
     if is_main_process():
-        run.begin(settings.to_yaml())
+        run.begin(settings.to_yaml(), log=resumes)
         _set_aside(rows.faults, run, reporter)
     everyone.wait_for_everyone()
     reset_peak_memory(base.model.device)
+    max_tokens = settings.max_tokens if isinstance(settings, WarmupSettings) else None
     with fast.enabled(beginning.model, when=settings.fast) as used:
-        start = _start(settings, base, beginning, rows, run, reporter)
+        start = _start(settings, base, beginning, rows, reporter)
+        if start is not None and not resumes:
+            run.log(step=0, loss_base=start.loss_base, loss_warm_start=start.loss_warm_start)
         rows, n_scored_tokens = _scored(settings, base, beginning, rows, run, reporter, everyone)
+        warnings = [] if start is None or start.warning is None else [start.warning]
+        short = too_short(planned(rows.train, settings, max_tokens).n_steps)
+        if short is not None:
+            reporter.say(f"warning: {short}")
+            warnings.append(short)
         trained = train(
             beginning.model,
             rows.train,
@@ -66,14 +76,13 @@ def run_phase(
             run,
             reporter,
             pad_id=base.pad_id,
-            resume=settings.resume,
-            max_tokens=settings.max_tokens if isinstance(settings, WarmupSettings) else None,
+            resume=resumes,
+            max_tokens=max_tokens,
         )
     n_before = n_scored_tokens + beginning.about.n_tokens
     trained = replace(trained, cost=replace(trained.cost, n_prepass_tokens=n_before))
-    warnings = [] if start is None or start.warning is None else [start.warning]
     if isinstance(settings, WarmupSettings):
-        warnings += _warmup_warnings(trained, reporter)
+        warnings += _warmup_warnings(trained, settings, reporter)
     if is_main_process():
         saved = _save_weights(beginning, run)
         manifest = _manifest(settings, base, saved, rows, encoder, trained, used, run)
@@ -133,7 +142,6 @@ def _start(
     base: Base,
     beginning: Beginning,
     rows: Rows,
-    run: RunFolder,
     reporter: Reporter,
 ) -> Start | None:
     """Tell how the base and the warm start do on the task; a fresh adapter is the base itself."""
@@ -143,19 +151,18 @@ def _start(
     reporter.say(str(start))
     if start.warning is not None:
         reporter.say(f"warning: {start.warning}")
-    if not settings.resume:
-        run.log(step=0, loss_base=start.loss_base, loss_warm_start=start.loss_warm_start)
     return start
 
 
-def _warmup_warnings(trained: Trained, reporter: Reporter) -> list[str]:
+def _warmup_warnings(trained: Trained, settings: WarmupSettings, reporter: Reporter) -> list[str]:
     progress = trained.progress
     warning = overfitting(
         progress.validation_before,
         progress.best_validation,
         progress.best_step,
-        progress.validation_after,
+        progress.validation_last,
         progress.step,
+        kept=settings.keep_best,
     )
     if warning is None:
         return []
@@ -206,7 +213,8 @@ def _manifest(
         settings=settings.model_dump(mode="json"),
         cost=trained.cost.to_json(),
         validation_loss_before=trained.progress.validation_before,
-        validation_loss_after=trained.progress.validation_after,
+        validation_loss_after=trained.validation_after,
+        kept_step=trained.kept_step,
         lineage=list(beginning.lineage),
         initialization=beginning.about.to_json(),
         adapter_fingerprint=fingerprint_of_adapter(run.path),

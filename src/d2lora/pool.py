@@ -5,11 +5,13 @@ which is gone when the process ends, however it ends. Memory holds where each ro
 """
 
 import json
+import os
 import tempfile
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from threading import Lock
 from typing import IO, TypeVar, overload
 
 from d2lora.data import Row
@@ -51,6 +53,7 @@ class _Spool:
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # lives with the pool
         weakref.finalize(self, self._file.close)
         self._ends = array("q", [0])
+        self._lock = Lock()
 
     def add(self, row: Row) -> None:
         line = json.dumps([row.values, row.file, row.line], default=str, separators=(",", ":"))
@@ -64,8 +67,14 @@ class _Spool:
 
     def __getitem__(self, place: int) -> Row:
         begin, end = self._ends[place], self._ends[place + 1]
-        self._file.seek(begin)
-        return Row(*json.loads(self._file.read(end - begin)))
+        return Row(*json.loads(self._read(end - begin, begin)))
+
+    def _read(self, n_bytes: int, begin: int) -> bytes:
+        if hasattr(os, "pread"):  # processes that share the file do not move each other's place
+            return os.pread(self._file.fileno(), n_bytes, begin)
+        with self._lock:  # Windows
+            self._file.seek(begin)
+            return self._file.read(n_bytes)
 
 
 def read_pool(names: Sequence[str], task_name: str = "auto", say: Say | None = None) -> TaskData:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.base_files import base_folder
+from d2lora.claims import check_writable
 from d2lora.data import is_local
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, ModelError, RunError, listed
@@ -20,10 +21,19 @@ def place(settings: StudySettings) -> tuple[StudyPlan, Path, Path]:
     """Return the plan with its data in place, the store and the study's folder."""
     name = "-".join(Path(plan).stem for plan in settings.plan)
     out = settings.out or Path("studies") / name
+    store = (settings.store or out.parent / "store").resolve()
+    check_writable(store, "--store")
+    return _with_world(read_plan(*settings.plan, changes=settings.set), store / "world"), store, out
+
+
+def check_folder(out: Path) -> None:
+    """Check that a folder is empty, not there yet, or a study's.
+
+    Raises:
+        RunError: If it is not.
+    """
     if out.is_dir() and any(out.iterdir()) and not (out / "study.json").is_file():
         raise RunError(f"{out} holds something that is not a study; choose another --out")
-    store = (settings.store or out.parent / "store").resolve()
-    return _with_world(read_plan(*settings.plan, changes=settings.set), store / "world"), store, out
 
 
 def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> None:

@@ -18,7 +18,7 @@ def warm_up_settings(plan: StudyPlan, name: str, out: Path, seed: int = 0) -> Wa
     """Return the settings of one warm-up; those of other seeds begin from the settings' own."""
     own = listed_values({**plan.warm_up, **plan.warm_ups[name]})
     values: dict[str, Any] = {**base_values(plan), **own, "out": out, "quiet": True}
-    settings = WarmupSettings(**values)
+    settings = WarmupSettings(**_of_one_length(values))
     return settings.changed(seed=settings.seed + seed)
 
 
@@ -41,7 +41,13 @@ def adapt_settings(
         "quiet": True,
         **values,
     }
-    return AdaptSettings(**settings)
+    return AdaptSettings(**_of_one_length(settings))
+
+
+def _of_one_length(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the epochs, which defaults give, where a plan has a length in steps or tokens."""
+    own = any(values.get(name) is not None for name in ("max_steps", "max_tokens"))
+    return {name: value for name, value in values.items() if not (own and name == "epochs")}
 
 
 def pairs_settings(

@@ -16,9 +16,10 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 
 from d2lora.batches import Pair
+from d2lora.claims import is_main_process
 from d2lora.console import Reporter
 from d2lora.pair_scores import pair_log_probabilities
-from d2lora.runs import is_main_process, read_json, write_json
+from d2lora.runs import read_json, write_json
 from d2lora.scorer import TokenScorer
 from d2lora.settings import Reference
 

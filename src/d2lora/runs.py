@@ -7,6 +7,7 @@ checkpoint/        only while training; a killed run resumes from it
 done.json          the marker of completion, written last, with the run's summary
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -15,12 +16,13 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from d2lora.claims import claimed, is_main_process, target_of
 from d2lora.errors import RunError
 
 DONE = "done.json"
@@ -34,19 +36,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("D2LORA_CACHE", Path.home() / ".cache" / "d2lora"))
 
 
-def is_main_process() -> bool:
-    """Say whether this process writes and speaks: the only one, or the first of several.
-
-    torchrun and accelerate launch tell each process its rank.
-    """
-    return os.environ.get("RANK", "0") == "0"
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it."""
+    path = target_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_temporary(path))
+    with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -75,46 +70,96 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def new_folder(path: Path) -> Generator[Path]:
-    """Yield a temporary folder that takes the place of `path` when the block succeeds."""
+    """Yield a temporary folder that takes the place of `path` when the block succeeds.
+
+    The folder that was there is moved aside first, and `restore` finds it again where the process
+    dies between the two renames. A symbolic link stays, and what it stands for is replaced.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    restore(path)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_temporary(path)))
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 _flush(file)
         temporary.chmod(0o755)
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
-            path.rename(old)
+            path.rename(_aside(path))
         temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(_aside(path), ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore(path: Path) -> None:
+    """Put a folder back that was moved aside by a process that then died."""
+    if path.exists():
+        shutil.rmtree(_aside(path), ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError):  # there is none, or another process was faster
+            _aside(path).rename(path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _temporary(path: Path) -> str:
+    return f".{path.name}.tmp-"
+
+
+def _clear_leftovers(folder: Path, names: str) -> None:
+    """Remove what a process left that died while it wrote; the folder is claimed."""
+    for left in folder.glob(f".{names}.tmp-*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 class RunFolder:
     """A run's folder, opened for writing."""
 
     def __init__(self, path: Path) -> None:
-        """Wrap a folder; `open` checks it first."""
+        """Wrap a folder; `open` claims and checks it first."""
         self.path = path
 
     @classmethod
-    def open(cls, path: Path, settings_yaml: str, *, resume: bool = False) -> "RunFolder":
-        """Check that a folder can take a run, or holds the one to resume; writes nothing.
+    @contextmanager
+    def open(
+        cls, path: Path, settings_yaml: str, *, resume: bool = False, whole: bool = False
+    ) -> Generator["RunFolder"]:
+        """Claim a folder inside the block that can take a run, or holds the one to resume.
+
+        Nothing is written yet.
+
+        Args:
+            path: The folder.
+            settings_yaml: The run's settings.
+            resume: Whether it is to hold the run already.
+            whole: Whether it will be written by `new_folder`.
 
         Raises:
-            RunError: If it holds a finished run, one of other settings, an unfinished one that
-                was not asked to be resumed, or files of something else.
+            RunError: If it cannot be written or another process is writing it; if it holds a
+                finished run, one of other settings, an unfinished one that was not asked to be
+                resumed, or files of something else.
         """
-        run = cls(path)
-        if path.is_file():
-            raise RunError(f"{path} is a file; give --out a folder")
+        with claimed(path, "whole folder" if whole else "folder"):
+            run = cls(target_of(path))
+            run._check(settings_yaml, resume=resume)
+            if is_main_process():
+                _clear_leftovers(run.path.parent, glob.escape(run.path.name))
+                if resume:
+                    _clear_leftovers(run.path, "*")
+            yield run
+
+    def _check(self, settings_yaml: str, *, resume: bool) -> None:
+        path = self.path
         if (path / DONE).exists():
             raise RunError(f"{path} holds a finished run; choose another --out or remove it")
-        present = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+        present = _present(path)
         if resume and not present:
             raise RunError(f"{path}: there is no run to resume; leave out --resume")
         if present and SETTINGS not in present:
@@ -124,11 +169,17 @@ class RunFolder:
                 f"{path} holds an unfinished run; continue it with --resume, or remove it"
             )
         if resume:
-            run._check_same(settings_yaml)
-        return run
+            self._check_same(settings_yaml)
 
-    def begin(self, settings_yaml: str) -> None:
-        """Write the settings; from here on the folder holds a run, until then nothing."""
+    def begin(self, settings_yaml: str, *, log: bool = False) -> None:
+        """Write the settings; from here on the folder holds a run, until then nothing.
+
+        Args:
+            settings_yaml: The settings.
+            log: Whether the run goes on from where its log is; else the log begins empty.
+        """
+        if not log:
+            (self.path / METRICS).unlink(missing_ok=True)
         write_text(self.path / SETTINGS, settings_yaml)
 
     def _check_same(self, settings_yaml: str) -> None:
@@ -154,7 +205,7 @@ class RunFolder:
         path = self.path / METRICS
         if path.exists() and is_main_process():
             lines = path.read_text(encoding="utf-8").splitlines()
-            whole = [line for line in lines if line.endswith("}")]
+            whole = [line for line in lines if line.endswith("}")]  # the last may be cut off
             kept = [line for line in whole if json.loads(line)["step"] <= step]
             write_text(path, "".join(f"{line}\n" for line in kept))
 
@@ -203,6 +254,12 @@ def _comparable(settings_yaml: str) -> set[str]:
     return {line for line in settings_yaml.splitlines() if not line.startswith(free)}
 
 
+def _present(folder: Path) -> list[str]:
+    """Return the names in a folder, but for the lock and what a dead process left."""
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    return [n for n in names if not (n[0] == "." and (n.endswith(".lock") or ".tmp-" in n))]
+
+
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
+    with path.open("rb+") as file:  # Windows flushes only what may be written
         os.fsync(file.fileno())

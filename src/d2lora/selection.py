@@ -51,9 +51,13 @@ def select(settings: SelectSettings) -> Selection:
         D2LoraError: One of its kinds, for settings, data or a base that cannot be used, and where
             fewer than m rows are left.
     """
-    reporter = Reporter(quiet=settings.quiet)
     method = _method(settings)
-    RunFolder.open(settings.out, settings.to_yaml())
+    with RunFolder.open(settings.out, settings.to_yaml(), whole=True):
+        return _select(settings, method)
+
+
+def _select(settings: SelectSettings, method: str) -> Selection:
+    reporter = Reporter(quiet=settings.quiet)
     tokenizer = load_tokenizer(settings)
     encoder = Encoder(tokenizer, resolve_format(tokenizer, settings.chat_format))
     pool = read_pool(settings.data, settings.task, reporter.say)

@@ -19,6 +19,7 @@ from typing import Any
 
 from d2lora.analysis import read_findings
 from d2lora.cells import BASE, Cell, cells_of
+from d2lora.claims import claimed
 from d2lora.console import Bar, Reporter, table_console
 from d2lora.data import fault_lines
 from d2lora.decontamination import Check, contamination_said, decontaminated
@@ -29,7 +30,7 @@ from d2lora.grids import as_table
 from d2lora.jobs import WarmUp
 from d2lora.needs import CellFailedError, Missing, Needs
 from d2lora.plan import StudyPlan
-from d2lora.readiness import check, place
+from d2lora.readiness import check, check_folder, place
 from d2lora.runs import DONE, provenance, write_json, write_text
 from d2lora.settings import StudySettings
 from d2lora.store import Job
@@ -73,6 +74,14 @@ def run_study(settings: StudySettings) -> Study:
     """
     reporter = Reporter(quiet=settings.quiet)
     plan, store, out = place(settings)
+    with claimed(out, "folder"):
+        check_folder(out)
+        return _run_study(settings, plan, store, out, reporter)
+
+
+def _run_study(
+    settings: StudySettings, plan: StudyPlan, store: Path, out: Path, reporter: Reporter
+) -> Study:
     check(plan, reporter.say)
     (out / DONE).unlink(missing_ok=True)  # of an earlier run
     # Workers load their libraries while the rows are looked at.

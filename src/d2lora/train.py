@@ -17,6 +17,7 @@ from torch.optim import AdamW
 
 from d2lora import checkpoint
 from d2lora.batches import Item, T, micro_batches
+from d2lora.claims import is_main_process
 from d2lora.console import Reporter
 from d2lora.cost import Cost, TrainingFlops, peak_memory_bytes
 from d2lora.data import stream_seed
@@ -24,29 +25,11 @@ from d2lora.errors import TrainingError
 from d2lora.inits import adamw
 from d2lora.models import causal_model
 from d2lora.objectives import Objective
-from d2lora.runs import RunFolder, is_main_process
+from d2lora.progress import Best, Progress, as_logged, held_out, judge
+from d2lora.runs import RunFolder
 from d2lora.schedule import Plan, learning_rate
 from d2lora.scorer import TokenScorer, pass_tokens
 from d2lora.settings import TrainSettings
-
-
-@dataclass
-class Progress:
-    """How far a run is; together with weights and moments, all that a resumed run needs."""
-
-    step: int = 0
-    n_tokens: int = 0
-    n_supervised_tokens: int = 0
-    flops: int = 0
-    elapsed_s: float = 0.0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    validation_before: float | None = None
-    validation_after: float | None = None
-    best_step: int | None = None
-    best_validation: float = math.inf
-    n_worse: int = 0
-    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +38,10 @@ class Trained:
 
     progress: Progress
     cost: Cost
+    kept_step: int
+    """Optimizer step whose weights the model ends with."""
+    validation_after: float | None
+    """Held-out loss of these weights."""
 
 
 @dataclass
@@ -65,7 +52,7 @@ class _State:
     optimizer: AdamW
     flops: TrainingFlops
     progress: Progress = field(default_factory=Progress)
-    best: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    best: Best = field(default_factory=Best)
 
 
 def train(
@@ -109,28 +96,28 @@ def train(
     alone = accelerator.num_processes == 1
     scorer = accelerator.prepare(TokenScorer(model, replays=alone))
     optimizer = adamw(model, settings)
-    plan = _planned(train_set, settings, max_tokens)
+    plan = planned(train_set, settings, max_tokens)
     causal = causal_model(model)
     state = _State(parameters, optimizer, TrainingFlops.of(causal, causal.config))
 
     def validate() -> dict[str, float]:
         model.eval()
         limit = pass_tokens(device, settings.micro_batch_tokens)
-        return _measured(scorer, valid_set, objective, limit, pad_id)
+        return held_out(scorer, valid_set, objective, limit, pad_id)
 
     began = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(settings, "dropout"))
         if resume and checkpoint.exists(run.path):
             state.progress = Progress(
-                **checkpoint.load(run.path, parameters, optimizer, state.best)
+                **checkpoint.load(run.path, parameters, optimizer, state.best.weights)
             )
             run.cut_log(state.progress.step)
             reporter.say(f"resumed at step {state.progress.step} of {plan.last_step}")
         elif valid_set:
             before = validate()
-            state.progress.validation_before = state.progress.validation_after = before["loss"]
-            run.log(step=0, **_validation_names(before))
+            state.progress.validation_before = state.progress.validation_last = before["loss"]
+            run.log(step=0, **as_logged(before))
         began -= state.progress.elapsed_s
         progress = state.progress
         tokens_before, resumed_at = progress.n_tokens, time.perf_counter()
@@ -157,20 +144,20 @@ def train(
                 if valid_set and _due(
                     progress.step, settings.eval_every or plan.steps_per_epoch, plan
                 ):
-                    _judge(validate(), state, settings.patience, run, reporter)
+                    judge(validate(), progress, state.best, parameters, settings, run, reporter)
                 every = settings.checkpoint_every
                 if every and progress.step % every == 0 and is_main_process():
-                    checkpoint.save(run.path, asdict(progress), parameters, optimizer, state.best)
-    if settings.patience and state.best:
-        with torch.no_grad():
-            for name, value in state.best.items():
-                parameters[name].copy_(value)
-        progress.validation_after = progress.best_validation
+                    best = state.best.weights
+                    checkpoint.save(run.path, asdict(progress), parameters, optimizer, best)
     model.eval()
-    return Trained(progress, _cost(progress, parameters, device))
+    kept, loss = progress.step, progress.validation_last
+    if state.best.put_back(parameters) and progress.best_step is not None:
+        kept, loss = progress.best_step, progress.best_validation
+    return Trained(progress, _cost(progress, parameters, device), kept, loss)
 
 
-def _planned(train_set: Sequence[Item], settings: TrainSettings, max_tokens: int | None) -> Plan:
+def planned(train_set: Sequence[Item], settings: TrainSettings, max_tokens: int | None) -> Plan:
+    """Return the course of a run, which ends with the settings or with so many tokens."""
     plan = Plan.of(len(train_set), settings, seed_of(settings, "order"))
     if max_tokens is None:
         return plan
@@ -234,52 +221,8 @@ def _step(
     return measured, norm
 
 
-@torch.no_grad()
-def _measured(
-    scorer: nn.Module, items: Sequence[T], objective: Objective[T], limit: int, pad_id: int
-) -> dict[str, float]:
-    """Return the loss and metrics of a set of items, as if it were one batch."""
-    total: dict[str, float] = {}
-    for group in micro_batches(items, limit):
-        share = objective.share(scorer, group, items, pad_id)
-        for name, value in {"loss": share.loss, **share.metrics}.items():
-            total[name] = total.get(name, 0.0) + float(value)
-    return total
-
-
-def _validation_names(measured: Mapping[str, float]) -> dict[str, float]:
-    return {f"validation_{name}": value for name, value in measured.items()}
-
-
 def _due(step: int, every: int, plan: Plan) -> bool:
     return step % every == 0 or step == plan.last_step
-
-
-def _judge(
-    measured: Mapping[str, float],
-    state: _State,
-    patience: int,
-    run: RunFolder,
-    reporter: Reporter,
-) -> None:
-    """Take note of a validation loss, and stop after `patience` without a better one."""
-    progress, loss = state.progress, measured["loss"]
-    progress.validation_after = loss
-    run.log(step=progress.step, **_validation_names(measured))
-    accuracy = measured.get("rewards/accuracies")
-    reporter.say(
-        f"step {progress.step}: loss {progress.last_loss:.4f}, validation loss {loss:.4f}"
-        + ("" if accuracy is None else f", chosen over rejected {accuracy:.1%}")
-    )
-    if loss < progress.best_validation:
-        progress.best_validation, progress.best_step, progress.n_worse = loss, progress.step, 0
-        if patience:
-            state.best = {name: p.detach().clone() for name, p in state.parameters.items()}
-        return
-    progress.n_worse += 1
-    if patience and progress.n_worse >= patience:
-        progress.stopped = True
-        reporter.say(f"stopped early; the best was at step {progress.best_step}")
 
 
 def _cost(progress: Progress, parameters: Mapping[str, nn.Parameter], device: torch.device) -> Cost:

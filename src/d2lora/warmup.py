@@ -28,15 +28,15 @@ def warm_up(settings: WarmupSettings, base: Base | None = None) -> WarmStart:
         D2LoraError: One of its kinds, for settings, data or a base that cannot be used.
     """
     reporter = Reporter(quiet=settings.quiet)
-    run = RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume)
-    chosen = _chosen(settings, run)
-    base = base or load_base(settings)
-    encoder = Encoder.of(base, settings.chat_format)
-    rows = prepare_rows(chosen, chosen.m, encoder, reporter)
-    shape = LoraShape.fresh(settings)
-    seed = seed_of(settings, "init")
-    with begin(settings, base, shape, seed, rows.train, reporter) as beginning:
-        run_phase(settings, base, beginning, rows, encoder, run, reporter)
+    with RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume) as run:
+        chosen = _chosen(settings, run)
+        base = base or load_base(settings)
+        encoder = Encoder.of(base, settings.chat_format)
+        rows = prepare_rows(chosen, chosen.m, encoder, reporter)
+        shape = LoraShape.fresh(settings)
+        seed = seed_of(settings, "init")
+        with begin(settings, base, shape, seed, rows.train, reporter) as beginning:
+            run_phase(settings, base, beginning, rows, encoder, run, reporter)
     return WarmStart.load(settings.out)
 
 

@@ -11,6 +11,7 @@ done.json         the marker of completion
 from pathlib import Path
 
 from d2lora.analysis import read_findings
+from d2lora.claims import claimed
 from d2lora.console import Reporter
 from d2lora.errors import RunError
 from d2lora.findings import Findings
@@ -40,7 +41,13 @@ def write_report(findings: Findings, out: Path | None = None) -> Path:
         RunError: If the folder holds something else than a report.
     """
     out = out or findings.path / "report"
-    _check(out)
+    with claimed(out, "whole folder"):
+        _check(out)
+        _write(findings, out)
+    return out / PAGE
+
+
+def _write(findings: Findings, out: Path) -> None:
     palette = Palette([arm.name for arm in findings.plan.arms])
     drawn = charts(findings, palette)
     examples = read_examples(findings)
@@ -54,7 +61,6 @@ def write_report(findings: Findings, out: Path | None = None) -> Path:
         write_text(folder / "summary.md", summary_text(findings))
         write_text(folder / PAGE, page(findings, drawn, palette, examples, provenance()))
         write_json(folder / DONE, {"kind": KIND})
-    return out / PAGE
 
 
 def command(settings: ReportSettings) -> None:

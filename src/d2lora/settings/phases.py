@@ -75,8 +75,9 @@ class WarmupSettings(PhaseSettings):
 
     @model_validator(mode="after")
     def _one_end(self) -> Self:
-        if self.max_tokens is not None and self.max_steps is not None:
-            raise ValueError("max_steps and max_tokens both say where to end: give one")
+        for name in ("epochs", "max_steps"):
+            if self.max_tokens is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name} and max_tokens both say how long to train: give one")
         return self
 
     @field_validator("reference")

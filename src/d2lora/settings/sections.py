@@ -121,15 +121,16 @@ class TrainSettings(Settings):
 
     learning_rate: float = Field(default=5e-4, gt=0)
     """Peak learning rate of AdamW."""
-    epochs: float = Field(default=3.0, gt=0)
-    """Passes over the training rows; ignored where max_steps is set."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows. None: as max_steps says, else 3, but at least 100 steps."""
     max_steps: int | None = Field(default=None, ge=0)
     """Optimizer steps. None: from epochs. 0: save the beginning untrained."""
     stop_step: int | None = Field(default=None, ge=1)
     """End after this optimizer step of the schedule, whose length stays that of max_steps or
     epochs: as a longer run was at this step. None: at the schedule's end."""
-    batch_size: int = Field(default=16, ge=1)
-    """Examples per optimizer step, over all devices."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Examples per optimizer step, over all devices. None: 4, from 64 training rows on 8, from 256
+    on 16."""
     micro_batch_tokens: int = Field(default=0, ge=0)
     """Most tokens, padding included, in one forward pass; a batch is cut into as many as needed
     (gradient accumulation). The result does not depend on it. 0: 1024 on a CPU, 8192 elsewhere."""
@@ -155,7 +156,10 @@ class TrainSettings(Settings):
     eval_every: int = Field(default=0, ge=0)
     """Optimizer steps between validation losses. 0: once an epoch."""
     patience: int = Field(default=0, ge=0)
-    """Stop after so many validations without a better loss, keep the best. 0: off."""
+    """Stop after so many validations without a better loss. 0: off."""
+    keep_best: bool = True
+    """Where there are validation rows, end with the weights of the least validation loss instead of
+    the last."""
     checkpoint_every: int = Field(default=0, ge=0)
     """Optimizer steps between checkpoints that a killed run resumes from. 0: off."""
     seed: int = Field(default=0, ge=0)
@@ -175,6 +179,12 @@ class TrainSettings(Settings):
         if fold is not None and not 0 <= fold[0] < fold[1]:
             raise ValueError("expected i and k, with i from 0 to k - 1")
         return fold
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("epochs and max_steps both say how long to train: give one")
+        return self
 
 
 class ObjectiveSettings(Settings):
