@@ -432,6 +432,28 @@ def test_a_damaged_file_of_an_adapter_is_named_with_what_it_is(
         attach_adapter(loaded(tiny_base).model, adapter, trainable=False)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("adapter_model.safetensors", POINTER, "adapter_model.safetensors: a Git LFS pointer"),
+        ("adapter_config.json", '{"r": 4, "lora', "adapter_config.json: not JSON, or cut off"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_before_the_first_is_measured(
+    tmp_path: Path, tiny_base: str, capsys: pytest.CaptureFixture[str], file: str, content: str,
+    message: str,
+) -> None:  # fmt: skip
+    damaged = make_adapter(tiny_base, tmp_path / "a", target_modules=["q_proj"])
+    (damaged / "adapter_model.safetensors").unlink()
+    (damaged / file).write_text(content)
+    text = write_rows(tmp_path / "text.jsonl", text_rows("valid", 2))
+    line = ["evaluate", "--base", tiny_base, "--adapters", "base", str(damaged)]
+    assert main([*line, "--general-text", text, "--out", str(tmp_path / "e")]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "evaluating" not in said
+
+
 def test_a_damaged_base_is_named_with_what_it_is(tmp_path: Path, tiny_base: str) -> None:
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     weights = base / "model.safetensors"

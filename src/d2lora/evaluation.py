@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from d2lora.adapter_files import AdapterFiles
 from d2lora.console import Reporter, table_console
 from d2lora.errors import SettingsError
 from d2lora.measuring import BASE, Measured, TestSets, measure
@@ -44,6 +45,9 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
     names = _names(settings)
     RunFolder.open(settings.out, "")
     sets = TestSets.read(settings)
+    for name in names:
+        if name != BASE:  # all of them before the first is measured
+            AdapterFiles.read(Path(name))
     base = base or load_base(settings)
     trained_on = _trained_on(names, base, sets, reporter)
     measured: dict[str, Measured] = {}
