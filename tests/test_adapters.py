@@ -36,6 +36,7 @@ from d2lora import (
 )
 from d2lora.attaching import attach_adapter, fingerprint_in_memory
 from d2lora.cli import main
+from d2lora.decoding import Decoder
 from d2lora.embedded import text_rows
 from d2lora.generation import adapted
 from d2lora.inits import linear_names
@@ -164,6 +165,24 @@ def check_says_the_same_and_leaves_no_trace(name: str, adapter: Path) -> None:
     assert_untouched(base, before)
     assert fingerprint_in_memory(base.model) == digest
     assert dict(base.model.named_modules()) == modules
+
+
+@pytest.mark.parametrize("kind", ["the head", "the embedding", "whole norms", "DoRA"])
+def test_tokens_are_those_of_unmerged_peft_where_not_all_can_be_folded(
+    tmp_path: Path, tied_base: str, kind: str
+) -> None:
+    adapter = make_adapter(tied_base, tmp_path / "a", **LLAMA_ADAPTERS[kind])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(tied_base, dtype=torch.float32)
+        peft = PeftModel.from_pretrained(model, str(adapter)).eval()
+    base, ids = loaded(tied_base), PROBE[:, :12]
+    said = peft.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+    )
+    expected = [token for token in said[0, 12:].tolist() if token != base.eos_id]
+    with adapted(base, adapter) as on_base:
+        assert dict(Decoder(on_base, base, 12, 1).complete([ids[0].tolist()])) == {0: expected}
 
 
 def test_the_next_adapter_is_measured_on_the_base_as_it_was(tmp_path: Path, gpt2_base: str) -> None:
