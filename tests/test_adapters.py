@@ -221,6 +221,22 @@ def test_adapters_on_a_quantized_base_are_measured_unfolded_in_any_order(
     assert_untouched(base, before)
 
 
+def test_an_adapter_trained_on_a_quantized_base_is_measured_as_in_peft(
+    tmp_path: Path, quantized_base: str, problems: str
+) -> None:
+    base = loaded(quantized_base)
+    before = state(base)
+    adapter = adapt(
+        AdaptSettings(
+            base=quantized_base, data=(problems,), rank=4, max_steps=3, learning_rate=1e-1,
+            out=tmp_path / "a", quiet=True,
+        ),
+        base,
+    )  # fmt: skip
+    assert_untouched(base, before)
+    check_says_the_same_and_leaves_no_trace(quantized_base, adapter.path)
+
+
 def test_what_would_change_quantized_weights_is_refused(
     tmp_path: Path, quantized_base: str, problems: str
 ) -> None:
