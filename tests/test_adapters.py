@@ -36,6 +36,7 @@ from d2lora import (
 )
 from d2lora.attaching import attach_adapter, fingerprint_in_memory
 from d2lora.cli import main
+from d2lora.decoding import Decoder
 from d2lora.embedded import text_rows
 from d2lora.generation import adapted
 from d2lora.inits import linear_names
@@ -166,6 +167,24 @@ def check_says_the_same_and_leaves_no_trace(name: str, adapter: Path) -> None:
     assert dict(base.model.named_modules()) == modules
 
 
+@pytest.mark.parametrize("kind", ["the head", "the embedding", "whole norms", "DoRA"])
+def test_tokens_are_those_of_unmerged_peft_where_not_all_can_be_folded(
+    tmp_path: Path, tied_base: str, kind: str
+) -> None:
+    adapter = make_adapter(tied_base, tmp_path / "a", **LLAMA_ADAPTERS[kind])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(tied_base, dtype=torch.float32)
+        peft = PeftModel.from_pretrained(model, str(adapter)).eval()
+    base, ids = loaded(tied_base), PROBE[:, :12]
+    said = peft.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+    )
+    expected = [token for token in said[0, 12:].tolist() if token != base.eos_id]
+    with adapted(base, adapter) as on_base:
+        assert dict(Decoder(on_base, base, 12, 1).complete([ids[0].tolist()])) == {0: expected}
+
+
 def test_the_next_adapter_is_measured_on_the_base_as_it_was(tmp_path: Path, gpt2_base: str) -> None:
     whole = make_adapter(gpt2_base, tmp_path / "w", **GPT2_ADAPTERS["all biases"])
     plain = make_adapter(gpt2_base, tmp_path / "p", **GPT2_ADAPTERS["plain"])
@@ -200,6 +219,22 @@ def test_adapters_on_a_quantized_base_are_measured_unfolded_in_any_order(
             torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(logits_of(base.model), plain)
     assert_untouched(base, before)
+
+
+def test_an_adapter_trained_on_a_quantized_base_is_measured_as_in_peft(
+    tmp_path: Path, quantized_base: str, problems: str
+) -> None:
+    base = loaded(quantized_base)
+    before = state(base)
+    adapter = adapt(
+        AdaptSettings(
+            base=quantized_base, data=(problems,), rank=4, max_steps=3, learning_rate=1e-1,
+            out=tmp_path / "a", quiet=True,
+        ),
+        base,
+    )  # fmt: skip
+    assert_untouched(base, before)
+    check_says_the_same_and_leaves_no_trace(quantized_base, adapter.path)
 
 
 def test_what_would_change_quantized_weights_is_refused(
@@ -430,6 +465,28 @@ def test_a_damaged_file_of_an_adapter_is_named_with_what_it_is(
     (adapter / file).write_text(content)
     with pytest.raises(ModelError, match=message):
         attach_adapter(loaded(tiny_base).model, adapter, trainable=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("adapter_model.safetensors", POINTER, "adapter_model.safetensors: a Git LFS pointer"),
+        ("adapter_config.json", '{"r": 4, "lora', "adapter_config.json: not JSON, or cut off"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_before_the_first_is_measured(
+    tmp_path: Path, tiny_base: str, capsys: pytest.CaptureFixture[str], file: str, content: str,
+    message: str,
+) -> None:  # fmt: skip
+    damaged = make_adapter(tiny_base, tmp_path / "a", target_modules=["q_proj"])
+    (damaged / "adapter_model.safetensors").unlink()
+    (damaged / file).write_text(content)
+    text = write_rows(tmp_path / "text.jsonl", text_rows("valid", 2))
+    line = ["evaluate", "--base", tiny_base, "--adapters", "base", str(damaged)]
+    assert main([*line, "--general-text", text, "--out", str(tmp_path / "e")]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "evaluating" not in said
 
 
 def test_a_damaged_base_is_named_with_what_it_is(tmp_path: Path, tiny_base: str) -> None:

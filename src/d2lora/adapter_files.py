@@ -103,9 +103,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise ModelError(f"{folder}: no adapter: it has no {ADAPTER_CONFIG}")
+    values = _json_object(path)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder}: the adapter has no {ADAPTER_WEIGHTS}")
-    values = _json_object(path)
     if values.get("peft_type") != "LORA":
         raise ModelError(
             f"{path}: expected a LoRA adapter (`peft_type` LORA), found {values.get('peft_type')!r}"

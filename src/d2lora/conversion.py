@@ -12,7 +12,6 @@ the factor alpha / rank stays.
 
 import json
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -21,28 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from d2lora.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from d2lora.artifacts import (
     Manifest,
     ancestor_of,
-    check_fit,
     fingerprint_of_adapter,
     has_manifest,
     write_manifest,
 )
-from d2lora.attaching import attach_adapter, shared_weights
-from d2lora.base_files import base_folder
 from d2lora.console import Reporter
 from d2lora.errors import ModelError, SettingsError
 from d2lora.factors import Factors, extend, truncate
+from d2lora.merging import merge_into_base
 from d2lora.mixing import Plain, averaged, concatenated, part, tensors_of
-from d2lora.models import Base, load_base
 from d2lora.runs import DONE, RunFolder, new_folder, provenance, write_json, write_text
 from d2lora.settings import ConvertSettings
 from d2lora.trained_rows import TrainedRows
@@ -74,7 +66,9 @@ def convert(settings: ConvertSettings) -> Conversion:
         )
     folder = Path(settings.adapter)
     with RunFolder.open(settings.out, "", whole=True):
-        return _merge(settings, folder) if settings.merge else _reshape(settings, folder)
+        if settings.merge:
+            return Conversion(settings.out, {}, merge_into_base(settings, folder))
+        return _reshape(settings, folder)
 
 
 def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:
@@ -192,72 +186,6 @@ def _check_same_base(adapters: Sequence[Plain]) -> None:
                 f"{folder} was made with chat format {manifest.chat_format}, {told[0]} with "
                 f"{manifests[0].chat_format}; they cannot be mixed"
             )
-
-
-@torch.no_grad()
-def _merge(settings: ConvertSettings, folder: Path) -> Conversion:
-    base = load_base(settings)
-    model = base.model
-    if getattr(model, "is_quantized", False):
-        raise ModelError(
-            f"{settings.base}: its weights are quantized, and a sum would be rounded to their few "
-            "values; merge into the base as it was before quantization"
-        )
-    check_fit(folder, base)
-    adapted = attach_adapter(model, folder, trainable=False)
-    generator = torch.Generator().manual_seed(settings.seed)
-    ids = torch.randint(len(base.tokenizer), (4, 64), generator=generator).to(model.device)
-    apart = adapted(input_ids=ids).logits.float()
-    _untie(adapted)
-    try:
-        with warnings.catch_warnings():
-            # They are untied already, where the adapter changes one of them.
-            warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
-            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer")
-            merged = adapted.merge_and_unload()
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder}: the adapter cannot be merged: {error}") from None
-    _check_same(folder, base, apart, merged(input_ids=ids).logits.float())
-    with new_folder(settings.out.resolve()) as out:  # behind a symbolic link, which stays
-        merged.save_pretrained(out)
-        base.tokenizer.save_pretrained(out)
-        own = TrainedRows.read(base_folder(settings.base, settings.revision, settings.gguf_file))
-        (TrainedRows.read(folder) | own).write(out)
-        # What was written is what counts: transformers ties weights again as it reads them.
-        read = AutoModelForCausalLM.from_pretrained(out, dtype=model.dtype, use_safetensors=True)
-        nn.Module.to(read, model.device).eval()
-        largest = _check_same(folder, base, apart, read(input_ids=ids).logits.float())
-        write_json(out / DONE, {"kind": "model", "largest_logit_difference": largest})
-    return Conversion(settings.out, {}, largest)
-
-
-def _untie(model: PeftModel) -> None:
-    """Give layers that the adapter changes weights of their own where others share them.
-
-    So an embedding stays as it is beside a head that changes; PEFT then unties the configuration.
-    """
-    shared = shared_weights(model)
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            base = layer.get_base_layer()
-            weight = dict(base.named_parameters(recurse=False)).get("weight")
-            if weight is not None and weight.data_ptr() in shared:
-                base.register_parameter("weight", nn.Parameter(weight.clone(), requires_grad=False))
-
-
-def _check_same(folder: Path, base: Base, apart: Tensor, together: Tensor) -> float:
-    """Return the largest difference of logits.
-
-    Raises:
-        ModelError: If it is more than rounding.
-    """
-    largest, dtype = float((apart - together).abs().max()), base.model.dtype
-    tolerance = 1e-3 if dtype == torch.float32 else 0.5
-    if not largest <= tolerance * max(1.0, float(apart.abs().max())):
-        coarse = f"the base's dtype ({dtype}) is too coarse for it; use --dtype float32"
-        why = "it cannot be merged into this base" if dtype == torch.float32 else coarse
-        raise ModelError(f"{folder}: merging changes logits by up to {largest:.3g}; {why}")
-    return largest
 
 
 def command(settings: ConvertSettings) -> None:

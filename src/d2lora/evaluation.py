@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from d2lora.adapter_files import AdapterFiles
 from d2lora.console import Reporter, table_console
 from d2lora.errors import SettingsError
 from d2lora.measuring import BASE, Measured, TestSets, check_rows, measure
@@ -48,6 +49,9 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
 def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str]) -> Evaluation:
     reporter = Reporter(quiet=settings.quiet)
     sets = TestSets.read(settings, reporter.say)
+    for name in names:
+        if name != BASE:  # all of them before the first is measured
+            AdapterFiles.read(Path(name))
     base = base or load_base(settings)
     check_rows(names, base, sets, settings)
     trained_on = _trained_on(names, base, sets, reporter)
