@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from d2lora.answers import target_answer
 from d2lora.data import Fault, Row, read_source, stream_source
 from d2lora.errors import DataError, listed
 from d2lora.preferences import read_preference
@@ -34,6 +35,11 @@ def read_word_problem(row: Mapping[str, Any]) -> Example:
     answer = text_field(row, "answer")
     if "####" not in answer:
         raise BadRowError("field `answer` must end in `#### N`; without it use --task instruct")
+    if target_answer(answer) is None:
+        raise BadRowError(
+            "field `answer` must end in `#### N`, one space and a number alone such as 42, 1,250, "
+            f"0.5 or 1/6; found {answer[answer.index('####') :].strip()!r:.60}"
+        )
     return Example(user(text_field(row, "question")), answer)
 
 
