@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from d2lora.batches import Encoded, collate, micro_batches
-from d2lora.encode import Encoder, encode_all, resolve_format
+from d2lora.encode import Encoder, resolve_format
+from d2lora.encoded_sets import encode_all
 from d2lora.errors import DataError, SettingsError
 from d2lora.models import Base, load_base
 from d2lora.objectives import SFT

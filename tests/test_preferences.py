@@ -28,7 +28,8 @@ from d2lora import (
 )
 from d2lora.batches import Pair
 from d2lora.embedded import word_problem_rows
-from d2lora.encode import Encoder, encode_pairs
+from d2lora.encode import Encoder
+from d2lora.encoded_sets import encode_pairs
 from d2lora.models import load_base
 from d2lora.objectives import DPO, ORPO
 from d2lora.pair_scores import PairScorer

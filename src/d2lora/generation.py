@@ -12,12 +12,13 @@ from torch import nn
 from d2lora.artifacts import Manifest, check_fit, has_manifest
 from d2lora.decoding import Decoder, Sampling
 from d2lora.encode import Encoder
+from d2lora.encoded_sets import encode_prompts
 from d2lora.errors import DataError, SettingsError
 from d2lora.lean import lean_layers
 from d2lora.models import Base, attach_adapter, detach_adapter, load_base, merged
-from d2lora.rows import Message
+from d2lora.rows import Example, user
 from d2lora.runs import write_text
-from d2lora.settings import GenerateSettings
+from d2lora.settings import GenerateSettings, Overlong
 from d2lora.tasks import read_task
 
 
@@ -50,6 +51,14 @@ def chat_format_of(adapter: Path | None, wanted: str | None) -> str | None:
     return None
 
 
+def lengths_of(adapter: Path | None) -> tuple[int, Overlong]:
+    """Return the length limit of the rows that an adapter was trained on, and what it did."""
+    if adapter is None or not has_manifest(adapter):
+        return 0, "error"
+    trained = Manifest.read(adapter).settings
+    return int(trained.get("max_length", 0)), trained.get("overlong", "error")
+
+
 def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     """Complete one prompt or a file of prompts.
 
@@ -62,20 +71,20 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     """
     if (settings.prompt is None) == (settings.prompts is None):
         raise SettingsError("give either --prompt TEXT or --prompts FILE")
-    conversations = _conversations(settings)
+    examples = _examples(settings)
     adapter = Path(settings.adapter) if settings.adapter else None
     base = load_base(settings)
     encoder = Encoder.of(base, chat_format_of(adapter, settings.chat_format))
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
-    prompts = [encoder.prompt_ids(conversation) for conversation in conversations]
+    prompts = encode_prompts(encoder, examples, *lengths_of(adapter)).ids
     with adapted(base, adapter) as model:
         decoder = Decoder(
             model, base, settings.max_new_tokens, settings.batch_size, sampling, settings.lean
         )
         outputs = dict(decoder.complete(prompts))
     return [
-        {"prompt": conversation[-1].content, "output": decode(base, outputs[index])}
-        for index, conversation in enumerate(conversations)
+        {"prompt": example.prompt[-1].content, "output": decode(base, outputs[index])}
+        for index, example in enumerate(examples)
     ]
 
 
@@ -86,20 +95,20 @@ def decode(base: Base, ids: Sequence[int]) -> str:
     return text.strip()
 
 
-def _conversations(settings: GenerateSettings) -> list[tuple[Message, ...]]:
+def _examples(settings: GenerateSettings) -> list[Example]:
     if settings.prompt is not None:
         if not settings.prompt.strip():
             raise SettingsError("--prompt is empty")
-        return [(Message("user", settings.prompt),)]
+        return [Example(user(settings.prompt), "")]
     assert settings.prompts is not None
     path = Path(settings.prompts)
     if path.suffix == ".txt":
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         lines = path.read_text(encoding="utf-8").splitlines()
-        prompts = [(Message("user", line),) for line in lines if line.strip()]
+        prompts = [Example(user(line), "") for line in lines if line.strip()]
     else:
-        prompts = [example.prompt for example in read_task([settings.prompts], "prompts").examples]
+        prompts = list(read_task([settings.prompts], "prompts").examples)
     if not prompts:
         raise DataError(f"{path}: the file holds no prompts")
     return prompts

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from d2lora.artifacts import Manifest, check_fit, has_manifest
 from d2lora.console import table_console
 from d2lora.diagnosis import MOST_ROWS, Start, losses_at_start
-from d2lora.encode import Encoder, encode_all
+from d2lora.encode import Encoder
+from d2lora.encoded_sets import encode_all
 from d2lora.errors import ModelError, SettingsError
 from d2lora.factors import (
     Factors,

@@ -12,7 +12,8 @@ from d2lora.batches import Question
 from d2lora.console import Reporter
 from d2lora.continuations import continuation_scores
 from d2lora.decoding import Decoder
-from d2lora.encode import Encoder, encode_all, encode_pairs
+from d2lora.encode import Encoder
+from d2lora.encoded_sets import encode_all, encode_pairs, encode_prompts, every
 from d2lora.errors import DataError
 from d2lora.generation import adapted, chat_format_of, decode
 from d2lora.metrics import MAIN_SCORE, SCORERS, preference
@@ -71,7 +72,7 @@ def measure(
         encoder = Encoder.of(base, chat_format_of(path, settings.chat_format))
         return Measured(
             _score_task(model, base, encoder, name, sets.task, settings, reporter),
-            _general_loss(model, base, encoder, sets.general, settings),
+            _general_loss(model, base, encoder, sets.general, settings, reporter),
             _right_choices(model, base, encoder, sets.choices),
         )
 
@@ -89,13 +90,14 @@ def _score_task(
         return []
     examples = data.examples[: settings.limit]
     if data.task.score == "preference":
-        return _score_preferences(model, base, encoder, name, examples, settings)
+        return _score_preferences(model, base, encoder, name, examples, settings, reporter)
     scorer = SCORERS[data.task.score]
     decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, lean=settings.lean)
-    prompts = [encoder.prompt_ids(example.prompt) for example in examples]
+    prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
+    _say(prompts.report(settings.max_length), reporter)
     records: dict[int, dict[str, Any]] = {}
-    with reporter.bar("generating", len(prompts)) as bar:
-        for index, ids in decoder.complete(prompts):
+    with reporter.bar("generating", len(examples)) as bar:
+        for index, ids in decoder.complete(prompts.ids):
             records[index] = _record(
                 name, index, examples[index], decode(base, ids), len(ids), scorer
             )
@@ -110,9 +112,11 @@ def _score_preferences(
     name: str,
     examples: Sequence[Example],
     settings: EvaluateSettings,
+    reporter: Reporter,
 ) -> list[dict[str, Any]]:
     """Record how likely both completions of each pair are; over-long rows follow the settings."""
     encoded = encode_pairs(encoder, examples, settings.max_length, settings.overlong)
+    _say(encoded.report(settings.max_length), reporter)
     records: list[dict[str, Any]] = []
     sums = pair_log_probabilities(TokenScorer(model).eval(), encoded.items, base.pad_id)
     for index, pair, (chosen, rejected) in zip(encoded.kept, encoded.items, sums, strict=True):
@@ -158,10 +162,12 @@ def _general_loss(
     encoder: Encoder,
     examples: Sequence[Example],
     settings: EvaluateSettings,
+    reporter: Reporter,
 ) -> float | None:
     if not examples:
         return None
     encoded = encode_all(encoder, examples, settings.max_length, settings.overlong)
+    _say(encoded.report(settings.max_length), reporter)
     return mean_loss(TokenScorer(model).eval(), encoded.items, base.pad_id)
 
 
@@ -186,9 +192,15 @@ def _right_choices(
 def questions_of(encoder: Encoder, questions: Sequence[Choice]) -> list[Question]:
     """Return multiple-choice questions as token ids; a choice's EOS is not scored."""
     rows: list[Question] = []
-    for question in questions:
-        prompt = (Message("user", question.prompt),)
-        whole = [encoder.encode(Example(prompt, choice)) for choice in question.choices]
+    for number, question in enumerate(questions, 1):
+        prompt, place = (Message("user", question.prompt),), f"multiple-choice question {number}"
+        endings = [Example(prompt, choice, place=place) for choice in question.choices]
+        whole = every(encoder.encode, endings)
         endings = tuple(w.ids[w.n_prompt : -1] for w in whole)
         rows.append(Question(whole[0].ids[: whole[0].n_prompt], endings))
     return rows
+
+
+def _say(told: str | None, reporter: Reporter) -> None:
+    if told is not None:
+        reporter.say(told)

@@ -23,6 +23,7 @@ from d2lora.console import Reporter
 from d2lora.data import nested_order, stream_seed
 from d2lora.decoding import Decoder, Sampling
 from d2lora.encode import Encoder
+from d2lora.encoded_sets import encode_prompts
 from d2lora.errors import DataError
 from d2lora.generation import adapted, chat_format_of, decode
 from d2lora.metrics import MAIN_SCORE, SCORERS
@@ -119,8 +120,10 @@ def _sampled(
     """Return the distinct samples of every prompt, each with its main score."""
     folder = Path(settings.adapter) if settings.adapter else None
     encoder = Encoder.of(base, chat_format_of(folder, settings.chat_format))
-    prompts = [encoder.prompt_ids(example.prompt) for example in examples]
-    repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
+    prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
+    if told := prompts.report(settings.max_length):
+        reporter.say(told)
+    repeated = [prompt for prompt in prompts.ids for _ in range(settings.samples)]
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
     texts: list[dict[str, None]] = [{} for _ in examples]
     with adapted(base, folder) as model, reporter.bar("sampling", len(repeated)) as bar:

@@ -7,7 +7,8 @@ from typing import Any
 from d2lora.console import Reporter
 from d2lora.contamination import Guard, leaks_of
 from d2lora.data import Fault, nested_order, split_validation
-from d2lora.encode import EncodedSet, Encoder, encode_all, encode_pairs
+from d2lora.encode import Encoder
+from d2lora.encoded_sets import EncodedSet, encode_all, encode_pairs, without_refused
 from d2lora.errors import DataError
 from d2lora.rows import Example
 from d2lora.selection import selection_behind
@@ -43,6 +44,7 @@ def prepare_rows(
     """
     data = read_task(settings.data, settings.task, skip_bad=settings.skip_bad_rows)
     _check_objective(settings, data, reporter)
+    data = without_refused(encoder, data, skip_bad=settings.skip_bad_rows)
     data, kept_out = _without_leaks(settings, data, reporter)
     if n is not None and n > len(data.examples):
         raise DataError(f"{n} rows are asked for, but the data has {len(data.examples)}")

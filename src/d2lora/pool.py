@@ -85,7 +85,9 @@ def read_pool(names: Sequence[str], task_name: str = "auto") -> TaskData:
 
     def example_of(place: int) -> Example:
         assert reading.task is not None
-        return replace(reading.task.read(spool[place].values), row=place)
+        row = spool[place]
+        where = f"{row.file}, line {row.line}"
+        return replace(reading.task.read(row.values), row=place, place=where)
 
     places = range(len(spool))
     rows = Lazy(spool.__getitem__, places)

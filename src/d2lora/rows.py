@@ -1,7 +1,7 @@
 """What every kind of row is made of: turns, examples, and fields checked one by one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -13,6 +13,8 @@ class Message:
 
     role: Role
     content: str
+    n_fixed: int = field(default=0, compare=False)
+    """Signs of an instruction at the start of the content, which no length limit cuts."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Example:
     row: int = 0
     rejected: str | None = None
     """The worse completion, where the row is a preference and `completion` the chosen one."""
+    place: str = field(default="", compare=False)
+    """Where the row stands, for messages: file and line."""
 
     @property
     def question(self) -> str:
@@ -63,9 +67,10 @@ def fields_of(row: Mapping[str, Any]) -> str:
     return ", ".join(f"`{name}`" for name in row) or "no fields"
 
 
-def user(text: str) -> tuple[Message, ...]:
-    """Return a prompt of one user's turn."""
-    return (Message("user", text),)
+def user(text: str, instruction: str = "") -> tuple[Message, ...]:
+    """Return a prompt of one user's turn; an empty line parts an instruction and a text."""
+    fixed = f"{instruction}\n\n" if instruction else ""
+    return (Message("user", fixed + text, len(fixed)),)
 
 
 def turns_of(row: Mapping[str, Any], field: str) -> list[Message]:

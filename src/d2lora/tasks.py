@@ -46,9 +46,7 @@ def read_word_problem(row: Mapping[str, Any]) -> Example:
 def read_title(row: Mapping[str, Any]) -> Example:
     """Read `text` and `title`."""
     instruction = "Write a title for this text."
-    return Example(
-        user(f"{instruction}\n\n{text_field(row, 'text').strip()}"), text_field(row, "title")
-    )
+    return Example(user(text_field(row, "text").strip(), instruction), text_field(row, "title"))
 
 
 def read_document(row: Mapping[str, Any]) -> Example:
@@ -64,8 +62,9 @@ def read_instruction(row: Mapping[str, Any]) -> Example:
         extra = row.get("input") or ""
         if not isinstance(extra, str):
             raise BadRowError(f"field `input` must be text, found {type(extra).__name__}")
-        prompt = text_field(row, "instruction") + (f"\n\n{extra}" if extra.strip() else "")
-        return Example(user(prompt), text_field(row, "output"))
+        instruction = text_field(row, "instruction")
+        prompt = user(extra, instruction) if extra.strip() else user(instruction)
+        return Example(prompt, text_field(row, "output"))
     if "prompt" in row:
         answer = "completion" if "completion" in row else "response"
         if answer not in row:
@@ -215,7 +214,8 @@ class Reading:
                     told = json.dumps(item.values, default=str)
                     self.faults.append(Fault(item.file, item.line, str(error), told))
                 else:
-                    yield item, replace(example, row=n_good)
+                    place = f"{item.file}, line {item.line}"
+                    yield item, replace(example, row=n_good, place=place)
                     n_good += 1
             read = {"file": stream.name, "rows": n_rows, "sha256": stream.fingerprint()}
             self.sources.append(read)
