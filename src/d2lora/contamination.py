@@ -19,7 +19,7 @@ import xxhash
 from d2lora.data import Fault, Row, read_source
 from d2lora.errors import DataError, listed
 from d2lora.grams import Hashes, gram_hashes, word_hashes, words
-from d2lora.rows import BadRowError, Example
+from d2lora.rows import BadRowError, Example, place
 from d2lora.tasks import read_choice, read_prompt, task_of
 
 N_WORDS = 13
@@ -47,7 +47,7 @@ class Leak:
     @property
     def reason(self) -> str:
         """What is the matter, in words."""
-        return f"contaminated: {self.how} {self.file}, line {self.line}"
+        return f"contaminated: {self.how} {place(self.file, self.line)}"
 
     def as_fault(self, row: Row) -> Fault:
         """Return the training row as one that is set aside."""
@@ -169,7 +169,7 @@ def _items(name: str) -> Iterator[_Item]:
         example = _read(row)
         if example is None:
             fields = ", ".join(f"`{field}`" for field in row.values)
-            faults.append(f"{row.file}, line {row.line}: no prompt and no text; found {fields}")
+            faults.append(f"{place(row.file, row.line)}: no prompt and no text; found {fields}")
             continue
         asked = example.question if words(example.question) else example.text
         question, whole = word_hashes(words(asked)), word_hashes(words(example.text))

@@ -5,7 +5,6 @@ A source is a file (.jsonl, .json, .csv, .tsv, .parquet) or a hub data set writt
 stands; `tasks` gives them meaning.
 """
 
-import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,32 +15,9 @@ from typing import Any
 import numpy as np
 
 from d2lora.errors import DataError
+from d2lora.files import READERS, file_items
+from d2lora.rows import Fault, Row
 from d2lora.runs import sha256_of
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_PARQUET_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class Row:
-    """A raw row; `line` is its line in the file (for Parquet and hub data its row), from 1."""
-
-    values: dict[str, Any]
-    file: str
-    line: int
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A row that cannot be used, why, and its text."""
-
-    file: str
-    line: int
-    reason: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.file}, line {self.line}: {self.reason}"
 
 
 def fault_lines(faults: Iterable[Fault]) -> str:
@@ -66,7 +42,7 @@ class Source:
 
 def is_local(name: str) -> bool:
     """Say whether a source is a file that is here, which is read without asking a hub."""
-    return Path(name).suffix in SUFFIXES and Path(name).is_file()
+    return Path(name).suffix in READERS and Path(name).is_file()
 
 
 @dataclass(frozen=True)
@@ -104,12 +80,12 @@ def stream_source(name: str) -> Stream:
             only shows in reading is raised there.
     """
     path = Path(name)
-    if path.suffix in SUFFIXES:
+    if path.suffix in READERS:
         if not path.is_file():
             raise DataError(f"{name}: no such file")
-        return Stream(str(path), _some(name, _file_items(path)), lambda: sha256_of(path))
+        return Stream(str(path), _some(name, file_items(path)), lambda: sha256_of(path))
     if path.exists():
-        kinds = ", ".join(SUFFIXES)
+        kinds = ", ".join(READERS)
         raise DataError(f"{name}: expected a file of kind {kinds}, found {path.suffix or 'none'}")
     digest = hashlib.sha256()
     return Stream(name, _some(name, _hub_items(name, digest.update)), digest.hexdigest)
@@ -122,77 +98,6 @@ def _some(name: str, items: Iterable[Row | Fault]) -> Iterator[Row | Fault]:
         yield item
     if empty:
         raise DataError(f"{name}: the file holds no rows")
-
-
-def _file_items(path: Path) -> Iterator[Row | Fault]:
-    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
-    try:
-        yield from readers[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text at byte {error.start}; convert it") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _jsonl(path: Path) -> Iterator[Row | Fault]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            text = line.strip()
-            if text:
-                yield _parsed(str(path), number, text)
-
-
-def _parsed(file: str, line: int, text: str) -> Row | Fault:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        return Fault(file, line, f"not JSON: {error.msg} at column {error.colno}", text)
-    if not isinstance(value, dict):
-        return Fault(file, line, f"expected an object, found {type(value).__name__}", text)
-    return Row(value, file, line)
-
-
-def _json(path: Path) -> Iterator[Row | Fault]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise DataError(f"{path}: not JSON: {error.msg} at {place}") from None
-    if isinstance(value, dict) and isinstance(value.get("data"), list):
-        value = value["data"]
-    if not isinstance(value, list):
-        raise DataError(f"{path}: expected a list of rows, found {type(value).__name__}")
-    for number, row in enumerate(value, 1):
-        if isinstance(row, dict):
-            yield Row(row, str(path), number)
-        else:
-            reason = f"expected an object, found {type(row).__name__}"
-            yield Fault(str(path), number, reason, json.dumps(row))
-
-
-def _csv(path: Path) -> Iterator[Row | Fault]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        names = reader.fieldnames or []
-        for row in reader:
-            if None in row or None in row.values():
-                reason = f"expected {len(names)} fields ({', '.join(names)}), found another number"
-                yield Fault(str(path), reader.line_num, reason, str(list(row.values())))
-            else:
-                yield Row(dict(row), str(path), reader.line_num)
-
-
-def _parquet(path: Path) -> Iterator[Row | Fault]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        batches = parquet.ParquetFile(path).iter_batches(_PARQUET_ROWS)
-        values = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(values, 1):
-            yield Row(row, str(path), number)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a Parquet file: {error}") from None
 
 
 def _hub_items(name: str, digested: Callable[[bytes], None]) -> Iterator[Row]:
@@ -208,8 +113,13 @@ def _hub_items(name: str, digested: Callable[[bytes], None]) -> Iterator[Row]:
     config = parts[2] if len(parts) == 3 else None
     try:
         loaded = load_dataset("/".join(parts[:2]), config, split=split or "train")
-    except (exceptions.DatasetsError, ConnectionError, FileNotFoundError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        reason, *_ = str(error).splitlines() or [type(error).__name__]
+        if "scripts are no longer supported" in reason:
+            reason = (
+                "it is a script, and no code of the hub is run; give a data set of data files "
+                "(many have a branch `refs/convert/parquet`: download a file of it)"
+            )
         raise DataError(f"{name}: the hub data set cannot be loaded: {reason}") from None
     for number, row in enumerate(loaded, 1):
         values = dict(row)

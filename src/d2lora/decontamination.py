@@ -18,8 +18,9 @@ from d2lora.data import Row, is_local, read_source
 from d2lora.errors import DataError, listed
 from d2lora.plan import StudyPlan
 from d2lora.recipes import warm_up_settings
+from d2lora.rows import place
 from d2lora.runs import write_text
-from d2lora.tasks import read_task
+from d2lora.tasks import Say, read_task
 
 FOLDER = "cleaned"
 
@@ -45,12 +46,12 @@ class Check:
     def to_json(self) -> dict[str, Any]:
         """Return the numbers as plain values."""
         n_removed, first = len(self.removed), self.removed[0].leak if self.removed else None
-        told = None if first is None else f"{first.how} {first.file}, line {first.line}"
+        told = None if first is None else f"{first.how} {place(first.file, first.line)}"
         return {"use": self.use, "n_rows": self.n_rows, "n_removed": n_removed, "first": told}
 
 
 def decontaminated(
-    plan: StudyPlan, store: Path, world: Path, *, fetch: bool = True
+    plan: StudyPlan, store: Path, world: Path, say: Say | None = None, *, fetch: bool = True
 ) -> tuple[StudyPlan, list[Check]]:
     """Take the rows out that give an evaluation row away.
 
@@ -63,6 +64,7 @@ def decontaminated(
         plan: The plan; its data are named by paths.
         store: Folder of the study's runs; what is left of a file is written to `cleaned/` in it.
         world: Folder of the small world's files.
+        say: Is told what training rows were read as.
         fetch: Read hub data sets, too. False: what is no file here goes unchecked.
 
     Returns:
@@ -71,7 +73,7 @@ def decontaminated(
     Raises:
         DataError: If a file cannot be read, or fewer rows are left than the plan asks for.
     """
-    cleaner = _Cleaner(plan, store / FOLDER, world, fetch=fetch)
+    cleaner = _Cleaner(plan, store / FOLDER, world, say, fetch=fetch)
     values = plan.model_dump(mode="json")
     checks: list[Check] = []
     faults: list[str] = []
@@ -122,8 +124,10 @@ def _together(uses: Sequence[str]) -> str:
 
 
 class _Cleaner:
-    def __init__(self, plan: StudyPlan, folder: Path, world: Path, *, fetch: bool) -> None:
-        self._folder, self._world, self._fetch = folder, world, fetch
+    def __init__(
+        self, plan: StudyPlan, folder: Path, world: Path, say: Say | None, *, fetch: bool
+    ) -> None:
+        self._folder, self._world, self._say, self._fetch = folder, world, say, fetch
         self._n_words = plan.keep_out_words
         self._tests = tuple(
             dict.fromkeys([*(f for task in plan.tasks.values() for f in task.test), *plan.choices])
@@ -144,7 +148,7 @@ class _Cleaner:
 
     def _clean(self, name: str, task: str) -> tuple[str | None, int, list[Removed]]:
         """Return a file without its leaks (None: no row is left), its rows, and what is gone."""
-        data = read_task([name], task, skip_bad=True)
+        data = read_task([name], task, skip_bad=True, say=self._say)
         leaks = leaks_of(self._guards(name), data.examples)
         removed = [Removed(data.rows[index], leaks[index]) for index in sorted(leaks)]
         if not removed:
@@ -175,8 +179,9 @@ def _too_few(check: Check, wanted: int) -> list[str]:
     if left >= wanted:
         return []
     leak = check.removed[0].leak
+    first = f"{leak.how} {place(leak.file, leak.line)}"
     return [
         f"{check.use}: {wanted:,} rows are asked for, but {left:,} of {check.n_rows:,} are left: "
-        f"the others give an evaluation row away (the first {leak.how} {leak.file}, line "
-        f"{leak.line}). Where only the wording of a template is the same, set keep_out_words: 0"
+        f"the others give an evaluation row away (the first {first}). Where only the wording of a "
+        "template is the same, set keep_out_words: 0"
     ]

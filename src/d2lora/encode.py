@@ -13,7 +13,7 @@ from d2lora.batches import Encoded, Pair
 from d2lora.errors import DataError, SettingsError
 from d2lora.fitting import Span, fitted
 from d2lora.models import Base
-from d2lora.rows import Example, Message
+from d2lora.rows import BadRowError, Example, Message
 from d2lora.shields import Shield
 
 Format = Literal["template", "plain"]
@@ -111,23 +111,57 @@ class Encoder:
         Raises:
             DataError: If the chat template refuses the turns.
         """
+        text = self._prompt_text(prompt)
         if self.format == "template" and prompt:
-            return self._shield.ids(self._templated(prompt, completing=True))
-        ids = self._shield.ids(self._shield.marked(plain_prompt(prompt)), whole=True)
+            return self._shield.ids(text)
+        ids = self._shield.ids(text, whole=True)
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
-    def refusal(self, example: Example) -> str | None:
-        """Say why the chat template refuses a row; None where it does not."""
-        if self.format == "plain":
-            return None
+    def check(self, example: Example) -> None:
+        """Check that the chat format takes an example, and shows every turn of its prompt.
+
+        Raises:
+            BadRowError: If it does not.
+        """
         try:
+            self._prompt_text(example.prompt)
             for completion in (example.completion, example.rejected):
-                if example.prompt and completion:
+                if self.format == "template" and example.prompt and completion:
                     self._templated((*example.prompt, Message("assistant", completion)))
-            if example.prompt:
-                self._templated(example.prompt, completing=True)
         except DataError as error:
-            return str(error)
+            raise BadRowError(str(error)) from None
+
+    def _prompt_text(self, prompt: Sequence[Message]) -> str:
+        """Return a prompt as the chat format writes it, special tokens of data marked.
+
+        Raises:
+            DataError: If the chat template refuses the turns, or does not show one.
+        """
+        if fault := self._unshown(prompt):
+            raise DataError(fault)
+        if self.format == "template" and prompt:
+            return self._templated(prompt, completing=True)
+        return self._shield.marked(plain_prompt(prompt))
+
+    def _unshown(self, prompt: Sequence[Message]) -> str | None:
+        """Say which turn of a tool the chat format leaves out; None where it shows all."""
+        for place, turn in enumerate(prompt):
+            if not turn.of_tools:
+                continue
+            told = "is a tool's" if turn.role == "tool" else "calls a tool"
+            if self.format == "plain":
+                return (
+                    f"turn {place + 1} {told}, which the plain chat format cannot show; use a base "
+                    "whose chat template can"
+                )
+            shown = self._templated(prompt, completing=True)
+            for other in turn.altered():
+                changed = (*prompt[:place], other, *prompt[place + 1 :])
+                if self._templated(changed, completing=True) == shown:
+                    return (
+                        f"turn {place + 1} {told}, and the base's chat template leaves that out; "
+                        "use a base whose template supports tools"
+                    )
         return None
 
     def _encode(self, example: Example) -> Encoded:
@@ -150,10 +184,10 @@ class Encoder:
 
     def _templated(self, messages: Sequence[Message], *, completing: bool = False) -> str:
         """Return turns as the template writes them, special tokens of data marked."""
-        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+        turns = [self._shield.marked(turn.to_dict()) for turn in messages]
         try:
             text = self.tokenizer.apply_chat_template(
-                self._shield.marked(turns), tokenize=False, add_generation_prompt=completing
+                turns, tokenize=False, add_generation_prompt=completing
             )
         except (TemplateError, TypeError) as error:
             name = self.tokenizer.name_or_path or "the base"

@@ -1,17 +1,14 @@
 """Many examples as token ids: the length limit, rows that cannot be encoded, what was cut."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from d2lora.batches import Encoded, Pair, T
-from d2lora.data import Fault
 from d2lora.encode import Encoder
 from d2lora.errors import DataError, listed
 from d2lora.rows import Example
 from d2lora.settings import Overlong
-from d2lora.tasks import TaskData
 
 U = TypeVar("U")
 
@@ -106,34 +103,6 @@ def answers_beyond(
     return (
         f"{n_long:,} of {len(lengths):,} gold answers are longer than max_new_tokens "
         f"{max_new_tokens:,} (the longest has {max(lengths):,} tokens), so no output can equal them"
-    )
-
-
-def without_refused(encoder: Encoder, data: TaskData, *, skip_bad: bool) -> TaskData:
-    """Return the rows that the chat template takes; the others are `faults`, if they may be.
-
-    Raises:
-        DataError: If it refuses rows that may not be skipped, or all; all at once.
-    """
-    reasons = [encoder.refusal(example) for example in data.examples]
-    refused = [
-        Fault(row.file, row.line, reason, json.dumps(row.values, default=str))
-        for row, reason in zip(data.rows, reasons, strict=True)
-        if reason is not None
-    ]
-    if not refused:
-        return data
-    if not skip_bad or len(refused) == len(reasons):
-        raise DataError(
-            f"{len(refused)} bad row(s); mend them, set them aside with --skip-bad-rows, or use "
-            f"--chat-format plain:\n{listed([str(fault) for fault in refused])}"
-        )
-    kept = [index for index, reason in enumerate(reasons) if reason is None]
-    return replace(
-        data,
-        examples=[replace(data.examples[i], row=n) for n, i in enumerate(kept)],
-        rows=[data.rows[i] for i in kept],
-        faults=[*data.faults, *refused],
     )
 
 

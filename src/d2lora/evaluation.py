@@ -41,7 +41,7 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
     reporter = Reporter(quiet=settings.quiet)
     names = _names(settings)
     RunFolder.open(settings.out, "")
-    sets = TestSets.read(settings)
+    sets = TestSets.read(settings, reporter.say)
     base = base or load_base(settings)
     measured: dict[str, Measured] = {}
     for name in names:

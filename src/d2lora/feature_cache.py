@@ -75,7 +75,7 @@ def block_key(fingerprint: str, examples: Sequence[Example]) -> str:
     """Return the SHA-256 of what a block was computed with and from."""
     digest = hashlib.sha256(fingerprint.encode())
     for example in examples:
-        turns = [(turn.role, turn.content) for turn in example.prompt]
+        turns = [(turn.role, turn.content, *turn.more.items()) for turn in example.prompt]
         digest.update(repr((turns, example.completion)).encode())
     return digest.hexdigest()
 

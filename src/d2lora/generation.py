@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 
 from d2lora.artifacts import Manifest, check_fit, has_manifest
+from d2lora.console import Reporter
 from d2lora.decoding import Decoder, Sampling
 from d2lora.encode import Encoder
 from d2lora.encoded_sets import encode_prompts
 from d2lora.errors import DataError, SettingsError
+from d2lora.files import text_lines
 from d2lora.lean import lean_layers
 from d2lora.models import Base, attach_adapter, detach_adapter, load_base, merged
 from d2lora.rows import Example, user
@@ -99,16 +101,20 @@ def _examples(settings: GenerateSettings) -> list[Example]:
     if settings.prompt is not None:
         if not settings.prompt.strip():
             raise SettingsError("--prompt is empty")
+        try:
+            settings.prompt.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+            raise SettingsError("--prompt is not UTF-8 text; put it into a file") from None
         return [Example(user(settings.prompt), "")]
     assert settings.prompts is not None
     path = Path(settings.prompts)
     if path.suffix == ".txt":
         if not path.is_file():
             raise DataError(f"{path}: no such file")
-        lines = path.read_text(encoding="utf-8").splitlines()
-        prompts = [Example(user(line), "") for line in lines if line.strip()]
+        prompts = [Example(user(line), "") for line in text_lines(path) if line.strip()]
     else:
-        prompts = list(read_task([settings.prompts], "prompts").examples)
+        data = read_task([settings.prompts], "prompts", say=Reporter().say)
+        prompts = list(data.examples)
     if not prompts:
         raise DataError(f"{path}: the file holds no prompts")
     return prompts

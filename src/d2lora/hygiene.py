@@ -22,7 +22,7 @@ from d2lora.duplicates import Duplicates
 from d2lora.encode import Encoder
 from d2lora.errors import DataError, SettingsError
 from d2lora.grams import gram_hashes, word_hashes, words
-from d2lora.rows import Example
+from d2lora.rows import Example, place
 from d2lora.settings import HygieneSettings
 from d2lora.tasks import TaskData
 
@@ -152,9 +152,9 @@ def _length_fault(encoder: Encoder, example: Example, max_length: int) -> Findin
         n_tokens = encoder.encode(example).length
     except DataError as error:  # a chat template refuses it
         return "unreadable", str(error)
-    return (
-        ("length", f"{n_tokens} tokens, more than {max_length}") if n_tokens > max_length else None
-    )
+    if n_tokens > max_length:
+        return "length", f"{n_tokens} tokens, more than {max_length}"
+    return None
 
 
 def answer_fault(example: Example) -> Finding:
@@ -198,7 +198,7 @@ def _repeats(memory: Duplicates, index: int, example: Example, pool: TaskData) -
     if found is None:
         return None
     first = pool.rows[found.of]
-    where = f"{first.file}, line {first.line}"
+    where = place(first.file, first.line)
     if found.similarity == 1:
         return "duplicate", f"the same as {where}"
     return "near_duplicate", f"{found.similarity:.0%} the same as {where}"

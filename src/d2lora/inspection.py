@@ -14,7 +14,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from d2lora.artifacts import Manifest, check_fit, has_manifest
-from d2lora.console import table_console
+from d2lora.console import Reporter, table_console
 from d2lora.diagnosis import MOST_ROWS, Start, losses_at_start
 from d2lora.encode import Encoder
 from d2lora.encoded_sets import encode_all
@@ -113,7 +113,7 @@ def _on_task(settings: InspectSettings, folder: Path, manifest: Manifest | None)
     base = load_base(BaseSettings(base=name, revision=settings.revision))
     check_fit(folder, base)
     encoder = Encoder.of(base, manifest.chat_format if manifest else None)
-    examples = read_task(settings.data).examples[:MOST_ROWS]
+    examples = read_task(settings.data, say=Reporter().say).examples[:MOST_ROWS]
     items = encode_all(encoder, examples, LONGEST, "truncate").items
     model = attach_adapter(base.model, folder, trainable=False)
     return losses_at_start(model, items, base.pad_id)

@@ -13,7 +13,7 @@ from d2lora.console import Reporter
 from d2lora.continuations import continuation_scores
 from d2lora.decoding import Decoder
 from d2lora.encode import Encoder
-from d2lora.encoded_sets import encode_all, encode_pairs, encode_prompts, every
+from d2lora.encoded_sets import answers_beyond, encode_all, encode_pairs, encode_prompts, every
 from d2lora.errors import DataError
 from d2lora.generation import adapted, chat_format_of, decode
 from d2lora.metrics import MAIN_SCORE, SCORERS, preference
@@ -22,7 +22,7 @@ from d2lora.pair_scores import pair_log_probabilities
 from d2lora.rows import Example, Message
 from d2lora.scorer import TokenScorer, mean_loss
 from d2lora.settings import EvaluateSettings
-from d2lora.tasks import Choice, TaskData, read_choices, read_task
+from d2lora.tasks import Choice, Say, TaskData, read_choices, read_task
 
 BASE = "base"
 
@@ -38,19 +38,20 @@ class TestSets:
     choices: list[Choice]
 
     @classmethod
-    def read(cls, settings: EvaluateSettings) -> "TestSets":
-        """Read the test rows that the settings name.
+    def read(cls, settings: EvaluateSettings, say: Say | None = None) -> "TestSets":
+        """Read the test rows that the settings name; `say` is told what they were read as.
 
         Raises:
             DataError: If rows are bad, or the task has no scored output.
         """
-        task = read_task(settings.data, settings.task) if settings.data else None
+        task = read_task(settings.data, settings.task, say=say) if settings.data else None
         if task is not None and task.task.score not in MAIN_SCORE:
             raise DataError(
                 f"task {task.task.name} has no scored output; give it as --general-text"
             )
-        general = list(read_task(settings.general_text).examples) if settings.general_text else []
-        return cls(task, general, read_choices(settings.choices) if settings.choices else [])
+        texts = settings.general_text
+        general = list(read_task(texts, say=say).examples) if texts else []
+        return cls(task, general, read_choices(settings.choices, say) if settings.choices else [])
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def _score_task(
     decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, lean=settings.lean)
     prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
     _say(prompts.report(settings.max_length), reporter)
+    if beyond := answers_beyond(encoder, examples, settings.max_new_tokens):
+        reporter.say(f"warning: {beyond}")
     records: dict[int, dict[str, Any]] = {}
     with reporter.bar("generating", len(examples)) as bar:
         for index, ids in decoder.complete(prompts.ids):

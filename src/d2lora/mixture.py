@@ -62,7 +62,7 @@ def _lines(rows: list[Example]) -> str:
     for row in rows:
         if not row.prompt:
             raise SettingsError("rows of `text` alone cannot be mixed with those of a task")
-        turns = [{"role": turn.role, "content": turn.content} for turn in row.prompt]
+        turns = [turn.to_dict() for turn in row.prompt]
         turns.append({"role": "assistant", "content": row.completion})
         lines.append(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
     return "".join(lines)

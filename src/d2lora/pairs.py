@@ -69,7 +69,9 @@ def make_pairs(settings: PairsSettings, base: Base | None = None) -> PairsMade:
     """
     reporter = Reporter(quiet=settings.quiet)
     RunFolder.open(settings.out, "")
-    data = read_task(settings.data, settings.task, skip_bad=settings.skip_bad_rows)
+    data = read_task(
+        settings.data, settings.task, skip_bad=settings.skip_bad_rows, say=reporter.say
+    )
     if data.task.score not in SCORERS:
         raise DataError(
             f"task {data.task.name} has no gold answer that a sample could be scored against; give "
@@ -155,7 +157,7 @@ def _pair(
         return None
     rejected = min(worse, key=lambda sample: (sample.score, sample.text))
     return {
-        "prompt": [{"role": turn.role, "content": turn.content} for turn in example.prompt],
+        "prompt": [turn.to_dict() for turn in example.prompt],
         "chosen": [{"role": "assistant", "content": chosen.text}],
         "rejected": [{"role": "assistant", "content": rejected.text}],
         "chosen_is": "gold" if chosen is gold else "sample",

@@ -8,9 +8,9 @@ from d2lora.console import Reporter
 from d2lora.contamination import Guard, leaks_of
 from d2lora.data import Fault, nested_order, split_validation
 from d2lora.encode import Encoder
-from d2lora.encoded_sets import EncodedSet, encode_all, encode_pairs, without_refused
+from d2lora.encoded_sets import EncodedSet, encode_all, encode_pairs
 from d2lora.errors import DataError
-from d2lora.rows import Example
+from d2lora.rows import Example, place
 from d2lora.selection import selection_behind
 from d2lora.settings import PhaseSettings
 from d2lora.tasks import TaskData, read_task
@@ -42,9 +42,14 @@ def prepare_rows(
     Raises:
         DataError: If there are fewer than n rows, or rows are bad or too long.
     """
-    data = read_task(settings.data, settings.task, skip_bad=settings.skip_bad_rows)
+    data = read_task(
+        settings.data,
+        settings.task,
+        skip_bad=settings.skip_bad_rows,
+        say=reporter.say,
+        check=encoder.check,
+    )
     _check_objective(settings, data, reporter)
-    data = without_refused(encoder, data, skip_bad=settings.skip_bad_rows)
     data, kept_out = _without_leaks(settings, data, reporter)
     if n is not None and n > len(data.examples):
         raise DataError(f"{n} rows are asked for, but the data has {len(data.examples)}")
@@ -57,7 +62,9 @@ def prepare_rows(
     items = encoded.items
     valid = [items[index] for index in valid_rows]
     if settings.validation_data:
-        held_out = read_task(settings.validation_data, data.task.name)
+        held_out = read_task(
+            settings.validation_data, data.task.name, say=reporter.say, check=encoder.check
+        )
         more = _encoded(settings, encoder, held_out.examples)
         _report(more.report(settings.max_length), reporter)
         valid = more.items
@@ -99,7 +106,7 @@ def _without_leaks(
     found = [leaks[index] for index in sorted(leaks)]
     reporter.say(
         f"contamination: took out {len(leaks):,} of {n:,} rows, the first as it "
-        f"{found[0].how} {found[0].file}, line {found[0].line}"
+        f"{found[0].how} {place(found[0].file, found[0].line)}"
     )
     if not kept:
         raise DataError(

@@ -5,7 +5,6 @@ which is gone when the process ends, however it ends. Memory holds where each ro
 """
 
 import json
-import os
 import tempfile
 import weakref
 from array import array
@@ -14,8 +13,8 @@ from dataclasses import replace
 from typing import IO, TypeVar, overload
 
 from d2lora.data import Row
-from d2lora.rows import Example
-from d2lora.tasks import Reading, TaskData
+from d2lora.rows import Example, place
+from d2lora.tasks import Reading, Say, TaskData
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -65,29 +64,31 @@ class _Spool:
 
     def __getitem__(self, place: int) -> Row:
         begin, end = self._ends[place], self._ends[place + 1]
-        return Row(*json.loads(os.pread(self._file.fileno(), end - begin, begin)))
+        self._file.seek(begin)
+        return Row(*json.loads(self._file.read(end - begin)))
 
 
-def read_pool(names: Sequence[str], task_name: str = "auto") -> TaskData:
+def read_pool(names: Sequence[str], task_name: str = "auto", say: Say | None = None) -> TaskData:
     """Read sources as a pool whose rows and examples stay on disk; bad rows are its `faults`.
 
     Args:
         names: Files or hub data sets.
         task_name: A name of `tasks.TASKS`, or `auto`.
+        say: As for `tasks.Reading`.
 
     Raises:
         DataError: If a source cannot be read, or no row is good.
     """
-    reading, spool = Reading(names, task_name), _Spool()
+    reading, spool = Reading(names, task_name, say), _Spool()
     for row, _ in reading:
         spool.add(row)
     spool.flush()
 
-    def example_of(place: int) -> Example:
+    def example_of(number: int) -> Example:
         assert reading.task is not None
-        row = spool[place]
-        where = f"{row.file}, line {row.line}"
-        return replace(reading.task.read(row.values), row=place, place=where)
+        row = spool[number]
+        where = place(row.file, row.line)
+        return replace(reading.task.read(row.values), row=number, place=where)
 
     places = range(len(spool))
     rows = Lazy(spool.__getitem__, places)

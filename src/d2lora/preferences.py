@@ -2,14 +2,17 @@
 
 The formats of TRL: `prompt`, `chosen` and `rejected` as text; the same as lists of turns; or whole
 conversations in `chosen` and `rejected` that differ in the last answer. A text prompt in the form
-of hh-rlhf (`Human: ... Assistant:`) is read as turns.
+of hh-rlhf (`Human: ... Assistant:`) is read as turns. `system`, `history` and `context` are read as
+beside any question.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from d2lora.rows import BadRowError, Example, Message, Role, fields_of, text_field, turns_of, user
+from d2lora.formats import beside, learnt
+from d2lora.rows import BadRowError, Example, Message, Role, fields_of, text_field, user
+from d2lora.turns import turns_of
 
 _SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -35,7 +38,7 @@ def read_preference(row: Mapping[str, Any]) -> Example:
             raise BadRowError("`chosen` and `rejected` answer different prompts")
     if chosen.strip() == rejected.strip():
         raise BadRowError("`chosen` and `rejected` are the same, so nothing can be learnt")
-    return Example(prompt, chosen, rejected=rejected)
+    return Example(beside(row, prompt), chosen, rejected=rejected)
 
 
 def _prompt(row: Mapping[str, Any]) -> tuple[Message, ...] | None:
@@ -65,7 +68,7 @@ def _answer(row: Mapping[str, Any], name: str, prompt: tuple[Message, ...] | Non
         raise BadRowError(f"the last turn of `{name}` must be the assistant's")
     if prompt is not None and len(turns) > 1 and tuple(turns[:-1]) != prompt:
         raise BadRowError(f"`{name}` repeats a prompt, but not the one in `prompt`")
-    return turns[-1].content
+    return learnt(turns[-1])
 
 
 def _common_prompt(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:

@@ -6,12 +6,18 @@ from typing import Any
 
 from d2lora.data import is_local
 from d2lora.embedded.__main__ import write_world
+from d2lora.encode import Encoder, resolve_format
+from d2lora.encoded_sets import answers_beyond, encode_all, encode_prompts
 from d2lora.errors import D2LoraError, DataError, RunError, listed
-from d2lora.models import base_folder
+from d2lora.models import base_folder, load_tokenizer
 from d2lora.plan import WORLD, StudyPlan
 from d2lora.plan_file import read_plan
-from d2lora.settings import StudySettings
-from d2lora.tasks import read_task
+from d2lora.recipes import base_values
+from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
+from d2lora.tasks import Say, read_task
+
+LIMITS = ("max_length", "overlong", "chat_format")
+"""Settings of a task's training that its test rows share."""
 
 
 def place(settings: StudySettings) -> tuple[StudyPlan, Path, Path]:
@@ -24,11 +30,12 @@ def place(settings: StudySettings) -> tuple[StudyPlan, Path, Path]:
     return _with_world(read_plan(*settings.plan, changes=settings.set), store / "world"), store, out
 
 
-def check(plan: StudyPlan, *, fetch: bool = True) -> None:
+def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> None:
     """Open everything that a study names before hours are spent on it.
 
     Args:
         plan: What is to run.
+        say: Is told what test rows were read as; of training rows `decontaminated` tells.
         fetch: Ask the hub, too. False: what is not on this machine goes unchecked.
 
     Raises:
@@ -45,7 +52,7 @@ def check(plan: StudyPlan, *, fetch: bool = True) -> None:
             continue
         try:
             rows = len(read_task(task.data, task.task).examples)
-            read_task(task.test, task.task)
+            read_task(task.test, task.task, say=say)
         except D2LoraError as error:
             faults.append(f"tasks.{name}: {error}")
             continue
@@ -55,6 +62,30 @@ def check(plan: StudyPlan, *, fetch: bool = True) -> None:
             )
     if faults:
         raise DataError(f"the study cannot run:\n{listed(faults)}")
+
+
+def cut_short(plan: StudyPlan) -> list[str]:
+    """Say of every task how many rows its limits cut, and how many answers they cannot hold."""
+    base = BaseSettings(**base_values(plan))
+    tokenizer = load_tokenizer(base)
+    told: list[str] = []
+    for name, task in plan.tasks.items():
+        own = {key: value for key, value in {**plan.adapt, **task.adapt}.items() if key in LIMITS}
+        limits = EvaluateSettings(**dict(base), out=Path(), **own)
+        encoder = Encoder(tokenizer, resolve_format(tokenizer, limits.chat_format))
+        rows, tests = (read_task(files, task.task) for files in (task.data, task.test))
+        if tests.task.score in ("loss", "preference"):
+            continue
+        examples, length = tests.examples[: task.n_test], limits.max_length
+        found = [
+            encode_prompts(encoder, examples, length, limits.overlong).report(length),
+            answers_beyond(encoder, examples, task.max_new_tokens),
+        ]
+        if limits.overlong == "truncate":
+            trained = encode_all(encoder, rows.examples, length, "truncate").report(length)
+            found.insert(0, trained and f"training rows: {trained}")
+        told += [f"tasks.{name}: {fault}" for fault in found if fault]
+    return told
 
 
 def _with_world(plan: StudyPlan, folder: Path) -> StudyPlan:

@@ -1,10 +1,14 @@
-"""What every kind of row is made of: turns, examples, and fields checked one by one."""
+"""What every kind of row is made of: turns, examples, and fields that must be text."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+_LINED = (".jsonl", ".csv", ".tsv")
+"""Kinds of files whose rows are known by a line."""
 
 
 @dataclass(frozen=True)
@@ -13,8 +17,29 @@ class Message:
 
     role: Role
     content: str
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What a chat template may show beside: `tool_calls` of an assistant; of a tool its `name` and
+    the `tool_call_id` that it answers."""
     n_fixed: int = field(default=0, compare=False)
     """Signs of an instruction at the start of the content, which no length limit cuts."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the turn as a chat template gets it."""
+        return {"role": self.role, "content": self.content, **self.more}
+
+    @property
+    def of_tools(self) -> bool:
+        """Whether it calls a tool or is one's answer, which not every chat format can show."""
+        return self.role == "tool" or bool(self.more)
+
+    def altered(self) -> Iterator["Message"]:
+        """Return a turn of a tool with each of its calls, or its content, replaced."""
+        calls: list[dict[str, Any]] = self.more.get("tool_calls", [])
+        for index, call in enumerate(calls):
+            other = {**call, "function": {**call["function"], "name": "another_tool"}}
+            yield replace(self, more={"tool_calls": [*calls[:index], other, *calls[index + 1 :]]})
+        if not calls:
+            yield replace(self, content=f"{self.content} and more")
 
 
 @dataclass(frozen=True)
@@ -39,6 +64,34 @@ class Example:
     def text(self) -> str:
         """What is given and the completion, as one text."""
         return f"{self.question}\n{self.completion}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A raw row, and where it begins."""
+
+    values: dict[str, Any]
+    file: str
+    line: int
+    """From 1; in JSON lists, Parquet and hub data it counts rows."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row that cannot be used, why, and its text."""
+
+    file: str
+    line: int
+    reason: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{place(self.file, self.line)}: {self.reason}"
+
+
+def place(file: str, line: int) -> str:
+    """Return where a row stands, in words."""
+    return f"{file}, {'line' if Path(file).suffix in _LINED else 'row'} {line}"
 
 
 class BadRowError(ValueError):
@@ -70,27 +123,9 @@ def fields_of(row: Mapping[str, Any]) -> str:
 def user(text: str, instruction: str = "") -> tuple[Message, ...]:
     """Return a prompt of one user's turn; an empty line parts an instruction and a text."""
     fixed = f"{instruction}\n\n" if instruction else ""
-    return (Message("user", fixed + text, len(fixed)),)
+    return (Message("user", fixed + text, n_fixed=len(fixed)),)
 
 
-def turns_of(row: Mapping[str, Any], field: str) -> list[Message]:
-    """Return a field that must be a list of turns, each with `role` and `content`.
-
-    Raises:
-        BadRowError: If it is not, naming the turn.
-    """
-    turns = row[field]
-    if not isinstance(turns, list) or not turns:
-        raise BadRowError(f"field `{field}` must be a list of turns, found {type(turns).__name__}")
-    messages: list[Message] = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise BadRowError(f"turn {number} of `{field}` must have `role` and `content`")
-        role, content = turn["role"], turn["content"]
-        if role not in ("system", "user", "assistant"):
-            expected = "system, user or assistant"
-            raise BadRowError(f"turn {number}: role must be {expected}, found {role!r}")
-        if not isinstance(content, str) or not content.strip():
-            raise BadRowError(f"turn {number}: `content` must be text that is not empty")
-        messages.append(Message(role, content))
-    return messages
+def repeated(names: Iterable[str]) -> str:
+    """Return the names that come more than once, in quotes."""
+    return ", ".join(f"`{name}`" for name, n in Counter(names).items() if n > 1)

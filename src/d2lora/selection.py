@@ -56,8 +56,8 @@ def select(settings: SelectSettings) -> Selection:
     RunFolder.open(settings.out, settings.to_yaml())
     tokenizer = load_tokenizer(settings)
     encoder = Encoder(tokenizer, resolve_format(tokenizer, settings.chat_format))
-    pool = read_pool(settings.data, settings.task)
-    tasks = [read_task([name]).examples for name in settings.for_task]
+    pool = read_pool(settings.data, settings.task, reporter.say)
+    tasks = [read_task([name], say=reporter.say).examples for name in settings.for_task]
     seed = stream_seed(settings.seed, "source_cap")
     cleaned = clean(pool, settings, encoder, seed, reporter)
     reporter.say(cleaned.report())

@@ -28,7 +28,7 @@ from d2lora.grids import as_table
 from d2lora.jobs import WarmUp
 from d2lora.needs import BASE, Cell, CellFailedError, Missing, Needs, cells_of
 from d2lora.plan import StudyPlan
-from d2lora.readiness import check, place
+from d2lora.readiness import check, cut_short, place
 from d2lora.runs import DONE, provenance, write_json, write_text
 from d2lora.settings import StudySettings
 from d2lora.store import Job
@@ -58,10 +58,12 @@ def run_study(settings: StudySettings) -> Study:
     """
     reporter = Reporter(quiet=settings.quiet)
     plan, store, out = place(settings)
-    check(plan)
+    check(plan, reporter.say)
+    for said in cut_short(plan):
+        reporter.say(f"warning: {said}")
     # Workers load their libraries while the rows are looked at.
     with executor(settings.executor, settings.workers, settings.address) as submit:
-        plan, checks = decontaminated(plan, store, store / "world")
+        plan, checks = decontaminated(plan, store, store / "world", reporter.say)
         for said in contamination_said(c.to_json() for c in checks if c.removed):
             reporter.say(f"contamination: {said}")
         needs, cells = Needs(plan, store, keep_adapters=settings.keep_adapters), cells_of(plan)

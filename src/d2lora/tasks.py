@@ -5,20 +5,33 @@ because a score without its prompt cannot be compared (lm-evaluation-harness#203
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from d2lora.answers import target_answer
 from d2lora.data import Fault, Row, read_source, stream_source
 from d2lora.errors import DataError, listed
+from d2lora.formats import (
+    BESIDE,
+    FORMATS,
+    PROMPTS,
+    Conversation,
+    Format,
+    Seen,
+    format_of,
+    given,
+    missing,
+)
 from d2lora.preferences import read_preference
-from d2lora.rows import BadRowError, Example, fields_of, text_field, turns_of, user
+from d2lora.rows import BadRowError, Example, place, text_field, user
 
 Score = Literal["exact_match", "rouge", "loss", "preference"]
 
 
 Reader = Callable[[Mapping[str, Any]], Example]
+Say = Callable[[str], None]
+Check = Callable[[Example], None]
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,8 @@ class Task:
     name: str
     read: Reader
     score: Score
+    formats: tuple[Format, ...]
+    """What its rows may look like."""
 
 
 def read_word_problem(row: Mapping[str, Any]) -> Example:
@@ -40,7 +55,7 @@ def read_word_problem(row: Mapping[str, Any]) -> Example:
             "field `answer` must end in `#### N`, one space and a number alone such as 42, 1,250, "
             f"0.5 or 1/6; found {answer[answer.index('####') :].strip()!r:.60}"
         )
-    return Example(user(text_field(row, "question")), answer)
+    return Example(given(row, "question"), answer)
 
 
 def read_title(row: Mapping[str, Any]) -> Example:
@@ -55,83 +70,56 @@ def read_document(row: Mapping[str, Any]) -> Example:
 
 
 def read_instruction(row: Mapping[str, Any]) -> Example:
-    """Read messages, prompt/completion, instruction/input/output or question/answer."""
-    if "messages" in row:
-        return _read_messages(row)
-    if "instruction" in row:
-        extra = row.get("input") or ""
-        if not isinstance(extra, str):
-            raise BadRowError(f"field `input` must be text, found {type(extra).__name__}")
-        instruction = text_field(row, "instruction")
-        prompt = user(extra, instruction) if extra.strip() else user(instruction)
-        return Example(prompt, text_field(row, "output"))
-    if "prompt" in row:
-        answer = "completion" if "completion" in row else "response"
-        if answer not in row:
-            raise BadRowError(
-                f"field `completion` (or `response`) is missing beside `prompt`; "
-                f"found {fields_of(row)}"
-            )
-        source = row.get("source")
-        named = source if isinstance(source, str) else ""
-        return Example(user(text_field(row, "prompt")), text_field(row, answer), named)
-    if "question" in row:
-        return Example(user(text_field(row, "question")), text_field(row, "answer"))
-    raise BadRowError(
-        "expected messages, prompt/completion, instruction/input/output, question/answer, "
-        f"text/title or text; found {fields_of(row)}"
-    )
+    """Read a conversation in any of `formats.FORMATS`."""
+    known = format_of(FORMATS, row)
+    if not isinstance(known, Conversation):
+        raise BadRowError(missing(row))
+    return known.read(row)
 
 
 def read_prompt(row: Mapping[str, Any]) -> Example:
     """Read the prompt alone of a row of any kind; a completion beside it is not needed."""
     if {"chosen", "rejected"} <= row.keys():
         return replace(read_preference(row), completion="", rejected=None)
-    if "messages" in row:
-        turns = row["messages"]
-        open_end = isinstance(turns, list) and turns and dict(turns[-1]).get("role") == "user"
-        closed = [*turns, {"role": "assistant", "content": "-"}] if open_end else turns
-        return _read_messages({"messages": closed})
+    known = format_of(PROMPTS, row)
+    if isinstance(known, Conversation):
+        return known.read(row)
     if "text" in row:
-        return read_title({**row, "title": "-"})
-    if "question" in row:
-        return Example(user(text_field(row, "question")), "")
-    if "instruction" in row:
-        return read_instruction({**row, "output": "-"})
-    return Example(user(text_field(row, "prompt")), "")
+        return replace(read_title({**row, "title": "-"}), completion="")
+    raise BadRowError(missing(row))
 
 
-def _read_messages(row: Mapping[str, Any]) -> Example:
-    messages = turns_of(row, "messages")
-    if messages[-1].role != "assistant":
-        raise BadRowError(f"the last turn must be the assistant's, found {messages[-1].role!r}")
-    if len(messages) == 1:
-        raise BadRowError("a user's turn must come before the assistant's")
-    return Example(tuple(messages[:-1]), messages[-1].content)
-
-
+_GSM8K = Format("GSM8K", ("question", "answer"), BESIDE)
+_TITLE = Format("text/title", ("text", "title"))
+_DOCUMENT = Format("documents", ("text",))
+_PREFERENCE = Format("preferences", ("chosen", "rejected"), ("prompt", *BESIDE))
 TASKS = {
-    "gsm8k": Task("gsm8k", read_word_problem, "exact_match"),
-    "titles": Task("titles", read_title, "rouge"),
-    "instruct": Task("instruct", read_instruction, "rouge"),
-    "text": Task("text", read_document, "loss"),
-    "preferences": Task("preferences", read_preference, "preference"),
-    "prompts": Task("prompts", read_prompt, "loss"),
+    "gsm8k": Task("gsm8k", read_word_problem, "exact_match", (_GSM8K,)),
+    "titles": Task("titles", read_title, "rouge", (_TITLE,)),
+    "instruct": Task("instruct", read_instruction, "rouge", FORMATS),
+    "text": Task("text", read_document, "loss", (_DOCUMENT,)),
+    "preferences": Task("preferences", read_preference, "preference", (_PREFERENCE,)),
+    "prompts": Task("prompts", read_prompt, "loss", (_PREFERENCE, *PROMPTS, _TITLE, _DOCUMENT)),
 }
+_LABELS = frozenset(
+    "label labels label_text label_name class target targets sentiment intent summary answer "
+    "answers output response completion translation".split()
+)
+"""Fields that beside `text` are what is to be learnt of it."""
 
 
 def task_of(name: str, first_row: Mapping[str, Any]) -> Task:
     """Return the task named, or (`auto`) the one that the first row's fields tell."""
     if name != "auto":
         return TASKS[name]
-    fields = first_row.keys()
+    fields = {field for field, value in first_row.items() if value is not None}
     if {"chosen", "rejected"} <= fields:
         return TASKS["preferences"]
     if {"question", "answer"} <= fields and "####" in str(first_row["answer"]):
         return TASKS["gsm8k"]
     if {"text", "title"} <= fields:
         return TASKS["titles"]
-    if "text" in fields and not fields & {"prompt", "messages", "instruction", "question"}:
+    if "text" in fields and format_of(PROMPTS, first_row) is None:
         return TASKS["text"]
     return TASKS["instruct"]
 
@@ -176,19 +164,24 @@ class TaskData:
 class Reading:
     """Sources gone through once as rows of one task; bad rows are set aside on the way."""
 
-    def __init__(self, names: Sequence[str], task_name: str) -> None:
+    def __init__(
+        self, names: Sequence[str], task_name: str, say: Say | None = None,
+        check: Check | None = None,
+    ) -> None:  # fmt: skip
         """Remember what is to be read.
 
         Args:
             names: Files or hub data sets.
             task_name: A name of `TASKS`, or `auto`: told from the first row.
+            say: Is told of each source what its rows were read as, and which fields were not used.
+            check: Raises `BadRowError` for an example that cannot be used.
 
         Raises:
             DataError: If there are no names.
         """
         if not names:
             raise DataError("no data: give --data one or more files or hub data sets")
-        self._names, self._task_name = names, task_name
+        self._names, self._task_name, self._say, self._check = names, task_name, say, check
         self.task: Task | None = None
         self.sources: list[dict[str, Any]] = []
         self.faults: list[Fault] = []
@@ -197,11 +190,12 @@ class Reading:
         """Yield the good rows, each with its example.
 
         Raises:
-            DataError: If a source cannot be read.
+            DataError: If a source cannot be read, or holds labels beside what would be learnt as
+                documents.
         """
         n_good = 0
         for name in self._names:
-            stream, n_rows = stream_source(name), 0
+            stream, n_rows, seen = stream_source(name), 0, Seen(name)
             for item in stream.items:
                 if isinstance(item, Fault):
                     self.faults.append(item)
@@ -210,13 +204,19 @@ class Reading:
                 self.task = self.task or task_of(self._task_name, item.values)
                 try:
                     example = self.task.read(item.values)
+                    if self._check is not None:
+                        self._check(example)
                 except BadRowError as error:
                     told = json.dumps(item.values, default=str)
                     self.faults.append(Fault(item.file, item.line, str(error), told))
                 else:
-                    place = f"{item.file}, line {item.line}"
-                    yield item, replace(example, row=n_good, place=place)
+                    new = seen.add(self.task.formats, item.values)
+                    if self.task.name == "text" and self._task_name == "auto":
+                        _refuse_labels(name, new)
+                    where = place(item.file, item.line)
+                    yield item, replace(example, row=n_good, place=where)
                     n_good += 1
+            seen.tell(self._say)
             read = {"file": stream.name, "rows": n_rows, "sha256": stream.fingerprint()}
             self.sources.append(read)
 
@@ -231,18 +231,27 @@ class Reading:
         return TaskData(self.task, examples, rows, self.sources, self.faults)
 
 
-def read_task(names: Sequence[str], task_name: str = "auto", *, skip_bad: bool = False) -> TaskData:
+def read_task(
+    names: Sequence[str],
+    task_name: str = "auto",
+    *,
+    skip_bad: bool = False,
+    say: Say | None = None,
+    check: Check | None = None,
+) -> TaskData:
     """Read sources as examples of one task.
 
     Args:
         names: Files or hub data sets.
         task_name: A name of `TASKS`, or `auto`.
         skip_bad: Return bad rows as `faults` instead of raising.
+        say: As for `Reading`.
+        check: As for `Reading`.
 
     Raises:
         DataError: If a source cannot be read, no row is left, or rows are bad; all at once.
     """
-    reading = Reading(names, task_name)
+    reading = Reading(names, task_name, say, check)
     rows: list[Row] = []
     examples: list[Example] = []
     for row, example in reading:
@@ -251,8 +260,11 @@ def read_task(names: Sequence[str], task_name: str = "auto", *, skip_bad: bool =
     return reading.data(examples, rows, skip_bad=skip_bad)
 
 
-def read_choices(names: Sequence[str]) -> list[Choice]:
-    """Read multiple-choice questions.
+_CHOICE = Format("multiple choice", ("prompt", "choices", "answer"), ("benchmark",))
+
+
+def read_choices(names: Sequence[str], say: Say | None = None) -> list[Choice]:
+    """Read multiple-choice questions; `say` is told which fields were not used.
 
     Raises:
         DataError: As `read_task`.
@@ -261,13 +273,27 @@ def read_choices(names: Sequence[str]) -> list[Choice]:
     faults: list[Fault] = []
     for source in map(read_source, names):
         faults += source.faults
+        seen = Seen(source.name)
         for row in source.rows:
             try:
                 choices.append(read_choice(row.values))
             except BadRowError as error:
                 faults.append(Fault(row.file, row.line, str(error), ""))
+            else:
+                seen.add((_CHOICE,), row.values)
+        seen.tell(say)
     _check_faults(faults, len(choices), skip_bad=False)
     return choices
+
+
+def _refuse_labels(name: str, fields: Iterable[str]) -> None:
+    labels = [field for field in fields if field.lower() in _LABELS]
+    if labels:
+        raise DataError(
+            f"{name}: `text` with `{labels[0]}` is no document to be learnt; rename the columns, "
+            "as in `prompt` and `completion`, to learn the one from the other, or drop "
+            f"`{labels[0]}` (or set --task text) to learn the texts alone"
+        )
 
 
 def _check_faults(faults: Sequence[Fault], n_good: int, *, skip_bad: bool) -> None:
