@@ -96,13 +96,14 @@ def answers_beyond(
     encoder: Encoder, examples: Sequence[Example], max_new_tokens: int
 ) -> str | None:
     """Say how many gold answers no output can hold; None where all fit."""
-    lengths = [item.n_supervised - 1 for item in every(encoder.encode, examples)]  # without EOS
+    lengths = [item.n_supervised for item in every(encoder.encode, examples)]
     n_long = sum(n > max_new_tokens for n in lengths)
     if not n_long:
         return None
     return (
         f"{n_long:,} of {len(lengths):,} gold answers are longer than max_new_tokens "
-        f"{max_new_tokens:,} (the longest has {max(lengths):,} tokens), so no output can equal them"
+        f"{max_new_tokens:,} with the EOS that ends them (the longest has {max(lengths):,} tokens), "
+        "so no output can reach their end"
     )
 
 

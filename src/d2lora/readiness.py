@@ -7,7 +7,7 @@ from typing import Any
 from d2lora.data import is_local
 from d2lora.embedded.__main__ import write_world
 from d2lora.encode import Encoder, resolve_format
-from d2lora.encoded_sets import answers_beyond, encode_all, encode_prompts
+from d2lora.encoded_sets import answers_beyond, encode_prompts, every
 from d2lora.errors import D2LoraError, DataError, RunError, listed
 from d2lora.models import base_folder, load_tokenizer
 from d2lora.plan import WORLD, StudyPlan
@@ -82,8 +82,13 @@ def cut_short(plan: StudyPlan) -> list[str]:
             answers_beyond(encoder, examples, task.max_new_tokens),
         ]
         if limits.overlong == "truncate":
-            trained = encode_all(encoder, rows.examples, length, "truncate").report(length)
-            found.insert(0, trained and f"training rows: {trained}")
+            over = [item.length - length for item in every(encoder.encode, rows.examples)]
+            n_long, n_cut = sum(n > 0 for n in over), sum(n for n in over if n > 0)
+            if n_long:
+                told.append(
+                    f"tasks.{name}: {n_long:,} of {len(over):,} training rows are cut to {length:,} "
+                    f"tokens, by {n_cut:,} tokens"
+                )
         told += [f"tasks.{name}: {fault}" for fault in found if fault]
     return told
 
