@@ -54,7 +54,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from d2lora.cost import peak_memory_bytes
-    from d2lora.encode import Encoder, encode_pairs, plain_prompt
+    from d2lora.encode import Encoder, plain_prompt
+    from d2lora.encoded_sets import encode_pairs
     from d2lora.inits import LoraShape, attach_fresh
     from d2lora.models import load_base
     from d2lora.settings import AdaptSettings

@@ -1,5 +1,9 @@
 """What is supervised: exactly the completion and EOS, in every chat format."""
 
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,20 +11,40 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
+from d2lora.adaptation import adapt
 from d2lora.batches import Encoded, collate, micro_batches
-from d2lora.encode import Encoder, encode_all, resolve_format
+from d2lora.encode import Encoder, resolve_format
+from d2lora.encoded_sets import encode_all, encode_prompts
 from d2lora.errors import DataError, SettingsError
+from d2lora.evaluation import evaluate
+from d2lora.generation import generate
+from d2lora.measuring import questions_of
 from d2lora.models import Base, load_base
 from d2lora.objectives import SFT
-from d2lora.rows import Example, Message
+from d2lora.rows import Example, Message, user
 from d2lora.scorer import TokenScorer
-from d2lora.settings import BaseSettings
+from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, GenerateSettings
+from d2lora.tasks import Choice, read_task
+from support import read_rows, write_rows
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|eos|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML_OF = "<|im_start|>user\n{}<|eos|>\n<|im_start|>assistant\n"
+STRICT = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('system role not supported') }}"
+    "{% endif %}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
 )
 FORGETFUL = (
     "{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}"
@@ -120,20 +144,200 @@ def test_over_long_examples_are_an_error_unless_told_otherwise(base: Base) -> No
         encode_all(encoder, [examples[1]], 64, "drop")
 
 
-@given(st.integers(0, 60), st.integers(1, 60), st.integers(8, 50))
-def test_truncation_never_eats_the_whole_completion(
-    n_prompt: int, n_completion: int, limit: int
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from("a few words of 学習 🙂 and 12.5 <|eos|>".split()), min_size=1, max_size=80
+    ),
+    st.lists(st.sampled_from("an answer ends so".split()), min_size=1, max_size=80),
+    st.integers(24, 90),
+    st.sampled_from(["plain", "template"]),
+)
+def test_a_row_that_is_cut_keeps_instruction_template_and_both_ends_of_its_fields(
+    tiny_base: str, asked: list[str], answered: list[str], limit: int, form: Any
 ) -> None:
-    item = Encoded(tuple(range(n_prompt + n_completion)), n_prompt)
-    cut = item.truncated(limit)
-    assert len(cut.ids) == min(limit, len(item.ids))
-    kept = cut.ids[cut.n_prompt :]
-    assert kept == item.ids[n_prompt : n_prompt + len(kept)]
-    assert kept
-    if len(item.ids) - limit <= n_prompt - max(1, limit // 4):
-        assert len(kept) == n_completion
-    if n_prompt:
-        assert cut.ids[0] == item.ids[0]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = CHATML
+    encoder = Encoder(tokenizer, form)
+    row = Example(user(" ".join(asked), "Say it."), " ".join(answered))
+    item, whole = encoder.encode(row, limit), encoder.encode(row)
+    assert item.length <= limit
+    assert item.ids[-1] == tokenizer.eos_token_id
+    assert item.ids.count(tokenizer.eos_token_id) == whole.ids.count(tokenizer.eos_token_id)
+    text = tokenizer.decode(item.ids)
+    assert "Say it.\n\n" in text
+    kept = text.split("Say it.\n\n")[1]
+    assert kept.startswith(asked[0][0])
+    assert answered[-1][-1] + "<|eos|>" in text
+    if whole.length <= limit:
+        assert item == whole
+    assert len(encoder.prompt_of(row, limit)) <= limit
+
+
+def test_the_longest_field_loses_its_middle_in_training_and_in_test(base: Base) -> None:
+    encoder = Encoder.of(base, None)
+    abstract = " ".join(f"w{number}" for number in range(200))
+    row = Example(user(abstract, "Write a title for this text."), "A short title")
+    cut = encode_all(encoder, [row, example()], 128, "truncate")
+    text = base.tokenizer.decode(cut.items[0].ids)
+    assert text.startswith("<|bos|>User: Write a title for this text.\n\nw0 w1 w2")
+    assert text.endswith("w198 w199\nAssistant: A short title<|eos|>")
+    assert 120 < cut.items[0].length <= 128
+    assert cut.n_tokens_cut == encoder.encode(row).length - cut.items[0].length
+    assert "truncated 1 of 2 examples longer than 128 tokens (longest" in str(cut.report(128))
+    assert f"{cut.n_tokens_cut:,} tokens cut from the middle" in str(cut.report(128))
+    prompts = encode_prompts(encoder, [row, example()], 128, "truncate")
+    shown = base.tokenizer.decode(prompts.ids[0])
+    assert shown.startswith("<|bos|>User: Write a title for this text.\n\nw0 w1 w2")
+    assert shown.endswith("w198 w199\nAssistant:")
+    assert "truncated 1 of 2 prompts longer than 128 tokens" in str(prompts.report(128))
+    assert encode_prompts(encoder, [row], 128, "error").ids[0] == encoder.prompt_ids(row.prompt)
+
+
+def test_a_question_beside_a_long_context_stays_whole(base: Base, tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Who wins?", "context": "so it goes " * 80, "response": "The fox."},
+        {"instruction": "Who wins?", "input": "so it goes " * 80, "output": "The fox."},
+        {"messages": [
+            {"role": "system", "content": "Be kind to every fox that you meet."},
+            {"role": "user", "content": "so it goes " * 80},
+            {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "Who wins?"},
+            {"role": "assistant", "content": "The fox."},
+        ]},
+    ]  # fmt: skip
+    for number, row in enumerate(rows):
+        data = read_task([write_rows(tmp_path / f"{number}.jsonl", [row])])
+        item = Encoder.of(base, None).encode(data.examples[0], 100)
+        text = base.tokenizer.decode(item.ids)
+        assert "Who wins?" in text
+        assert text.endswith("The fox.<|eos|>")
+        assert item.length <= 100
+        assert number < 2 or "System: Be kind to every fox that you meet." in text
+
+
+def test_a_format_that_is_longer_than_the_limit_is_an_error_with_the_row(templated: Any) -> None:
+    templated.chat_template = "Behave. " * 60 + CHATML
+    row = replace(example(), place="d.jsonl, line 3")
+    with pytest.raises(DataError, match=r"d.jsonl, line 3: it cannot be cut to 40 tokens"):
+        encode_all(Encoder(templated, "template"), [row], 40, "truncate")
+
+
+@pytest.mark.parametrize("form", ["plain", "template"])
+def test_special_tokens_in_data_are_text_and_eos_is_supervised_once(
+    templated: Any, form: Any
+) -> None:
+    eos, encoder = templated.eos_token_id, Encoder(templated, form)
+    told = "The token <|eos|> ends it<|eos|>"
+    asked = "What is <|bos|> or <|im_start|> <|eos|>?"
+    turns = (Message("system", "No <|eos|>"), Message("user", asked))
+    row = Example(
+        (*turns, Message("assistant", "<|eos|>"), Message("user", asked)), told, rejected="<|pad|>"
+    )
+    plain = [
+        replace(turn, content=re.sub(r"<\|(\w+)\|>", r"<!\1!>", turn.content))
+        for turn in row.prompt
+    ]
+    pair = encoder.encode_pair(row)
+    for item, answer in ((pair.chosen, told), (pair.rejected, "<|pad|>")):
+        assert item.ids[item.n_prompt :].count(eos) == 1
+        assert item.ids[-1] == eos
+        assert templated.decode(item.ids[item.n_prompt : -1]).strip() == answer
+        assert list(item.ids[: item.n_prompt]) == encoder.prompt_ids(row.prompt)
+    prompt = list(pair.chosen.ids[: pair.chosen.n_prompt])
+    special = [token for token in prompt if token in templated.all_special_ids]
+    harmless = [token for token in encoder.prompt_ids(plain) if token in templated.all_special_ids]
+    assert special == harmless
+    assert templated.decode(prompt).count(asked) == 2
+    document = encoder.encode(Example((), told))
+    assert document.ids.count(eos) == 1
+    assert templated.decode(document.ids) == f"<|bos|>{told}<|eos|>"
+
+
+def test_special_tokens_in_choices_and_examples_before_a_prompt_are_text(base: Base) -> None:
+    rows = questions_of(Encoder.of(base, None), [Choice("Which <|eos|>?", ("a <|eos|>", "b"), 0)])
+    assert base.eos_id not in (*rows[0].prompt, *rows[0].endings[0], *rows[0].endings[1])
+    assert base.tokenizer.decode(rows[0].endings[0]) == " a <|eos|>"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(max_size=40), st.text(max_size=40), st.sampled_from(["plain", "template"]))
+def test_data_with_special_tokens_has_the_ids_of_the_tokenizer_that_splits_them(
+    tiny_base: str, before: str, behind: str, form: Any
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHATML
+    encoder = Encoder(tokenizer, form)
+    ordinary = re.sub(r"<\|(eos|bos|pad|im_start)\|>", "", before + behind) + "."
+    shown = CHATML_OF if form == "template" else "User: {}\nAssistant:"
+    known = tokenizer(shown.format(ordinary), add_special_tokens=form == "plain")["input_ids"]
+    assert encoder.prompt_ids(user(ordinary)) == known
+    told = f"{before}<|eos|>{behind}"
+    ids = encoder.encode(Example((), told)).ids
+    assert (
+        list(ids[1:-1])
+        == tokenizer(told, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    )
+    prompt = encoder.prompt_ids(user(told))
+    assert tokenizer.eos_token_id not in (prompt if form == "plain" else prompt[:-10])
+
+
+def test_special_tokens_that_a_vocabulary_holds_whole_are_spelled() -> None:
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((sign, -2.0) for sign in "▁</s>ab")]
+    core = Tokenizer(models.Unigram(pieces, unk_id=0))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    encoder = Encoder(tokenizer, "template")
+    item = encoder.encode(Example(user("a</s>b"), "b</s>a"))
+    assert tokenizer.convert_ids_to_tokens(item.ids) == [*"▁a</s>b", "</s>", *"b</s>a", "</s>"]
+
+
+def test_a_row_that_the_template_refuses_is_told_with_its_line(
+    tiny_base: str, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = STRICT + CHATML
+    tokenizer.save_pretrained(base)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    twice = {"messages": [*turns, {"role": "assistant", "content": "Hello again"}]}
+    system = {"messages": [{"role": "system", "content": "Be short"}, *turns]}
+    data = write_rows(tmp_path / "d.jsonl", [{"messages": turns}] * 3 + [twice, system])
+    common = {"base": str(base), "device": "cpu", "data": (data,), "max_steps": 1, "quiet": True}
+    with pytest.raises(DataError) as caught:
+        adapt(AdaptSettings(**common, out=tmp_path / "one"))
+    assert "line 4" in str(caught.value)
+    assert "roles must alternate" in str(caught.value)
+    assert "line 5" in str(caught.value)
+    assert "system role not supported" in str(caught.value)
+    assert "--skip-bad-rows" in str(caught.value)
+    adapt(AdaptSettings(**common, out=tmp_path / "two", skip_bad_rows=True))
+    aside = read_rows(tmp_path / "two" / "bad_rows.jsonl")
+    assert [row["line"] for row in aside] == [4, 5]
+    shown = write_rows(tmp_path / "p.jsonl", [{"prompt": "Hi"}, system])
+    with pytest.raises(DataError, match=r"p.jsonl, line 2: the chat template of .* refuses"):
+        generate(GenerateSettings(base=str(base), device="cpu", prompts=shown, max_new_tokens=2))
+
+
+def test_evaluate_says_what_it_cuts_and_which_answers_do_not_fit(
+    tiny_base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": "word " * n, "title": "a title of some length"} for n in (10, 200)]
+    data = write_rows(tmp_path / "t.jsonl", rows)
+    common = {"base": tiny_base, "device": "cpu", "data": (data,), "max_length": 64}
+    cut = EvaluateSettings(**common, out=tmp_path / "e", overlong="truncate", max_new_tokens=4)
+    evaluate(cut)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "truncated 1 of 2 prompts longer than 64 tokens" in said
+    assert "2 of 2 gold answers are longer than max_new_tokens 4" in said
+    evaluate(EvaluateSettings(**common, out=tmp_path / "f", max_new_tokens=60))
+    said = capsys.readouterr().err
+    assert "truncated" not in said
+    assert "gold answers" not in said
 
 
 @given(

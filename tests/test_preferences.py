@@ -29,7 +29,8 @@ from d2lora import (
 )
 from d2lora.batches import Pair
 from d2lora.embedded import word_problem_rows
-from d2lora.encode import Encoder, encode_pairs
+from d2lora.encode import Encoder
+from d2lora.encoded_sets import encode_pairs
 from d2lora.models import load_base
 from d2lora.objectives import DPO, ORPO
 from d2lora.pair_scores import PairScorer
@@ -155,10 +156,13 @@ def test_both_completions_end_in_eos_and_share_the_prompt(
         assert pair.chosen.ids[:n_prompt] == pair.rejected.ids[:n_prompt]
 
 
-def test_a_long_pair_is_cut_alike(pairs: tuple[TokenScorer, list[Pair], int]) -> None:
-    for pair in pairs[1]:
-        cut = pair.truncated(48)
-        assert cut.length <= 48
+def test_a_long_pair_is_cut_alike(tiny_base: str) -> None:
+    base = load_base(BaseSettings(base=tiny_base, device="cpu"))
+    asked = user(" ".join(f"word{i}" for i in range(40)))
+    example = Example(asked, "good " * 30, rejected="bad " * 60)
+    for length in (48, 96):
+        cut = Encoder.of(base, None).encode_pair(example, length)
+        assert length - 4 <= cut.length <= length
         assert cut.chosen.n_prompt == cut.rejected.n_prompt
         assert cut.chosen.ids[: cut.chosen.n_prompt] == cut.rejected.ids[: cut.chosen.n_prompt]
 

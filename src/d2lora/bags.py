@@ -3,11 +3,14 @@
 The one door to scikit-learn. Rows are sparse, so memory grows with the words of a text alone.
 """
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from d2lora.unicode_words import pieces_of
 
 Array = NDArray[np.float32]
 Bags = Any  # a scipy sparse matrix, shape (texts, buckets)
@@ -21,9 +24,14 @@ def count_bags(texts: Sequence[str], n_buckets: int = _BUCKETS, longest_gram: in
 
     options: dict[str, Any] = {
         "n_features": n_buckets, "ngram_range": (1, longest_gram), "alternate_sign": False,
-        "norm": None, "dtype": np.float32, "token_pattern": r"\w+|[^\w\s]+",
+        "norm": None, "dtype": np.float32, "preprocessor": _folded, "tokenizer": pieces_of,
+        "token_pattern": None,
     }  # fmt: skip
     return HashingVectorizer(**options).transform(texts or [""])[: len(texts)]
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", text.lower())
 
 
 def bags_in_blocks(texts: Sequence[str], n_buckets: int, longest_gram: int) -> Iterator[Bags]:

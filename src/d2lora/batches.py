@@ -5,9 +5,9 @@ Shapes: B rows, T tokens of the longest, P predicted tokens in the whole batch.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,10 +34,6 @@ class Item(Protocol):
     @property
     def n_supervised(self) -> int:
         """Tokens that are predicted."""
-        ...
-
-    def truncated(self, max_length: int) -> Self:
-        """Return the item cut to `max_length` tokens a row."""
         ...
 
 
@@ -80,23 +76,6 @@ class Encoded:
         """Tokens that are predicted; a completion without any prompt lacks its first."""
         return len(self.ids) - max(1, self.n_prompt)
 
-    def truncated(self, max_length: int) -> "Encoded":
-        """Cut the row: the prompt's start first, then the completion's end.
-
-        The prompt keeps its first token (BOS) and its end, a quarter of the length where it has
-        so much, so neither part is ever cut away whole.
-        """
-        return _cut(self, len(self.ids) - max_length, max_length)
-
-
-def _cut(item: Encoded, excess: int, max_length: int) -> Encoded:
-    if excess <= 0:
-        return item
-    least = min(item.n_prompt, max(1, max_length // 4))
-    n_cut = min(excess, item.n_prompt - least)
-    ids = item.ids[:1] + item.ids[1 + n_cut :] if n_cut else item.ids
-    return replace(item, ids=ids[:max_length], n_prompt=item.n_prompt - n_cut)
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -126,12 +105,6 @@ class Pair:
     def n_supervised(self) -> int:
         """Tokens of both completions."""
         return self.chosen.n_supervised + self.rejected.n_supervised
-
-    def truncated(self, max_length: int) -> "Pair":
-        """Cut both rows; the prompt is cut alike, as the longer row needs it."""
-        excess = self.length - max_length
-        chosen, rejected = (_cut(i, excess, max_length) for i in (self.chosen, self.rejected))
-        return replace(self, chosen=chosen, rejected=rejected)
 
 
 class Batch(NamedTuple):

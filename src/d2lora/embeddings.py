@@ -48,12 +48,12 @@ def base_states(
         base: The base; no adapter is on it.
         encoder: Makes token ids.
         examples: The rows.
-        max_tokens: Longer rows lose the start of their prompt.
+        max_tokens: Longer rows lose the middle of their longest field.
     """
     model = causal_model(base.model)
     decoder = getattr(model, model.base_model_prefix)
     device = base.model.device
-    items = [encoder.encode_within(example, max_tokens) for example in examples]
+    items = [encoder.encode(example, max_tokens) for example in examples]
     order = sorted(range(len(items)), key=lambda index: -len(items[index].ids))
     found = torch.empty(len(items), _hidden_size(base))
     done = 0

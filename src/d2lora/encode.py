@@ -1,17 +1,21 @@
-"""From examples to token ids: chat format, supervised span, length limit."""
+"""From an example to token ids: chat format, supervised span, length limit."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Generic, Literal
+from functools import cached_property
+from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from d2lora.batches import Encoded, Pair, T
+from d2lora.batches import Encoded, Pair
 from d2lora.errors import DataError, ModelError, SettingsError
+from d2lora.fitting import Span, fitted
 from d2lora.models import Base, n_embedded, n_positions, unknown_token
 from d2lora.rows import BadRowError, Example, Message
-from d2lora.settings import Overlong
+from d2lora.shields import Shield
 
 Format = Literal["template", "plain"]
 _SPEAKER = {"system": "System", "user": "User", "assistant": "Assistant"}
@@ -44,7 +48,11 @@ def plain_prompt(messages: Sequence[Message]) -> str:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns examples into token ids in one chat format."""
+    """Turns examples into token ids in one chat format.
+
+    Special tokens come from the format alone: their strings in data are text. What a chat template
+    does to a text, such as stripping it, is done in training as in generation.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     format: Format
@@ -59,30 +67,91 @@ class Encoder:
         form = resolve_format(base.tokenizer, chat_format)
         return cls(base.tokenizer, form, n_positions(base.model), n_embedded(base.model))
 
+    def encode(self, example: Example, max_length: int | None = None) -> Encoded:
+        """Return an example's ids; the prompt and the completion are tokenized apart.
+
+        So the prompt's ids are the same in training and in generation, and the supervised span
+        is exactly the completion and EOS.
+
+        Args:
+            example: The row.
+            max_length: Most tokens, and no more than the base takes. A longer row loses the middle
+                of its longest field, a document its end.
+
+        Raises:
+            DataError: If the chat template refuses the turns, or nothing is left to cut.
+        """
+        with _placed(example):
+            encoded, limit = self._encode(example), self._limit(max_length)
+            if limit is None or encoded.length <= limit:
+                return encoded
+            if not example.prompt:
+                return replace(encoded, ids=encoded.ids[:limit])
+            return self._encode(
+                fitted(example, lambda e: self._encode(e).length, limit, self._spans)
+            )
+
+    def encode_pair(self, example: Example, max_length: int | None = None) -> Pair:
+        """Return the ids of a preference: its prompt with either completion; as `encode`."""
+        with _placed(example):
+            pair, limit = self._encode_pair(example), self._limit(max_length)
+            if limit is None or pair.length <= limit:
+                return pair
+            return self._encode_pair(
+                fitted(example, lambda e: self._encode_pair(e).length, limit, self._spans)
+            )
+
+    def _limit(self, max_length: int | None) -> int | None:
+        return None if max_length is None else min(max_length, self.n_positions)
+
+    def prompt_of(self, example: Example, max_length: int | None = None) -> list[int]:
+        """Return the ids of an example's prompt alone, cut as `encode` cuts."""
+        with _placed(example):
+            ids = self.prompt_ids(example.prompt)
+            if max_length is None or len(ids) <= max_length:
+                return ids
+            alone = replace(example, completion="", rejected=None)
+            cut = fitted(alone, lambda e: len(self.prompt_ids(e.prompt)), max_length, self._spans)
+            return self.prompt_ids(cut.prompt)
+
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
         """Return the ids that a completion follows, ready for generation.
 
         Raises:
-            DataError: If the chat format cannot show a turn.
+            DataError: If the chat template refuses the turns, or does not show one.
             ModelError: If a token is beyond the base's embedding.
         """
-        if fault := self._unshown(prompt):
-            raise DataError(fault)
+        text = self._prompt_text(prompt)
         if self.format == "template" and prompt:
-            return self._ids(self._templated(prompt, completing=True))
-        ids = self.tokenizer(plain_prompt(prompt))["input_ids"]
-        assert isinstance(ids, list)
-        self._check(ids)
+            return self._ids(text)
+        ids = self._ids(text, whole=True)
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def check(self, example: Example) -> None:
-        """Check that the chat format shows every turn of an example's prompt.
+        """Check that the chat format takes an example, and shows every turn of its prompt.
 
         Raises:
             BadRowError: If it does not.
         """
-        if fault := self._unshown(example.prompt):
-            raise BadRowError(fault)
+        try:
+            self._prompt_text(example.prompt)
+            for completion in (example.completion, example.rejected):
+                if self.format == "template" and example.prompt and completion:
+                    self._templated((*example.prompt, Message("assistant", completion)))
+        except DataError as error:
+            raise BadRowError(str(error)) from None
+
+    def _prompt_text(self, prompt: Sequence[Message]) -> str:
+        """Return a prompt as the chat format writes it, special tokens of data marked.
+
+        Raises:
+            DataError: If the chat template refuses the turns, or does not show one.
+        """
+        if fault := self._unshown(prompt):
+            raise DataError(fault)
+        if self.format == "template" and prompt:
+            return self._templated(prompt, completing=True)
+        return self._shield.marked(plain_prompt(prompt))
 
     def _unshown(self, prompt: Sequence[Message]) -> str | None:
         """Say which turn of a tool the chat format leaves out; None where it shows all."""
@@ -105,58 +174,54 @@ class Encoder:
                     )
         return None
 
-    def encode(self, example: Example) -> Encoded:
-        """Return an example's ids; the prompt and the completion are tokenized apart.
-
-        So the prompt's ids are the same in training and in generation, and the supervised span
-        is exactly the completion and EOS.
-        """
+    def _encode(self, example: Example) -> Encoded:
         prompt = self.prompt_ids(example.prompt)
         if self.format == "template" and example.prompt:
             completion = self._templated_completion(example)
         else:
-            completion = self._ids((" " if example.prompt else "") + example.completion)
+            text = (" " if example.prompt else "") + example.completion
+            completion = self._ids(self._shield.marked(text))
         eos_id = self.tokenizer.eos_token_id
         assert isinstance(eos_id, int)
-        if completion[-1] != eos_id:
+        if not completion or completion[-1] != eos_id:
             completion.append(eos_id)
         return Encoded((*prompt, *completion), len(prompt))
 
-    def encode_within(self, example: Example, max_length: int) -> Encoded:
-        """Return an example's ids, cut to `max_length` tokens and to what the base takes."""
-        return self.encode(example).truncated(min(max_length, self.n_positions))
-
-    def encode_pair(self, example: Example) -> Pair:
-        """Return the ids of a preference: its prompt with either completion."""
+    def _encode_pair(self, example: Example) -> Pair:
         assert example.rejected is not None
         other = replace(example, completion=example.rejected)
-        return Pair(self.encode(example), self.encode(other))
+        return Pair(self._encode(example), self._encode(other))
 
-    def _templated(self, messages: Sequence[Message], *, completing: bool) -> str:
-        turns = [turn.to_dict() for turn in messages]
-        text = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=completing
-        )
+    def _templated(self, messages: Sequence[Message], *, completing: bool = False) -> str:
+        """Return turns as the template writes them, special tokens of data marked."""
+        turns = [self._shield.marked(turn.to_dict()) for turn in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=completing
+            )
+        except (TemplateError, TypeError) as error:
+            name = self.tokenizer.name_or_path or "the base"
+            reason = self._shield.unmarked(str(error))
+            raise DataError(f"the chat template of {name} refuses the turns: {reason}") from None
         assert isinstance(text, str)
         return text
 
     def _templated_completion(self, example: Example) -> list[int]:
         prompt = self._templated(example.prompt, completing=True)
-        answered = (*example.prompt, Message("assistant", example.completion))
-        whole = self._templated(answered, completing=False)
+        whole = self._templated((*example.prompt, Message("assistant", example.completion)))
         if not whole.startswith(prompt):
+            where = f"{example.place}: " if example.place else ""
             raise SettingsError(
-                "the chat template renders a prompt in another way once it is answered, so the "
-                "completion cannot be told apart; use --chat-format plain"
+                f"{where}the chat template renders a prompt in another way once it is answered, so "
+                "the completion cannot be told apart; use --chat-format plain"
             )
         ids = self._ids(whole[len(prompt) :])
         eos_id = self.tokenizer.eos_token_id
         # Templates end a turn with EOS and often a newline, which no one generates.
         return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
 
-    def _ids(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert isinstance(ids, list)
+    def _ids(self, text: str, *, whole: bool = False) -> list[int]:
+        ids = self._shield.ids(text, whole=whole)
         self._check(ids)
         return ids
 
@@ -165,72 +230,26 @@ class Encoder:
             if token >= self.n_embedded:
                 raise ModelError(unknown_token(token, self.tokenizer, self.n_embedded))
 
-
-@dataclass(frozen=True)
-class EncodedSet(Generic[T]):
-    """Examples within the length limit, and what became of the others."""
-
-    items: list[T]
-    kept: list[int]
-    n_dropped: int
-    n_truncated: int
-    longest: int
-    limit: int
-    """Tokens that a row may have."""
-
-    def report(self, max_length: int) -> str | None:
-        """Say what became of over-long examples; None where there were none."""
-        if not self.n_dropped and not self.n_truncated:
-            return None
-        what = f"dropped {self.n_dropped}" if self.n_dropped else f"truncated {self.n_truncated}"
-        total = len(self.items) + self.n_dropped
-        return (
-            f"{what} of {total} examples longer than {min(max_length, self.limit)} tokens (longest "
-            f"{self.longest})"
+    def _spans(self, text: str) -> Sequence[Span]:
+        if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            return [(place, place + 1) for place in range(len(text))]
+        told = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
         )
+        return told["offset_mapping"]
+
+    @cached_property
+    def _shield(self) -> Shield:
+        return Shield(self.tokenizer)
 
 
-def encode_all(
-    encoder: Encoder, examples: Sequence[Example], max_length: int, overlong: Overlong
-) -> EncodedSet[Encoded]:
-    """Encode examples and apply the length limit; of a preference the chosen completion counts.
-
-    Raises:
-        DataError: If `overlong` is `error` and an example is too long, or none is left.
-    """
-    encoded = [encoder.encode(example) for example in examples]
-    return _limited(encoded, encoder, max_length, overlong)
-
-
-def encode_pairs(
-    encoder: Encoder, examples: Sequence[Example], max_length: int, overlong: Overlong
-) -> EncodedSet[Pair]:
-    """Encode preferences and apply the length limit, to the longer completion of each.
-
-    Raises:
-        DataError: As `encode_all`.
-    """
-    encoded = [encoder.encode_pair(example) for example in examples]
-    return _limited(encoded, encoder, max_length, overlong)
-
-
-def _limited(
-    encoded: Sequence[T], encoder: Encoder, max_length: int, overlong: Overlong
-) -> EncodedSet[T]:
-    longest = max((item.length for item in encoded), default=0)
-    limit = min(max_length, encoder.n_positions)
-    too_long = [index for index, item in enumerate(encoded) if item.length > limit]
-    if too_long and overlong == "error":
-        own = limit < max_length
-        named = f"the {limit} tokens that the base takes" if own else f"--max-length {limit} tokens"
-        raise DataError(
-            f"{len(too_long)} of {len(encoded)} examples are longer than {named} (the longest has "
-            f"{longest}); {'' if own else 'raise it, or '}set --overlong to drop or truncate"
-        )
-    dropped = set(too_long) if overlong == "drop" else set[int]()
-    kept = [index for index in range(len(encoded)) if index not in dropped]
-    if not kept:
-        raise DataError(f"no example is left within {limit} tokens (--max-length {max_length})")
-    items = [encoded[index].truncated(limit) for index in kept]
-    n_truncated = len(too_long) if overlong == "truncate" else 0
-    return EncodedSet(items, kept, len(dropped), n_truncated, longest, limit)
+@contextmanager
+def _placed(example: Example) -> Generator[None]:
+    """Name the row in what goes wrong."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{example.place}: {error}" if example.place else str(error)) from None

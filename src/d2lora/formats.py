@@ -89,7 +89,10 @@ def beside(row: Fields, turns: Sequence[Message], inputs: Sequence[str] = ()) ->
     turns = list(turns)
     for name in (*inputs, "context"):
         if extra := _optional(row, name):
-            turns[-1] = Message(turns[-1].role, f"{turns[-1].content}\n\n{extra}", turns[-1].more)
+            last = turns[-1]
+            content = f"{last.content}\n\n{extra}"
+            n_fixed = last.n_fixed or len(content) - len(extra)
+            turns[-1] = replace(last, content=content, n_fixed=n_fixed)
     return _after_system(row, [*_history(row), *turns])
 
 

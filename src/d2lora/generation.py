@@ -16,12 +16,13 @@ from d2lora.claims import claimed
 from d2lora.console import Reporter
 from d2lora.decoding import Decoder, Sampling, check_room
 from d2lora.encode import Encoder
+from d2lora.encoded_sets import encode_prompts
 from d2lora.errors import DataError, SettingsError
 from d2lora.files import text_lines
 from d2lora.models import Base, load_base
-from d2lora.rows import Message
+from d2lora.rows import Example, user
 from d2lora.runs import write_text
-from d2lora.settings import GenerateSettings
+from d2lora.settings import GenerateSettings, Overlong
 from d2lora.tasks import read_task
 
 
@@ -67,6 +68,14 @@ def chat_format_of(adapter: Path | None, wanted: str | None) -> str | None:
     return None
 
 
+def lengths_of(adapter: Path | None) -> tuple[int, Overlong]:
+    """Return the length limit of the rows that an adapter was trained on, and what it did."""
+    if adapter is None or not has_manifest(adapter):
+        return 0, "error"
+    trained = Manifest.read(adapter).settings
+    return int(trained.get("max_length", 0)), trained.get("overlong", "error")
+
+
 def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     """Complete one prompt or a file of prompts.
 
@@ -79,12 +88,13 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     """
     if (settings.prompt is None) == (settings.prompts is None):
         raise SettingsError("give either --prompt TEXT or --prompts FILE")
-    conversations, places = _conversations(settings)
+    examples = _examples(settings)
     adapter = Path(settings.adapter) if settings.adapter else None
     base = load_base(settings)
     encoder = Encoder.of(base, chat_format_of(adapter, settings.chat_format))
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
-    prompts = [encoder.prompt_ids(conversation) for conversation in conversations]
+    prompts = encode_prompts(encoder, examples, *lengths_of(adapter)).ids
+    places = [example.place for example in examples]
     told = check_room(prompts, places, base.model, settings.max_new_tokens)
     if told is not None:
         Reporter().say(told)
@@ -92,8 +102,8 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
         decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
         outputs = dict(decoder.complete(prompts))
     return [
-        {"prompt": conversation[-1].content, "output": decode(base, outputs[index])}
-        for index, conversation in enumerate(conversations)
+        {"prompt": example.prompt[-1].content, "output": decode(base, outputs[index])}
+        for index, example in enumerate(examples)
     ]
 
 
@@ -104,8 +114,7 @@ def decode(base: Base, ids: Sequence[int]) -> str:
     return text.strip()
 
 
-def _conversations(settings: GenerateSettings) -> tuple[list[tuple[Message, ...]], list[str]]:
-    """Return the prompts, and where each comes from."""
+def _examples(settings: GenerateSettings) -> list[Example]:
     if settings.prompt is not None:
         if not settings.prompt.strip():
             raise SettingsError("--prompt is empty")
@@ -113,23 +122,19 @@ def _conversations(settings: GenerateSettings) -> tuple[list[tuple[Message, ...]
             settings.prompt.encode()
         except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
             raise SettingsError("--prompt is not UTF-8 text; put it into a file") from None
-        return [(Message("user", settings.prompt),)], ["--prompt"]
+        return [Example(user(settings.prompt), "", place="--prompt")]
     assert settings.prompts is not None
     path = Path(settings.prompts)
     if path.suffix == ".txt":
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         numbered = [(n, line) for n, line in enumerate(text_lines(path), 1) if line.strip()]
-        prompts = [(Message("user", line),) for _, line in numbered]
-        places = [f"{path}, line {number}" for number, _ in numbered]
+        prompts = [Example(user(t), "", place=f"{path}, line {number}") for number, t in numbered]
     else:
-        say = Reporter().say
-        data = read_task([settings.prompts], "prompts", say=say)
-        prompts = [example.prompt for example in data.examples]
-        places = [row.place for row in data.rows]
+        prompts = list(read_task([settings.prompts], "prompts", say=Reporter().say).examples)
     if not prompts:
         raise DataError(f"{path}: the file holds no prompts")
-    return prompts, places
+    return prompts
 
 
 def command(settings: GenerateSettings) -> None:

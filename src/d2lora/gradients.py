@@ -166,7 +166,7 @@ class GradientFeatures:
         return found
 
     def _item(self, example: Example) -> Encoded:
-        return self._encoder.encode_within(example, self._max_tokens)
+        return self._encoder.encode(example, self._max_tokens)
 
 
 def warmup_rows(n_pool: int, n_steps: int) -> int:

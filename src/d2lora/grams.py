@@ -1,6 +1,5 @@
 """Words of a text and hashes of the n-grams of them, the same in every process."""
 
-import re
 import unicodedata
 from functools import lru_cache
 
@@ -8,17 +7,16 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from d2lora.unicode_words import words_of
+
 Hashes = NDArray[np.uint64]
 
-# Scripts written without spaces (Thai to Khmer, kana, Han) give a word for every sign.
-_UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication loses nothing
 
 
 def words(text: str) -> list[str]:
     """Return the words of a text: compatibility forms folded (NFKC), case and punctuation gone."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return words_of(unicodedata.normalize("NFKC", text).casefold())
 
 
 @lru_cache(maxsize=1 << 18)

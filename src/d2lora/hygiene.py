@@ -20,7 +20,7 @@ from d2lora.contamination import Guard
 from d2lora.data import nested_order
 from d2lora.duplicates import Duplicates
 from d2lora.encode import Encoder
-from d2lora.errors import SettingsError
+from d2lora.errors import DataError, SettingsError
 from d2lora.grams import gram_hashes, word_hashes, words
 from d2lora.rows import Example, place
 from d2lora.settings import HygieneSettings
@@ -30,7 +30,8 @@ STEPS = (
     "contaminated", "empty", "truncated", "echo", "refusal", "boilerplate", "repetitive",
     "language", "length", "duplicate", "near_duplicate", "source_cap",
 )  # fmt: skip
-"""In the order in which they are taken; before them come rows that are `unreadable`."""
+"""In the order in which they are taken; rows that cannot be read, or that the chat template
+refuses, are `unreadable`."""
 
 _OPENING = r"^\W*(?:(?:oh|well|hi|hello|unfortunately|thank you)\b\W*)*"
 _REFUSAL = re.compile(
@@ -115,7 +116,8 @@ def clean(
     if settings.source_cap is not None:
         kept = _capped(kept, pool, settings.source_cap, seed, rejected)
     counted = Counter(item.step for item in rejected)
-    counts = {"unreadable": len(pool.faults), **{step: counted[step] for step in STEPS}}
+    unreadable = len(pool.faults) + counted["unreadable"]
+    counts = {"unreadable": unreadable, **{step: counted[step] for step in STEPS}}
     return Cleaned(kept, rejected, counts)
 
 
@@ -139,12 +141,20 @@ def _row_judge(
             if found not in languages:
                 finding = ("language", f"the language is {found}")
         if finding is None and encoder is not None:
-            n_tokens = len(encoder.encode(example).ids)
-            if n_tokens > settings.max_length:
-                finding = ("length", f"{n_tokens} tokens, more than {settings.max_length}")
+            finding = _length_fault(encoder, example, settings.max_length)
         return finding
 
     return judge
+
+
+def _length_fault(encoder: Encoder, example: Example, max_length: int) -> Finding:
+    try:
+        n_tokens = encoder.encode(example).length
+    except DataError as error:  # a chat template refuses it
+        return "unreadable", str(error)
+    if n_tokens > max_length:
+        return "length", f"{n_tokens} tokens, more than {max_length}"
+    return None
 
 
 def answer_fault(example: Example) -> Finding:

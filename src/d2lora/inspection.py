@@ -20,7 +20,8 @@ from d2lora.base_files import base_folder
 from d2lora.claims import claimed
 from d2lora.console import Reporter, table_console
 from d2lora.diagnosis import MOST_ROWS, Start, losses_at_start
-from d2lora.encode import Encoder, encode_all
+from d2lora.encode import Encoder
+from d2lora.encoded_sets import encode_all
 from d2lora.errors import ModelError, SettingsError
 from d2lora.factors import Factors, effective_rank, inner_product, singular_values, subspace_overlap
 from d2lora.fingerprints import fingerprint_of

@@ -13,7 +13,8 @@ from d2lora.console import Reporter
 from d2lora.continuations import continuation_scores
 from d2lora.data import read_source
 from d2lora.decoding import Decoder, check_room
-from d2lora.encode import Encoder, encode_all, encode_pairs
+from d2lora.encode import Encoder
+from d2lora.encoded_sets import answers_beyond, encode_all, encode_pairs, encode_prompts, every
 from d2lora.errors import DataError, listed
 from d2lora.generation import adapted, chat_format_of, decode
 from d2lora.metrics import MAIN_SCORE, SCORERS, preference
@@ -101,7 +102,7 @@ def measure(
         encoder = Encoder.of(base, chat_format_of(path, settings.chat_format))
         return Measured(
             _score_task(model, base, encoder, name, sets.task, settings, reporter),
-            _general_loss(model, base, encoder, sets.general, settings),
+            _general_loss(model, base, encoder, sets.general, settings, reporter),
             _right_choices(model, base, encoder, sets.choices),
             used.names,
         )
@@ -120,16 +121,18 @@ def _score_task(
         return []
     examples = data.examples[: settings.limit]
     if data.task.score == "preference":
-        return _score_preferences(model, base, encoder, name, examples, settings)
+        return _score_preferences(model, base, encoder, name, examples, settings, reporter)
     scorer = SCORERS[data.task.score]
     decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size)
-    prompts = [encoder.prompt_ids(example.prompt) for example in examples]
-    told = check_room(prompts, _places(data, len(prompts)), model, settings.max_new_tokens)
-    if told is not None:
-        reporter.say(told)
+    prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
+    _say(prompts.report(settings.max_length), reporter)
+    places = [example.place for example in examples]
+    _say(check_room(prompts.ids, places, model, settings.max_new_tokens), reporter)
+    if beyond := answers_beyond(encoder, examples, settings.max_new_tokens):
+        reporter.say(f"warning: {beyond}")
     records: dict[int, dict[str, Any]] = {}
-    with reporter.bar("generating", len(prompts)) as bar:
-        for index, ids in decoder.complete(prompts):
+    with reporter.bar("generating", len(examples)) as bar:
+        for index, ids in decoder.complete(prompts.ids):
             records[index] = _record(
                 name, index, examples[index], decode(base, ids), len(ids), scorer
             )
@@ -151,14 +154,10 @@ def check_rows(
         encoder = Encoder.of(base, chat_format)
         if data is not None and data.task.score != "preference":
             examples = data.examples[: settings.limit]
-            prompts = [encoder.prompt_ids(example.prompt) for example in examples]
-            places = _places(data, len(prompts))
-            check_room(prompts, places, base.model, settings.max_new_tokens)
+            prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
+            places = [example.place for example in examples]
+            check_room(prompts.ids, places, base.model, settings.max_new_tokens)
         questions_of(encoder, sets.choices)
-
-
-def _places(data: TaskData, n: int) -> list[str]:
-    return [data.rows[index].place for index in range(n)]
 
 
 def _score_preferences(
@@ -168,9 +167,11 @@ def _score_preferences(
     name: str,
     examples: Sequence[Example],
     settings: EvaluateSettings,
+    reporter: Reporter,
 ) -> list[dict[str, Any]]:
     """Record how likely both completions of each pair are; over-long rows follow the settings."""
     encoded = encode_pairs(encoder, examples, settings.max_length, settings.overlong)
+    _say(encoded.report(settings.max_length), reporter)
     records: list[dict[str, Any]] = []
     sums = pair_log_probabilities(TokenScorer(model).eval(), encoded.items, base.pad_id)
     for index, pair, (chosen, rejected) in zip(encoded.kept, encoded.items, sums, strict=True):
@@ -216,10 +217,12 @@ def _general_loss(
     encoder: Encoder,
     examples: Sequence[Example],
     settings: EvaluateSettings,
+    reporter: Reporter,
 ) -> float | None:
     if not examples:
         return None
     encoded = encode_all(encoder, examples, settings.max_length, settings.overlong)
+    _say(encoded.report(settings.max_length), reporter)
     return mean_loss(TokenScorer(model).eval(), encoded.items, base.pad_id)
 
 
@@ -248,9 +251,10 @@ def questions_of(encoder: Encoder, questions: Sequence[Choice]) -> list[Question
         DataError: If some are longer than what the base takes; it names all.
     """
     rows: list[Question] = []
-    for question in questions:
-        prompt = (Message("user", question.prompt),)
-        whole = [encoder.encode(Example(prompt, choice)) for choice in question.choices]
+    for number, question in enumerate(questions, 1):
+        prompt, place = (Message("user", question.prompt),), f"multiple-choice question {number}"
+        endings = [Example(prompt, choice, place=place) for choice in question.choices]
+        whole = every(encoder.encode, endings)
         endings = tuple(w.ids[w.n_prompt : -1] for w in whole)
         rows.append(Question(whole[0].ids[: whole[0].n_prompt], endings))
     lengths = [len(row.prompt) + max(map(len, row.endings)) for row in rows]
@@ -266,3 +270,8 @@ def questions_of(encoder: Encoder, questions: Sequence[Choice]) -> list[Question
             f"out:\n{listed(beyond)}"
         )
     return rows
+
+
+def _say(told: str | None, reporter: Reporter) -> None:
+    if told is not None:
+        reporter.say(told)

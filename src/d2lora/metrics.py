@@ -1,49 +1,22 @@
 """Scores of one output against one target. Pure functions; 1.0 is best, 0.0 worst."""
 
-import re
+import unicodedata
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
 from functools import cache
 
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
+
+from d2lora.answers import flexible_answer, strict_answer, target_answer
+from d2lora.unicode_words import words_of
 
 Scores = dict[str, float]
-
-# The strict pattern is the one of GSM8K's authors: github.com/openai/grade-school-math,
-# grade_school_math/dataset.py, ANS_RE. A number may carry signs, thousands' commas and a dollar.
-_STRICT = re.compile(r"####\s*(-?\$?-?[0-9][0-9,]*\.?[0-9]*)")
-_NUMBER = re.compile(r"-?\$?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-
-
-def as_number(text: str) -> Decimal | None:
-    """Return the value of a number as written: 1,000 = 1000.0 = $1000. None if it is none."""
-    try:
-        return Decimal(text.replace(",", "").replace("$", "").strip().rstrip("."))
-    except InvalidOperation:
-        return None
-
-
-def strict_answer(text: str) -> Decimal | None:
-    """Return the number after the first `####`; None where there is none."""
-    found = _STRICT.search(text)
-    return as_number(found[1]) if found else None
-
-
-def flexible_answer(text: str) -> Decimal | None:
-    """Return the last number of a text; None where there is none.
-
-    As lm-evaluation-harness's "flexible-extract" for GSM8K.
-    """
-    numbers = _NUMBER.findall(text)
-    return as_number(numbers[-1]) if numbers else None
 
 
 def exact_match(output: str, target: str) -> Scores:
     """Score a worked solution by its final number, strictly (`#### N`) and flexibly."""
-    wanted = strict_answer(target)
-    if wanted is None:
-        wanted = flexible_answer(target)
-    strict, flexible = strict_answer(output), flexible_answer(output)
+    wanted = target_answer(target)
+    strict, flexible = strict_answer(output), flexible_answer(output, wanted)
     return {
         "exact_match": float(strict is not None and strict == wanted),
         "exact_match_flexible": float(flexible is not None and flexible == wanted),
@@ -51,14 +24,30 @@ def exact_match(output: str, target: str) -> Scores:
 
 
 def rouge(output: str, target: str) -> Scores:
-    """Score a text by ROUGE-1, -2 and -L F-measures with stemming (Lin 2004)."""
+    """Score a text by ROUGE-1, -2 and -L F-measures with stemming (Lin 2004), in any script."""
     scores = _rouge_scorer().score(target, output)
     return {name: float(score.fmeasure) for name, score in scores.items()}
 
 
+class _Words(Tokenizer):
+    """English words as rouge-score has them, stemmed; others as Unicode tells them, as they are."""
+
+    def __init__(self) -> None:
+        self._english = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the words of a text, case folded; letters with accents are one sign (NFC)."""
+        if text.isascii():
+            return self._english.tokenize(text)
+        folded = unicodedata.normalize("NFC", text.casefold())
+        words = words_of(folded) or "".join(folded.split())  # emoji alone are compared, too
+        stemmed = (self._english.tokenize(w) if w.isascii() else [w] for w in words)
+        return [token for tokens in stemmed for token in tokens]
+
+
 @cache
 def _rouge_scorer() -> RougeScorer:
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Words())
 
 
 SCORERS: dict[str, Callable[[str, str], Scores]] = {"exact_match": exact_match, "rouge": rouge}
@@ -86,4 +75,4 @@ def preference(log_probabilities: tuple[float, float], lengths: tuple[int, int])
 
 def columns_of(score: str) -> list[str]:
     """Return the names of the scores that a kind of score gives."""
-    return list(PREFERENCE) if score == "preference" else list(SCORERS[score]("", "0"))
+    return list(PREFERENCE) if score == "preference" else list(SCORERS[score]("", ""))

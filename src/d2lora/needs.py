@@ -241,6 +241,7 @@ class Needs:
 
     def _tests(self, name: str) -> EvaluateSettings:
         task = self.plan.tasks[name]
+        own = {**self.plan.adapt, **task.adapt}
         return EvaluateSettings(
             **dict(self._base()),
             out=Path(),
@@ -250,7 +251,7 @@ class Needs:
             general_text=self.plan.general_text,
             choices=self.plan.choices,
             max_new_tokens=task.max_new_tokens,
-            **{name: self.plan.adapt[name] for name in _LENGTHS if name in self.plan.adapt},
+            **{name: own[name] for name in _LENGTHS if name in own},
             quiet=True,
         )
 

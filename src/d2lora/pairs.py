@@ -23,6 +23,7 @@ from d2lora.console import Reporter
 from d2lora.data import nested_order, stream_seed
 from d2lora.decoding import Decoder, Sampling, check_room
 from d2lora.encode import Encoder
+from d2lora.encoded_sets import encode_prompts
 from d2lora.errors import DataError
 from d2lora.generation import adapted, chat_format_of, decode
 from d2lora.metrics import MAIN_SCORE, SCORERS
@@ -128,12 +129,13 @@ def _sampled(
     """Return the distinct samples of every prompt, scored, and the fast passes taken."""
     folder = Path(settings.adapter) if settings.adapter else None
     encoder = Encoder.of(base, chat_format_of(folder, settings.chat_format))
-    prompts = [encoder.prompt_ids(example.prompt) for example in examples]
-    places = [data.rows[example.row].place for example in examples]
-    told = check_room(prompts, places, base.model, settings.max_new_tokens)
-    if told is not None:
+    prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
+    if told := prompts.report(settings.max_length):
         reporter.say(told)
-    repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
+    places = [example.place for example in examples]
+    if told := check_room(prompts.ids, places, base.model, settings.max_new_tokens):
+        reporter.say(told)
+    repeated = [prompt for prompt in prompts.ids for _ in range(settings.samples)]
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
     texts: list[dict[str, None]] = [{} for _ in examples]
     with (

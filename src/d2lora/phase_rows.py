@@ -7,7 +7,8 @@ from typing import Any
 from d2lora.console import Reporter
 from d2lora.contamination import Guard, leaks_of
 from d2lora.data import nested_order, split_validation
-from d2lora.encode import EncodedSet, Encoder, encode_all, encode_pairs
+from d2lora.encode import Encoder
+from d2lora.encoded_sets import EncodedSet, encode_all, encode_pairs
 from d2lora.errors import DataError
 from d2lora.rows import Example, Fault, place
 from d2lora.selection import selection_behind

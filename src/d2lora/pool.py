@@ -15,7 +15,7 @@ from threading import Lock
 from typing import IO, TypeVar, overload
 
 from d2lora.data import Row
-from d2lora.rows import Example
+from d2lora.rows import Example, place
 from d2lora.tasks import Reading, Say, TaskData
 
 T_co = TypeVar("T_co", covariant=True)
@@ -93,9 +93,11 @@ def read_pool(names: Sequence[str], task_name: str = "auto", say: Say | None = N
         spool.add(row)
     spool.flush()
 
-    def example_of(place: int) -> Example:
+    def example_of(number: int) -> Example:
         assert reading.task is not None
-        return replace(reading.task.read(spool[place].values), row=place)
+        row = spool[number]
+        where = place(row.file, row.line)
+        return replace(reading.task.read(row.values), row=number, place=where)
 
     places = range(len(spool))
     rows = Lazy(spool.__getitem__, places)

@@ -117,7 +117,7 @@ class PoolFeatures:
         n = self._settings.feature_tokens
 
         def losses(block: Sequence[Example]) -> Array:
-            items = [encoder.encode_within(example, n) for example in block]
+            items = [encoder.encode(example, n) for example in block]
             with fast.enabled(base.model, when=self._settings.fast):
                 sums = log_probabilities(scorer, items, base.pad_id)
             means = [-s / max(1, item.n_supervised) for s, item in zip(sums, items, strict=True)]

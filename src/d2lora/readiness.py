@@ -8,13 +8,20 @@ from d2lora.base_files import base_folder
 from d2lora.claims import check_writable
 from d2lora.data import is_local
 from d2lora.embedded.__main__ import write_world
+from d2lora.encode import Encoder, resolve_format
+from d2lora.encoded_sets import answers_beyond, encode_prompts, every
 from d2lora.errors import D2LoraError, DataError, ModelError, RunError, listed
 from d2lora.fingerprints import fingerprint_of
+from d2lora.models import load_tokenizer
 from d2lora.plan import WORLD, StudyPlan
 from d2lora.plan_file import read_plan
-from d2lora.settings import StudySettings
+from d2lora.recipes import base_values
+from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
 from d2lora.tasks import Say, read_task
 from d2lora.warmstart import WarmStart
+
+LIMITS = ("max_length", "overlong", "chat_format")
+"""Settings of a task's training that its test rows share."""
 
 
 def place(settings: StudySettings) -> tuple[StudyPlan, Path, Path]:
@@ -86,6 +93,35 @@ def _faults_of_warm_starts(plan: StudyPlan, *, fetch: bool) -> list[str]:
         except ModelError as error:
             faults.append(f"warm_ups.{name}: {error}")
     return faults
+
+
+def cut_short(plan: StudyPlan) -> list[str]:
+    """Say of every task how many rows its limits cut, and how many answers they cannot hold."""
+    base = BaseSettings(**base_values(plan))
+    tokenizer = load_tokenizer(base)
+    told: list[str] = []
+    for name, task in plan.tasks.items():
+        own = {key: value for key, value in {**plan.adapt, **task.adapt}.items() if key in LIMITS}
+        limits = EvaluateSettings(**dict(base), out=Path(), **own)
+        encoder = Encoder(tokenizer, resolve_format(tokenizer, limits.chat_format))
+        rows, tests = (read_task(files, task.task) for files in (task.data, task.test))
+        if tests.task.score in ("loss", "preference"):
+            continue
+        examples, length = tests.examples[: task.n_test], limits.max_length
+        found = [
+            encode_prompts(encoder, examples, length, limits.overlong).report(length),
+            answers_beyond(encoder, examples, task.max_new_tokens),
+        ]
+        if limits.overlong == "truncate":
+            over = [item.length - length for item in every(encoder.encode, rows.examples)]
+            n_long, n_cut = sum(n > 0 for n in over), sum(n for n in over if n > 0)
+            if n_long:
+                told.append(
+                    f"tasks.{name}: {n_long:,} of {len(over):,} training rows are cut to {length:,} "
+                    f"tokens, by {n_cut:,} tokens"
+                )
+        told += [f"tasks.{name}: {fault}" for fault in found if fault]
+    return told
 
 
 def _with_world(plan: StudyPlan, folder: Path) -> StudyPlan:

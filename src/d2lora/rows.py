@@ -20,6 +20,8 @@ class Message:
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What a chat template may show beside: `tool_calls` of an assistant; of a tool its `name` and
     the `tool_call_id` that it answers."""
+    n_fixed: int = field(default=0, compare=False)
+    """Signs of an instruction at the start of the content, which no length limit cuts."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the turn as a chat template gets it."""
@@ -50,6 +52,8 @@ class Example:
     row: int = 0
     rejected: str | None = None
     """The worse completion, where the row is a preference and `completion` the chosen one."""
+    place: str = field(default="", compare=False)
+    """Where the row stands, for messages: file and line."""
 
     @property
     def question(self) -> str:
@@ -121,9 +125,10 @@ def fields_of(row: Mapping[str, Any]) -> str:
     return ", ".join(f"`{name}`" for name in row) or "no fields"
 
 
-def user(text: str) -> tuple[Message, ...]:
-    """Return a prompt of one user's turn."""
-    return (Message("user", text),)
+def user(text: str, instruction: str = "") -> tuple[Message, ...]:
+    """Return a prompt of one user's turn; an empty line parts an instruction and a text."""
+    fixed = f"{instruction}\n\n" if instruction else ""
+    return (Message("user", fixed + text, n_fixed=len(fixed)),)
 
 
 def repeated(names: Iterable[str]) -> str:

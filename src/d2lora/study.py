@@ -30,7 +30,7 @@ from d2lora.grids import as_table
 from d2lora.jobs import WarmUp
 from d2lora.needs import CellFailedError, Missing, Needs
 from d2lora.plan import StudyPlan
-from d2lora.readiness import check, check_folder, place
+from d2lora.readiness import check, check_folder, cut_short, place
 from d2lora.runs import DONE, provenance, write_json, write_text
 from d2lora.settings import StudySettings
 from d2lora.store import Job
@@ -84,6 +84,8 @@ def _run_study(
 ) -> Study:
     check(plan, reporter.say)
     (out / DONE).unlink(missing_ok=True)  # of an earlier run
+    for said in cut_short(plan):
+        reporter.say(f"warning: {said}")
     # Workers load their libraries while the rows are looked at.
     with executor(settings.executor, settings.workers, settings.address) as submit:
         plan, checks = decontaminated(plan, store, store / "world", reporter.say)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from d2lora.answers import target_answer
 from d2lora.data import Row, read_source, stream_source
 from d2lora.errors import DataError, listed
 from d2lora.formats import (
@@ -23,7 +24,7 @@ from d2lora.formats import (
     missing,
 )
 from d2lora.preferences import read_preference
-from d2lora.rows import BadRowError, Example, Fault, text_field, user
+from d2lora.rows import BadRowError, Example, Fault, place, text_field, user
 
 Score = Literal["exact_match", "rouge", "loss", "preference"]
 
@@ -49,15 +50,18 @@ def read_word_problem(row: Mapping[str, Any]) -> Example:
     answer = text_field(row, "answer")
     if "####" not in answer:
         raise BadRowError("field `answer` must end in `#### N`; without it use --task instruct")
+    if target_answer(answer) is None:
+        raise BadRowError(
+            "field `answer` must end in `#### N`, one space and a number alone such as 42, 1,250, "
+            f"0.5 or 1/6; found {answer[answer.index('####') :].strip()!r:.60}"
+        )
     return Example(given(row, "question"), answer)
 
 
 def read_title(row: Mapping[str, Any]) -> Example:
     """Read `text` and `title`."""
     instruction = "Write a title for this text."
-    return Example(
-        user(f"{instruction}\n\n{text_field(row, 'text').strip()}"), text_field(row, "title")
-    )
+    return Example(user(text_field(row, "text").strip(), instruction), text_field(row, "title"))
 
 
 def read_document(row: Mapping[str, Any]) -> Example:
@@ -209,7 +213,8 @@ class Reading:
                     new = seen.add(self.task.formats, item.values)
                     if self.task.name == "text" and self._task_name == "auto":
                         _refuse_labels(name, new)
-                    yield item, replace(example, row=n_good)
+                    where = place(item.file, item.line)
+                    yield item, replace(example, row=n_good, place=where)
                     n_good += 1
             seen.tell(self._say)
             read = {"file": stream.name, "rows": n_rows, "sha256": stream.fingerprint()}

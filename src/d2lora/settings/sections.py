@@ -69,7 +69,7 @@ class FormatSettings(Settings):
     """Longest example, in tokens, prompt and completion together."""
     overlong: Overlong = "error"
     """What becomes of longer examples: error, drop (reported) or truncate (reported; cuts the
-    prompt's start first and never the whole completion)."""
+    middle of the longest field, of test prompts too; instructions stay whole)."""
     skip_bad_rows: bool = False
     """Set bad rows aside in `bad_rows.jsonl` of the run folder instead of stopping."""
 
