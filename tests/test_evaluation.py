@@ -298,7 +298,7 @@ def test_generate_answers_one_prompt_or_a_file(
     with pytest.raises(DataError, match=r"prompts\.txt, line 1: not UTF-8 text"):
         generate(GenerateSettings(prompts=str(lines), **common))
     with pytest.raises(SettingsError, match="--prompt is not UTF-8 text"):
-        generate(GenerateSettings(prompt="caf\udce9", **common))
+        generate(GenerateSettings(prompt="x\udce9", **common))
     for wrong in ({}, {"prompt": "a", "prompts": "b"}):
         with pytest.raises(SettingsError, match="either --prompt"):
             generate(GenerateSettings(**common, **wrong))
