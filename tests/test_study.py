@@ -178,6 +178,7 @@ def test_arms_of_several_warm_ups_come_once_for_each(tmp_path: Path, plan: dict[
 def test_a_killed_study_goes_on_to_the_results_of_an_uninterrupted_one(
     tmp_path: Path, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plan["sizes"] = [4]
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     whole = run_study(settings(tmp_path / "a", plan))
@@ -616,7 +617,7 @@ def test_a_mixture_shows_rows_as_often_as_the_steps_of_a_warm_up_do(
     warm_up = WarmupSettings(data=(general,), out=tmp_path, m=10, max_steps=5, batch_size=6)
     training = AdaptSettings(data=(titles,), out=tmp_path, n=4, epochs=1)
     write_mixture(warm_up, training, tmp_path / "train.jsonl", tmp_path / "valid.jsonl")
-    assert len(read_rows(tmp_path / "train.jsonl")) == 5 * 6 + 4
+    assert len(read_rows(tmp_path / "train.jsonl")) == (6 + 4 + 6 + 4 + 6) + 4
     by_tokens = warm_up.changed(max_steps=None, max_tokens=100)
     with pytest.raises(SettingsError, match="max_tokens"):
         write_mixture(by_tokens, training, tmp_path / "t.jsonl", tmp_path / "v.jsonl")

@@ -73,7 +73,8 @@ def passes(n_rows: int, settings: TrainSettings) -> float:
     if settings.max_steps is None and settings.stop_step is None:
         return settings.epochs
     plan = Plan.of(max(1, n_rows), settings, 0)
-    return plan.last_step / plan.steps_per_epoch
+    whole, rest = divmod(plan.last_step, plan.steps_per_epoch)
+    return whole + rest * plan.batch_size / plan.n_rows
 
 
 def learning_rate(step: int, n_steps: int, settings: TrainSettings) -> float:
