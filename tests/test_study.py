@@ -178,6 +178,7 @@ def test_arms_of_several_warm_ups_come_once_for_each(tmp_path: Path, plan: dict[
 def test_a_killed_study_goes_on_to_the_results_of_an_uninterrupted_one(
     tmp_path: Path, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plan["sizes"] = [4]
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     whole = run_study(settings(tmp_path / "a", plan))

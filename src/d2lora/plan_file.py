@@ -142,7 +142,8 @@ def _faults_of_settings(plan: StudyPlan) -> list[str]:
     for place, values in places.items():
         faults += _forbidden(place, values, _FIXED_ADAPT)
         faults += [
-            f"{place}: `{name}` and the plan's `steps` both say how long; set `steps: {{}}`"
+            f"{place}: `{name}` and the plan's `steps` both say how long to train; give one "
+            "(`steps: {}` for none)"
             for name in ("epochs", "max_steps")
             if plan.steps and name in values
         ]
