@@ -35,7 +35,7 @@ from d2lora.models import load_base
 from d2lora.objectives import DPO, ORPO
 from d2lora.pair_scores import PairScorer
 from d2lora.preferences import dialogue
-from d2lora.rows import Message
+from d2lora.rows import Example, Message, user
 from d2lora.schedule import Plan
 from d2lora.scorer import TokenScorer, log_probabilities
 from d2lora.settings import BaseSettings

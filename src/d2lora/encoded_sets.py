@@ -101,13 +101,14 @@ def answers_beyond(
 ) -> str | None:
     """Say how many gold answers no output can hold; None where all fit."""
     lengths = [item.n_supervised for item in every(encoder.encode, examples)]
+    longest = max(lengths, default=0)
     n_long = sum(n > max_new_tokens for n in lengths)
     if not n_long:
         return None
     return (
         f"{n_long:,} of {len(lengths):,} gold answers are longer than max_new_tokens "
-        f"{max_new_tokens:,} with the EOS that ends them (the longest has {max(lengths):,} tokens), "
-        "so no output can reach their end"
+        f"{max_new_tokens:,} with the EOS that ends them (the longest has {longest:,} tokens), so "
+        "no output can reach their end"
     )
 
 

@@ -89,13 +89,21 @@ def _turn_put(example: Example, place: int, before: str, after: str) -> Callable
 
 
 def _without_middle(text: str, spans: Sequence[Span], n_cut: int) -> str:
-    """Return a text without `n_cut` of its tokens; what stood apart is kept apart by a space."""
+    """Return a text without some `n_cut` of its tokens, but never without all."""
     pieces = list(dict.fromkeys(spans))  # tokens of one sign have one span
-    n_kept = max(1, len(pieces) * (len(spans) - n_cut) // len(spans))
-    end = pieces[(n_kept + 1) // 2 - 1][1]
-    behind = pieces[len(pieces) - n_kept // 2 :]
-    begin = next((first for first, _ in behind if first > end), len(text))
-    head, gone, tail = text[:end], text[end:begin], text[begin:]
-    apart = tail and any(sign.isspace() for sign in head[-1] + gone + tail[0])
-    cut = f"{head.rstrip()} {tail.lstrip()}" if apart else head + tail
-    return cut if len(cut) < len(text) else text[: len(text) // 2]
+    most = max(1, len(pieces) * (len(spans) - n_cut) // len(spans))
+    for n_kept in range(most, 0, -1):
+        end = pieces[(n_kept + 1) // 2 - 1][1]
+        behind = pieces[len(pieces) - n_kept // 2 :]
+        begin = next((first for first, _ in behind if first > end), len(text))
+        cut = _joined(text[:end], text[end:begin], text[begin:])
+        if len(cut) < len(text):
+            return cut
+    return text[: len(text) // 2]
+
+
+def _joined(head: str, gone: str, tail: str) -> str:
+    """Join what is left of a text; what stood apart is kept apart by a space."""
+    if tail and any(sign.isspace() for sign in head[-1] + gone + tail[0]):
+        return f"{head.rstrip()} {tail.lstrip()}"
+    return head + tail

@@ -117,8 +117,8 @@ def cut_short(plan: StudyPlan) -> list[str]:
             n_long, n_cut = sum(n > 0 for n in over), sum(n for n in over if n > 0)
             if n_long:
                 told.append(
-                    f"tasks.{name}: {n_long:,} of {len(over):,} training rows are cut to {length:,} "
-                    f"tokens, by {n_cut:,} tokens"
+                    f"tasks.{name}: {n_long:,} of {len(over):,} training rows are cut to "
+                    f"{length:,} tokens, by {n_cut:,} tokens"
                 )
         told += [f"tasks.{name}: {fault}" for fault in found if fault]
     return told
