@@ -13,9 +13,11 @@ import numpy as np
 import pandas as pd
 
 from d2lora.console import Reporter, table_console
+from d2lora.encode import Encoder
+from d2lora.encoded_sets import answers_beyond
 from d2lora.errors import SettingsError
 from d2lora.measuring import BASE, Measured, TestSets, measure
-from d2lora.metrics import columns_of
+from d2lora.metrics import SCORERS, columns_of
 from d2lora.models import Base, load_base
 from d2lora.runs import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
 from d2lora.scores import Evaluation, Forgetting, forgetting_table, score_table
@@ -43,6 +45,7 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
     RunFolder.open(settings.out, "")
     sets = TestSets.read(settings, reporter.say)
     base = base or load_base(settings)
+    _check_lengths(sets.task, base, settings, reporter)
     measured: dict[str, Measured] = {}
     for name in names:
         scored = name in settings.adapters or not settings.adapters
@@ -52,6 +55,18 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
     evaluation = _evaluated(measured, sets.task, list(settings.adapters) or [BASE])
     _write(evaluation, settings)
     return evaluation
+
+
+def _check_lengths(
+    task: TaskData | None, base: Base, settings: EvaluateSettings, reporter: Reporter
+) -> None:
+    """Warn of gold answers that no output can hold."""
+    if task is None or task.task.score not in SCORERS:
+        return
+    encoder = Encoder.of(base, settings.chat_format)
+    beyond = answers_beyond(encoder, task.examples[: settings.limit], settings.max_new_tokens)
+    if beyond is not None:
+        reporter.say(f"warning: {beyond}")
 
 
 def _names(settings: EvaluateSettings) -> list[str]:

@@ -13,7 +13,7 @@ from d2lora.console import Reporter
 from d2lora.continuations import continuation_scores
 from d2lora.decoding import Decoder
 from d2lora.encode import Encoder
-from d2lora.encoded_sets import answers_beyond, encode_all, encode_pairs, encode_prompts, every
+from d2lora.encoded_sets import encode_all, encode_pairs, encode_prompts, every
 from d2lora.errors import DataError
 from d2lora.generation import adapted, chat_format_of, decode
 from d2lora.metrics import MAIN_SCORE, SCORERS, preference
@@ -36,6 +36,8 @@ class TestSets:
     task: TaskData | None
     general: list[Example]
     choices: list[Choice]
+    whole_prompts: bool = False
+    """Generate from prompts as they are, whatever the length limit."""
 
     @classmethod
     def read(cls, settings: EvaluateSettings, say: Say | None = None) -> "TestSets":
@@ -72,7 +74,7 @@ def measure(
     with adapted(base, path) as model:
         encoder = Encoder.of(base, chat_format_of(path, settings.chat_format))
         return Measured(
-            _score_task(model, base, encoder, name, sets.task, settings, reporter),
+            _score_task(model, base, encoder, name, sets, settings, reporter),
             _general_loss(model, base, encoder, sets.general, settings, reporter),
             _right_choices(model, base, encoder, sets.choices),
         )
@@ -83,10 +85,11 @@ def _score_task(
     base: Base,
     encoder: Encoder,
     name: str,
-    data: TaskData | None,
+    sets: TestSets,
     settings: EvaluateSettings,
     reporter: Reporter,
 ) -> list[dict[str, Any]]:
+    data = sets.task
     if data is None:
         return []
     examples = data.examples[: settings.limit]
@@ -94,10 +97,9 @@ def _score_task(
         return _score_preferences(model, base, encoder, name, examples, settings, reporter)
     scorer = SCORERS[data.task.score]
     decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, lean=settings.lean)
-    prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
+    overlong = "error" if sets.whole_prompts else settings.overlong
+    prompts = encode_prompts(encoder, examples, settings.max_length, overlong)
     _say(prompts.report(settings.max_length), reporter)
-    if beyond := answers_beyond(encoder, examples, settings.max_new_tokens):
-        reporter.say(f"warning: {beyond}")
     records: dict[int, dict[str, Any]] = {}
     with reporter.bar("generating", len(examples)) as bar:
         for index, ids in decoder.complete(prompts.ids):

@@ -26,7 +26,7 @@ from d2lora.settings import SelectSettings
 from d2lora.tasks import TaskData
 
 WORD_WIDTH, _SEED = 128, 0
-_VERSION = 1
+_VERSION = 2
 """Of the features on disk; to be raised where they come out differently."""
 
 
