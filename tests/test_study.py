@@ -536,12 +536,16 @@ def test_every_kind_of_arm_runs(tmp_path: Path, plan: dict[str, Any]) -> None:
 
 
 def test_what_becomes_of_long_rows_holds_for_training_and_for_test_rows(
-    tmp_path: Path, plan: dict[str, Any]
+    tmp_path: Path, plan: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan |= {"arms": ["fresh"], "sizes": [4], "seeds": 1, "learning_rates": [0.01]}
     plan["adapt"] |= {"max_length": 40, "overlong": "truncate"}
-    study = run_study(settings(tmp_path, plan))
+    study = run_study(settings(tmp_path, plan).changed(quiet=False))
     assert not study.failures
+    said = " ".join(capsys.readouterr().err.split())
+    assert "warning: tasks.titles: 40 of 40 training rows are cut to 40 tokens" in said
+    assert "warning: tasks.titles: truncated 6 of 6 prompts longer than 40 tokens" in said
+    assert "of 6 gold answers are longer than max_new_tokens 6" in said
     plan["adapt"] |= {"overlong": "error"}
     study = run_study(settings(tmp_path, plan))
     cell = "base, titles, n = 0, seed 0"

@@ -210,4 +210,4 @@ def _validations(settings: AdaptSettings, n: int) -> float:
     """Return what a trial's validations cost, in optimizer steps: a forward pass is a third."""
     n_held_out = n / settings.fold[1] if settings.fold else n * settings.validation_fraction
     n_times = 1 + math.ceil(n_steps_of(settings) / max(1, settings.eval_every))
-    return n_times * n_held_out / min(n, settings.batch_size) / 3
+    return n_times * n_held_out / min(n, batch_size_of(n, settings)) / 3

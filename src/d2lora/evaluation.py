@@ -15,9 +15,11 @@ import pandas as pd
 
 from d2lora.adapter_files import AdapterFiles
 from d2lora.console import Reporter, table_console
+from d2lora.encode import Encoder
+from d2lora.encoded_sets import answers_beyond
 from d2lora.errors import SettingsError
 from d2lora.measuring import BASE, Measured, TestSets, check_rows, measure
-from d2lora.metrics import columns_of
+from d2lora.metrics import SCORERS, columns_of
 from d2lora.models import Base, load_base
 from d2lora.runs import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
 from d2lora.scores import Evaluation, Forgetting, forgetting_table, score_table
@@ -55,6 +57,7 @@ def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str
     base = base or load_base(settings)
     check_rows(names, base, sets, settings)
     trained_on = _trained_on(names, base, sets, reporter)
+    _check_lengths(sets.task, base, settings, reporter)
     measured: dict[str, Measured] = {}
     for name in names:
         scored = name in settings.adapters or not settings.adapters
@@ -65,6 +68,18 @@ def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str
     evaluation = replace(evaluation, trained_on=trained_on)
     _write(evaluation, settings)
     return evaluation
+
+
+def _check_lengths(
+    task: TaskData | None, base: Base, settings: EvaluateSettings, reporter: Reporter
+) -> None:
+    """Warn of gold answers that no output can hold."""
+    if task is None or task.task.score not in SCORERS:
+        return
+    encoder = Encoder.of(base, settings.chat_format)
+    beyond = answers_beyond(encoder, task.examples[: settings.limit], settings.max_new_tokens)
+    if beyond is not None:
+        reporter.say(f"warning: {beyond}")
 
 
 def _names(settings: EvaluateSettings) -> list[str]:

@@ -221,15 +221,14 @@ class Scored(Job):
         path = self.folder / "adapter" if self.training else self.adapter
         told = _adapted(self.training, self.folder / "adapter") if self.training else {}
         began = time.perf_counter()
-        tests = self.tests
-        sets = TestSets.read(tests)
+        sets = TestSets.read(self.tests)
         if self.shots is not None:
-            sets = replace(sets, task=_with_shots(sets.task, self.shots))
-            # The limit is that of one row, and a prompt with examples holds several.
-            tests = tests.changed(overlong="error")
+            task = _with_shots(sets.task, self.shots)
+            # The length limit is that of one row, and a prompt with examples holds several.
+            sets = replace(sets, task=task, whole_prompts=True)
         base = shared_base(self.training or self.tests)
         name = BASE if path is None else str(path)
-        measured = measure(name, base, sets, tests, Reporter(quiet=True))
+        measured = measure(name, base, sets, self.tests, Reporter(quiet=True))
         records = pd.DataFrame(measured.records)
         records.drop(columns="adapter").to_parquet(self.folder / "records.parquet", index=False)
         assert sets.task is not None

@@ -14,7 +14,7 @@ from d2lora.continuations import continuation_scores
 from d2lora.data import read_source
 from d2lora.decoding import Decoder, check_room
 from d2lora.encode import Encoder
-from d2lora.encoded_sets import answers_beyond, encode_all, encode_pairs, encode_prompts, every
+from d2lora.encoded_sets import encode_all, encode_pairs, encode_prompts, every
 from d2lora.errors import DataError, listed
 from d2lora.generation import adapted, chat_format_of, decode
 from d2lora.metrics import MAIN_SCORE, SCORERS, preference
@@ -38,6 +38,8 @@ class TestSets:
     task: TaskData | None
     general: list[Example]
     choices: list[Choice]
+    whole_prompts: bool = False
+    """Generate from prompts as they are, whatever the length limit."""
     rows: list[TestRow] = field(default_factory=list[TestRow])
     """All of them with their places, as they are in the files."""
 
@@ -101,7 +103,7 @@ def measure(
     with adapted(base, path, fast_when=settings.fast) as (model, used):
         encoder = Encoder.of(base, chat_format_of(path, settings.chat_format))
         return Measured(
-            _score_task(model, base, encoder, name, sets.task, settings, reporter),
+            _score_task(model, base, encoder, name, sets, settings, reporter),
             _general_loss(model, base, encoder, sets.general, settings, reporter),
             _right_choices(model, base, encoder, sets.choices),
             used.names,
@@ -113,10 +115,11 @@ def _score_task(
     base: Base,
     encoder: Encoder,
     name: str,
-    data: TaskData | None,
+    sets: TestSets,
     settings: EvaluateSettings,
     reporter: Reporter,
 ) -> list[dict[str, Any]]:
+    data = sets.task
     if data is None:
         return []
     examples = data.examples[: settings.limit]
@@ -124,12 +127,11 @@ def _score_task(
         return _score_preferences(model, base, encoder, name, examples, settings, reporter)
     scorer = SCORERS[data.task.score]
     decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size)
-    prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
+    overlong = "error" if sets.whole_prompts else settings.overlong
+    prompts = encode_prompts(encoder, examples, settings.max_length, overlong)
     _say(prompts.report(settings.max_length), reporter)
     places = [example.place for example in examples]
     _say(check_room(prompts.ids, places, model, settings.max_new_tokens), reporter)
-    if beyond := answers_beyond(encoder, examples, settings.max_new_tokens):
-        reporter.say(f"warning: {beyond}")
     records: dict[int, dict[str, Any]] = {}
     with reporter.bar("generating", len(examples)) as bar:
         for index, ids in decoder.complete(prompts.ids):
@@ -154,7 +156,8 @@ def check_rows(
         encoder = Encoder.of(base, chat_format)
         if data is not None and data.task.score != "preference":
             examples = data.examples[: settings.limit]
-            prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
+            overlong = "error" if sets.whole_prompts else settings.overlong
+            prompts = encode_prompts(encoder, examples, settings.max_length, overlong)
             places = [example.place for example in examples]
             check_room(prompts.ids, places, base.model, settings.max_new_tokens)
         questions_of(encoder, sets.choices)

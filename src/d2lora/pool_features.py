@@ -33,7 +33,7 @@ from d2lora.store import Stamp, stamp_of
 from d2lora.tasks import TaskData
 
 WORD_WIDTH, _SEED = 128, 0
-_VERSION = 1
+_VERSION = 2
 """Of the features on disk; to be raised where they come out differently."""
 
 

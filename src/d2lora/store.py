@@ -89,7 +89,7 @@ def shared_base(settings: BaseSettings) -> Any:
     """Load a base once in a process, and again where its files have changed."""
     of_base = {name: getattr(settings, name) for name in BaseSettings.model_fields}
     # One base serves fast and plain passes.
-    yaml_text = BaseSettings(**{**of_base, "fast": True}).to_yaml()
+    yaml_text = BaseSettings(**of_base).changed(fast=True).to_yaml()
     return _loaded(yaml_text, _base_stamp(settings, fetch=True))
 
 
