@@ -22,17 +22,25 @@ from transformers import (
 
 from d2lora.adaptation import adapt
 from d2lora.batches import Encoded, collate, micro_batches
+from d2lora.console import Reporter
 from d2lora.encode import Encoder, resolve_format
 from d2lora.encoded_sets import encode_all, encode_prompts
 from d2lora.errors import DataError, SettingsError
 from d2lora.evaluation import evaluate
 from d2lora.generation import generate
+from d2lora.hygiene import clean
 from d2lora.measuring import questions_of
 from d2lora.models import Base, load_base
 from d2lora.objectives import SFT
 from d2lora.rows import Example, Message, user
 from d2lora.scorer import TokenScorer
-from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, GenerateSettings
+from d2lora.settings import (
+    AdaptSettings,
+    BaseSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    HygieneSettings,
+)
 from d2lora.tasks import Choice, read_task
 from support import read_rows, write_rows
 
@@ -322,6 +330,38 @@ def test_a_row_that_the_template_refuses_is_told_with_its_line(
     shown = write_rows(tmp_path / "p.jsonl", [{"prompt": "Hi"}, system])
     with pytest.raises(DataError, match=r"p.jsonl, line 2: the chat template of .* refuses"):
         generate(GenerateSettings(base=str(base), device="cpu", prompts=shown, max_new_tokens=2))
+
+
+def test_a_pool_s_rows_that_the_template_refuses_are_unreadable(
+    templated: Any, tmp_path: Path
+) -> None:
+    templated.chat_template = STRICT + CHATML
+    turns = [
+        {"role": "user", "content": "Name a colour of the sky."},
+        {"role": "assistant", "content": "The sky is blue."},
+    ]
+    system = [{"role": "system", "content": "Be short"}, *turns]
+    pool = read_task([write_rows(tmp_path / "p.jsonl", [{"messages": m} for m in (turns, system)])])
+    encoder = Encoder(templated, "template")
+    cleaned = clean(pool, HygieneSettings(), encoder, 0, Reporter(quiet=True))
+    assert cleaned.kept == [0]
+    assert cleaned.counts["unreadable"] == 1
+    assert "system role not supported" in cleaned.rejected[0].reason
+
+
+def test_generate_cuts_prompts_as_the_adapter_s_rows_were_cut(
+    tiny_base: str, titles: str, tmp_path: Path
+) -> None:
+    common = {"base": tiny_base, "device": "cpu"}
+    limits = {"max_length": 64, "overlong": "truncate", "max_steps": 1, "quiet": True}
+    adapt(AdaptSettings(**common, **limits, data=(titles,), out=tmp_path / "a"))
+    longer_than_the_base = "word " * 600
+    rows = generate(
+        GenerateSettings(
+            **common, adapter=str(tmp_path / "a"), prompt=longer_than_the_base, max_new_tokens=3
+        )
+    )
+    assert rows[0]["prompt"] == longer_than_the_base
 
 
 def test_evaluate_says_what_it_cuts_and_which_answers_do_not_fit(
