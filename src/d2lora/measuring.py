@@ -62,7 +62,7 @@ class TestSets:
             *_placed("general_text", general, None),
             *_placed_choices(settings.choices, choices),
         ]
-        return cls(task, list(general.examples) if general else [], choices, rows)
+        return cls(task, list(general.examples) if general else [], choices, rows=rows)
 
 
 def _placed(use: str, data: TaskData | None, limit: int | None) -> list[TestRow]:
