@@ -105,7 +105,7 @@ def shapes_of(settings: Any) -> tuple[Counter[tuple[int, int]], int, int]:
     """Return how often each (in, out) of the decoder's linear layers occurs, and the head's."""
     from torch import nn
 
-    from d2lora.models import load_base
+    from d2lora.adapters.base import load_base
 
     model: Any = load_base(settings).model
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.lm_head]

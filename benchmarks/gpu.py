@@ -102,7 +102,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Train one side; d2lora's is held against the floor."""
     import torch
 
-    from d2lora.cost import peak_memory_bytes
+    from d2lora.training.cost import peak_memory_bytes
 
     device = torch.device(args.device)
     more = {"dtype": args.dtype, "device": args.device}

@@ -48,8 +48,8 @@ def over_runs(args: Any, folder: Path) -> None:
     """Print the table of K runs."""
     import torch
 
-    from d2lora.cost import peak_memory_bytes
-    from d2lora.models import load_base
+    from d2lora.training.cost import peak_memory_bytes
+    from d2lora.adapters.base import load_base
     from sides import settings_of
 
     base = load_base(settings_of(args.base, args.data, 1, args.threads))
@@ -69,7 +69,7 @@ def over_tokens(args: Any, folder: Path) -> None:
     """Print the table of one long run."""
     import torch
 
-    from d2lora.cost import peak_memory_bytes
+    from d2lora.training.cost import peak_memory_bytes
     from sides import BATCH, prepared, settings_of
 
     _, _, examples, encoder = prepared(settings_of(args.base, args.data, 100, args.threads))

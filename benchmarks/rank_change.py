@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from torch import Tensor, nn
 
-from d2lora.factors import Factors, truncate
+from d2lora.adapters.factors import Factors, truncate
 
 RANK, LOWER = 16, 8
 

@@ -21,12 +21,12 @@ from common import console_script, environment, ran
 from sides import BATCH, RANK, RATE
 
 if TYPE_CHECKING:
-    from d2lora.rows import Example
+    from d2lora.data.rows import Example
 
 
 def write_rows(data: Path, n: int, folder: Path) -> tuple[Path, Path]:
     """Write the first n rows for each tool; return d2lora's file and TRL's folder."""
-    from d2lora.tasks import read_task
+    from d2lora.data.tasks import read_task
 
     ours = folder / f"rows-{n}.jsonl"
     ours.write_text("".join(islice(data.open(encoding="utf-8"), n)), encoding="utf-8")
@@ -35,7 +35,7 @@ def write_rows(data: Path, n: int, folder: Path) -> tuple[Path, Path]:
 
 def write_for_sft(examples: Iterable["Example"], folder: Path) -> Path:
     """Write rows as prompt and completion, in d2lora's plain chat format."""
-    from d2lora.encode import plain_prompt
+    from d2lora.data.encode import plain_prompt
 
     rows = ({"prompt": plain_prompt(e.prompt), "completion": f" {e.completion}"} for e in examples)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def adapt(data: Path, out: Path, threads: int, base: str = "embedded", **more: o
 
 def sft(data: Path, out: Path, base: str = "embedded", **more: object) -> list[str]:
     """Return the command of a `trl sft` run; `more` are settings of it."""
-    from d2lora.base_files import base_folder
+    from d2lora.adapters.base_files import base_folder
 
     settings = {
         "model_name_or_path": base_folder(base), "dataset_name": data, "output_dir": out,

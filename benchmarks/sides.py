@@ -30,10 +30,10 @@ def settings_of(base: str, data: Path, steps: int, threads: int, **more: Any) ->
 
 def prepared(settings: Any) -> tuple[Any, Any, list[Any], Any]:
     """Return base, adapted model, the examples of every step in order, and their encoder."""
-    from d2lora.encode import Encoder
-    from d2lora.inits import LoraShape, attach_fresh
-    from d2lora.models import load_base
-    from d2lora.tasks import read_task
+    from d2lora.data.encode import Encoder
+    from d2lora.adapters.lora import LoraShape, attach_fresh
+    from d2lora.adapters.base import load_base
+    from d2lora.data.tasks import read_task
 
     base = load_base(settings)
     n_rows = settings.max_steps * settings.batch_size
@@ -45,10 +45,10 @@ def prepared(settings: Any) -> tuple[Any, Any, list[Any], Any]:
 def ours(settings: Any, n_warm: int = 1) -> dict[str, Any]:
     """Train with d2lora's loop; the first `n_warm` steps are not timed."""
     from d2lora import fast
-    from d2lora import train as loop
-    from d2lora.console import Reporter
-    from d2lora.objectives import SFT
-    from d2lora.runs import RunFolder
+    from d2lora.training import loop
+    from d2lora.runtime.console import Reporter
+    from d2lora.training.objectives import SFT
+    from d2lora.runtime.run_folder import RunFolder
 
     base, model, examples, encoder = prepared(settings)
     items = [encoder.encode(example) for example in examples]
@@ -76,7 +76,7 @@ def trl_s(settings: Any, n_warm: int = 1, **best: Any) -> dict[str, Any]:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from d2lora.encode import plain_prompt
+    from d2lora.data.encode import plain_prompt
 
     base, model, examples, encoder = prepared(settings)
     rows = [{"prompt": plain_prompt(e.prompt), "completion": f" {e.completion}"} for e in examples]

@@ -56,7 +56,7 @@ def measured(side: str, base: str, data: Path, steps: int, threads: int) -> dict
     """Train and return time, memory and losses."""
     import torch
 
-    from d2lora.cost import peak_memory_bytes
+    from d2lora.training.cost import peak_memory_bytes
 
     settings = settings_of(base, data, steps, threads)
     if side == "d2lora":

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from d2lora.crossed import pooled_difference
+from d2lora.evaluation.crossed import pooled_difference
 
 SCORES = {"problems": "exact_match", "gsm8k": "exact_match", "titles": "rougeL"}
 UNTRAINED = {"base", "few_shot", "warm_only"}

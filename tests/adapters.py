@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from d2lora import Adapter, AdaptSettings, adapt
-from d2lora.models import Base
+from d2lora.adapters.base import Base
 from support import read_rows
 
 PROBE = torch.arange(5, 60)[None]

@@ -38,7 +38,7 @@ def visible(page: str) -> str:
 
 def dies_at_step(monkeypatch: pytest.MonkeyPatch, last: int) -> type[BaseException]:
     """Make the training loop die before optimizer step `last`; return what it dies of."""
-    from d2lora import train
+    from d2lora.training import loop as train
 
     class Killed(BaseException):
         pass

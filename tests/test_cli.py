@@ -256,7 +256,7 @@ def test_no_garbage_is_looked_for_while_libraries_load_and_at_the_end_of_a_proce
     code = """
 import atexit, gc
 atexit.register(lambda: print(gc.get_freeze_count() > 0))
-from d2lora.loading import loading
+from d2lora.runtime.loading import loading
 try:
     with loading():
         print(gc.isenabled())

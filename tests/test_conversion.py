@@ -10,16 +10,24 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from d2lora import (
+
     AdaptSettings,
+
     ConvertSettings,
+
     ModelError,
+
     SettingsError,
+
     WarmStart,
+
     adapt,
+
     convert,
+
 )
-from d2lora.factors import Factors, extend, singular_values, truncate
-from d2lora.mixing import Plain
+from d2lora.adapters.factors import Factors, extend, singular_values, truncate
+from d2lora.adapters.mixing import Plain
 
 PROBE = torch.arange(5, 60)[None]
 

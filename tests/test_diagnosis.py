@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from d2lora import AdaptSettings, InspectSettings, WarmupSettings, adapt, inspect, warm_up
-from d2lora.artifacts import Manifest
+from d2lora.adapters.manifest import Manifest
 from d2lora.cli import main
-from d2lora.diagnosis import Start, overfitting, too_short
+from d2lora.training.diagnosis import Start, overfitting, too_short
 from d2lora.embedded import general_rows
 from support import read_rows, write_rows
 

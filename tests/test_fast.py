@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from d2lora import fast
-from d2lora.batches import Question
-from d2lora.continuations import _apart, _together, continuation_scores
+from d2lora.data.batches import Question
+from d2lora.scoring.multiple_choice import _apart, _together, continuation_scores
 from d2lora.fast import matmul
-from d2lora.models import load_base
-from d2lora.scorer import TokenScorer
+from d2lora.adapters.base import load_base
+from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import BaseSettings
 
 ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN")

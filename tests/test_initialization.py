@@ -13,18 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from adapters import PROBE, assert_untouched, logits, losses, run, state, weights
-from d2lora import (
-    SettingsError,
-    TrainingError,
-    WarmStart,
-    WarmStartError,
-    WarmupSettings,
-    phase,
-    warm_up,
-)
-from d2lora.data_inits import LOOKS
-from d2lora.initialization import Beginning
-from d2lora.models import Base, load_base
+from d2lora import SettingsError, TrainingError, WarmStart, WarmStartError, WarmupSettings, warm_up
+from d2lora.training import phase
+from d2lora.training.data_initialization import LOOKS
+from d2lora.training.initialization import Beginning
+from d2lora.adapters.base import Base, load_base
 from d2lora.settings import BaseSettings
 from support import dies_at_step, read_rows, write_rows
 
@@ -204,7 +197,7 @@ def test_corda_sees_no_padding(
 def test_loftq_without_bitsandbytes_says_what_to_install(
     tmp_path: Path, tiny_base: str, problems: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2lora.initialization.find_spec", {}.get)
+    monkeypatch.setattr("d2lora.training.initialization.find_spec", {}.get)
     with pytest.raises(SettingsError, match=r"pip install 'd2lora\[loftq\]'"):
         run(tmp_path / "a", tiny_base, problems, init="loftq")
 

@@ -16,11 +16,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from d2lora import fast
-from d2lora.batches import Batch, Encoded, collate
+from d2lora.data.batches import Batch, Encoded, collate
 from d2lora.fast import head
 from d2lora.fast.attention import LONGEST, WIDTH_A_THREAD, RowAttention, pays
 from d2lora.fast.packing import LENGTH_STEP, NAME, pack
-from d2lora.scorer import TokenScorer
+from d2lora.scoring.scorer import TokenScorer
 
 SMALL = {
     "vocab_size": 60,

@@ -14,32 +14,45 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from d2lora import (
+
     Adapter,
+
     AdaptSettings,
+
     DataError,
+
     EvaluateSettings,
+
     SettingsError,
+
     WarmStart,
+
     WarmupSettings,
+
     adapt,
+
     evaluate,
+
     fast,
-    phase_rows,
+
     warm_up,
+
 )
-from d2lora.batches import Pair
+
+from d2lora.training import rows as phase_rows
+from d2lora.data.batches import Pair
 from d2lora.embedded import word_problem_rows
-from d2lora.encode import Encoder
-from d2lora.encoded_sets import encode_pairs
-from d2lora.models import load_base
-from d2lora.objectives import DPO, ORPO
-from d2lora.pair_scores import PairScorer
-from d2lora.preferences import dialogue
-from d2lora.rows import Example, Message, user
-from d2lora.schedule import Plan
-from d2lora.scorer import TokenScorer, log_probabilities
+from d2lora.data.encode import Encoder
+from d2lora.data.encoded_sets import encode_pairs
+from d2lora.adapters.base import load_base
+from d2lora.training.objectives import DPO, ORPO
+from d2lora.scoring.pairs import PairScorer
+from d2lora.data.preferences import dialogue
+from d2lora.data.rows import Example, Message, user
+from d2lora.training.schedule import Plan
+from d2lora.scoring.scorer import TokenScorer, log_probabilities
 from d2lora.settings import BaseSettings
-from d2lora.tasks import read_task
+from d2lora.data.tasks import read_task
 from support import SHARED, dies_at_step, needs_shared_data, read_rows, write_rows
 
 TURN = {"role": "user", "content": "2 + 2?"}
@@ -214,7 +227,7 @@ def test_dpo_is_its_formula(pairs: tuple[TokenScorer, list[Pair], int], loss_typ
 
 
 def test_orpo_stays_finite_where_a_completion_is_certain() -> None:
-    from d2lora.objectives import _log_complement
+    from d2lora.training.objectives import _log_complement
 
     log_p = torch.tensor([-1e-12, 0.0, -0.5, -1.0, -50.0], requires_grad=True)
     values = _log_complement(log_p)
@@ -275,7 +288,7 @@ def test_a_killed_run_resumes_and_scores_the_reference_once(
 ) -> None:  # fmt: skip
     common = {"objective": objective, "checkpoint_every": 2, "max_steps": 5}
     whole = run(tmp_path / "whole", tiny_base, preferences, **common)
-    from d2lora import reference
+    from d2lora.training import reference
 
     with monkeypatch.context() as patch, pytest.raises(dies_at_step(patch, 4)):
         run(tmp_path / "killed", tiny_base, preferences, **common)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from d2lora.settings import StudySettings
-from d2lora.study import run_study
+from d2lora.study.run import run_study
 from support import small_plan
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -22,7 +22,7 @@ from pathlib import Path
 from ray.cluster_utils import Cluster
 
 from d2lora.settings import StudySettings
-from d2lora.study import run_study
+from d2lora.study.run import run_study
 
 plan, out, store = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from d2lora.analysis import read_findings
+from d2lora.report.analysis import read_findings
 from d2lora.cli import main
 from d2lora.errors import RunError
 from d2lora.report import write_report

@@ -16,21 +16,14 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from d2lora import (
-    Adapter,
-    AdaptSettings,
-    ConvertSettings,
-    RunError,
-    WarmStart,
-    adapt,
-    checkpoint,
-    convert,
-)
-from d2lora.claims import claimed
+from d2lora import Adapter, AdaptSettings, ConvertSettings, RunError, WarmStart, adapt, convert
+
+from d2lora.training import checkpoint
+from d2lora.runtime.claims import claimed
 from d2lora.cli import main
-from d2lora.inits import adamw
-from d2lora.models import load_base
-from d2lora.runs import METRICS, RunFolder, new_folder, read_json, write_json, write_text
+from d2lora.adapters.lora import adamw
+from d2lora.adapters.base import load_base
+from d2lora.runtime.run_folder import METRICS, RunFolder, new_folder, read_json, write_json, write_text
 from d2lora.settings import BaseSettings, TrainSettings
 from support import dies_at_step, read_rows
 
@@ -329,7 +322,7 @@ for name in ("pread", "fork", "sched_getaffinity", "getuid", "geteuid"):
 from pathlib import Path
 is_file = Path.is_file
 Path.is_file = lambda self: not str(self).startswith("/proc/") and is_file(self)
-from d2lora.pool import read_pool
+from d2lora.selection.pool import read_pool
 assert read_pool(sys.argv[1:2]).rows[3].values["prompt"]
 sys.exit(main(sys.argv[2:]))
 """

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats as reference
 
-from d2lora.crossed import pooled_difference, power
-from d2lora.curves import mean_of, size_that_scores, steps_to_reach
-from d2lora.stats import difference_p, holm, mean_interval, paired_difference, permutation_p
+from d2lora.evaluation.crossed import pooled_difference, power
+from d2lora.report.curves import mean_of, size_that_scores, steps_to_reach
+from d2lora.evaluation.stats import difference_p, holm, mean_interval, paired_difference, permutation_p
 from support import REPOSITORY
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -158,7 +158,7 @@ def test_the_size_that_scores_as_much_is_found_on_a_logarithmic_scale() -> None:
 def test_95_percent_intervals_cover_93_to_97_percent_of_the_time(
     make: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2lora.stats.N_RESAMPLES", 1000)
+    monkeypatch.setattr("d2lora.evaluation.stats.N_RESAMPLES", 1000)
     generator = np.random.default_rng(5)
     first, second = make(generator, 3, 400_000, 0.03)
     truth = float((second - first).mean())
@@ -174,7 +174,7 @@ def test_95_percent_intervals_cover_93_to_97_percent_of_the_time(
 def test_a_difference_is_claimed_in_at_most_5_percent_of_null_studies(
     make: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2lora.stats.N_RESAMPLES", 1000)
+    monkeypatch.setattr("d2lora.evaluation.stats.N_RESAMPLES", 1000)
     generator = np.random.default_rng(6)
     claimed = 0
     for _ in range(400):  # a study of three sizes each, in which both arms are the same
@@ -202,7 +202,7 @@ def with_seeds(generator: np.random.Generator, n_seeds: int, seed_sd: float) -> 
 def test_intervals_over_seeds_cover_the_truth_where_seeds_differ(
     n_seeds: int, seed_sd: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2lora.stats.N_RESAMPLES", 500)
+    monkeypatch.setattr("d2lora.evaluation.stats.N_RESAMPLES", 500)
     generator = np.random.default_rng(8)
     covered = 0
     for trial in range(1000):
@@ -215,7 +215,7 @@ def test_intervals_over_seeds_cover_the_truth_where_seeds_differ(
 def test_nulls_whose_seeds_differ_are_seldom_decided_where_items_alone_would_decide_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("d2lora.stats.N_RESAMPLES", 500)
+    monkeypatch.setattr("d2lora.evaluation.stats.N_RESAMPLES", 500)
     generator = np.random.default_rng(9)
     found = [paired_difference(*with_seeds(generator, 5, 0.1), seed=trial) for trial in range(200)]
     assert np.mean([d.low <= 0 <= d.high for d in found]) < 0.8

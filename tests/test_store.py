@@ -12,7 +12,7 @@ import pytest
 from conftest import save_tiny_base
 from d2lora import AdaptSettings
 from d2lora.settings import BaseSettings
-from d2lora.store import Job, identity_of, shared_base, versions
+from d2lora.study.store import Job, identity_of, shared_base, versions
 
 
 @dataclass(frozen=True)

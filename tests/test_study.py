@@ -17,24 +17,24 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from d2lora import AdaptSettings, WarmStart, WarmupSettings
-from d2lora.analysis import read_findings
-from d2lora.artifacts import Manifest
-from d2lora.calibration import Calibration
-from d2lora.cells import Cell
+from d2lora.report.analysis import read_findings
+from d2lora.adapters.manifest import Manifest
+from d2lora.study.calibration import Calibration
+from d2lora.study.cells import Cell
 from d2lora.cli import main
-from d2lora.conversion import randomise
-from d2lora.decontamination import contamination_said, decontaminated
+from d2lora.tools.convert import randomise
+from d2lora.study.decontamination import contamination_said, decontaminated
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import DataError, SettingsError
-from d2lora.jobs import Scored, Trial
-from d2lora.mixture import write_mixture
-from d2lora.needs import Needs
-from d2lora.plan import KINDS, StudyPlan
-from d2lora.plan_file import read_plan, shipped
+from d2lora.study.jobs import Scored, Trial
+from d2lora.study.mixture import write_mixture
+from d2lora.study.needs import Needs
+from d2lora.study.plan import KINDS, StudyPlan
+from d2lora.study.read_plan import read_plan, shipped
 from d2lora.report import write_report
 from d2lora.settings import StudySettings
-from d2lora.store import Job, perform
-from d2lora.study import Study, run_study
+from d2lora.study.store import Job, perform
+from d2lora.study.run import Study, run_study
 from support import read_rows, small_plan, visible, write_rows
 
 
@@ -185,11 +185,11 @@ def test_a_killed_study_goes_on_to_the_results_of_an_uninterrupted_one(
     assert not whole.failures
     broken = settings(tmp_path / "b", plan)
     for n_jobs in (3, 9):
-        monkeypatch.setattr("d2lora.executors.perform", dies_after(n_jobs))
+        monkeypatch.setattr("d2lora.study.executors.perform", dies_after(n_jobs))
         with pytest.raises(KeyboardInterrupt):
             run_study(broken)
         assert not (tmp_path / "b" / "study" / "done.json").exists()
-    monkeypatch.setattr("d2lora.executors.perform", perform)
+    monkeypatch.setattr("d2lora.study.executors.perform", perform)
     before = runs_in(tmp_path / "b" / "store")
     resumed = run_study(broken)
     assert len(before) >= 11

@@ -7,20 +7,29 @@ from typing import Any
 import pytest
 
 from d2lora import (
+
     AdaptSettings,
+
     ConvertSettings,
+
     EvaluateSettings,
+
     ModelError,
+
     WarmStart,
+
     adapt,
+
     convert,
+
     evaluate,
+
 )
-from d2lora.conversion import randomise
+from d2lora.tools.convert import randomise
 from d2lora.embedded import choice_rows, general_rows
-from d2lora.rows import Example, user
-from d2lora.scores import Evaluation
-from d2lora.trained_rows import FILE, TrainedRows
+from d2lora.data.rows import Example, user
+from d2lora.evaluation.scores import Evaluation
+from d2lora.data.trained_rows import FILE, TrainedRows
 from support import read_rows, write_rows
 
 
@@ -84,7 +93,7 @@ def test_test_rows_that_a_task_was_trained_on_are_told_and_those_of_validation_a
 
 
 def rows_of(tmp_path: Path, data: str) -> list[Any]:
-    from d2lora.measuring import TestSets
+    from d2lora.evaluation.measure import TestSets
 
     return TestSets.read(EvaluateSettings(data=(data,), out=tmp_path / "unused")).rows
 

@@ -12,18 +12,27 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from d2lora import (
+
     Adapter,
+
     AdaptSettings,
+
     SettingsError,
+
     TrainingError,
+
     WarmStart,
+
     WarmupSettings,
+
     adapt,
+
     warm_up,
+
 )
 from d2lora.embedded import title_rows
-from d2lora.fingerprints import fingerprint_of
-from d2lora.schedule import Plan, passes
+from d2lora.adapters.fingerprints import fingerprint_of
+from d2lora.training.schedule import Plan, passes
 from d2lora.settings import TrainSettings
 from support import REPOSITORY, read_rows, write_rows
 
@@ -215,7 +224,7 @@ def test_a_killed_run_resumes_to_the_same_adapter(
             raise Killed
         return step(*args, **kwargs)
 
-    from d2lora import train
+    from d2lora.training import loop as train
 
     step = train._step
     with monkeypatch.context() as patch:
@@ -329,11 +338,11 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_advice(
 
 
 def test_a_frozen_adapter_is_an_error_before_the_first_step(tmp_path: Path, tiny_base: str) -> None:
-    from d2lora.console import Reporter
-    from d2lora.objectives import SFT
-    from d2lora.runs import RunFolder
+    from d2lora.runtime.console import Reporter
+    from d2lora.training.objectives import SFT
+    from d2lora.runtime.run_folder import RunFolder
     from d2lora.settings import TrainSettings
-    from d2lora.train import train
+    from d2lora.training.loop import train
 
     model = AutoModelForCausalLM.from_pretrained(tiny_base).requires_grad_(requires_grad=False)
     with pytest.raises(TrainingError, match="nothing is trainable"):

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from d2lora.data import split_validation
-from d2lora.tuning import BEYOND, DOUBLINGS, Candidate, Choice, Curve, Grid, mean_curve
+from d2lora.data.sources import split_validation
+from d2lora.study.tuning import BEYOND, DOUBLINGS, Candidate, Choice, Curve, Grid, mean_curve
 
 
 def searched(grid: Grid, curve_of: Callable[[float, int], Curve | None]) -> tuple[Choice, int]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from d2lora.adaptation import adapt
-    from d2lora.artifacts import Adapter
-    from d2lora.conversion import Conversion, convert
+    from d2lora.adapters.manifest import Adapter
+    from d2lora.tools.convert import Conversion, convert
     from d2lora.errors import (
         D2LoraError,
         DataError,
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
         TrainingError,
         WarmStartError,
     )
-    from d2lora.evaluation import evaluate
-    from d2lora.generation import generate
-    from d2lora.inspection import Inspection, inspect
-    from d2lora.pairs import PairsMade, make_pairs
-    from d2lora.scores import Evaluation
-    from d2lora.selection import Selection, select
+    from d2lora.evaluation.evaluate import evaluate
+    from d2lora.evaluation.generate import generate
+    from d2lora.tools.inspect import Inspection, inspect
+    from d2lora.tools.pairs import PairsMade, make_pairs
+    from d2lora.evaluation.scores import Evaluation
+    from d2lora.selection.select import Selection, select
     from d2lora.settings import (
         AdaptSettings,
         ConvertSettings,
@@ -46,32 +46,32 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "adapt": "adaptation",
-    "convert": "conversion",
-    "Adapter": "artifacts",
-    "Conversion": "conversion",
+    "convert": "tools.convert",
+    "Adapter": "adapters.manifest",
+    "Conversion": "tools.convert",
     "ConvertSettings": "settings",
     "D2LoraError": "errors",
     "DataError": "errors",
     "InspectSettings": "settings",
-    "Inspection": "inspection",
+    "Inspection": "tools.inspect",
     "ModelError": "errors",
-    "PairsMade": "pairs",
+    "PairsMade": "tools.pairs",
     "PairsSettings": "settings",
-    "make_pairs": "pairs",
+    "make_pairs": "tools.pairs",
     "RunError": "errors",
     "SettingsError": "errors",
     "TrainingError": "errors",
     "WarmStartError": "errors",
-    "Evaluation": "scores",
-    "evaluate": "evaluation",
-    "generate": "generation",
-    "inspect": "inspection",
+    "Evaluation": "evaluation.scores",
+    "evaluate": "evaluation.evaluate",
+    "generate": "evaluation.generate",
+    "inspect": "tools.inspect",
     "AdaptSettings": "settings",
     "EvaluateSettings": "settings",
     "GenerateSettings": "settings",
-    "Selection": "selection",
+    "Selection": "selection.select",
     "SelectSettings": "settings",
-    "select": "selection",
+    "select": "selection.select",
     "WarmupSettings": "settings",
     "WarmStart": "warmstart",
     "warm_up": "warmup",

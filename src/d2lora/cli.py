@@ -79,8 +79,8 @@ def help_text() -> str:
 
 def _run(command: str, words: list[str]) -> None:
     from d2lora import settings
-    from d2lora.console import quiet_libraries
-    from d2lora.loading import loading
+    from d2lora.runtime.console import quiet_libraries
+    from d2lora.runtime.loading import loading
 
     homes: dict[str, tuple[str, type[Settings]]] = {
         "demo": ("demo", settings.DemoSettings),
@@ -113,7 +113,7 @@ def _parse(kind: "type[Settings]", command: str, words: list[str]) -> "Settings"
 
     import tyro
 
-    from d2lora.settings_file import read_settings_file
+    from d2lora.settings.file import read_settings_file
 
     given: dict[str, Any] = {}
     words = _spelt_out(kind, words)

@@ -2,18 +2,19 @@
 
 import os
 
-from d2lora.console import Reporter
-from d2lora.encode import Encoder
+from d2lora.runtime.console import Reporter
+from d2lora.data.encode import Encoder
 from d2lora.errors import SettingsError
-from d2lora.initialization import begin
-from d2lora.inits import LoraShape
-from d2lora.models import Base, load_base
-from d2lora.phase import run_phase
-from d2lora.phase_rows import prepare_rows
-from d2lora.runs import DONE, RunFolder
-from d2lora.selection import DATA, select
+from d2lora.training.initialization import begin
+from d2lora.adapters.lora import LoraShape
+from d2lora.adapters.base import Base, load_base
+from d2lora.training.phase import run_phase
+from d2lora.training.rows import prepare_rows
+from d2lora.runtime.run_folder import DONE, RunFolder
+from d2lora.data.sources import SELECTED
+from d2lora.selection.select import select
 from d2lora.settings import SelectSettings, WarmupSettings
-from d2lora.train import seed_of
+from d2lora.settings.seeds import seed_of
 from d2lora.warmstart import WarmStart
 
 
@@ -64,7 +65,7 @@ def _chosen(settings: WarmupSettings, run: RunFolder) -> WarmupSettings:
         shared = SelectSettings.model_fields.keys() & WarmupSettings.model_fields.keys()
         common = {name: getattr(settings, name) for name in shared - {"out"}}
         select(SelectSettings(**common, out=folder, method=settings.select))
-    return settings.changed(data=(str(folder / DATA),))
+    return settings.changed(data=(str(folder / SELECTED),))
 
 
 def command(settings: WarmupSettings) -> None:

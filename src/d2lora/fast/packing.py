@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from d2lora.batches import Batch
+from d2lora.data.batches import Batch
 from d2lora.fast.attention import RowAttention, pays
 
 NAME = "d2lora_packed"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from d2lora.findings import Findings
+from d2lora.report.findings import Findings
 
 MAX_OUTPUTS = 12_000
 """Outputs in a page, over all cells; each cell shows the same first test rows."""

@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from d2lora.crossed import NO_VERDICT, NOTHING_SEEN
-from d2lora.decontamination import contamination_said
-from d2lora.findings import Comparison, Findings
+from d2lora.evaluation.crossed import NO_VERDICT, NOTHING_SEEN
+from d2lora.study.decontamination import contamination_said
+from d2lora.report.findings import Comparison, Findings
 
 
 @dataclass(frozen=True)

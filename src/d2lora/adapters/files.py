@@ -1,0 +1,198 @@
+"""The two files of an adapter, read in this one place; what is wrong with them is said here.
+
+adapter_config.json         PEFT's configuration
+adapter_model.safetensors   its weights; the names begin with `base_model.model.`
+"""
+
+import json
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from d2lora.errors import ModelError, listed
+from d2lora.adapters.factors import Factors
+from d2lora.adapters.fingerprints import unreadable
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
+_CHANGES_BASE = {"olora", "corda", "lora_ga", "loftq"}
+_UNSUPPORTED = {
+    "layer_replication": "repeats layers of the base",
+    "kasa_config": "changes the base's weights",
+    "alora_invocation_tokens": "works from a token of the prompt on",
+    "arrow_config": "routes between several adapters",
+    "megatron_config": "is for Megatron's layers",
+}
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """A LoRA adapter read from its folder."""
+
+    folder: Path
+    config: LoraConfig
+    weights: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read an adapter.
+
+        Raises:
+            ModelError: If it is no LoRA adapter, or one of its files is missing or damaged.
+        """
+        return cls(folder, read_adapter_config(folder), _read_weights(folder / ADAPTER_WEIGHTS))
+
+    @property
+    def layers(self) -> dict[str, Factors]:
+        """The factors of each layer, by the layer's name with PEFT's prefix."""
+        names = sorted(n.removesuffix(LORA_A) for n in self.weights if n.endswith(LORA_A))
+        return {
+            name: Factors(self.weights[name + LORA_A], self.weights[name + LORA_B])
+            for name in names
+            if name + LORA_B in self.weights
+        }
+
+    @property
+    def beyond_factors(self) -> list[str]:
+        """Names of weights that are no factors of `layers`."""
+        factors = {name + end for name in self.layers for end in (LORA_A, LORA_B)}
+        return sorted(self.weights.keys() - factors)
+
+    @property
+    def beyond_lora(self) -> list[str]:
+        """Names of weights that are no LoRA factors: whole modules, biases, embeddings."""
+        return sorted(name for name in self.weights if ".lora_" not in name)
+
+    def check_lora_only(self) -> None:
+        """Check that nothing but LoRA weights comes with the adapter.
+
+        Raises:
+            ModelError: If something does, which no switched-off adapter and no warm start can have.
+        """
+        if self.config.bias != "none" or self.beyond_lora:
+            held = some(self.beyond_lora) or f"biases (bias: {self.config.bias})"
+            raise ModelError(
+                f"{self.folder}: it holds more than LoRA weights: {held}. It can be evaluated and "
+                "merged, but not trained further or compared with its base row by row"
+            )
+
+
+def some(names: list[str], shown: int = 3) -> str:
+    """Return the first of many names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """Read the LoRA configuration of an adapter folder.
+
+    Raises:
+        ModelError: If the folder is no LoRA adapter, its configuration cannot be used, or its
+            weights are missing.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise ModelError(f"{folder}: no adapter: it has no {ADAPTER_CONFIG}")
+    values = _json_object(path)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{folder}: the adapter has no {ADAPTER_WEIGHTS}")
+    if values.get("peft_type") != "LORA":
+        raise ModelError(
+            f"{path}: expected a LoRA adapter (`peft_type` LORA), found {values.get('peft_type')!r}"
+        )
+    known = {field.name for field in fields(LoraConfig)}
+    faults = _faults(values, known)
+    if faults:
+        raise ModelError(f"{path}: the adapter cannot be used:\n{listed(faults)}")
+    try:
+        with warnings.catch_warnings():
+            # PEFT warns of what is there for the making of an adapter and of no use afterwards.
+            warnings.simplefilter("ignore")
+            config = LoraConfig(**{key: value for key, value in values.items() if key in known})
+    except (TypeError, ValueError, ImportError) as error:
+        raise ModelError(f"{path}: {_first_line(error)}") from None
+    config.init_lora_weights = True  # what is read takes the place of any beginning
+    return config
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        why = unreadable(path, f"not JSON, or cut off ({error})")
+        raise ModelError(f"{path}: {why}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: expected an object, found {type(values).__name__}")
+    return values
+
+
+def _faults(values: dict[str, Any], known: set[str]) -> list[str]:
+    """Return what is wrong with a configuration, a sentence each."""
+    faults: list[str] = []
+    rank, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    if not isinstance(rank, int) or rank < 1:
+        faults.append(f"`r` must be a whole number of at least 1, found {rank!r}")
+    if not isinstance(alpha, int | float):
+        faults.append(f"`lora_alpha` must be a number, found {alpha!r}")
+    named = isinstance(targets, str) or (
+        isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    )
+    if not (named or (targets is None and values.get("target_parameters"))):
+        faults.append(f"`target_modules` must be names or a pattern, found {targets!r}")
+    if values.get("task_type") not in (None, "CAUSAL_LM"):
+        faults.append(f"`task_type` must be CAUSAL_LM, found {values['task_type']!r}")
+    init = str(values.get("init_lora_weights"))
+    if init.startswith("pissa") or init in _CHANGES_BASE:
+        faults.append(
+            f"it was made with --init {init} and never converted: it belongs to a base whose "
+            "weights were changed. Save it with PEFT's path_initial_model_for_weight_conversion, "
+            "or make it again with d2lora, which does so"
+        )
+    faults += [f"`{key}` {why}" for key, why in _UNSUPPORTED.items() if values.get(key)]
+    # A newer PEFT writes settings that this one lacks; where they are off, nothing is missed.
+    faults += [
+        f"`{key}`: {values[key]!r} is not known to the PEFT that is installed; upgrade it, or "
+        "delete the key where it is of no use"
+        for key in sorted(values.keys() - known)
+        if values[key]
+    ]
+    return faults
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError):
+        why = unreadable(path, "not a safetensors file, or cut off")
+        raise ModelError(f"{path}: {why}") from None
+    if not weights:
+        raise ModelError(f"{path}: the file holds no weights")
+    odd = sorted(
+        name
+        for name in weights
+        if not name.startswith(PREFIX) or not _WRAPPERS.isdisjoint(name.split("."))
+    )
+    if odd:
+        raise ModelError(
+            f"{path}: {len(odd)} of {len(weights)} weights have names that PEFT would not find: "
+            f"{some(odd)}. They were saved from a wrapped model (torch.compile, FSDP): unwrap it "
+            f"before saving, or rename them; each must begin with `{PREFIX}`"
+        )
+    endless = sorted(name for name, weight in weights.items() if not torch.isfinite(weight).all())
+    if endless:
+        raise ModelError(f"{path}: weights that are not finite: {some(endless)}")
+    return weights
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

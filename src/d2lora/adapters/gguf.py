@@ -1,0 +1,79 @@
+"""Bases in GGUF: converted once into the cache, then loaded like any other.
+
+transformers reads the file (its list of architectures is
+https://huggingface.co/docs/transformers/gguf); what is kept are plain bfloat16 safetensors.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from d2lora.errors import ModelError
+from d2lora.adapters.gguf_header import GgufHeader, read_header
+from d2lora.runtime.run_folder import cache_folder, new_folder, read_json, write_json
+
+RECORD = "gguf.json"
+"""What a converted folder says of its origin."""
+
+
+def converted_gguf(path: Path) -> Path:
+    """Return the folder of a GGUF file's weights as safetensors; converted where it is not yet.
+
+    The folder is known by the file's fingerprint, so a file that changes is converted again.
+    Weights are kept in bfloat16, whatever they are loaded as later.
+
+    Raises:
+        ModelError: If the file is damaged, gguf is not installed or transformers cannot read the
+            architecture.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f"{path}: reading a GGUF file needs the package gguf: pip install 'd2lora[gguf]'; or "
+            "give --base the same model as safetensors"
+        )
+    header = read_header(path)
+    folder = cache_folder() / "bases" / f"{path.stem}-{header.fingerprint[:16]}"
+    if (folder / RECORD).is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not (folder / RECORD).is_file():
+            with new_folder(folder) as unfinished:
+                _convert(path, header, unfinished)
+    return folder
+
+
+def quantization_of(folder: Path) -> str | None:
+    """Return how a converted base's weights were quantized; None for any other folder."""
+    record = folder / RECORD
+    return read_json(record)["quantization"] if record.is_file() else None
+
+
+def _convert(path: Path, header: GgufHeader, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    place: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+            **place,
+        )
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{path}: transformers cannot read this GGUF file (architecture "
+            f"`{header.architecture}`): {reason}; give --base the same model as safetensors"
+        ) from None
+    # What is saved is an ordinary model, so nothing of the file's packing is left in it.
+    model.config.__dict__.pop("quantization_config", None)
+    model.__dict__.pop("hf_quantizer", None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    origin = {"file": path.name, "fingerprint": header.fingerprint}
+    write_json(folder / RECORD, {**origin, "quantization": header.quantization})

@@ -1,0 +1,316 @@
+"""What a run leaves: a plain PEFT adapter, a manifest that says how it came about, a card.
+
+adapter_config.json, adapter_model.safetensors   PEFT's own format, loadable without d2lora
+warm_start.json or adapter.json                  the manifest
+trained_rows.json                                which rows it was trained on, see `trained_rows`
+README.md                                        the model card
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from peft import LoraConfig, PeftModel
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from d2lora.adapters.files import ADAPTER_WEIGHTS
+from d2lora.adapters.base_files import EMBEDDED, SMOLLM2, SMOLLM2_HUB_ID
+from d2lora.errors import ModelError, WarmStartError
+from d2lora.adapters.lora import LoraShape
+from d2lora.adapters.base import Base
+from d2lora.runtime.run_folder import read_json, sha256_of, write_json, write_text
+
+FORMAT_VERSION = 1
+MANIFESTS = {"warm start": "warm_start.json", "adapter": "adapter.json"}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseRecord(_Part):
+    """Which base an adapter belongs to."""
+
+    id: str
+    revision: str | None
+    fingerprint: str
+    quantization: str | None = None
+    """How its weights were quantized where they come from, such as GGUF; None: they were not."""
+
+
+class LoraRecord(_Part):
+    """The adapter's shape."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    rslora: bool = False
+    dora: bool = False
+
+    @classmethod
+    def of(cls, shape: LoraShape) -> Self:
+        """Return the record of a shape."""
+        return cls(**asdict(shape))
+
+
+class Ancestor(_Part):
+    """The warm start that an adapter began from."""
+
+    path: str
+    data: list[dict[str, Any]]
+    fingerprint: str
+
+
+class Manifest(_Part):
+    """How an adapter came about."""
+
+    format_version: int
+    kind: Literal["warm start", "adapter"]
+    base: BaseRecord
+    objective: str
+    chat_format: Literal["template", "plain"]
+    lora: LoraRecord
+    data: list[dict[str, Any]]
+    n_examples: int
+    selection: str
+    settings: dict[str, Any]
+    cost: dict[str, Any]
+    validation_loss_before: float | None
+    validation_loss_after: float | None
+    """Of the weights that are kept."""
+    lineage: list[Ancestor]
+    adapter_fingerprint: str
+    provenance: dict[str, Any]
+    kept_step: int | None = None
+    """Optimizer step whose weights these are: the best by validation loss, else the last."""
+    reference: str | None = None
+    """The reference policy, where the objective has one: `base` or `warm_start`."""
+    initialization: dict[str, Any] | None = None
+    """How it began, its cost, and what a conversion changed."""
+    conversion: dict[str, Any] | None = None
+    """What `d2lora convert` did to it, if anything."""
+    kept_out: dict[str, Any] | None = None
+    """Evaluation files that the rows were checked against, and how many were taken out."""
+    before_training: dict[str, Any] | None = None
+    """Losses of the base and of the warm start on rows of the task, before any training on it."""
+    fast_passes: list[str] | None = None
+    """The fast passes that its training took; empty: plain ones alone; None: not told."""
+    warnings: list[str] = []
+    """What is likely wrong, with what to try."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the manifest of an adapter folder.
+
+        Raises:
+            ModelError: If there is none, or it is not one of ours.
+        """
+        for name in MANIFESTS.values():
+            if (folder / name).is_file():
+                return cls._parse(folder / name)
+        raise ModelError(f"{folder}: no manifest ({' or '.join(MANIFESTS.values())})")
+
+    @classmethod
+    def _parse(cls, path: Path) -> Self:
+        values = read_json(path)
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if version != FORMAT_VERSION:
+            raise ModelError(
+                f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}; it was "
+                "written by another version of d2lora"
+            )
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ModelError(f"{path}: `{place}`: {first['msg']}") from None
+
+    def check_base(self, fingerprint: str, name: str, folder: Path) -> None:
+        """Check that a base is the one that this adapter was made on.
+
+        Raises:
+            ModelError: If it has other weights; a WarmStartError for a warm start.
+        """
+        if self.base.fingerprint != fingerprint:
+            kind = WarmStartError if self.kind == "warm start" else ModelError
+            raise kind(
+                f"{folder} was made on {self.base.id} (fingerprint {self.base.fingerprint[:12]}), "
+                f"but {name} has other weights ({fingerprint[:12]}); give --base {self.base.id}, "
+                f"or make the {self.kind} anew on this base"
+            )
+
+    @property
+    def shape(self) -> LoraShape:
+        """The adapter's shape."""
+        lora = self.lora
+        return LoraShape(**dict(lora))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A finished adapter on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Open an adapter folder made by d2lora; the weights are read when it is attached."""
+        folder = Path(path)
+        return cls(folder, Manifest.read(folder))
+
+
+def has_manifest(folder: Path) -> bool:
+    """Say whether a folder holds an adapter made by d2lora."""
+    return any((folder / name).is_file() for name in MANIFESTS.values())
+
+
+def check_fit(folder: Path, base: Base) -> None:
+    """Check that an adapter, where it says what it was made on, was made on this base.
+
+    Raises:
+        ModelError: If it was made on another.
+    """
+    if has_manifest(folder):
+        Manifest.read(folder).check_base(base.fingerprint, base.name, folder)
+
+
+def ancestor_of(folder: Path, manifest: Manifest) -> Ancestor:
+    """Return what an adapter that comes from another says of it."""
+    return Ancestor(path=str(folder), data=manifest.data, fingerprint=manifest.adapter_fingerprint)
+
+
+def fingerprint_of_adapter(folder: Path) -> str:
+    """Return the SHA-256 of an adapter's weights file."""
+    return sha256_of(folder / ADAPTER_WEIGHTS)
+
+
+def save_adapter(model: PeftModel, folder: Path, *, initial: Path | None = None) -> None:
+    """Write an adapter in PEFT's format. Only the LoRA weights are written.
+
+    What is written is an ordinary adapter, so nothing of its initialization is left in it.
+
+    Args:
+        model: The model with the adapter.
+        folder: Where to.
+        initial: The adapter as it began: what is written is the difference to it.
+    """
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    config.init_lora_weights = True
+    config.eva_config = config.corda_config = config.lora_ga_config = None
+    config.loftq_config = {}
+    model.save_pretrained(
+        str(folder),
+        save_embedding_layers=False,
+        path_initial_model_for_weight_conversion=str(initial) if initial else None,
+    )
+    readme = folder / "README.md"
+    readme.unlink(missing_ok=True)  # PEFT's empty template; ours follows
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write the manifest and the card beside the adapter."""
+    write_text(folder / "README.md", card(manifest))
+    write_json(folder / MANIFESTS[manifest.kind], manifest.model_dump(mode="json"))
+
+
+def base_record(base: Base) -> BaseRecord:
+    """Return what a manifest says of a base."""
+    return BaseRecord(
+        id=base.name,
+        revision=base.revision,
+        fingerprint=base.fingerprint,
+        quantization=base.quantization,
+    )
+
+
+def card(manifest: Manifest) -> str:
+    """Return the model card, in Markdown with the hub's metadata."""
+    base, lora, cost = manifest.base, manifest.lora, manifest.cost
+    hub_id = {EMBEDDED: "d2lora/embedded", SMOLLM2: SMOLLM2_HUB_ID}.get(base.id, base.id)
+    rows: dict[str, Any] = {
+        "base": f"`{base.id}`" + (f" at {base.revision}" if base.revision else ""),
+        "base fingerprint": f"`{base.fingerprint}`",
+        **({"base weights were": base.quantization} if base.quantization else {}),
+        "began from": _began(manifest),
+        "objective": _objective(manifest),
+        "chat format": manifest.chat_format,
+        "rank, alpha": f"{lora.rank}, {lora.alpha:g}",
+        "targets": ", ".join(lora.targets),
+        "training rows": f"{manifest.n_examples:,} ({manifest.selection})",
+        "steps, tokens": f"{cost['n_steps']:,}, {cost['n_tokens']:,}",
+        "time": f"{cost['elapsed_s']:.0f} s",
+        "held-out loss": _losses(manifest),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    data = "\n".join(
+        f"- `{d['file']}`, {d['rows']:,} rows, sha256 `{d['sha256']}`" for d in manifest.data
+    )
+    return CARD.format(kind=manifest.kind, base=hub_id, table=table, data=data)
+
+
+def _objective(manifest: Manifest) -> str:
+    name = manifest.objective.upper()
+    if manifest.objective == "sft":
+        return name
+    held = f", reference {manifest.reference}" if manifest.reference else ""
+    return f"{name}, beta {manifest.settings['beta']:g}{held}"
+
+
+def _began(manifest: Manifest) -> str:
+    if not manifest.lineage:
+        about = manifest.initialization
+        return f"{about['name'] if about else 'fresh'} LoRA"
+    return f"warm start `{manifest.lineage[-1].path}`"
+
+
+def _losses(manifest: Manifest) -> str:
+    before, after = manifest.validation_loss_before, manifest.validation_loss_after
+    if before is None or after is None:
+        return "not measured"
+    return f"{before:.4f} before, {after:.4f} after"
+
+
+CARD = """---
+library_name: peft
+base_model: {base}
+pipeline_tag: text-generation
+tags:
+- lora
+- d2lora
+---
+
+# A LoRA {kind} made by d2lora
+
+| | |
+|---|---|
+{table}
+
+Data:
+
+{data}
+
+It loads with PEFT alone, on the base named above:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder")
+```
+"""
+
+
+def differences(wanted: Mapping[str, Any], present: LoraShape) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that contradict an adapter's shape: name -> (wanted, present)."""
+    have = {"rank": present.rank, "alpha": present.alpha, "targets": present.targets}
+    flags = {"rslora": present.rslora, "dora": present.dora}
+    clashes = {
+        name: (wanted[name], value)
+        for name, value in have.items()
+        if wanted[name] is not None and wanted[name] != value
+    }
+    return clashes | {n: (True, have) for n, have in flags.items() if wanted[n] and not have}

@@ -1,0 +1,146 @@
+"""Several adapters made one, and parts of an adapter taken: on files, without a base.
+
+By concatenation of ranks a mixture of updates is exact: sum of w_i s_i B_i A_i is one product of
+the stacked A_i with the B_i side by side (PEFT's `cat`). The average of the factors themselves
+keeps the rank; its product is not the mixture of the products (PEFT's `linear` is of that kind).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from d2lora.adapters.files import LORA_A, LORA_B, AdapterFiles, some
+from d2lora.errors import ModelError, SettingsError
+from d2lora.adapters.factors import Factors
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A plain LoRA adapter of one rank, read from its folder."""
+
+    folder: Path
+    config: LoraConfig
+    layers: dict[str, Factors]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Plain":
+        """Read an adapter.
+
+        Raises:
+            ModelError: If its layers have different ranks, or are no plain LoRA.
+        """
+        files = AdapterFiles.read(folder)
+        config, layers = files.config, files.layers
+        ranks = {rank for pair in layers.values() for rank in (len(pair.a), pair.b.shape[1])}
+        whole = 2 * len(layers) == len(files.weights)
+        patterns = config.rank_pattern or config.alpha_pattern
+        if patterns or config.use_dora or not whole or ranks != {config.r}:
+            others = some(files.beyond_factors)
+            held = f" (beside the factors it holds {others})" if others else ""
+            raise ModelError(
+                f"{folder}: layers of different rank or alpha, DoRA, biases or whole modules"
+                f"{held}; only plain LoRA of one rank can be converted"
+            )
+        return cls(folder, config, layers)
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        config = self.config
+        return config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+
+
+def tensors_of(layers: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Return the factors under the names of PEFT's file."""
+    named = {f"{name}{LORA_A}": factors.a.contiguous() for name, factors in layers.items()}
+    return named | {f"{name}{LORA_B}": factors.b.contiguous() for name, factors in layers.items()}
+
+
+def concatenated(adapters: Sequence[Plain], weights: Sequence[float]) -> dict[str, Factors]:
+    """Return the exact mixture, at the first adapter's scale; its rank is the sum of ranks.
+
+    Raises:
+        ModelError: If the adapters have different layers.
+    """
+    _check_layers(adapters)
+    strengths = [
+        weight * adapter.scale / adapters[0].scale
+        for adapter, weight in zip(adapters, weights, strict=True)
+    ]
+    return {
+        name: Factors(
+            torch.cat([adapter.layers[name].a for adapter in adapters]),
+            torch.cat(
+                [a.layers[name].b * s for a, s in zip(adapters, strengths, strict=True)], dim=1
+            ),
+        )
+        for name in adapters[0].layers
+    }
+
+
+def averaged(adapters: Sequence[Plain], weights: Sequence[float]) -> dict[str, Factors]:
+    """Return the weighted sum of the A and of the B, where all shapes and scales agree.
+
+    Raises:
+        ModelError: If they do not.
+    """
+    _check_layers(adapters)
+    first = adapters[0]
+    for other in adapters[1:]:
+        if (other.config.r, other.scale) != (first.config.r, first.scale):
+            raise ModelError(
+                f"{other.folder} has rank {other.config.r} and scale {other.scale:g}, "
+                f"{first.folder} rank {first.config.r} and scale {first.scale:g}; their factors "
+                "cannot be averaged; use --mix-method cat"
+            )
+    both = list(zip(adapters, weights, strict=True))
+    return {
+        name: Factors(
+            torch.stack([a.layers[name].a * w for a, w in both]).sum(0),
+            torch.stack([a.layers[name].b * w for a, w in both]).sum(0),
+        )
+        for name in first.layers
+    }
+
+
+def _check_layers(adapters: Sequence[Plain]) -> None:
+    first = adapters[0]
+    for other in adapters[1:]:
+        odd = sorted(first.layers.keys() ^ other.layers.keys())
+        if odd:
+            raise ModelError(
+                f"{first.folder} and {other.folder} have different layers, such as {odd[0]}"
+            )
+
+
+def part(
+    layers: Mapping[str, Factors], targets: Sequence[str] | None, numbers: Sequence[int] | None
+) -> dict[str, Factors]:
+    """Return the layers of some modules and of some numbers only.
+
+    Raises:
+        SettingsError: If a module or a number is not there.
+    """
+    last = {name: name.rsplit(".", 1)[-1] for name in layers}
+    number = {name: int(m.group(1)) for name in layers if (m := _LAYER.search(name))}
+    for option, wanted, known in (
+        ("--targets", targets or (), set(last.values())),
+        ("--layers", numbers or (), set(number.values())),
+    ):
+        missing = sorted(set(wanted) - known, key=str)
+        if missing:
+            have = " ".join(map(str, sorted(known, key=str)))
+            raise SettingsError(f"{option}: the adapter has no {missing[0]}; it has: {have}")
+    return {
+        name: factors
+        for name, factors in layers.items()
+        if (targets is None or last[name] in targets)
+        and (numbers is None or number.get(name) in numbers)
+    }

@@ -1,0 +1,202 @@
+"""Rows of training data that give an evaluation away.
+
+A training row is contaminated where it shares n words in a row (13, as in Brown et al. 2020,
+arXiv 2005.14165, appendix C) with an evaluation row, asks the same question, or holds a whole
+question that is itself shorter than n words. What more than ten evaluation rows have in common is
+the wording of a template and counts for nothing; there it is what more than ten training documents
+have in common, which a small set of task rows cannot show.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from d2lora.data.sources import Row, read_source
+from d2lora.errors import DataError, listed
+from d2lora.data.ngrams import Hashes, gram_hashes, word_hashes, words
+from d2lora.data.rows import BadRowError, Example, Fault, place
+from d2lora.data.tasks import read_choice, read_prompt, task_of
+
+N_WORDS = 13
+"""Words in a row that no two texts share by chance."""
+COMMON = 10
+"""What more evaluation rows than this share is a template."""
+SHORTEST_INSIDE = 8
+"""A question of fewer words is looked for as a whole prompt, not inside of other texts."""
+
+# Between numbers a sign is all that tells one calculation from another.
+_SIGN = re.compile(r"(?<=\d)\s*([-+*/^<>=×÷−])\s*(?=\d)")
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A training row that gives an evaluation row away."""
+
+    index: int
+    """Of the training row among those checked."""
+    file: str
+    line: int
+    """Where the evaluation row stands."""
+    how: str
+
+    @property
+    def reason(self) -> str:
+        """What is the matter, in words."""
+        return f"contaminated: {self.how} {place(self.file, self.line)}"
+
+    def as_fault(self, row: Row) -> Fault:
+        """Return the training row as one that is set aside."""
+        return Fault(row.file, row.line, self.reason, json.dumps(row.values, default=str))
+
+
+@dataclass(frozen=True)
+class _Item:
+    """An evaluation row in words."""
+
+    file: str
+    line: int
+    asked: int
+    """Digest of the question."""
+    question: Hashes
+    whole: Hashes
+
+
+class Guard:
+    """Knows the texts of evaluation files, and finds training rows that give them away."""
+
+    def __init__(self, files: Sequence[str], n_words: int = N_WORDS) -> None:
+        """Read the evaluation files, of any kind of row that d2lora reads.
+
+        Args:
+            files: Evaluation files or hub data sets.
+            n_words: Words in a row that make a leak. 0: only the same question counts.
+
+        Raises:
+            DataError: If a file cannot be read or holds rows without a prompt or text.
+        """
+        self.files = tuple(files)
+        self.n_words = n_words
+        self._items = [item for name in files for item in _items(name)]
+        self._questions = _without_common(
+            (item.asked, number) for number, item in enumerate(self._items) if len(item.question)
+        )  # fmt: skip
+        # Hashes of each length in order, with the evaluation row that each stands for.
+        self._grams: dict[int, tuple[Hashes, list[int]]] = {}
+        for length in range(min(SHORTEST_INSIDE, n_words), n_words + 1) if n_words else ():
+            owners = _without_common(self._pairs(length))
+            if owners:
+                hashes = np.sort(np.fromiter(owners, dtype=np.uint64, count=len(owners)))
+                self._grams[length] = (hashes, [owners[int(value)] for value in hashes])
+        self.n_rows = len(self._items)
+        """Evaluation rows that are watched."""
+
+    def _pairs(self, length: int) -> Iterator[tuple[int, int]]:
+        """Return hash and row of the n-grams, or of the questions of just a shorter length."""
+        for number, item in enumerate(self._items):
+            if length == self.n_words:
+                for value in set(gram_hashes(item.whole, length).tolist()):
+                    yield value, number
+            elif len(item.question) == length:
+                yield int(gram_hashes(item.question, length)[0]), number
+
+    def leaks(self, examples: Iterable[Example]) -> Iterator[Leak]:
+        """Find the examples that give an evaluation row away, one leak each."""
+        for index, example in enumerate(examples):
+            leak = self.leak(index, example)
+            if leak is not None:
+                yield leak
+
+    def leak(self, index: int, example: Example) -> Leak | None:
+        """Say what a training row gives away; None where it is clean."""
+        last = example.prompt[-1].content if example.prompt else ""
+        for text in {example.question, last} - {""}:
+            number = self._questions.get(_digest(text))
+            if number is not None:
+                return self._told(index, number, "asks the same question as")
+        whole = word_hashes(words(example.text))
+        for length in sorted(self._grams, reverse=True):
+            known, owners = self._grams[length]
+            mine = gram_hashes(whole, length)
+            places = np.searchsorted(known, mine)
+            places[places == len(known)] = 0
+            hits = np.flatnonzero(known[places] == mine)
+            if len(hits):
+                how = f"shares {length} words in a row with"
+                return self._told(index, owners[places[hits[0]]], how)
+        return None
+
+    def _told(self, index: int, number: int, how: str) -> Leak:
+        item = self._items[number]
+        return Leak(index, item.file, item.line, how)
+
+
+def leaks_of(guards: Iterable[Guard], examples: Sequence[Example]) -> dict[int, Leak]:
+    """Return what any guard finds, by the index of the training row."""
+    return {leak.index: leak for guard in guards for leak in guard.leaks(examples)}
+
+
+def _without_common(pairs: Iterable[tuple[int, int]]) -> dict[int, int]:
+    """Return hash -> first row, less the hashes that more than `COMMON` rows have."""
+    owner: dict[int, int] = {}
+    more: dict[int, int] = {}
+    for value, number in pairs:
+        if value in owner:
+            more[value] = more.get(value, 1) + 1
+        else:
+            owner[value] = number
+    for value, count in more.items():
+        if count > COMMON:
+            del owner[value]
+    return owner
+
+
+def _digest(question: str) -> int:
+    """Return a hash of a question's words and of the signs between its numbers."""
+    return xxhash.xxh3_64_intdigest(word_hashes(normalized(question)).tobytes())
+
+
+def normalized(text: str) -> list[str]:
+    """Return a text's words and the signs between its numbers: what makes two texts the same."""
+    return [*words(text), *_SIGN.findall(text)]
+
+
+def _items(name: str) -> Iterator[_Item]:
+    source = read_source(name)
+    faults = [str(fault) for fault in source.faults]
+    items: list[_Item] = []
+    for row in source.rows:
+        example = _read(row)
+        if example is None:
+            fields = ", ".join(f"`{field}`" for field in row.values)
+            faults.append(f"{place(row.file, row.line)}: no prompt and no text; found {fields}")
+            continue
+        asked = example.question if words(example.question) else example.text
+        question, whole = word_hashes(words(asked)), word_hashes(words(example.text))
+        items.append(_Item(row.file, row.line, _digest(asked), question, whole))
+    if faults:
+        raise DataError(
+            f"{name}: {len(faults)} row(s) cannot be checked for contamination:\n{listed(faults)}"
+        )
+    yield from items
+
+
+def _read(row: Row) -> Example | None:
+    """Read an evaluation row, whatever its kind."""
+    values = row.values
+    readers: tuple[Any, ...] = (task_of("auto", values).read, _choice, read_prompt)
+    for read in readers:
+        try:
+            example: Example = read(values)
+        except (BadRowError, ValueError, TypeError, KeyError):
+            continue
+        return example
+    return None
+
+
+def _choice(values: dict[str, Any]) -> Example:
+    return read_prompt({"prompt": read_choice(values).prompt})

@@ -1,0 +1,255 @@
+"""From an example to token ids: chat format, supervised span, length limit."""
+
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from d2lora.data.batches import Encoded, Pair
+from d2lora.errors import DataError, ModelError, SettingsError
+from d2lora.data.truncation import Span, fitted
+from d2lora.adapters.base import Base, n_embedded, n_positions, unknown_token
+from d2lora.data.rows import BadRowError, Example, Message
+from d2lora.data.special_tokens import Shield
+
+Format = Literal["template", "plain"]
+_SPEAKER = {"system": "System", "user": "User", "assistant": "Assistant"}
+
+
+def resolve_format(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> Format:
+    """Return the chat format to use; None and `auto` take the template where there is one.
+
+    Raises:
+        SettingsError: If a template is wanted and the tokenizer has none.
+    """
+    has_template = tokenizer.chat_template is not None
+    if wanted == "template" and not has_template:
+        raise SettingsError(
+            "--chat-format template: the base's tokenizer has no chat template; use plain or auto"
+        )
+    if wanted in (None, "auto"):
+        return "template" if has_template else "plain"
+    return "plain" if wanted == "plain" else "template"
+
+
+def plain_prompt(messages: Sequence[Message]) -> str:
+    r"""Return the plain chat format of the given turns: `User: ...\nAssistant:`.
+
+    The completion follows after a space and ends in EOS. No turns give an empty prompt.
+    """
+    turns = [f"{_SPEAKER[turn.role]}: {turn.content}\n" for turn in messages]
+    return "".join(turns) + "Assistant:" if turns else ""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns examples into token ids in one chat format.
+
+    Special tokens come from the format alone: their strings in data are text. What a chat template
+    does to a text, such as stripping it, is done in training as in generation.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    format: Format
+    n_positions: int = sys.maxsize
+    """Tokens that the base takes in one row."""
+    n_embedded: int = sys.maxsize
+    """Tokens that the base's embedding has rows for."""
+
+    @classmethod
+    def of(cls, base: Base, chat_format: str | None) -> "Encoder":
+        """Return the encoder of a base's tokenizer."""
+        form = resolve_format(base.tokenizer, chat_format)
+        return cls(base.tokenizer, form, n_positions(base.model), n_embedded(base.model))
+
+    def encode(self, example: Example, max_length: int | None = None) -> Encoded:
+        """Return an example's ids; the prompt and the completion are tokenized apart.
+
+        So the prompt's ids are the same in training and in generation, and the supervised span
+        is exactly the completion and EOS.
+
+        Args:
+            example: The row.
+            max_length: Most tokens, and no more than the base takes. A longer row loses the middle
+                of its longest field, a document its end.
+
+        Raises:
+            DataError: If the chat template refuses the turns, or nothing is left to cut.
+        """
+        with _placed(example):
+            encoded, limit = self._encode(example), self._limit(max_length)
+            if limit is None or encoded.length <= limit:
+                return encoded
+            if not example.prompt:
+                return replace(encoded, ids=encoded.ids[:limit])
+            return self._encode(
+                fitted(example, lambda e: self._encode(e).length, limit, self._spans)
+            )
+
+    def encode_pair(self, example: Example, max_length: int | None = None) -> Pair:
+        """Return the ids of a preference: its prompt with either completion; as `encode`."""
+        with _placed(example):
+            pair, limit = self._encode_pair(example), self._limit(max_length)
+            if limit is None or pair.length <= limit:
+                return pair
+            return self._encode_pair(
+                fitted(example, lambda e: self._encode_pair(e).length, limit, self._spans)
+            )
+
+    def _limit(self, max_length: int | None) -> int | None:
+        return None if max_length is None else min(max_length, self.n_positions)
+
+    def prompt_of(self, example: Example, max_length: int | None = None) -> list[int]:
+        """Return the ids of an example's prompt alone, cut as `encode` cuts."""
+        with _placed(example):
+            ids = self.prompt_ids(example.prompt)
+            if max_length is None or len(ids) <= max_length:
+                return ids
+            alone = replace(example, completion="", rejected=None)
+            cut = fitted(alone, lambda e: len(self.prompt_ids(e.prompt)), max_length, self._spans)
+            return self.prompt_ids(cut.prompt)
+
+    def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
+        """Return the ids that a completion follows, ready for generation.
+
+        Raises:
+            DataError: If the chat template refuses the turns, or does not show one.
+            ModelError: If a token is beyond the base's embedding.
+        """
+        text = self._prompt_text(prompt)
+        if self.format == "template" and prompt:
+            return self._ids(text)
+        ids = self._ids(text, whole=True)
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def check(self, example: Example) -> None:
+        """Check that the chat format takes an example, and shows every turn of its prompt.
+
+        Raises:
+            BadRowError: If it does not.
+        """
+        try:
+            self._prompt_text(example.prompt)
+            for completion in (example.completion, example.rejected):
+                if self.format == "template" and example.prompt and completion:
+                    self._templated((*example.prompt, Message("assistant", completion)))
+        except DataError as error:
+            raise BadRowError(str(error)) from None
+
+    def _prompt_text(self, prompt: Sequence[Message]) -> str:
+        """Return a prompt as the chat format writes it, special tokens of data marked.
+
+        Raises:
+            DataError: If the chat template refuses the turns, or does not show one.
+        """
+        if fault := self._unshown(prompt):
+            raise DataError(fault)
+        if self.format == "template" and prompt:
+            return self._templated(prompt, completing=True)
+        return self._shield.marked(plain_prompt(prompt))
+
+    def _unshown(self, prompt: Sequence[Message]) -> str | None:
+        """Say which turn of a tool the chat format leaves out; None where it shows all."""
+        for place, turn in enumerate(prompt):
+            if not turn.of_tools:
+                continue
+            told = "is a tool's" if turn.role == "tool" else "calls a tool"
+            if self.format == "plain":
+                return (
+                    f"turn {place + 1} {told}, which the plain chat format cannot show; use a base "
+                    "whose chat template can"
+                )
+            shown = self._templated(prompt, completing=True)
+            for other in turn.altered():
+                changed = (*prompt[:place], other, *prompt[place + 1 :])
+                if self._templated(changed, completing=True) == shown:
+                    return (
+                        f"turn {place + 1} {told}, and the base's chat template leaves that out; "
+                        "use a base whose template supports tools"
+                    )
+        return None
+
+    def _encode(self, example: Example) -> Encoded:
+        prompt = self.prompt_ids(example.prompt)
+        if self.format == "template" and example.prompt:
+            completion = self._templated_completion(example)
+        else:
+            text = (" " if example.prompt else "") + example.completion
+            completion = self._ids(self._shield.marked(text))
+        eos_id = self.tokenizer.eos_token_id
+        assert isinstance(eos_id, int)
+        if not completion or completion[-1] != eos_id:
+            completion.append(eos_id)
+        return Encoded((*prompt, *completion), len(prompt))
+
+    def _encode_pair(self, example: Example) -> Pair:
+        assert example.rejected is not None
+        other = replace(example, completion=example.rejected)
+        return Pair(self._encode(example), self._encode(other))
+
+    def _templated(self, messages: Sequence[Message], *, completing: bool = False) -> str:
+        """Return turns as the template writes them, special tokens of data marked."""
+        turns = [self._shield.marked(turn.to_dict()) for turn in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=completing
+            )
+        except (TemplateError, TypeError) as error:
+            name = self.tokenizer.name_or_path or "the base"
+            reason = self._shield.unmarked(str(error))
+            raise DataError(f"the chat template of {name} refuses the turns: {reason}") from None
+        assert isinstance(text, str)
+        return text
+
+    def _templated_completion(self, example: Example) -> list[int]:
+        prompt = self._templated(example.prompt, completing=True)
+        whole = self._templated((*example.prompt, Message("assistant", example.completion)))
+        if not whole.startswith(prompt):
+            where = f"{example.place}: " if example.place else ""
+            raise SettingsError(
+                f"{where}the chat template renders a prompt in another way once it is answered, so "
+                "the completion cannot be told apart; use --chat-format plain"
+            )
+        ids = self._ids(whole[len(prompt) :])
+        eos_id = self.tokenizer.eos_token_id
+        # Templates end a turn with EOS and often a newline, which no one generates.
+        return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
+
+    def _ids(self, text: str, *, whole: bool = False) -> list[int]:
+        ids = self._shield.ids(text, whole=whole)
+        self._check(ids)
+        return ids
+
+    def _check(self, ids: Sequence[int]) -> None:
+        for token in ids:
+            if token >= self.n_embedded:
+                raise ModelError(unknown_token(token, self.tokenizer, self.n_embedded))
+
+    def _spans(self, text: str) -> Sequence[Span]:
+        if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            return [(place, place + 1) for place in range(len(text))]
+        told = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+        )
+        return told["offset_mapping"]
+
+    @cached_property
+    def _shield(self) -> Shield:
+        return Shield(self.tokenizer)
+
+
+@contextmanager
+def _placed(example: Example) -> Generator[None]:
+    """Name the row in what goes wrong."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{example.place}: {error}" if example.place else str(error)) from None

@@ -1,0 +1,166 @@
+"""Many examples as token ids: the length limit, rows that cannot be encoded, what was cut."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+from d2lora.data.batches import Encoded, Pair, T
+from d2lora.data.encode import Encoder
+from d2lora.errors import DataError, listed
+from d2lora.data.rows import Example
+from d2lora.settings import Overlong
+
+U = TypeVar("U")
+
+
+@dataclass(frozen=True)
+class EncodedSet(Generic[T]):
+    """Examples within the length limit, and what became of the others."""
+
+    items: list[T]
+    kept: list[int]
+    n_dropped: int
+    n_truncated: int
+    longest: int
+    n_tokens_cut: int = 0
+    limit: int = sys.maxsize
+    """Tokens that a row may have by the base."""
+
+    def report(self, max_length: int) -> str | None:
+        """Say what became of over-long examples; None where there were none."""
+        if not self.n_dropped and not self.n_truncated:
+            return None
+        what = "dropped" if self.n_dropped else "truncated"
+        n, total = self.n_dropped + self.n_truncated, len(self.items) + self.n_dropped
+        limit = min(max_length, self.limit)
+        told = f"{what} {n:,} of {total:,} examples longer than {limit:,} tokens "
+        return f"{told}(longest {self.longest:,}){_cut(self.n_tokens_cut)}"
+
+
+class Prompts(NamedTuple):
+    """Prompts ready for generation, and what was cut out of them."""
+
+    ids: list[list[int]]
+    n_truncated: int
+    n_tokens_cut: int
+
+    def report(self, max_length: int) -> str | None:
+        """Say what was cut; None where nothing was."""
+        if not self.n_truncated:
+            return None
+        told = f"truncated {self.n_truncated:,} of {len(self.ids):,} prompts longer than "
+        return f"{told}{max_length:,} tokens{_cut(self.n_tokens_cut)}"
+
+
+def _cut(n_tokens: int) -> str:
+    return f": {n_tokens:,} tokens cut from the middle of the longest fields" if n_tokens else ""
+
+
+def encode_all(
+    encoder: Encoder, examples: Sequence[Example], max_length: int, overlong: Overlong
+) -> EncodedSet[Encoded]:
+    """Encode examples and apply the length limit; of a preference the chosen completion counts.
+
+    Raises:
+        DataError: If examples cannot be encoded, are too long where `overlong` is `error`, or none
+            is left.
+    """
+    return _limited(encoder.encode, encoder, examples, max_length, overlong)
+
+
+def encode_pairs(
+    encoder: Encoder, examples: Sequence[Example], max_length: int, overlong: Overlong
+) -> EncodedSet[Pair]:
+    """Encode preferences and apply the length limit, to the longer completion of each.
+
+    Raises:
+        DataError: As `encode_all`.
+    """
+    return _limited(encoder.encode_pair, encoder, examples, max_length, overlong)
+
+
+def encode_prompts(
+    encoder: Encoder, examples: Sequence[Example], max_length: int, overlong: Overlong
+) -> Prompts:
+    """Encode prompts; longer ones are cut as in training where that is asked for, else whole.
+
+    Raises:
+        DataError: If examples cannot be encoded.
+    """
+    whole = every(encoder.prompt_of, examples)
+    if overlong != "truncate":
+        return Prompts(whole, 0, 0)
+    ids = every(lambda example: encoder.prompt_of(example, max_length), examples)
+    cuts = [len(one) - len(other) for one, other in zip(whole, ids, strict=True)]
+    return Prompts(ids, sum(n > 0 for n in cuts), sum(cuts))
+
+
+def answers_beyond(
+    encoder: Encoder, examples: Sequence[Example], max_new_tokens: int
+) -> str | None:
+    """Say how many gold answers no output can hold; None where all fit."""
+    lengths = [item.n_supervised for item in every(encoder.encode, examples)]
+    longest = max(lengths, default=0)
+    n_long = sum(n > max_new_tokens for n in lengths)
+    if not n_long:
+        return None
+    return (
+        f"{n_long:,} of {len(lengths):,} gold answers are longer than max_new_tokens "
+        f"{max_new_tokens:,} with the EOS that ends them (the longest has {longest:,} tokens), so "
+        "no output can reach their end"
+    )
+
+
+def every(make: Callable[[Example], U], examples: Sequence[Example]) -> list[U]:
+    """Return what is made of each example.
+
+    Raises:
+        DataError: If some cannot be encoded; all at once.
+    """
+    made: list[U] = []
+    faults: list[str] = []
+    for example in examples:
+        try:
+            made.append(make(example))
+        except DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError(
+            f"{len(faults)} of {len(examples)} rows cannot be encoded:\n{listed(faults)}"
+        )
+    return made
+
+
+def _limited(
+    encode: Callable[..., T],
+    encoder: Encoder,
+    examples: Sequence[Example],
+    max_length: int,
+    overlong: Overlong,
+) -> EncodedSet[T]:
+    items = every(encode, examples)
+    longest = max((item.length for item in items), default=0)
+    limit = min(max_length, encoder.n_positions)
+    too_long = [index for index, item in enumerate(items) if item.length > limit]
+    if too_long and overlong == "error":
+        place = examples[too_long[0]].place
+        where = f", the first is {place}" if place else ""
+        own = limit < max_length
+        named = f"the {limit} tokens that the base takes" if own else f"--max-length {limit} tokens"
+        raise DataError(
+            f"{len(too_long)} of {len(items)} examples are longer than {named} (the longest has "
+            f"{longest}{where}); {'' if own else 'raise it, or '}set --overlong to drop or truncate"
+        )
+    if overlong == "drop":
+        kept = [index for index, item in enumerate(items) if item.length <= limit]
+        if not kept:
+            raise DataError(f"no example is left within {limit} tokens (--max-length {max_length})")
+        left = [items[index] for index in kept]
+        return EncodedSet(left, kept, len(too_long), 0, longest, limit=limit)
+    long = [examples[index] for index in too_long]
+    n_cut = 0
+    for index, cut in zip(too_long, every(lambda e: encode(e, max_length), long), strict=True):
+        n_cut += items[index].length - cut.length
+        items[index] = cut
+    return EncodedSet(items, list(range(len(items))), 0, len(too_long), longest, n_cut, limit)

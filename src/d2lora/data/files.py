@@ -1,0 +1,142 @@
+"""Reading raw rows from files of every kind: JSON Lines, JSON, CSV, TSV, Parquet, lines of text.
+
+A row that cannot be read is a `Fault` beside the others; what spoils a whole file is a `DataError`.
+"""
+
+import csv
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from d2lora.errors import DataError
+from d2lora.data.json_rows import read_json, read_json_lines
+from d2lora.data.rows import Fault, Row, repeated
+
+_PARQUET_ROWS = 4096
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+csv.field_size_limit(2**31 - 1)  # a field may be a whole document; a C long of Windows ends here
+
+
+def file_items(path: Path) -> Iterator[Row | Fault]:
+    """Read the rows and faults of a file, by its suffix.
+
+    Raises:
+        DataError: If it is unreadable as a whole.
+    """
+    with _readable(path):
+        with path.open("rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise DataError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull`")
+        yield from READERS[path.suffix](path)
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    r"""Read the lines of a text file, which end at \n or \r\n and nowhere else.
+
+    Raises:
+        DataError: If it cannot be read or is not UTF-8.
+    """
+    with _readable(path), path.open(encoding="utf-8-sig", newline="\n") as file:
+        for line in file:
+            yield line.removesuffix("\n").removesuffix("\r")
+
+
+@contextmanager
+def _readable(path: Path) -> Generator[None]:
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise DataError(_not_utf8(path)) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _not_utf8(path: Path) -> str:
+    """Say where a file ceases to be UTF-8."""
+    before = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                found, byte = line[error.start], before + error.start + 1
+                utf16 = before == 0 and line[:2] in (b"\xff\xfe", b"\xfe\xff")
+                kind = "UTF-16" if utf16 else "WINDOWS-1252"
+                return (
+                    f"{path}, line {number}: not UTF-8 text: byte {byte:,} of the file is "
+                    f"0x{found:02x}; convert it, as in `iconv -f {kind} -t UTF-8 {path.name}`"
+                )
+            before += len(line)
+    return f"{path}: not UTF-8 text; convert it"
+
+
+Record = tuple[int, list[str] | str]
+"""A line number with the fields that begin there, or with what is the matter."""
+
+
+def _csv(path: Path) -> Iterator[Row | Fault]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from _table(path, _csv_records(file))
+
+
+def _csv_records(lines: Iterable[str]) -> Iterator[Record]:
+    reader = csv.reader(lines, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            unclosed = "end of data" in str(error)
+            told = "a quote that opens here is never closed" if unclosed else f"not CSV: {error}"
+            yield line, told
+        else:
+            if fields:
+                yield line, fields
+
+
+def _tsv(path: Path) -> Iterator[Row | Fault]:
+    """Read lines of fields between tabs; a quote is a sign like any other."""
+    lines = enumerate(text_lines(path), 1)
+    return _table(path, ((number, line.split("\t")) for number, line in lines if line))
+
+
+def _table(path: Path, records: Iterator[Record]) -> Iterator[Row | Fault]:
+    line, header = next(records, (1, list[str]()))
+    if isinstance(header, str):
+        raise DataError(f"{path}, line {line}: {header}")
+    names = [name or f"column {number}" for number, name in enumerate(header, 1)]
+    if twice := repeated(names):
+        raise DataError(f"{path}: the header names {twice} more than once; rename or drop columns")
+    for line, fields in records:
+        if isinstance(fields, str):
+            yield Fault(str(path), line, fields, "")
+        elif len(fields) != len(names):
+            expected = f"expected {len(names)} fields ({', '.join(names)})"
+            yield Fault(str(path), line, f"{expected}, found {len(fields)}", str(fields))
+        else:
+            yield Row(dict(zip(names, fields, strict=True)), str(path), line)
+
+
+def _parquet(path: Path) -> Iterator[Row | Fault]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        if twice := repeated(file.schema_arrow.names):
+            raise DataError(f"{path}: {twice} names more than one column; rename or drop columns")
+        values = (row for batch in file.iter_batches(_PARQUET_ROWS) for row in batch.to_pylist())
+        for number, row in enumerate(values, 1):
+            yield Row(row, str(path), number)
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: not a Parquet file: {error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: a text in it is not UTF-8: {error}") from None
+
+
+READERS = {
+    ".jsonl": read_json_lines, ".json": read_json, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet,
+}  # fmt: skip

@@ -1,0 +1,125 @@
+"""Rows of JSON Lines and of JSON lists; a row that would not be read as it stands is a fault."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from d2lora.errors import DataError
+from d2lora.data.rows import Fault, Row, repeated
+
+_GAP = re.compile(r"[\s,:]*")
+"""What stands between the values of valid JSON."""
+
+
+def read_json_lines(path: Path) -> Iterator[Row | Fault]:
+    """Read one object a line."""
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            text = line.strip()
+            if text:
+                yield _parsed(str(path), number, text)
+
+
+class _UnusableError(ValueError):
+    """JSON of which something would be lost or made up in reading."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = repeated(name for name, _ in pairs)
+        raise _UnusableError(f"{twice} stands more than once in an object")
+    return values
+
+
+def _constant(name: str) -> None:
+    if name != "NaN":  # which pandas writes where a value is missing
+        raise _UnusableError(f"{name} is not JSON; write a number or null")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+_LENIENT = json.JSONDecoder(parse_int=lambda _: 0)
+
+
+def _parsed(file: str, line: int, text: str) -> Row | Fault:
+    try:
+        value = _STRICT.decode(text)
+    except json.JSONDecodeError as error:
+        reason = f"not JSON: {error.msg} at column {error.colno}"
+    except _UnusableError as error:
+        reason = str(error)
+    except ValueError:  # of Python, for one integer that takes long to read
+        reason = "an integer of thousands of digits; write it as text"
+    except RecursionError:
+        reason = "nested too deeply"
+    else:
+        if isinstance(value, dict):
+            half = _half_character(value) if "\\u" in text else None
+            return Row(value, file, line) if half is None else Fault(file, line, half, text)
+        reason = f"expected an object, found {type(value).__name__}"
+    return Fault(file, line, reason, text)
+
+
+def _half_character(values: dict[str, Any]) -> str | None:
+    for name, value in values.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            code = ascii(error.object[error.start])[1:-1]
+            field = ascii(name)[1:-1]
+            return f"field `{field}` holds {code}, half of a surrogate pair and no character"
+    return None
+
+
+def read_json(path: Path) -> Iterator[Row | Fault]:
+    """Read a list of objects, or one in the field `data` of an object.
+
+    Raises:
+        DataError: If it is anything else.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        value = _LENIENT.decode(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        hint = "; is it JSON Lines? Then name it .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(f"{path}: not JSON: {error.msg} at {place}{hint}") from None
+    except RecursionError:
+        raise DataError(f"{path}: nested too deeply") from None
+    if isinstance(value, dict) and not isinstance(value.get("data"), list):
+        names = ", ".join(f"`{name}`" for name in list(value)[:5])
+        raise DataError(
+            f"{path}: expected a list of rows, found an object with {names or 'nothing'}; write "
+            "its rows as a list, or one a line in a .jsonl file"
+        )
+    if not isinstance(value, dict | list):
+        raise DataError(f"{path}: expected a list of rows, found {type(value).__name__}")
+    for number, row in enumerate(_row_texts(text), 1):
+        yield _parsed(str(path), number, row)
+
+
+def _row_texts(text: str) -> Iterator[str]:
+    """Return the text of each row of valid JSON: a list of rows, or an object with it as `data`."""
+
+    def after_gap(at: int) -> int:
+        match = _GAP.match(text, at)
+        assert match is not None
+        return match.end()
+
+    def decoded(at: int) -> tuple[Any, int]:
+        value, end = _LENIENT.raw_decode(text, at)
+        return value, after_gap(end)
+
+    at = after_gap(0)
+    if text[at] == "{":
+        key, at = decoded(after_gap(at + 1))
+        while key != "data" or text[at] != "[":
+            _, at = decoded(at)
+            key, at = decoded(at)
+    at = after_gap(at + 1)
+    while text[at] != "]":
+        begin = at
+        _, at = decoded(at)
+        yield text[begin:at].rstrip(" \t\r\n,")

@@ -1,0 +1,170 @@
+"""Reading rows from files and hub data sets, choosing subsets that nest, fingerprints of data.
+
+A source is a file (.jsonl, .json, .csv, .tsv, .parquet) or a hub data set written
+`owner/name:split` or `owner/name/config:split`. Rows come back raw, each with the place where it
+stands; `tasks` gives them meaning.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2lora.runtime.run_folder import read_json
+from d2lora.errors import DataError
+from d2lora.data.files import READERS, file_items
+from d2lora.data.rows import Fault, Row
+from d2lora.runtime.run_folder import sha256_of
+
+SELECTED, SELECTION_CARD = "data.jsonl", "card.json"
+"""What `d2lora select` writes: the chosen rows and how they were chosen."""
+
+
+def fault_lines(faults: Iterable[Fault]) -> str:
+    """Return rows that were set aside as JSON lines, with what is the matter with each."""
+    told = ({"file": f.file, "line": f.line, "reason": f.reason, "row": f.text} for f in faults)
+    return "".join(json.dumps(row) + "\n" for row in told)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of one source with the faults met and the fingerprint of the whole."""
+
+    name: str
+    rows: list[Row]
+    faults: list[Fault]
+    sha256: str
+
+    def manifest(self) -> dict[str, Any]:
+        """Return what a manifest says of this source."""
+        return {"file": self.name, "rows": len(self.rows), "sha256": self.sha256}
+
+
+def is_local(name: str) -> bool:
+    """Say whether a source is a file that is here, which is read without asking a hub."""
+    return Path(name).suffix in READERS and Path(name).is_file()
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The rows and faults of one source, one after the other, to be gone through once."""
+
+    name: str
+    items: Iterator[Row | Fault]
+    fingerprint: Callable[[], str]
+    """SHA-256 of the source; to be asked when the items are through."""
+
+
+def read_source(name: str) -> Source:
+    """Read one source.
+
+    Raises:
+        DataError: As `stream_source`.
+    """
+    stream = stream_source(name)
+    rows: list[Row] = []
+    faults: list[Fault] = []
+    for item in stream.items:
+        if isinstance(item, Row):
+            rows.append(item)
+        else:
+            faults.append(item)
+    return Source(stream.name, rows, faults, stream.fingerprint())
+
+
+def stream_source(name: str) -> Stream:
+    """Open one source; JSON Lines, CSV, Parquet and hub data are never in memory as a whole.
+
+    Raises:
+        DataError: If the file is missing, of an unknown kind, unreadable or holds no rows; what
+            only shows in reading is raised there.
+    """
+    path = Path(name)
+    if path.suffix in READERS:
+        if not path.is_file():
+            raise DataError(f"{name}: no such file")
+        return Stream(str(path), _some(name, file_items(path)), lambda: sha256_of(path))
+    if path.exists():
+        kinds = ", ".join(READERS)
+        raise DataError(f"{name}: expected a file of kind {kinds}, found {path.suffix or 'none'}")
+    digest = hashlib.sha256()
+    return Stream(name, _some(name, _hub_items(name, digest.update)), digest.hexdigest)
+
+
+def _some(name: str, items: Iterable[Row | Fault]) -> Iterator[Row | Fault]:
+    empty = True
+    for item in items:
+        empty = False
+        yield item
+    if empty:
+        raise DataError(f"{name}: the file holds no rows")
+
+
+def _hub_items(name: str, digested: Callable[[bytes], None]) -> Iterator[Row]:
+    repository, _, split = name.partition(":")
+    parts = repository.split("/")
+    if len(parts) not in (2, 3) or not all(parts) or name.startswith((".", "/")):
+        raise DataError(
+            f"{name}: no such file, and not a hub data set (`owner/name:split` or "
+            "`owner/name/config:split`)"
+        )
+    from datasets import exceptions, load_dataset
+
+    config = parts[2] if len(parts) == 3 else None
+    try:
+        loaded = load_dataset("/".join(parts[:2]), config, split=split or "train")
+    except (exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        reason, *_ = str(error).splitlines() or [type(error).__name__]
+        if "scripts are no longer supported" in reason:
+            reason = (
+                "it is a script, and no code of the hub is run; give a data set of data files "
+                "(many have a branch `refs/convert/parquet`: download a file of it)"
+            )
+        raise DataError(f"{name}: the hub data set cannot be loaded: {reason}") from None
+    for number, row in enumerate(loaded, 1):
+        values = dict(row)
+        digested(json.dumps(values, sort_keys=True, default=str).encode())
+        yield Row(values, name, number)
+
+
+def nested_order(n_rows: int, seed: int) -> list[int]:
+    """Return a seeded permutation of row indices.
+
+    The first n of it are the subset of size n, so subsets of one seed nest: the 16 are inside
+    the 64.
+    """
+    return np.random.default_rng(seed).permutation(n_rows).tolist()
+
+
+def split_validation(
+    indices: Sequence[int], fraction: float, fold: tuple[int, int] | None = None
+) -> tuple[list[int], list[int]]:
+    """Split chosen rows into training and validation rows; the last `fraction` validate.
+
+    At least one row validates where `fraction` > 0, and at least one trains. A `fold` (i, k) takes
+    the place of the fraction: the i-th of k parts, as equal as can be, validates.
+    """
+    n = len(indices)
+    if n < 2 or (fraction == 0 and fold is None):
+        return list(indices), []
+    if fold is None:
+        begin, end = n - min(max(1, round(n * fraction)), n - 1), n
+    else:
+        number, n_folds = fold
+        begin, end = n * number // n_folds, n * (number + 1) // n_folds
+    return [*indices[:begin], *indices[end:]], list(indices[begin:end])
+
+
+def selection_behind(file: str) -> str | None:
+    """Say how the rows of a data file were chosen, where `select` wrote it; else None."""
+    path = Path(file)
+    if path.name != SELECTED or not (path.parent / SELECTION_CARD).is_file():
+        return None
+    card = read_json(path.parent / SELECTION_CARD)
+    task = f" for {' '.join(card['for_task'])}" if card["for_task"] else ""
+    pool = " ".join(source["file"] for source in card["pool"])
+    return f"{card['m']:,} rows chosen by {card['method']}{task} of {card['n_clean']:,} of {pool}"

@@ -1,0 +1,170 @@
+"""base + adapters + task -> per-example records, scores with intervals, forgetting.
+
+records.parquet, records.jsonl   one row per adapter and test row
+summary.json                     scores, paired differences, forgetting, fast passes taken
+done.json                        the marker of completion
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from d2lora.adapters.files import AdapterFiles
+from d2lora.runtime.console import Reporter, table_console
+from d2lora.data.encode import Encoder
+from d2lora.data.encoded_sets import answers_beyond
+from d2lora.errors import SettingsError
+from d2lora.evaluation.measure import BASE, Measured, TestSets, check_rows, measure
+from d2lora.evaluation.metrics import SCORERS, columns_of
+from d2lora.adapters.base import Base, load_base
+from d2lora.runtime.run_folder import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
+from d2lora.evaluation.scores import Evaluation, Forgetting, forgetting_table, score_table
+from d2lora.settings import EvaluateSettings
+from d2lora.evaluation.stats import Difference, Interval, mean_interval, paired_difference
+from d2lora.data.tasks import TaskData
+from d2lora.data.trained_rows import TrainedRows, places
+
+
+def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation:
+    """Score adapters on a task and measure what they forgot.
+
+    Forgetting is measured against the base with adapters off: the change of loss on held-out
+    general text and of multiple-choice accuracy (length-normalised log-probabilities).
+
+    Args:
+        settings: What to score and on what.
+        base: The base already loaded as the settings say, when many evaluations share it.
+
+    Raises:
+        D2LoraError: One of its kinds, for settings, data, a base or an adapter that cannot be
+            used.
+    """
+    names = _names(settings)
+    with RunFolder.open(settings.out, "", whole=True):
+        return _evaluate(settings, base, names)
+
+
+def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str]) -> Evaluation:
+    reporter = Reporter(quiet=settings.quiet)
+    sets = TestSets.read(settings, reporter.say)
+    for name in names:
+        if name != BASE:  # all of them before the first is measured
+            AdapterFiles.read(Path(name))
+    base = base or load_base(settings)
+    check_rows(names, base, sets, settings)
+    trained_on = _trained_on(names, base, sets, reporter)
+    _check_lengths(sets.task, base, settings, reporter)
+    measured: dict[str, Measured] = {}
+    for name in names:
+        scored = name in settings.adapters or not settings.adapters
+        reporter.say(f"evaluating {name}")
+        own = sets if scored else replace(sets, task=None)
+        measured[name] = measure(name, base, own, settings, reporter)
+    evaluation = _evaluated(measured, sets.task, list(settings.adapters) or [BASE])
+    evaluation = replace(evaluation, trained_on=trained_on)
+    _write(evaluation, settings)
+    return evaluation
+
+
+def _check_lengths(
+    task: TaskData | None, base: Base, settings: EvaluateSettings, reporter: Reporter
+) -> None:
+    """Warn of gold answers that no output can hold."""
+    if task is None or task.task.score not in SCORERS:
+        return
+    encoder = Encoder.of(base, settings.chat_format)
+    beyond = answers_beyond(encoder, task.examples[: settings.limit], settings.max_new_tokens)
+    if beyond is not None:
+        reporter.say(f"warning: {beyond}")
+
+
+def _names(settings: EvaluateSettings) -> list[str]:
+    """Return what to measure; the base comes first where forgetting needs it."""
+    if not (settings.data or settings.general_text or settings.choices):
+        raise SettingsError("nothing to evaluate on: give --data, --general-text or --choices")
+    names = list(dict.fromkeys(settings.adapters)) or [BASE]
+    forgetting = settings.general_text or settings.choices
+    return [BASE, *names] if forgetting and BASE not in names else names
+
+
+def _trained_on(
+    names: Sequence[str], base: Base, sets: TestSets, reporter: Reporter
+) -> dict[str, dict[str, int]]:
+    """Count the rows of each set that each adapter, or what it comes from, was trained on."""
+    of_base = TrainedRows.read(base.folder)
+    counts: dict[str, dict[str, int]] = {}
+    for name in names:
+        trained = of_base if name == BASE else of_base | TrainedRows.read(Path(name))
+        found = trained.among(sets.rows)
+        uses = dict.fromkeys(row.use for row in sets.rows)
+        counts[name] = {use: sum(row.use == use for row in found) for use in uses}
+        for place in places(found):
+            reporter.say(
+                f"warning: {name} was trained on {place}: what is measured there tells nothing of "
+                "new text; leave these rows out"
+            )
+    return counts
+
+
+def _evaluated(
+    measured: dict[str, Measured], task: TaskData | None, named: Sequence[str]
+) -> Evaluation:
+    records = pd.DataFrame([record for raw in measured.values() for record in raw.records])
+    scores: dict[str, dict[str, Interval]] = {}
+    differences: dict[str, dict[str, Difference]] = {}
+    if task is not None:
+        columns = columns_of(task.task.score)
+        table = {
+            name: {c: np.array([record[c] for record in measured[name].records]) for c in columns}
+            for name in named
+        }
+        for name in table:
+            scores[name] = {c: mean_interval(table[name][c]) for c in columns}
+        first = table[named[0]]
+        for name in list(table)[1:]:
+            differences[name] = {
+                c: paired_difference(first[c][None], table[name][c][None]) for c in columns
+            }
+    reference = measured.get(BASE)
+    forgetting = {name: _forgetting(raw, reference) for name, raw in measured.items()}
+    passes = {name: raw.fast_passes for name, raw in measured.items()}
+    return Evaluation(records, scores, differences, forgetting, passes)
+
+
+def _forgetting(raw: Measured, base: Measured | None) -> Forgetting:
+    loss_change = accuracy_change = None
+    if base is not None and base is not raw:
+        if raw.general_loss is not None and base.general_loss is not None:
+            loss_change = raw.general_loss - base.general_loss
+        if raw.right is not None and base.right is not None:
+            accuracy_change = paired_difference(base.right[None], raw.right[None])
+    accuracy = None if raw.right is None else mean_interval(raw.right)
+    return Forgetting(raw.general_loss, loss_change, accuracy, accuracy_change)
+
+
+def _write(evaluation: Evaluation, settings: EvaluateSettings) -> None:
+    with new_folder(settings.out.resolve()) as folder:  # behind a symbolic link, which stays
+        if len(evaluation.records):
+            evaluation.records.to_parquet(folder / "records.parquet", index=False)
+            rows = evaluation.records.to_dict(orient="records")
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_text(folder / "records.jsonl", lines)
+        write_text(folder / SETTINGS, settings.to_yaml())
+        write_json(folder / "provenance.json", provenance())
+        write_json(folder / "summary.json", evaluation.summary())
+        RunFolder(folder).finish({"kind": "evaluation"})
+
+
+def command(settings: EvaluateSettings) -> None:
+    """Run `d2lora evaluate`."""
+    evaluation = evaluate(settings)
+    console = table_console()
+    if evaluation.scores:
+        console.print(score_table(evaluation))
+    if settings.general_text or settings.choices:
+        console.print(forgetting_table(evaluation))
+    Reporter(quiet=settings.quiet).say(f"records and summary written to {settings.out}")

@@ -1,0 +1,154 @@
+"""Completions of prompts by a base with or without an adapter, and the `generate` command."""
+
+import json
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from d2lora import fast
+from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
+from d2lora.adapters.attach import attached, is_folded, merged
+from d2lora.runtime.claims import claimed
+from d2lora.runtime.console import Reporter
+from d2lora.evaluation.decoding import Decoder, Sampling, check_room
+from d2lora.data.encode import Encoder
+from d2lora.data.encoded_sets import encode_prompts
+from d2lora.errors import DataError, SettingsError
+from d2lora.data.files import text_lines
+from d2lora.adapters.base import Base, load_base
+from d2lora.data.rows import Example, user
+from d2lora.runtime.run_folder import write_text
+from d2lora.settings import GenerateSettings, Overlong
+from d2lora.data.tasks import read_task
+
+
+@contextmanager
+def adapted(
+    base: Base, adapter: Path | None, *, fast_when: bool
+) -> Generator[tuple[nn.Module, fast.Used]]:
+    """Give the base with an adapter on it, or alone, ready to score and decode.
+
+    Args:
+        base: The base; afterwards the adapter is off again.
+        adapter: The adapter's folder. None: the base alone.
+        fast_when: Whether passes may be fast ones, and the adapter folded into the base.
+
+    Yields:
+        The model, and the record of the fast passes that were taken.
+
+    Raises:
+        ModelError: If the adapter was made on another base.
+    """
+    if adapter is None:
+        with fast.enabled(base.model, when=fast_when) as used:
+            yield base.model, used
+        return
+    check_fit(adapter, base)
+    folding = merged if fast_when else nullcontext
+    with (
+        attached(base.model, adapter) as model,
+        folding(model),
+        fast.enabled(model, when=fast_when) as used,
+    ):
+        if is_folded(model):
+            used.take("folded adapter")
+        yield model, used
+
+
+def chat_format_of(adapter: Path | None, wanted: str | None) -> str | None:
+    """Return the chat format to prompt an adapter in: as set, else as it was trained."""
+    if wanted is not None or adapter is None:
+        return wanted
+    if has_manifest(adapter):
+        return Manifest.read(adapter).chat_format
+    return None
+
+
+def lengths_of(adapter: Path | None) -> tuple[int, Overlong]:
+    """Return the length limit of the rows that an adapter was trained on, and what it did."""
+    if adapter is None or not has_manifest(adapter):
+        return 0, "error"
+    trained = Manifest.read(adapter).settings
+    return int(trained.get("max_length", 0)), trained.get("overlong", "error")
+
+
+def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
+    """Complete one prompt or a file of prompts.
+
+    Returns:
+        One row per prompt: `prompt` and `output`.
+
+    Raises:
+        SettingsError: If not exactly one of `prompt` and `prompts` is given.
+        D2LoraError: For a base, an adapter or a file that cannot be used.
+    """
+    if (settings.prompt is None) == (settings.prompts is None):
+        raise SettingsError("give either --prompt TEXT or --prompts FILE")
+    examples = _examples(settings)
+    adapter = Path(settings.adapter) if settings.adapter else None
+    base = load_base(settings)
+    encoder = Encoder.of(base, chat_format_of(adapter, settings.chat_format))
+    sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
+    prompts = encode_prompts(encoder, examples, *lengths_of(adapter)).ids
+    places = [example.place for example in examples]
+    told = check_room(prompts, places, base.model, settings.max_new_tokens)
+    if told is not None:
+        Reporter().say(told)
+    with adapted(base, adapter, fast_when=settings.fast) as (model, _):
+        decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
+        outputs = dict(decoder.complete(prompts))
+    return [
+        {"prompt": example.prompt[-1].content, "output": decode(base, outputs[index])}
+        for index, example in enumerate(examples)
+    ]
+
+
+def decode(base: Base, ids: Sequence[int]) -> str:
+    """Return a completion as text."""
+    text = base.tokenizer.decode(list(ids), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text.strip()
+
+
+def _examples(settings: GenerateSettings) -> list[Example]:
+    if settings.prompt is not None:
+        if not settings.prompt.strip():
+            raise SettingsError("--prompt is empty")
+        try:
+            settings.prompt.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+            raise SettingsError("--prompt is not UTF-8 text; put it into a file") from None
+        return [Example(user(settings.prompt), "", place="--prompt")]
+    assert settings.prompts is not None
+    path = Path(settings.prompts)
+    if path.suffix == ".txt":
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        numbered = [(n, line) for n, line in enumerate(text_lines(path), 1) if line.strip()]
+        prompts = [Example(user(t), "", place=f"{path}, line {number}") for number, t in numbered]
+    else:
+        prompts = list(read_task([settings.prompts], "prompts", say=Reporter().say).examples)
+    if not prompts:
+        raise DataError(f"{path}: the file holds no prompts")
+    return prompts
+
+
+def command(settings: GenerateSettings) -> None:
+    """Run `d2lora generate`."""
+    with claimed(settings.out, "file"):
+        _write(generate(settings), settings)
+
+
+def _write(rows: list[dict[str, Any]], settings: GenerateSettings) -> None:
+    if settings.out:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(settings.out, lines)
+    elif len(rows) == 1:
+        sys.stdout.write(rows[0]["output"] + "\n")
+    else:
+        for row in rows:
+            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,266 @@
+"""What a study found: a pure function of its folder's files.
+
+study folder ─▶ levels (arm x task x n) ─▶ comparisons, convergence, data efficiency, cost
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2lora.study.cells import BASE
+from d2lora.evaluation.crossed import pooled_difference, power
+from d2lora.report.curves import mean_of, size_that_scores, steps_to_reach
+from d2lora.errors import RunError
+from d2lora.report.findings import (
+    MAIN_SCORES,
+    ArmCost,
+    Array,
+    Comparison,
+    Convergence,
+    Efficiency,
+    Findings,
+    Level,
+    PooledComparison,
+    Reached,
+    references,
+)
+from d2lora.study.plan import NEEDS_WARM_UP, StudyPlan
+from d2lora.runtime.run_folder import read_json
+from d2lora.evaluation.stats import Difference, difference_p, holm, mean_interval, paired_difference
+
+Curve = list[tuple[float, float]]
+
+
+def read_findings(path: Path) -> Findings:
+    """Read a study's folder and work out what it found.
+
+    Raises:
+        RunError: If it is no study, or no cell of it is finished.
+    """
+    if not (path / "study.json").is_file():
+        raise RunError(f"{path}: no study: it has no study.json; run d2lora study first")
+    study = read_json(path / "study.json")
+    plan = StudyPlan(**study["plan"])
+    rows = _lines(path / "results.jsonl")
+    if not rows:
+        raise RunError(f"{path}: no cell of the study is finished")
+    trials = _lines(path / "trials.jsonl")
+    score_of = {task: _main_score(rows, task) for task in plan.tasks}
+    levels = _levels(rows, plan, score_of)
+    against = references(plan)
+    comparisons = _comparisons(levels, against)
+    convergence = _convergence(study["chosen"], against)
+    return Findings(
+        path=path,
+        plan=plan,
+        levels=levels,
+        comparisons=comparisons,
+        pooled=_pooled(levels, against),
+        convergence=convergence,
+        efficiency=_efficiency(levels, against),
+        costs=_costs(levels, plan, study["warm_ups"], convergence),
+        score_of=score_of,
+        trials=trials,
+        chosen=study["chosen"],
+        warm_ups=study["warm_ups"],
+        failures=study["failures"],
+        contamination=study.get("contamination", []),
+        provenance=study["provenance"],
+        store=Path(study["store"]),
+        cells=rows,
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _main_score(rows: Sequence[dict[str, Any]], task: str) -> str:
+    columns = next((row["scores"] for row in rows if row["task"] == task), {})
+    return next((name for name in MAIN_SCORES if name in columns), next(iter(columns), ""))
+
+
+def _levels(
+    rows: Sequence[dict[str, Any]], plan: StudyPlan, score_of: dict[str, str]
+) -> list[Level]:
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["arm"], row["n"]), []).append(row)
+    bases = {task: groups.get((task, BASE, 0), [{}])[0] for task in plan.tasks}
+    levels: list[Level] = []
+    for (task, arm, n), group in groups.items():
+        group.sort(key=lambda row: row["seed"])
+        scores = np.array([row["scores"][score_of[task]] for row in group], dtype=float)
+        levels.append(
+            Level(
+                task=task,
+                arm=arm,
+                kind=group[0]["kind"],
+                n=n,
+                scores=scores,
+                interval=mean_interval(scores.mean(axis=0)),
+                learning_rates=tuple(
+                    row["learning_rate"] for row in group if row["learning_rate"] is not None
+                ),
+                general_loss_change=_loss_change(group, bases[task]),
+                choices_change=_choices_change(group, bases[task]),
+                costs=tuple(row["cost"] for row in group if "cost" in row),
+                folders=tuple(row["adapter"] for row in group),
+            )
+        )
+    return levels
+
+
+def _loss_change(group: Sequence[dict[str, Any]], base: dict[str, Any]) -> Array | None:
+    reference = base.get("general_loss")
+    if reference is None or any(row["general_loss"] is None for row in group):
+        return None
+    return np.array([row["general_loss"] - reference for row in group])
+
+
+def _choices_change(group: Sequence[dict[str, Any]], base: dict[str, Any]) -> Difference | None:
+    right = base.get("choices_right")
+    if right is None or any(row["choices_right"] is None for row in group):
+        return None
+    own = np.array([row["choices_right"] for row in group], dtype=float)
+    return paired_difference(np.repeat(np.array([right], dtype=float), len(own), 0), own)
+
+
+def _comparisons(levels: Sequence[Level], against: dict[str, str]) -> list[Comparison]:
+    found = {(v.task, v.arm, v.n): v for v in levels}
+    comparisons: list[Comparison] = []
+    for task in dict.fromkeys(v.task for v in levels):
+        for arm, other in against.items():
+            pairs = [
+                (v, found[task, other, v.n])
+                for v in levels
+                if (v.task, v.arm) == (task, arm) and (task, other, v.n) in found
+            ]
+            pairs = [(v, w) for v, w in pairs if v.scores.shape == w.scores.shape]
+            p_values = [difference_p(w.scores, v.scores) for v, w in pairs]
+            for (v, w), p, adjusted in zip(pairs, p_values, holm(p_values), strict=True):
+                difference = paired_difference(w.scores, v.scores)
+                needed = power(w.scores, v.scores)
+                comparisons.append(
+                    Comparison(task, arm, other, v.n, difference, p, adjusted, needed)
+                )
+    return comparisons
+
+
+def _pooled(levels: Sequence[Level], against: dict[str, str]) -> list[PooledComparison]:
+    """Pool each pair of arms over the tasks and sizes at which both have as many seeds as most."""
+    found: list[PooledComparison] = []
+    levels_at = {(v.task, v.arm, v.n): v for v in levels}
+    for arm, other in against.items():
+        cells: dict[tuple[str, int], Array] = {}
+        for v in levels:
+            reference = levels_at.get((v.task, other, v.n))
+            if v.arm == arm and reference and v.scores.shape == reference.scores.shape:
+                cells[v.task, v.n] = v.scores - reference.scores
+        n_seeds = max((len(cell) for cell in cells.values()), default=0)
+        cells = {place: cell for place, cell in cells.items() if len(cell) == n_seeds}
+        if len(cells) < 2:
+            continue
+        tasks = tuple(dict.fromkeys(task for task, _ in cells))
+        tables = [np.stack([c for (task, _), c in cells.items() if task == own]) for own in tasks]
+        sizes = tuple(sorted({n for _, n in cells}))
+        found.append(PooledComparison(arm, other, tasks, sizes, pooled_difference(tables)))
+    return found
+
+
+def _convergence(chosen: Sequence[dict[str, Any]], against: dict[str, str]) -> list[Convergence]:
+    curves: dict[tuple[str, str, int], dict[int, Curve]] = {}
+    for one in chosen:
+        place = (one["task"], one["arm"], one["n"])
+        curves.setdefault(place, {})[one["seed"]] = [(float(s), v) for s, v in one["curve"]]
+    found: list[Convergence] = []
+    for (task, arm, n), own in curves.items():
+        references = curves.get((task, against.get(arm, ""), n), {})
+        seeds = sorted(own.keys() & references.keys())
+        if not seeds:
+            continue
+        reached = tuple(_reached(seed, own[seed], references[seed]) for seed in seeds)
+        both = {
+            arm: mean_of([own[seed] for seed in seeds]),
+            against[arm]: mean_of([references[seed] for seed in seeds]),
+        }
+        found.append(Convergence(task, arm, against[arm], n, reached, both))
+    return found
+
+
+def _reached(seed: int, curve: Curve, reference: Curve) -> Reached:
+    """Compare two curves at the reference's lowest loss: when does each first have it?"""
+    lowest = min(loss for _, loss in reference)
+    own = steps_to_reach(reference, lowest)
+    assert own is not None, "a curve reaches its own lowest loss"
+    return Reached(seed, own, steps_to_reach(curve, lowest), curve[-1][0])
+
+
+def _efficiency(levels: Sequence[Level], against: dict[str, str]) -> list[Efficiency]:
+    found: list[Efficiency] = []
+    for level in levels:
+        other = against.get(level.arm)
+        curve = sorted(
+            (v.n, v.interval.mean) for v in levels if (v.task, v.arm) == (level.task, other)
+        )
+        if other is None or level.n == 0 or not curve:
+            continue
+        sizes, scores = zip(*curve, strict=True)
+        equals = size_that_scores(sizes, scores, level.interval.mean)
+        found.append(Efficiency(level.task, level.arm, other, level.n, equals))
+    return found
+
+
+def _costs(
+    levels: Sequence[Level], plan: StudyPlan, warm_ups: dict[str, Any],
+    convergence: Sequence[Convergence],
+) -> list[ArmCost]:  # fmt: skip
+    found: list[ArmCost] = []
+    for arm in plan.arms:
+        shared = arm.kind in NEEDS_WARM_UP - {"longer", "mixed"} and arm.warm_up in warm_ups
+        warm_up_flops = warm_ups[arm.warm_up or ""]["cost"]["flops"] if shared else 0.0
+        for n in plan.sizes:
+            own = [v for v in levels if (v.arm, v.n) == (arm.name, n)]
+            costs = [cost for v in own for cost in v.costs]
+            if not costs:
+                continue
+            flops = float(np.mean([cost["flops"] for cost in costs]))
+            saved = _saved([c for c in convergence if (c.arm, c.n) == (arm.name, n)], levels)
+            found.append(
+                ArmCost(
+                    arm=arm.name,
+                    n=n,
+                    flops_per_task=flops,
+                    training_s_per_task=float(np.mean([cost["elapsed_s"] for cost in costs])),
+                    n_tokens_per_task=float(np.mean([cost["n_tokens"] for cost in costs])),
+                    n_trainable_parameters=costs[0]["n_trainable_parameters"],
+                    peak_memory_bytes=max(cost["peak_memory_bytes"] for cost in costs),
+                    warm_up_flops=warm_up_flops,
+                    n_tasks=len(plan.tasks),
+                    flops_saved_per_task=saved,
+                )
+            )
+    return found
+
+
+def _saved(convergence: Sequence[Convergence], levels: Sequence[Level]) -> float | None:
+    """Return the mean saving over tasks and seeds; None where nothing was measured.
+
+    It is what the reference takes to its lowest validation loss, less what the arm takes to the
+    same, and may be negative. An arm that does not get there takes its whole run, at least.
+    """
+    levels_at = {(v.task, v.arm, v.n): v for v in levels}
+    saved: list[float] = []
+    for c in convergence:
+        own, reference = (levels_at.get((c.task, arm, c.n)) for arm in (c.arm, c.against))
+        if own is None or reference is None:
+            continue
+        for seed in c.seeds:
+            steps = seed.whole if seed.steps is None else seed.steps
+            of_reference = seed.reference_steps * reference.flops_per_step
+            saved.append(of_reference - steps * own.flops_per_step)
+    return float(np.mean(saved)) if saved else None

@@ -1,0 +1,147 @@
+"""What a study found, as tables and sentences."""
+
+import math
+
+from rich.console import Console
+
+from d2lora.study.decontamination import contamination_said
+from d2lora.report.findings import CI, ArmCost, Comparison, Findings, Level, p_said, range_said, signed
+from d2lora.runtime.grids import NONE, Grid, as_table
+
+
+def score_grid(findings: Findings, task: str) -> Grid:
+    """Return a task's scores, differences and forgetting, one row an arm and size."""
+    title = f"{findings.title(task)}: {findings.score_name(task)}, %, mean of the seeds"
+    columns = (
+        "n",
+        "arm",
+        "score",
+        "difference",
+        CI,
+        "over rows alone",
+        "p, Holm",
+        "held-out general loss",
+        "MC accuracy",
+    )
+    rows = [
+        _row(level, _comparison(findings, level))
+        for level in sorted(_levels(findings, task), key=lambda v: v.n)
+    ]
+    return Grid(title, columns, rows)
+
+
+def pooled_grid(findings: Findings) -> Grid:
+    """Return the mean difference of each pair of arms over all tasks and sizes."""
+    columns = ("arm", "against", "mean of", "difference", CI, "p", "verdict")
+    rows = [
+        (
+            c.arm,
+            c.against,
+            c.place,
+            signed(100 * c.pooled.mean),
+            NONE if c.pooled.interval is None else range_said(*c.pooled.interval),
+            NONE if c.pooled.p_value is None else p_said(c.pooled.p_value),
+            c.pooled.verdict,
+        )
+        for c in findings.pooled
+    ]
+    return Grid("Pooled effect over tasks and sizes, points", columns, rows)
+
+
+def cost_grid(findings: Findings) -> Grid:
+    """Return what training cost each arm, with its share of the warm-up and the break-even."""
+    columns = (
+        "n",
+        "arm",
+        "TFLOP a task",
+        "with the warm-up's share",
+        "seconds",
+        "tokens",
+        "trainable parameters",
+        "peak memory, MB",
+        "warm-up pays off after",
+    )
+    rows = [
+        (
+            str(c.n),
+            c.arm,
+            f"{c.flops_per_task / 1e12:.3g}",
+            f"{c.amortised_flops / 1e12:.3g}",
+            f"{c.training_s_per_task:.1f}",
+            f"{c.n_tokens_per_task:,.0f}",
+            f"{c.n_trainable_parameters:,}",
+            f"{c.peak_memory_bytes / 1e6:,.0f}",
+            _pays_off(c),
+        )
+        for c in sorted(findings.costs, key=lambda c: c.n)
+    ]
+    return Grid(
+        "Cost of training, mean of tasks and seeds; the highest peak of memory", columns, rows
+    )
+
+
+def show(findings: Findings, console: Console) -> None:
+    """Print the verdicts and tables of a study."""
+    grids = [score_grid(findings, task) for task in findings.plan.tasks]
+    for grid in (*grids, pooled_grid(findings), cost_grid(findings)):
+        if grid.rows:
+            console.print(as_table(grid))
+    console.print(
+        "held-out general loss: change against the base, nats per token; MC accuracy: change of "
+        "multiple-choice accuracy against the base, points.",
+        highlight=False,
+    )
+    for name, warm_up in findings.warm_ups.items():
+        cost = warm_up["cost"]
+        console.print(
+            f"The warm-up `{name}` took {cost['elapsed_s']:.0f} s and {cost['n_tokens']:,} tokens, "
+            "once for all tasks.",
+            highlight=False,
+        )
+    for said in contamination_said(findings.contamination):
+        console.print(f"Contamination: {said}.", highlight=False, markup=False)
+    console.print("Findings:", style="bold")
+    for verdict in findings.verdicts():
+        console.print(f"  {verdict}", highlight=False)
+    for cell, reason in findings.failures.items():
+        console.print(f"  failed: {cell}: {reason}", style="red", highlight=False, markup=False)
+
+
+def _levels(findings: Findings, task: str) -> list[Level]:
+    return [level for level in findings.levels if level.task == task]
+
+
+def _comparison(findings: Findings, level: Level) -> Comparison | None:
+    place = (level.task, level.arm, level.n)
+    return next((c for c in findings.comparisons if (c.task, c.arm, c.n) == place), None)
+
+
+def _row(level: Level, comparison: Comparison | None) -> tuple[str, ...]:
+    difference = wide = rows = p = ""
+    if comparison is not None:
+        d = comparison.difference
+        difference = signed(100 * d.mean)
+        wide = NONE if d.over_seeds is None else range_said(*d.over_seeds)
+        rows, p = range_said(d.low, d.high), f"{comparison.p_holm:.4f}"
+    loss, choices = level.general_loss_change, level.choices_change
+    return (
+        str(level.n) if level.n else "-",
+        level.arm,
+        f"{100 * level.interval.mean:.1f}",
+        difference,
+        wide,
+        rows,
+        p,
+        "" if loss is None or level.arm == "base" else f"{loss.mean():+.2f}",
+        "" if choices is None or level.arm == "base" else f"{100 * choices.mean:+.1f}",
+    )
+
+
+def _pays_off(cost: ArmCost) -> str:
+    """Return after how many tasks the warm-up is paid for."""
+    if not cost.warm_up_flops:
+        return NONE
+    if cost.flops_saved_per_task is None:
+        return "not measured"
+    tasks = cost.break_even_tasks
+    return "never" if tasks == math.inf else f"{math.ceil(tasks):,} tasks"

@@ -1,0 +1,87 @@
+"""What the user sees while a command runs: messages and a progress bar, or nothing."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from d2lora.runtime.claims import is_main_process
+
+WIDTH = 110
+"""Columns of a table where there is no terminal to ask."""
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to our own messages; for the start of a process of ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # PEFT asks transformers for a property that transformers renamed; nothing a user can do.
+    # bitsandbytes, where it is installed, misses a faster product that is not needed here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+
+
+def table_console() -> Console:
+    """Return a console on standard output, wide enough for tables in a file or a pipe."""
+    wide = Console(highlight=False, soft_wrap=True)
+    return wide if wide.is_terminal else Console(highlight=False, soft_wrap=True, width=WIDTH)
+
+
+class Bar:
+    """A running progress bar; `update` moves it on and shows a note such as the loss."""
+
+    def __init__(self, progress: Progress | None, task_id: int = 0) -> None:
+        """Wrap a rich progress; None shows nothing."""
+        self._progress, self._task_id = progress, task_id
+
+    def update(self, completed: int, note: str = "") -> None:
+        """Set how much is done."""
+        if self._progress is not None:
+            task = self._progress.task_ids[self._task_id]
+            self._progress.update(task, completed=completed, note=note)
+
+
+class Reporter:
+    """Speaks to the user on standard error, so that standard output stays for results."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        """Make a reporter; a quiet one, or one beside the main process, says nothing."""
+        quiet = quiet or not is_main_process()
+        self._console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
+        self._quiet = quiet
+
+    def say(self, text: str) -> None:
+        """Print one line of plain text."""
+        self._console.print(text, markup=False)
+
+    @contextmanager
+    def bar(self, description: str, total: int, completed: int = 0) -> Generator[Bar]:
+        """Show a progress bar inside the block."""
+        if self._quiet or not self._console.is_terminal:
+            yield Bar(None)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self._console) as progress:
+            progress.add_task(description, total=total, completed=completed, note="")
+            yield Bar(progress)

@@ -1,0 +1,265 @@
+"""The run folder: what a run writes, and the promise that nothing in it is half-written.
+
+settings.yaml      the resolved settings
+provenance.json    versions, device, data fingerprints, commit
+metrics.jsonl      one line per logged step
+checkpoint/        only while training; a killed run resumes from it
+done.json          the marker of completion, written last, with the run's summary
+"""
+
+import glob
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from d2lora.runtime.claims import claimed, is_main_process, target_of
+from d2lora.errors import RunError
+
+DONE = "done.json"
+SETTINGS = "settings.yaml"
+METRICS = "metrics.jsonl"
+LIBRARIES = ("d2lora", "torch", "transformers", "peft", "accelerate", "tokenizers", "datasets")
+
+
+def cache_folder() -> Path:
+    """Return where what can be made again is kept: `$D2LORA_CACHE`, else `~/.cache/d2lora`."""
+    return Path(os.environ.get("D2LORA_CACHE", Path.home() / ".cache" / "d2lora"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, flush it to the disk and rename it."""
+    path = target_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_temporary(path))
+    with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(temporary).chmod(0o644)
+    Path(temporary).replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that d2lora wrote.
+
+    Raises:
+        RunError: If it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: not a JSON file ({error}); was it edited or cut off?") from None
+
+
+@contextmanager
+def new_folder(path: Path) -> Generator[Path]:
+    """Yield a temporary folder that takes the place of `path` when the block succeeds.
+
+    The folder that was there is moved aside first, and `restore` finds it again where the process
+    dies between the two renames. A symbolic link stays, and what it stands for is replaced.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    restore(path)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_temporary(path)))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        temporary.chmod(0o755)
+        if path.exists():
+            path.rename(_aside(path))
+        temporary.rename(path)
+        shutil.rmtree(_aside(path), ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore(path: Path) -> None:
+    """Put a folder back that was moved aside by a process that then died."""
+    if path.exists():
+        shutil.rmtree(_aside(path), ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError):  # there is none, or another process was faster
+            _aside(path).rename(path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _temporary(path: Path) -> str:
+    return f".{path.name}.tmp-"
+
+
+def _clear_leftovers(folder: Path, names: str) -> None:
+    """Remove what a process left that died while it wrote; the folder is claimed."""
+    for left in folder.glob(f".{names}.tmp-*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+class RunFolder:
+    """A run's folder, opened for writing."""
+
+    def __init__(self, path: Path) -> None:
+        """Wrap a folder; `open` claims and checks it first."""
+        self.path = path
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, path: Path, settings_yaml: str, *, resume: bool = False, whole: bool = False
+    ) -> Generator["RunFolder"]:
+        """Claim a folder inside the block that can take a run, or holds the one to resume.
+
+        Nothing is written yet.
+
+        Args:
+            path: The folder.
+            settings_yaml: The run's settings.
+            resume: Whether it is to hold the run already.
+            whole: Whether it will be written by `new_folder`.
+
+        Raises:
+            RunError: If it cannot be written or another process is writing it; if it holds a
+                finished run, one of other settings, an unfinished one that was not asked to be
+                resumed, or files of something else.
+        """
+        with claimed(path, "whole folder" if whole else "folder"):
+            run = cls(target_of(path))
+            run._check(settings_yaml, resume=resume)
+            if is_main_process():
+                _clear_leftovers(run.path.parent, glob.escape(run.path.name))
+                if resume:
+                    _clear_leftovers(run.path, "*")
+            yield run
+
+    def _check(self, settings_yaml: str, *, resume: bool) -> None:
+        path = self.path
+        if (path / DONE).exists():
+            raise RunError(f"{path} holds a finished run; choose another --out or remove it")
+        present = _present(path)
+        if resume and not present:
+            raise RunError(f"{path}: there is no run to resume; leave out --resume")
+        if present and SETTINGS not in present:
+            raise RunError(f"{path} holds other files ({present[0]}, ...); choose another --out")
+        if present and not resume:
+            raise RunError(
+                f"{path} holds an unfinished run; continue it with --resume, or remove it"
+            )
+        if resume:
+            self._check_same(settings_yaml)
+
+    def begin(self, settings_yaml: str, *, log: bool = False) -> None:
+        """Write the settings; from here on the folder holds a run, until then nothing.
+
+        Args:
+            settings_yaml: The settings.
+            log: Whether the run goes on from where its log is; else the log begins empty.
+        """
+        if not log:
+            (self.path / METRICS).unlink(missing_ok=True)
+        write_text(self.path / SETTINGS, settings_yaml)
+
+    def _check_same(self, settings_yaml: str) -> None:
+        old = _comparable((self.path / SETTINGS).read_text(encoding="utf-8"))
+        new = _comparable(settings_yaml)
+        changed = sorted({line.split(":")[0] for line in old ^ new if line[:1].isalpha()})
+        if old != new:
+            names = ", ".join(changed) or "a list"
+            raise RunError(
+                f"{self.path} was begun with other settings ({names}); a resumed run keeps them. "
+                "Set them back, or begin anew in another --out"
+            )
+
+    def log(self, **values: Any) -> None:
+        """Append a line to metrics.jsonl, from the main process."""
+        if not is_main_process():
+            return
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def cut_log(self, step: int) -> None:
+        """Drop the logged lines after `step`, as a run resumed there will write them again."""
+        path = self.path / METRICS
+        if path.exists() and is_main_process():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            whole = [line for line in lines if line.endswith("}")]  # the last may be cut off
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the marker of completion, with the run's summary."""
+        write_json(self.path / DONE, summary)
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a number must be traced to: versions, platform, date."""
+    versions: dict[str, str] = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "commit": _own_commit(),
+        "versions": versions,
+    }
+
+
+def _own_commit() -> str | None:
+    """Return the commit of the checkout that d2lora runs from; None where it is installed."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists() or shutil.which("git") is None:
+        return None
+    line = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)  # noqa: S603
+    return done.stdout.strip() or None
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _comparable(settings_yaml: str) -> set[str]:
+    """Lines of settings that decide the result; how it is shown or reached does not."""
+    free = ("out:", "resume:", "quiet:", "threads:", "checkpoint_every:")
+    return {line for line in settings_yaml.splitlines() if not line.startswith(free)}
+
+
+def _present(folder: Path) -> list[str]:
+    """Return the names in a folder, but for the lock and what a dead process left."""
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    return [n for n in names if not (n[0] == "." and (n.endswith(".lock") or ".tmp-" in n))]
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:  # Windows flushes only what may be written
+        os.fsync(file.fileno())

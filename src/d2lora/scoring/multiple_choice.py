@@ -1,0 +1,64 @@
+"""Log-probabilities of several continuations of one prompt, the prompt computed once.
+
+A multiple-choice question is one row: the prompt, then every choice, each at the positions right
+behind the prompt and blind to the other choices. That is what the choices score one by one, at a
+fraction of the price where the prompt is long. Shapes: B questions, T tokens, P scored positions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from d2lora.data.batches import Encoded, Question, branch
+from d2lora.adapters.base import causal_model
+from d2lora.scoring.scorer import TokenScorer, log_probabilities, pass_tokens
+
+
+@torch.no_grad()
+def continuation_scores(
+    scorer: TokenScorer, questions: Sequence[Question], pad_id: int
+) -> list[list[float]]:
+    """Return the summed log-probability of every continuation, question by question.
+
+    Where fast passes are enabled the prompt is computed once. Models that do not take such a mask
+    are found out by a comparison on the shortest and the longest question.
+    """
+    scorer.eval()
+    order = sorted(range(len(questions)), key=lambda index: -questions[index].length)
+    ends = [questions[order[place]] for place in (0, -1)] if order else []
+    if not scorer.used.allowed or not all(_equal(scorer, question, pad_id) for question in ends):
+        return _apart(scorer, questions, pad_id)
+    scorer.used.take("shared prompts")
+    limit = pass_tokens(next(scorer.parameters()).device)
+    scores: dict[int, list[float]] = {}
+    while order:
+        fitting = max(1, limit // questions[order[0]].length)
+        chunk, order = order[:fitting], order[fitting:]
+        results = _together(scorer, [questions[index] for index in chunk], pad_id)
+        scores.update(zip(chunk, results, strict=True))
+    return [scores[index] for index in range(len(questions))]
+
+
+def _equal(scorer: TokenScorer, question: Question, pad_id: int) -> bool:
+    """Say whether one row with all continuations gives what a row for each gives."""
+    together, apart = (
+        torch.tensor(score(scorer, [question], pad_id)[0]) for score in (_together, _apart)
+    )
+    # Sums of rounded numbers: a 16-bit format tells two masks apart less finely.
+    tolerance = 1e-4 if causal_model(scorer.model).dtype == torch.float32 else 2e-2
+    return torch.allclose(together, apart, rtol=tolerance, atol=1e-3)
+
+
+def _apart(scorer: nn.Module, questions: Sequence[Question], pad_id: int) -> list[list[float]]:
+    items = [Encoded((*q.prompt, *c), len(q.prompt)) for q in questions for c in q.endings]
+    scores = iter(log_probabilities(scorer, items, pad_id))
+    return [[next(scores) for _ in q.endings] for q in questions]
+
+
+def _together(scorer: TokenScorer, questions: Sequence[Question], pad_id: int) -> list[list[float]]:
+    causal = causal_model(scorer.model)
+    rows = branch(questions, pad_id, causal.dtype).to(causal.device)
+    total = torch.zeros(sum(len(q.endings) for q in questions), device=causal.device)
+    sums = iter(total.index_add(0, rows.owners_P, scorer(rows)).tolist())
+    return [[next(sums) for _ in q.endings] for q in questions]

@@ -1,0 +1,107 @@
+"""Log-probabilities of both completions of pairs, the prompt computed once where that is equal.
+
+A pair is one row: the prompt, then both completions right behind it and blind to each other
+(see `batches.branch`). Models that tell such a row from two are found out by a comparison on the
+first pairs, and on what is longer, and score the completions as rows of their own. Shapes: B pairs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2lora import fast
+from d2lora.data.batches import Pair, Question, branch, collate, micro_batches
+from d2lora.fast.probing import Probed, in_evaluation
+from d2lora.adapters.base import causal_model
+from d2lora.scoring.scorer import TokenScorer, device_of_scorer, pass_tokens, sum_by_row
+
+
+class PairScorer:
+    """Scores pairs; what it found about the model is kept for the next batch."""
+
+    def __init__(self) -> None:
+        """Begin without knowing any model."""
+        self._used: fast.Used | None = None
+
+    def __call__(
+        self, scorer: nn.Module, pairs: Sequence[Pair], pad_id: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the summed log-probabilities of chosen and rejected completions, (B,) each."""
+        used = _inner(scorer).used
+        if used is not self._used:
+            self._used, self._probed = used, Probed()
+            self._shares = used.allowed
+        ordered = sorted(pairs, key=lambda pair: pair.length)
+        due = self._probed.lacks(ordered[0].length, ordered[-1].length)
+        for is_due, pair in zip(due, (ordered[0], ordered[-1]), strict=True):
+            self._shares = self._shares and (not is_due or _equal(scorer, pair, pad_id))
+        if not self._shares:
+            return _apart(scorer, pairs, pad_id)
+        used.take("shared prompts")
+        return _together(scorer, pairs, pad_id)
+
+
+@torch.no_grad()
+def pair_log_probabilities(
+    scorer: nn.Module, pairs: Sequence[Pair], pad_id: int, max_tokens: int = 0
+) -> list[tuple[float, float]]:
+    """Return the summed log-probabilities of both completions of each pair, in the given order."""
+    limit = pass_tokens(device_of_scorer(scorer), max_tokens)
+    score = PairScorer()
+    numbers = {id(pair): number for number, pair in enumerate(pairs)}
+    found: dict[int, tuple[float, float]] = {}
+    for group in micro_batches(pairs, limit):
+        sums = torch.stack(score(scorer, group, pad_id), dim=1).tolist()
+        for pair, (chosen, rejected) in zip(group, sums, strict=True):
+            found[numbers[id(pair)]] = (chosen, rejected)
+    return [found[number] for number in range(len(pairs))]
+
+
+def _apart(scorer: nn.Module, pairs: Sequence[Pair], pad_id: int) -> tuple[Tensor, Tensor]:
+    items = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    batch = collate(items, pad_id).to(device_of_scorer(scorer))
+    sums_B = sum_by_row(scorer(batch), batch)
+    return sums_B[: len(pairs)], sums_B[len(pairs) :]
+
+
+def _together(scorer: nn.Module, pairs: Sequence[Pair], pad_id: int) -> tuple[Tensor, Tensor]:
+    questions = [
+        Question(
+            pair.chosen.ids[: pair.chosen.n_prompt],
+            tuple(item.ids[item.n_prompt :] for item in (pair.chosen, pair.rejected)),
+        )
+        for pair in pairs
+    ]
+    causal = causal_model(_inner(scorer).model)
+    rows = branch(questions, pad_id, causal.dtype).to(causal.device)
+    values_P = scorer(rows)
+    sums_B = torch.zeros(2 * len(pairs), dtype=values_P.dtype, device=values_P.device)
+    sums_B = sums_B.index_add(0, rows.owners_P, values_P)
+    return sums_B[::2], sums_B[1::2]
+
+
+def _inner(scorer: nn.Module) -> TokenScorer:
+    """Return the scorer inside what wraps it for several devices."""
+    inner = getattr(scorer, "module", scorer)
+    assert isinstance(inner, TokenScorer)
+    return inner
+
+
+@torch.no_grad()
+def _equal(scorer: nn.Module, pair: Pair, pad_id: int) -> bool:
+    """Say whether one row with both completions gives what two rows give."""
+    inner = _inner(scorer)
+    causal = causal_model(inner.model)
+    config: Any = causal.config
+    # Two rows drop out apart; a window of attention is not seen in a short pair.
+    random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in inner.modules())
+    if random or getattr(config, "attention_dropout", 0) or getattr(config, "sliding_window", None):
+        return False
+    if pair.chosen.n_prompt == 0 or causal.get_output_embeddings() is None:
+        return False
+    with in_evaluation(inner):
+        together, apart = (torch.stack(f(inner, [pair], pad_id)) for f in (_together, _apart))
+    tolerance = 1e-4 if causal.dtype == torch.float32 else 2e-2
+    return bool(torch.allclose(together, apart, rtol=tolerance, atol=1e-3))

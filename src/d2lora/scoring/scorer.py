@@ -1,0 +1,220 @@
+"""Log-probabilities of chosen tokens, at the price of those tokens only.
+
+A language model's head is its largest matrix product, and fine-tuning needs it at supervised
+positions alone. `TokenScorer` runs the decoder, picks those hidden states and applies the head
+to them. Shapes: B rows, T tokens, P chosen positions, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from d2lora import fast
+from d2lora.data.batches import Batch, Branches, Encoded, collate, micro_batches
+from d2lora.fast import cuda_graphs, head
+from d2lora.fast.packing import pack, row_by_row, takes_packed_rows
+from d2lora.fast.probing import Probed, in_evaluation
+from d2lora.adapters.base import causal_model, n_positions
+
+
+class TokenScorer(nn.Module):
+    """Scores the supervised tokens of a batch; the one forward pass of training and scoring.
+
+    It is what gets wrapped for several devices, so gradients are synchronised by its `forward`.
+    The fastest way that gives the model's own log-probabilities is found on the first batch, and
+    anew on what is longer: rows end to end without padding, where fast passes are enabled; rows
+    padded on the right; or the model's whole forward pass, for models that change logits after the
+    head (soft caps, scaling) or see padding.
+    """
+
+    def __init__(self, model: nn.Module, *, replays: bool = False) -> None:
+        """Wrap a causal language model, with or without adapters.
+
+        Args:
+            model: The model.
+            replays: Where fast passes are enabled, record those with a gradient on a GPU: nothing
+                hooks into the model, its weights are changed in place only, and every pass is
+                followed by its backward pass.
+        """
+        super().__init__()
+        self.model = model
+        self._replays = replays
+        self._replayed: cuda_graphs.Replayed | None = None
+        self._used = fast.used_in(model)
+        self._probed = Probed()
+        self._ways: list[Callable[[Batch], Tensor]] = []
+
+    @property
+    def used(self) -> fast.Used:
+        """The record of fast passes that the model is open to now."""
+        return fast.used_in(self.model)
+
+    def forward(self, batch: Batch | Branches) -> Tensor:
+        """Return the log-probabilities of `batch.targets_P`, float32, shape (P,)."""
+        if isinstance(batch, Branches):
+            return self._branched(batch)
+        batch = within_positions(batch, causal_model(self.model))
+        return self._fastest(batch)(batch)
+
+    def _packed(self, batch: Batch) -> Tensor:
+        """Run the decoder on rows end to end."""
+        rows = pack(batch)
+        with row_by_row(causal_model(self.model)):
+            hidden_1ND = self._hidden(
+                input_ids=rows.ids_1N, position_ids=rows.positions_1N, cu_seq_lens_q=rows.bounds
+            )
+        return self._of_hidden(hidden_1ND[0, rows.bounds[batch.rows_P] + batch.columns_P], batch)
+
+    def _padded(self, batch: Batch) -> Tensor:
+        """Run the decoder without a mask: with padding on the right, causality hides it."""
+        hidden_BTD = self._decoder(batch.ids_BT)(batch.ids_BT)
+        return self._of_hidden(hidden_BTD[batch.rows_P, batch.columns_P], batch)
+
+    def _decoder(self, ids_BT: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return what computes hidden states from ids: the decoder, or its recordings."""
+        wanted = self._replays and self.used.allowed and torch.is_grad_enabled()
+        width = cuda_graphs.recorded_width(ids_BT.shape[1])
+        if not wanted or ids_BT.device.type != "cuda" or width > n_positions(self.model):
+            return self._plain
+        if self._replayed is None:
+            self._replays = cuda_graphs.fits(self.model)
+            if not self._replays:
+                return self._plain
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            self._replayed = cuda_graphs.Replayed(self._plain, parameters)
+        if self._replayed.has_recordings:
+            self.used.take("recorded passes")
+        return self._replayed
+
+    def _plain(self, ids_BT: Tensor) -> Tensor:
+        return self._hidden(input_ids=ids_BT)
+
+    def _branched(self, batch: Branches) -> Tensor:
+        """Run the decoder on prompts with several endings, each at its own positions."""
+        hidden_BTD = self._hidden(
+            input_ids=batch.ids_BT,
+            position_ids=batch.positions_BT,
+            attention_mask=batch.mask_B1TT,
+        )
+        return self._of_hidden(hidden_BTD[batch.rows_P, batch.columns_P], batch)
+
+    def _whole(self, batch: Batch) -> Tensor:
+        output = causal_model(self.model)(
+            input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False
+        )
+        return _of_logits(output.logits[batch.rows_P, batch.columns_P], batch.targets_P)
+
+    def _hidden(self, **inputs: Tensor) -> Tensor:
+        causal = causal_model(self.model)
+        decoder = getattr(causal, causal.base_model_prefix)
+        return decoder(**inputs, use_cache=False).last_hidden_state
+
+    def _of_hidden(self, hidden_PD: Tensor, batch: Batch | Branches) -> Tensor:
+        layer = causal_model(self.model).get_output_embeddings()
+        assert layer is not None
+        if self.used.allowed and head.fits(layer):
+            self.used.take("head without logits")
+            return head.log_probabilities(hidden_PD, layer, batch.targets_P)
+        return _of_logits(layer(hidden_PD), batch.targets_P)
+
+    def _fastest(self, batch: Batch) -> Callable[[Batch], Tensor]:
+        """Return the first way that scores rows behind others as the model does alone."""
+        used = self.used
+        if not self._ways or used is not self._used:
+            causal = causal_model(self.model)
+            fitting = [self._packed] if used.allowed and takes_packed_rows(causal) else []
+            plain = [] if causal.get_output_embeddings() is None else [self._padded]
+            self._used, self._probed = used, Probed()
+            self._ways = [*fitting, *plain, self._whole]
+        # By the width: to look at the rows themselves would make a GPU wait in every pass.
+        width = batch.ids_BT.shape[1]
+        for is_due, row in zip(
+            self._probed.lacks(width, width), (_shortest, _longest), strict=True
+        ):
+            while is_due and len(self._ways) > 1 and not self._is_equal(batch.row(row(batch))):
+                del self._ways[0]
+        if self._ways[0] == self._packed:
+            used.take("rows end to end")
+        return self._ways[0]
+
+    @torch.no_grad()
+    def _is_equal(self, row: Batch) -> bool:
+        """Say whether the first way scores a row behind another as the model does alone."""
+        with in_evaluation(self.model):
+            own_P = self._whole(row)
+            off_P = (self._ways[0](row.behind_another())[-len(own_P) :] - own_P).abs()
+        # Rounding stays far below; a row that sees another's tokens or a missing mask does not.
+        tolerance = 1e-4 if causal_model(self.model).dtype == torch.float32 else 5e-2
+        return float(off_P.sum()) <= tolerance * len(own_P)
+
+
+def _shortest(batch: Batch) -> int:
+    """Return the shortest of the rows that predict something, or the first row."""
+    rows = _predicting(batch)
+    return int(rows[batch.mask_BT[rows].sum(1).argmin()])
+
+
+def _longest(batch: Batch) -> int:
+    """Return the longest of the rows that predict something, or the first row."""
+    rows = _predicting(batch)
+    return int(rows[batch.mask_BT[rows].sum(1).argmax()])
+
+
+def _predicting(batch: Batch) -> Tensor:
+    return batch.rows_P.unique() if len(batch.rows_P) else batch.rows_P.new_zeros(1)
+
+
+def _of_logits(logits_PV: Tensor, targets_P: Tensor) -> Tensor:
+    return -functional.cross_entropy(logits_PV.float(), targets_P, reduction="none")
+
+
+def within_positions(batch: Batch, model: nn.Module) -> Batch:
+    """Return the batch without padding that lies beyond a model's last position."""
+    return batch.trimmed() if batch.ids_BT.shape[1] > n_positions(model) else batch
+
+
+def pass_tokens(device: torch.device, wanted: int = 0) -> int:
+    """Return how many padded tokens one pass takes: as wanted, else what suits the device.
+
+    On a CPU small passes stay in the cache and waste less on padding.
+    """
+    return wanted or (1024 if device.type == "cpu" else 8192)
+
+
+def device_of_scorer(scorer: nn.Module) -> torch.device:
+    """Return the device that a scorer, wrapped or not, computes on."""
+    return next(scorer.parameters()).device
+
+
+def sum_by_row(values_P: Tensor, batch: Batch) -> Tensor:
+    """Return the sum of values over each row's positions, shape (B,)."""
+    total_B = torch.zeros(len(batch.ids_BT), dtype=values_P.dtype, device=values_P.device)
+    return total_B.index_add(0, batch.rows_P, values_P)
+
+
+@torch.no_grad()
+def log_probabilities(
+    scorer: nn.Module, items: Sequence[Encoded], pad_id: int, max_tokens: int = 0
+) -> list[float]:
+    """Return the summed log-probability of each item's supervised tokens, in the given order."""
+    device = device_of_scorer(scorer)
+    order = sorted(range(len(items)), key=lambda index: -len(items[index].ids))
+    scores: dict[int, float] = {}
+    done = 0
+    limit = pass_tokens(device, max_tokens)
+    for group in micro_batches([items[index] for index in order], limit):
+        batch = collate(group, pad_id).to(device)
+        sums = sum_by_row(scorer(batch), batch).tolist()
+        scores |= dict(zip(order[done : done + len(group)], sums, strict=True))
+        done += len(group)
+    return [scores[index] for index in range(len(items))]
+
+
+def mean_loss(
+    scorer: nn.Module, items: Sequence[Encoded], pad_id: int, max_tokens: int = 0
+) -> float:
+    """Return the mean negative log-probability, in nats, over all supervised tokens."""
+    total = -sum(log_probabilities(scorer, items, pad_id, max_tokens))
+    return total / sum(item.n_supervised for item in items)

@@ -1,0 +1,4 @@
+"""Initializations compared over tasks, sizes and seeds: plans, cells, jobs, the store of finished runs.
+
+Above the method and the tools; knows nothing of the report.
+"""

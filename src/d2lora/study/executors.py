@@ -1,0 +1,165 @@
+"""Where jobs run: in this process, in a pool of processes, or on a Ray cluster.
+
+Each executor is a `submit` that returns a future; the study knows nothing else of it.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
+from multiprocessing import Queue, get_context, parent_process
+from typing import Any, cast
+
+from d2lora.runtime.console import quiet_libraries
+from d2lora.errors import SettingsError
+from d2lora.runtime.loading import loading
+from d2lora.study.store import Job, perform
+
+Submit = Callable[[Job], "Future[dict[str, Any]]"]
+
+
+def n_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def layout(kind: str, n_workers: int) -> tuple[int, int | None]:
+    """Return how many jobs an executor runs at a time, and the threads of each.
+
+    None: the threads are those of this process. Of a Ray cluster elsewhere the number of jobs is
+    not known here; it is taken for this machine's.
+    """
+    if kind == "inline":
+        return 1, None
+    if kind == "ray":
+        return n_workers or n_cores(), 1
+    n_workers = n_workers or len(_gpus()) or n_cores()
+    return n_workers, max(1, n_cores() // n_workers)
+
+
+@contextmanager
+def executor(kind: str, n_workers: int, address: str | None) -> Generator[Submit]:
+    """Yield the `submit` of an executor: `inline`, `processes` or `ray`.
+
+    Args:
+        kind: Which.
+        n_workers: Jobs at a time; 0: one per GPU, or per core where there is none.
+        address: Ray cluster to join. None: one on this machine.
+
+    Raises:
+        SettingsError: If Ray is asked for and not installed or not there.
+    """
+    if kind == "ray":
+        with _ray(n_workers, address) as submit:
+            yield submit
+    elif kind == "inline":
+        inline = ThreadPoolExecutor(1)
+        try:
+            yield lambda job: inline.submit(perform, job)
+        finally:
+            inline.shutdown(cancel_futures=True)
+    else:
+        pool = _Processes(*layout(kind, n_workers))
+        try:
+            yield pool.submit
+        finally:
+            pool.close()
+
+
+class _Processes:
+    """A pool that comes back after a worker died, as one that ran out of memory does."""
+
+    def __init__(self, n_workers: int, n_threads: int | None) -> None:
+        self._n_workers, self._n_threads = n_workers, n_threads
+        self._pool = self._new()
+
+    def _new(self) -> ProcessPoolExecutor:
+        context = get_context("spawn")
+        gpus = context.Queue()
+        known = _gpus()
+        for worker in range(self._n_workers):
+            gpus.put(known[worker % len(known)] if known else "")
+        # Set before torch is loaded in the workers: two OpenMP teams on the same cores slow
+        # each other.
+        os.environ["OMP_NUM_THREADS"] = str(self._n_threads or 1)
+        pool = ProcessPoolExecutor(self._n_workers, context, _begin_worker, (gpus,))
+        for _ in range(self._n_workers):
+            pool.submit(_load)  # each begins a worker
+        return pool
+
+    def submit(self, job: Job) -> "Future[dict[str, Any]]":
+        try:
+            return self._pool.submit(perform, job)
+        except BrokenExecutor:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = self._new()
+            return self._pool.submit(perform, job)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _gpus() -> list[str]:
+    """Return the GPUs that CUDA may use, without starting CUDA in this process."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu for gpu in visible.split(",") if gpu.strip()]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _begin_worker(gpus: "Queue[str]") -> None:
+    """Give a worker its GPU, quiet libraries, and an end when its parent's comes."""
+    gpu = gpus.get()
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    quiet_libraries()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _load() -> None:
+    """Load what jobs need, which takes seconds, while the study still looks at its rows."""
+    with loading():
+        for module in ("adaptation", "evaluation"):
+            import_module(f"d2lora.{module}")
+
+
+def _end_with_parent() -> None:
+    """Stop at once when the study's process is gone: its next run does the job again."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def _ray(n_workers: int, address: str | None) -> Generator[Submit]:
+    try:
+        import ray
+    except ImportError:
+        raise SettingsError(
+            "--executor ray: Ray is not installed; pip install 'd2lora[ray]'"
+        ) from None
+    begun = not ray.is_initialized()
+    if begun:
+        n_cpus = None if address else n_workers or n_cores()
+        try:
+            ray.init(address or "local", num_cpus=n_cpus, log_to_driver=False)
+        except ConnectionError as error:
+            raise SettingsError(f"--address {address}: no Ray cluster there: {error}") from None
+    n_gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    # A worker or a machine that is lost costs its job one of its retries, not the study.
+    remote = ray.remote(num_cpus=1, num_gpus=n_gpus, max_retries=3)(_perform_quietly)
+    try:
+        yield lambda job: cast("Any", remote.remote(job)).future()
+    finally:
+        if begun:
+            ray.shutdown()
+
+
+def _perform_quietly(job: Job) -> dict[str, Any]:
+    quiet_libraries()
+    return perform(job)

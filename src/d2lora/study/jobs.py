@@ -1,0 +1,299 @@
+"""The pieces of a study that are run: warm-ups, controls made of them, trials of rates, cells.
+
+Only jobs of the last kind, `Scored`, can name test data: what is chosen before cannot look at it.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from d2lora.runtime.run_folder import DONE, SETTINGS
+from d2lora.settings import (
+    AdaptSettings,
+    BaseSettings,
+    ConvertSettings,
+    EvaluateSettings,
+    PairsSettings,
+    WarmupSettings,
+)
+from d2lora.study.store import Job, adapter_content, identity_of, shared_base
+
+
+@dataclass(frozen=True)
+class WarmUp(Job):
+    """Phase 1."""
+
+    settings: WarmupSettings
+
+    @property
+    def path(self) -> Path:
+        """The warm start."""
+        return self.folder / "warm-start"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return identity_of(self.settings)
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        from d2lora.warmup import warm_up
+
+        if not (self.path / DONE).exists():
+            settings = self.settings.changed(out=self.path, resume=_can_resume(self.path))
+            warm_up(settings, shared_base(settings))
+        return _told(self.path)
+
+
+@dataclass(frozen=True)
+class Ready(Job):
+    """A warm start made outside of the study, used as it is and known by its weights."""
+
+    path: Path
+    """The warm start."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return {"adapter": adapter_content(self.path)}
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        return _told(self.path)
+
+
+@dataclass(frozen=True)
+class Merged(Job):
+    """A warm start folded into its base."""
+
+    base: BaseSettings
+    warm_up: WarmUp | Ready
+
+    @property
+    def path(self) -> Path:
+        """The new base."""
+        return self.folder / "model"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return {"base": identity_of(self.base), "warm_up": self.warm_up.key}
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        from d2lora.tools.convert import convert
+
+        shutil.rmtree(self.path, ignore_errors=True)
+        adapter = str(self.warm_up.path)
+        convert(ConvertSettings(**dict(self.base), adapter=adapter, out=self.path, merge=True))
+        return {}
+
+
+@dataclass(frozen=True)
+class Norms(Job):
+    """Random weights with the norms of a warm start's."""
+
+    warm_up: WarmUp | Ready
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """The random adapter, in the form of a warm start."""
+        return self.folder / "random"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return {"warm_up": self.warm_up.key, "seed": self.seed}
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        from d2lora.tools.convert import randomise
+
+        shutil.rmtree(self.path, ignore_errors=True)
+        randomise(self.warm_up.path, self.path, self.seed)
+        return {}
+
+
+@dataclass(frozen=True)
+class Mixed(Job):
+    """General and task rows in one file, each as often as the two phases would show it."""
+
+    general: WarmupSettings
+    training: AdaptSettings
+
+    @property
+    def path(self) -> Path:
+        """The rows to train on."""
+        return self.folder / "train.jsonl"
+
+    @property
+    def held_out(self) -> Path:
+        """The task's validation rows; written where the training settings hold some out."""
+        return self.folder / "valid.jsonl"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return {"general": identity_of(self.general), "training": identity_of(self.training)}
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        from d2lora.study.mixture import write_mixture
+
+        return write_mixture(self.general, self.training, self.path, self.held_out)
+
+
+@dataclass(frozen=True)
+class Paired(Job):
+    """Preference pairs of the rows that a run would train on."""
+
+    settings: PairsSettings
+
+    @property
+    def path(self) -> Path:
+        """The pairs."""
+        return self.folder / "pairs" / "pairs.jsonl"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return identity_of(self.settings)
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        from d2lora.tools.pairs import make_pairs
+
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+        settings = self.settings.changed(out=self.path.parent)
+        made = make_pairs(settings, shared_base(settings))
+        return {"n_prompts": made.n_prompts, "n_pairs": made.n_pairs}
+
+
+@dataclass(frozen=True)
+class Trial(Job):
+    """A learning rate tried on rows held out of the n; the adapter is thrown away."""
+
+    training: AdaptSettings
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return identity_of(self.training)
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        path = self.folder / "adapter"
+        told = _adapted(self.training, path)
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        curve = [[r["step"], r["validation_loss"]] for r in rows if "validation_loss" in r]
+        shutil.rmtree(path)
+        return {**told, "learning_rate": self.training.learning_rate, "curve": curve}
+
+
+@dataclass(frozen=True)
+class Scored(Job):
+    """An adapter (trained here, or the warm start, or none) measured on the test rows."""
+
+    tests: EvaluateSettings
+    training: AdaptSettings | None = None
+    adapter: Path | None = None
+    """Where nothing is trained: the adapter to measure. None: the base alone."""
+    shots: AdaptSettings | None = None
+    """Where the base is prompted with examples: which rows, as `adapt` would choose them."""
+    keep: bool = True
+    """Keep the trained adapter."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return {
+            "tests": identity_of(self.tests),
+            "training": None if self.training is None else identity_of(self.training),
+            "adapter": None if self.adapter is None else adapter_content(self.adapter),
+            "shots": None if self.shots is None else identity_of(self.shots),
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Do it."""
+        import pandas as pd
+
+        from d2lora.runtime.console import Reporter
+        from d2lora.evaluation.measure import BASE, TestSets, measure
+        from d2lora.evaluation.metrics import columns_of
+
+        path = self.folder / "adapter" if self.training else self.adapter
+        told = _adapted(self.training, self.folder / "adapter") if self.training else {}
+        began = time.perf_counter()
+        sets = TestSets.read(self.tests)
+        if self.shots is not None:
+            task = _with_shots(sets.task, self.shots)
+            # The length limit is that of one row, and a prompt with examples holds several.
+            sets = replace(sets, task=task, whole_prompts=True)
+        base = shared_base(self.training or self.tests)
+        name = BASE if path is None else str(path)
+        measured = measure(name, base, sets, self.tests, Reporter(quiet=True))
+        records = pd.DataFrame(measured.records)
+        records.drop(columns="adapter").to_parquet(self.folder / "records.parquet", index=False)
+        assert sets.task is not None
+        columns = columns_of(sets.task.task.score)
+        if self.training and not self.keep:
+            for file in (self.folder / "adapter").glob("*.safetensors"):
+                file.unlink()
+        return {
+            **told,
+            "learning_rate": self.training.learning_rate if self.training else None,
+            "adapter": None if path is None or not self.keep else str(path),
+            "scores": {column: records[column].tolist() for column in columns},
+            "fast_passes": measured.fast_passes,
+            "general_loss": measured.general_loss,
+            "choices_right": None if measured.right is None else measured.right.tolist(),
+            "n_output_tokens": sum(record["n_output_tokens"] for record in measured.records),
+            "evaluation_s": round(time.perf_counter() - began, 3),
+        }
+
+
+def _adapted(settings: AdaptSettings, path: Path) -> dict[str, Any]:
+    from d2lora.adaptation import adapt
+
+    if not (path / DONE).exists():
+        settings = settings.changed(out=path, resume=_can_resume(path))
+        adapt(settings, shared_base(settings))
+    return _told(path)
+
+
+def _told(adapter: Path) -> dict[str, Any]:
+    """Return what a finished run's manifest says that a study needs."""
+    from d2lora.adapters.manifest import Manifest
+
+    manifest = Manifest.read(adapter)
+    return {
+        "cost": manifest.cost,
+        "validation_loss_before": manifest.validation_loss_before,
+        "validation_loss_after": manifest.validation_loss_after,
+        "provenance": manifest.provenance,
+    }
+
+
+def _with_shots(task: Any, shots: AdaptSettings) -> Any:
+    """Put worked examples, in the order that `adapt` would choose them, before each prompt."""
+    from d2lora.data.sources import nested_order
+    from d2lora.data.rows import Message
+    from d2lora.data.tasks import read_task
+    from d2lora.settings.seeds import seed_of
+
+    examples = read_task(shots.data, shots.task).examples
+    chosen = nested_order(len(examples), seed_of(shots, "subset"))[: shots.n]
+    shown = tuple(
+        turn
+        for index in chosen
+        for turn in (*examples[index].prompt, Message("assistant", examples[index].completion))
+    )
+    prompted = [replace(e, prompt=(*shown, *e.prompt)) for e in task.examples]
+    return replace(task, examples=prompted)
+
+
+def _can_resume(path: Path) -> bool:
+    """Say whether a killed run can go on; one without a checkpoint is cleared away."""
+    from d2lora.training import checkpoint
+
+    if checkpoint.exists(path) and (path / SETTINGS).is_file():
+        return True
+    shutil.rmtree(path, ignore_errors=True)
+    return False

@@ -1,0 +1,296 @@
+"""What a cell of a study needs: which jobs, one after the other, lead to its result.
+
+warm-up ─▶ (merged base | random adapter | mixed rows | pairs) ─▶ trials ─▶ the cell
+
+The learning rate and the length of a cell are chosen from trials on rows held out of its own n, for
+every seed anew, so that the noise of the choice is in the spread over seeds. The job that sees the
+test rows comes last and decides nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from d2lora.study.cells import BASE, Cell
+from d2lora.data.sources import split_validation
+from d2lora.study.jobs import Merged, Mixed, Norms, Paired, Ready, Scored, Trial, WarmUp
+from d2lora.study.plan import NEEDS_WARM_UP, UNTRAINED, ArmPlan, StudyPlan
+from d2lora.study.recipes import adapt_settings, base_values, pairs_settings, warm_up_settings
+from d2lora.training.schedule import Plan
+from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, PhaseSettings
+from d2lora.study.store import Job, content_of
+from d2lora.data.tasks import read_task
+from d2lora.study.tuning import Candidate, Choice, Curve, Grid, mean_curve
+
+CURVE_POINTS = 12
+"""Validation losses in a trial's curve, at most, besides that of the untrained adapter."""
+_INHERITED = {"rank": None, "alpha": None, "targets": None}
+"""What an arm takes over from a warm start, whatever the plan says of fresh ones."""
+_LENGTHS = ("max_length", "overlong")
+"""What holds for test rows as for training rows."""
+
+
+class Missing(Exception):  # noqa: N818  # no error: it says what to run next
+    """Jobs have to be run before a cell can go on."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        """Name the jobs."""
+        super().__init__()
+        self.jobs = jobs
+
+
+class CellFailedError(Exception):
+    """A job that a cell needs has failed; the text is the reason."""
+
+
+class Needs:
+    """Knows what is done and what has failed, and tells what a cell needs next."""
+
+    def __init__(self, plan: StudyPlan, store: Path, *, keep_adapters: bool) -> None:
+        """Plan jobs in a store; the plan's files are named by paths that exist there."""
+        self.plan, self.store, self.keep_adapters = plan, store, keep_adapters
+        self.done: dict[str, dict[str, Any]] = {}
+        self.failed: dict[str, str] = {}
+        self._arms = {arm.name: arm for arm in plan.arms}
+        self._choices: dict[Cell, Choice] = {}
+
+    def result(self, cell: Cell) -> dict[str, Any]:
+        """Return a cell's result.
+
+        Raises:
+            Missing: If jobs have to be run first.
+            CellFailedError: If one of them has failed.
+        """
+        return self._need(self.last_job(cell))
+
+    def last_job(self, cell: Cell) -> Scored:
+        """Return the job that scores a cell; raises as `result` for those before it."""
+        tests = self._tests(cell.task)
+        place = (str(cell), (cell.task, cell.n), self.store)
+        if cell.arm == BASE:
+            return Scored(*place, tests)
+        arm = self._arms[cell.arm]
+        warm_up = self._warm_up(arm, cell.seed) if arm.kind in NEEDS_WARM_UP else None
+        if arm.kind == "warm_only":
+            assert warm_up is not None
+            return Scored(*place, tests, adapter=warm_up.path)
+        if arm.kind == "few_shot":
+            shots = adapt_settings(self.plan, arm, cell.task, cell.n, cell.seed, Path())
+            return Scored(*place, tests, shots=shots)
+        choice = self.choice(cell)
+        whole = self._training(cell, warm_up, **self._recipe(cell, choice))
+        step = choice.stop_of(_n_steps(cell.n, whole))
+        end: dict[str, Any] = {"stop_step": step} if step != 0 else {"max_steps": 0}
+        return Scored(*place, tests, whole.changed(**end), keep=self.keep_adapters)
+
+    def choice(self, cell: Cell) -> Choice:
+        """Return the learning rate and length of a cell: given, or those of the lowest loss.
+
+        A candidate of which any fold failed, as one at which training diverges, is out.
+        """
+        if cell not in self._choices:
+            grid = self._grid(cell)
+            if len(grid.rates) == 1 and not grid.chooses_length:
+                self._choices[cell] = Choice(grid.rates[0])
+            else:
+                chosen = Choice.of(grid, self._searched(cell, grid))
+                if chosen is None:
+                    trials = self.trials(cell).values()
+                    reasons = (self.failed.get(job.key) for jobs in trials for job in jobs)
+                    reason = next(filter(None, reasons), f"no row of n = {cell.n} can be held out")
+                    raise CellFailedError(f"no learning rate could be used: {reason}")
+                self._choices[cell] = chosen
+        return self._choices[cell]
+
+    def trials(self, cell: Cell) -> dict[Candidate, list[Trial]]:
+        """Return the trials behind a finished choice, one job a fold; empty: none was needed."""
+        grid = self._grid(cell)
+        if not self.tunes(cell):
+            return {}
+        return {c: self._trials(cell, grid, c) for c in self._searched(cell, grid)}
+
+    def tunes(self, cell: Cell) -> bool:
+        """Say whether anything is chosen for a cell."""
+        if cell.arm == BASE or self._arms[cell.arm].kind in UNTRAINED:
+            return False
+        grid = self._grid(cell)
+        return len(grid.rates) > 1 or grid.chooses_length
+
+    def _grid(self, cell: Cell) -> Grid:
+        given = self.plan.rate_of(cell.task, cell.arm, cell.n)
+        rates = self.plan.learning_rates if given is None else (given,)
+        return Grid(tuple(sorted(set(rates))), chooses_length=bool(self.plan.steps))
+
+    def _searched(self, cell: Cell, grid: Grid) -> dict[Candidate, Curve | None]:
+        """Return the curves of all that the search tries; raises as `result` until they are."""
+        tried: dict[Candidate, Curve | None] = {}
+        while new := grid.wanted(tried):
+            jobs = {candidate: self._trials(cell, grid, candidate) for candidate in new}
+            self.need_all([job for folds in jobs.values() for job in folds])
+            for candidate, folds in jobs.items():
+                results = [self.done.get(job.key) for job in folds]
+                curves = [result["curve"] for result in results if result is not None]
+                tried[candidate] = mean_curve(curves) if len(curves) == len(folds) else None
+        return tried
+
+    def _trials(self, cell: Cell, grid: Grid, candidate: Candidate) -> list[Trial]:
+        arm, rate = self._arms[cell.arm], grid.rate(candidate.place)
+        warm_up = self._warm_up(arm, cell.seed) if arm.kind in NEEDS_WARM_UP else None
+        recipe = self._recipe(cell, Choice(rate, candidate.doublings))
+        n_folds = min(self.plan.folds, cell.n)
+        parts: list[dict[str, Any]] = [{"fold": (fold, n_folds)} for fold in range(n_folds)]
+        if n_folds == 1:
+            parts = [{"validation_fraction": self.plan.validation_fraction}]
+        trials: list[Trial] = []
+        for number, part in enumerate(parts):
+            training = self._training(cell, warm_up, **recipe, **part)
+            n_steps = _n_steps(cell.n, training)
+            every = max(1, math.ceil(n_steps / CURVE_POINTS))
+            # What is read is the curve, so no weights are kept but for stopping early.
+            training = training.changed(eval_every=every, keep_best=training.patience > 0)
+            label = f"{cell}, trial of {rate:g}, {n_steps} steps" + f", fold {number}" * bool(
+                number
+            )
+            trials.append(Trial(label, (cell.task, cell.n), self.store, training))
+        return trials
+
+    def _recipe(self, cell: Cell, choice: Choice) -> dict[str, Any]:
+        """Return the settings of a choice, its schedule whole."""
+        longest = self.plan.steps_of(cell.n)
+        length = {} if longest is None else {"max_steps": longest * 2**choice.doublings}
+        return {"learning_rate": choice.learning_rate, **length}
+
+    def _training(self, cell: Cell, warm_up: WarmUp | Ready | None, **values: Any) -> AdaptSettings:
+        """Return the settings of a cell's training: how each arm begins, and on what."""
+        arm = self._arms[cell.arm]
+        plain = adapt_settings(self.plan, arm, cell.task, cell.n, cell.seed, Path(), **values)
+        if warm_up is None:
+            init = arm.init or plain.init
+            return self._with_pairs(cell, plain.changed(init=init), None)
+        changes: dict[str, Any]
+        match arm.kind:
+            case "longer":
+                more = self._need(warm_up)["cost"]["n_steps"]
+                changes = {"epochs": None, "max_steps": _n_steps(cell.n, plain) + more}
+            case "merged":
+                merged = Merged(
+                    f"{arm.warm_up}, merged", ("", 0), self.store, self._base(), warm_up
+                )
+                self._need(merged)
+                changes = {"base": str(merged.path)}
+            case "mixed":
+                assert isinstance(warm_up, WarmUp), "checked with the plan"
+                place = (cell.task, cell.n)
+                mixed = Mixed(f"{cell}, rows", place, self.store, warm_up.settings, plain)
+                self._need(mixed)
+                holds_out = plain.validation_fraction or plain.fold
+                changes = {
+                    "data": (str(mixed.path),), "task": "instruct", "n": None, "fold": None,
+                    "epochs": 1.0, "max_steps": None, "validation_fraction": 0.0,
+                    "validation_data": (str(mixed.held_out),) if holds_out else (),
+                }  # fmt: skip
+            case "norms":
+                norms = Norms(f"{arm.warm_up}, random", ("", 0), self.store, warm_up, cell.seed)
+                self._need(norms)
+                changes = {"init": str(norms.path), **_INHERITED}
+            case _:
+                scale = 0.0 if arm.kind == "warm_a" else plain.init_scale
+                changes = {"init": str(warm_up.path), "init_scale": scale, **_INHERITED}
+        return self._with_pairs(cell, plain.changed(**changes), warm_up)
+
+    def _with_pairs(
+        self, cell: Cell, plain: AdaptSettings, warm_up: WarmUp | Ready | None
+    ) -> AdaptSettings:
+        """Put pairs of the n rows in the place of the rows where preferences are to be learnt."""
+        if _learns_as_is(plain):
+            return plain
+        adapter = warm_up.path if warm_up and plain.init == str(warm_up.path) else None
+        longest = {"max_new_tokens": self.plan.tasks[cell.task].max_new_tokens}
+        made = pairs_settings(self.plan, plain, cell.n, adapter, **longest)
+        place = (cell.task, cell.n)
+        pairs = Paired(f"{cell}, pairs", place, self.store, made)
+        self._need(pairs)
+        return plain.changed(data=(str(pairs.path),), task="preferences", n=None)
+
+    def _warm_up(self, arm: ArmPlan, seed: int) -> WarmUp | Ready:
+        name = arm.warm_up or ""
+        job = self.warm_up(name, seed % self.plan.warm_up_seeds_of(name))
+        self._need(job)
+        return job
+
+    def warm_up(self, name: str, seed: int = 0) -> WarmUp | Ready:
+        """Return the job that makes a warm start, or takes one that is there."""
+        ready = self.plan.ready(name)
+        if ready is not None:
+            return Ready(f"warm-up {name}", ("", 0), self.store, ready)
+        label = f"{name}, seed {seed}" if seed else name
+        settings = warm_up_settings(self.plan, name, Path(), seed)
+        place = ("", settings.m or 0)
+        if not _learns_as_is(settings):
+            made = pairs_settings(self.plan, settings, settings.m, None)
+            pairs = Paired(f"pairs for {label}", place, self.store, made)
+            self._need(pairs)
+            changes = {"data": (str(pairs.path),), "task": "preferences", "m": None}
+            settings = settings.changed(**changes)
+        return WarmUp(f"warm-up {label}", place, self.store, settings)
+
+    def _base(self) -> BaseSettings:
+        return BaseSettings(**base_values(self.plan))
+
+    def _tests(self, name: str) -> EvaluateSettings:
+        task = self.plan.tasks[name]
+        own = {**self.plan.adapt, **task.adapt}
+        return EvaluateSettings(
+            **dict(self._base()),
+            out=Path(),
+            data=task.test,
+            task=task.task,
+            limit=task.n_test,
+            general_text=self.plan.general_text,
+            choices=self.plan.choices,
+            max_new_tokens=task.max_new_tokens,
+            **{name: own[name] for name in _LENGTHS if name in own},
+            quiet=True,
+        )
+
+    def _need(self, job: Job) -> dict[str, Any]:
+        self.need_all([job])
+        if job.key in self.failed:
+            raise CellFailedError(f"{job.label}: {self.failed[job.key]}")
+        return self.done[job.key]
+
+    def need_all(self, jobs: Sequence[Job]) -> None:
+        """Look for results in the store; what is neither there nor failed is missing."""
+        missing: list[Job] = []
+        for job in jobs:
+            if job.key in self.done or job.key in self.failed:
+                continue
+            result = job.result()
+            if result is None:
+                missing.append(job)
+            else:
+                self.done[job.key] = result
+        if missing:
+            raise Missing(missing)
+
+
+def _n_steps(n: int, settings: AdaptSettings) -> int:
+    """Return the optimizer steps of a run on n rows, validation rows among them."""
+    shown, _ = split_validation(range(n), settings.validation_fraction, settings.fold)
+    return Plan.of(len(shown), settings, 0).n_steps
+
+
+def _learns_as_is(settings: PhaseSettings) -> bool:
+    """Say whether an objective finds what it learns from in the rows: preferences, or none."""
+    if settings.objective == "sft":
+        return True
+    contents = tuple(content_of(name) for name in settings.data)
+    return _hold_preferences(settings.data, settings.task, contents)
+
+
+@cache
+def _hold_preferences(data: tuple[str, ...], task: str, contents: tuple[str, ...]) -> bool:
+    assert len(contents) == len(data)
+    return read_task(data, task).task.score == "preference"

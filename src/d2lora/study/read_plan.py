@@ -1,0 +1,230 @@
+"""Reading a plan: a YAML file that holds only what differs from the defaults.
+
+It is checked whole before anything runs, down to the settings of every warm-up and every arm.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from d2lora.errors import SettingsError, did_you_mean, listed
+from d2lora.study.plan import KINDS, NEEDS_WARM_UP, ArmPlan, Kind, StudyPlan
+from d2lora.study.recipes import listed_values, warm_up_settings
+from d2lora.settings import AdaptSettings, PairsSettings
+
+_FIXED = {"base", "revision", "dtype", "device", "threads", "out", "resume", "quiet"}
+_FIXED_PAIRS = _FIXED | {"data", "adapter", "n", "seed", "task"}
+_FIXED_ADAPT = _FIXED | {
+    "data", "init", "n", "seed", "validation_data", "validation_fraction", "fold", "task",
+    "stop_step", "eval_every",
+}  # fmt: skip
+_LENGTHS = {"steps", "epochs"}
+
+
+def shipped() -> list[str]:
+    """Return the names of the plans that come with d2lora."""
+    folder = resources.files("d2lora") / "plans"
+    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def read_plan(*sources: str, changes: Sequence[str] = ()) -> StudyPlan:
+    """Read a plan and check it whole.
+
+    Args:
+        sources: YAML files or names of shipped plans; each is laid over those before it, so that
+            `rank real` asks the question of one about the tasks of the other.
+        changes: `name=value` texts that replace values of the file; values are YAML, and a dot
+            leads into a mapping (`tasks.titles.n_test=50`).
+
+    Raises:
+        SettingsError: With every fault at once.
+    """
+    values = _filled([_read(source) for source in sources])
+    changed = {change.partition("=")[0].partition(".")[0]: None for change in changes}
+    values = _without_other_length(values, changed)
+    for change in changes:
+        _change(values, change)
+    plan = StudyPlan(**values)
+    faults = [*_faults_of_settings(plan), *_faults_of_names(plan)]
+    if faults:
+        raise SettingsError(f"{' + '.join(sources)}:\n{listed(faults)}")
+    return plan.changed(arms=_named(plan))
+
+
+def _filled(plans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the defaults with the plans' values in their place; `warm_up` and `adapt` join."""
+    text = (resources.files("d2lora") / "plans" / "defaults.yml").read_text("utf-8")
+    filled: dict[str, Any] = yaml.safe_load(text)
+    for values in plans:
+        joined = {
+            name: {**filled[name], **values[name]}
+            for name in ("warm_up", "adapt")
+            if isinstance(filled[name], dict) and isinstance(values.get(name), dict)
+        }
+        filled = {**_without_other_length(filled, values), **values, **joined}
+    return filled
+
+
+def _without_other_length(values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop a length that the given values state in another way."""
+    if not _LENGTHS & given.keys():
+        return values
+    return {name: value for name, value in values.items() if name not in _LENGTHS - given.keys()}
+
+
+def _read(source: str) -> dict[str, Any]:
+    path = Path(source)
+    if source in shipped():
+        text = (resources.files("d2lora") / "plans" / f"{source}.yaml").read_text("utf-8")
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise SettingsError(
+                f"{source}: cannot read the plan: {error.strerror}."
+                f"{did_you_mean(source, shipped())} Shipped plans: {', '.join(shipped())}"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise SettingsError(f"{source}: not UTF-8 text: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{source}: not a YAML file: {error}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"{source}: expected `name: value` lines")
+    return values
+
+
+def _change(values: dict[str, Any], change: str) -> None:
+    name, sign, text = change.partition("=")
+    if not sign:
+        raise SettingsError(f"--set {change}: expected name=value, as in seeds=3")
+    *path, last = name.split(".")
+    inner = values
+    for part in path:
+        inner = inner.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise SettingsError(f"--set {change}: `{part}` is not a mapping")
+    try:
+        inner[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"--set {change}: not a YAML value: {error}") from None
+
+
+def _faults_of_settings(plan: StudyPlan) -> list[str]:
+    """Try the settings of every warm-up and arm, so that none fails hours later."""
+    faults: list[str] = []
+    nowhere = Path("unused")
+    faults += _forbidden("warm_up", plan.warm_up, _FIXED)
+    for name, values in plan.warm_ups.items():
+        if "path" in values:
+            faults += _faults_of_path(name, values)
+            continue
+        faults += _forbidden(f"warm_ups.{name}", values, _FIXED)
+        try:
+            warm_up_settings(plan, name, nowhere)
+        except SettingsError as error:
+            faults.append(f"warm_ups.{name}: {error}")
+    faults += _forbidden("pairs", plan.pairs, _FIXED_PAIRS)
+    try:
+        pairs: dict[str, Any] = {"data": ("unused",), "out": nowhere, **plan.pairs}
+        PairsSettings(**pairs)
+    except SettingsError as error:
+        faults.append(f"pairs: {error}")
+    places = {
+        "adapt": plan.adapt,
+        **{f"tasks.{name}.adapt": task.adapt for name, task in plan.tasks.items()},
+        **{f"arms, {arm.name or arm.kind}: adapt": arm.adapt for arm in plan.arms},
+    }
+    for place, values in places.items():
+        faults += _forbidden(place, values, _FIXED_ADAPT)
+        faults += [
+            f"{place}: `{name}` and the plan's `steps` both say how long to train; give one "
+            "(`steps: {}` for none)"
+            for name in ("epochs", "max_steps")
+            if plan.steps and name in values
+        ]
+        whole: dict[str, Any] = {"data": ("unused",), "out": nowhere, **listed_values(values)}
+        try:
+            AdaptSettings(**whole)
+        except SettingsError as error:
+            faults.append(f"{place}: {error}")
+    return faults
+
+
+def _faults_of_path(name: str, values: Mapping[str, Any]) -> list[str]:
+    faults = [
+        f"warm_ups.{name}: `{other}` beside `path`, which names a finished warm start"
+        for other in values
+        if other != "path"
+    ]
+    if not isinstance(values["path"], str):
+        faults.append(f"warm_ups.{name}.path: expected a folder, got {values['path']!r}")
+    return faults
+
+
+def _forbidden(place: str, values: Mapping[str, Any], fixed: set[str]) -> list[str]:
+    return [f"{place}: `{name}` is the study's own business" for name in values if name in fixed]
+
+
+def _faults_of_names(plan: StudyPlan) -> list[str]:
+    faults: list[str] = []
+    arms = _named(plan)
+    names = [arm.name for arm in arms]
+    for arm in plan.arms:
+        if arm.warm_up is not None and arm.warm_up not in plan.warm_ups:
+            faults.append(
+                f"arm {arm.name or arm.kind}: no warm-up `{arm.warm_up}`."
+                f"{did_you_mean(arm.warm_up, plan.warm_ups)}"
+            )
+        if arm.kind == "mixed" and any(
+            "path" in plan.warm_ups.get(w, {}) for w in _warm_ups(plan, arm)
+        ):
+            faults.append(
+                f"arm {arm.name or arm.kind}: rows cannot be mixed with those of a warm start that "
+                "was made before; name a warm-up with its data"
+            )
+        if (arm.kind == "init") != bool(arm.init):
+            faults.append(f"arm {arm.name or arm.kind}: kind `init`, and it alone, needs `init`")
+        if arm.against is not None and arm.against not in names:
+            faults.append(
+                f"arm {arm.name or arm.kind}: no arm `{arm.against}`."
+                f"{did_you_mean(arm.against, names)}"
+            )
+    faults += [
+        f"two arms are called `{name}`; give each a `name`"
+        for name in sorted({name for name in [*names, "base"] if [*names, "base"].count(name) > 1})
+    ]
+    for task, by_arm in plan.rates.items():
+        if task not in plan.tasks:
+            faults.append(f"rates: no task `{task}`.{did_you_mean(task, plan.tasks)}")
+        faults += [
+            f"rates.{task}: no arm `{arm}`.{did_you_mean(arm, names)}"
+            for arm in by_arm
+            if arm not in names
+        ]
+    return faults
+
+
+def _named(plan: StudyPlan) -> tuple[ArmPlan, ...]:
+    """Return the arms with names, those of a warm-up once for each."""
+    assert set(get_args(Kind)) == KINDS.keys()
+    arms: list[ArmPlan] = []
+    for arm in plan.arms:
+        if arm.kind not in NEEDS_WARM_UP:
+            arms.append(arm.changed(name=arm.name or arm.init or arm.kind))
+            continue
+        for warm_up in _warm_ups(plan, arm):
+            stem = arm.name or arm.kind
+            alone = len(plan.warm_ups) == 1 or (arm.name and arm.warm_up)
+            name = stem if alone else f"{stem} ({warm_up})"
+            arms.append(arm.changed(name=name, warm_up=warm_up))
+    return tuple(arms)
+
+
+def _warm_ups(plan: StudyPlan, arm: ArmPlan) -> list[str]:
+    """Return the names of an arm's warm-ups: its own, else every one."""
+    return list(plan.warm_ups) if arm.warm_up is None else [arm.warm_up]

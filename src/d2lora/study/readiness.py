@@ -1,0 +1,147 @@
+"""A study's plan with its data in place, checked before hours are spent on it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from d2lora.adapters.base_files import base_folder
+from d2lora.runtime.claims import check_writable
+from d2lora.data.sources import is_local
+from d2lora.embedded.__main__ import write_world
+from d2lora.data.encode import Encoder, resolve_format
+from d2lora.data.encoded_sets import answers_beyond, encode_prompts, every
+from d2lora.errors import D2LoraError, DataError, ModelError, RunError, listed
+from d2lora.adapters.fingerprints import fingerprint_of
+from d2lora.adapters.base import load_tokenizer
+from d2lora.study.plan import WORLD, StudyPlan
+from d2lora.study.read_plan import read_plan
+from d2lora.study.recipes import base_values
+from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
+from d2lora.data.tasks import Say, read_task
+from d2lora.warmstart import WarmStart
+
+LIMITS = ("max_length", "overlong", "chat_format")
+"""Settings of a task's training that its test rows share."""
+
+
+def place(settings: StudySettings) -> tuple[StudyPlan, Path, Path]:
+    """Return the plan with its data in place, the store and the study's folder."""
+    name = "-".join(Path(plan).stem for plan in settings.plan)
+    out = settings.out or Path("studies") / name
+    store = (settings.store or out.parent / "store").resolve()
+    check_writable(store, "--store")
+    return _with_world(read_plan(*settings.plan, changes=settings.set), store / "world"), store, out
+
+
+def check_folder(out: Path) -> None:
+    """Check that a folder is empty, not there yet, or a study's.
+
+    Raises:
+        RunError: If it is not.
+    """
+    if out.is_dir() and any(out.iterdir()) and not (out / "study.json").is_file():
+        raise RunError(f"{out} holds something that is not a study; choose another --out")
+
+
+def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> None:
+    """Open everything that a study names before hours are spent on it.
+
+    Args:
+        plan: What is to run.
+        say: Is told what test rows were read as; of training rows `decontaminated` tells.
+        fetch: Ask the hub, too. False: what is not on this machine goes unchecked.
+
+    Raises:
+        D2LoraError: If a base, training rows or test rows cannot be used, all faults at once.
+    """
+    faults: list[str] = []
+    if fetch:
+        try:
+            base_folder(plan.base, plan.revision, plan.gguf_file)
+        except D2LoraError as error:
+            faults.append(str(error))
+    faults += _faults_of_warm_starts(plan, fetch=fetch)
+    for name, task in plan.tasks.items():
+        if not fetch and not all(map(is_local, (*task.data, *task.test))):
+            continue
+        try:
+            rows = len(read_task(task.data, task.task).examples)
+            read_task(task.test, task.task, say=say)
+        except D2LoraError as error:
+            faults.append(f"tasks.{name}: {error}")
+            continue
+        if rows < max(plan.sizes):
+            faults.append(
+                f"tasks.{name}: n = {max(plan.sizes)} is asked for, but it has {rows} rows"
+            )
+    if faults:
+        raise DataError(f"the study cannot run:\n{listed(faults)}")
+
+
+def _faults_of_warm_starts(plan: StudyPlan, *, fetch: bool) -> list[str]:
+    """Open the warm starts that were made before, and compare their base with the plan's."""
+    faults: list[str] = []
+    for name in plan.warm_ups:
+        path = plan.ready(name)
+        if path is None:
+            continue
+        try:
+            made = WarmStart.load(path)
+            if fetch:
+                base = fingerprint_of(base_folder(plan.base, plan.revision, plan.gguf_file))
+                made.manifest.check_base(base, plan.base, path)
+        except ModelError as error:
+            faults.append(f"warm_ups.{name}: {error}")
+    return faults
+
+
+def cut_short(plan: StudyPlan) -> list[str]:
+    """Say of every task how many rows its limits cut, and how many answers they cannot hold."""
+    base = BaseSettings(**base_values(plan))
+    tokenizer = load_tokenizer(base)
+    told: list[str] = []
+    for name, task in plan.tasks.items():
+        own = {key: value for key, value in {**plan.adapt, **task.adapt}.items() if key in LIMITS}
+        limits = EvaluateSettings(**dict(base), out=Path(), **own)
+        encoder = Encoder(tokenizer, resolve_format(tokenizer, limits.chat_format))
+        rows, tests = (read_task(files, task.task) for files in (task.data, task.test))
+        if tests.task.score in ("loss", "preference"):
+            continue
+        examples, length = tests.examples[: task.n_test], limits.max_length
+        found = [
+            encode_prompts(encoder, examples, length, limits.overlong).report(length),
+            answers_beyond(encoder, examples, task.max_new_tokens),
+        ]
+        if limits.overlong == "truncate":
+            over = [item.length - length for item in every(encoder.encode, rows.examples)]
+            n_long, n_cut = sum(n > 0 for n in over), sum(n for n in over if n > 0)
+            if n_long:
+                told.append(
+                    f"tasks.{name}: {n_long:,} of {len(over):,} training rows are cut to "
+                    f"{length:,} tokens, by {n_cut:,} tokens"
+                )
+        told += [f"tasks.{name}: {fault}" for fault in found if fault]
+    return told
+
+
+def _with_world(plan: StudyPlan, folder: Path) -> StudyPlan:
+    """Write the small world's rows if the plan names some, and put their paths in its place."""
+    values = plan.model_dump(mode="json")
+    if WORLD not in json.dumps(values):
+        return plan
+    paths = write_world(folder)
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: placed(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [placed(inner) for inner in value]
+        if isinstance(value, str) and value.startswith(WORLD):
+            name = value.removeprefix(WORLD)
+            if name not in paths:
+                known = ", ".join(f"{WORLD}{known}" for known in paths)
+                raise RunError(f"{value}: no such data; the small world has {known}")
+            return str(paths[name])
+        return value
+
+    return StudyPlan(**placed(values))

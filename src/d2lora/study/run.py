@@ -1,0 +1,278 @@
+"""Run what is missing of a study: `d2lora study PLAN`.
+
+study.json          the plan, the warm-ups, the learning rate and length chosen for each cell
+results.jsonl       one line per finished cell
+trials.jsonl        one line per trial of a learning rate
+removed_rows.jsonl  training rows that an evaluation row was found in, and why
+done.json           the marker of completion: every cell is there, and none has failed
+
+What is run lies in the store, so a killed study continues where it was, and a changed plan runs
+only what is new.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from d2lora.report.analysis import read_findings
+from d2lora.study.cells import BASE, Cell, cells_of
+from d2lora.runtime.claims import claimed
+from d2lora.runtime.console import Bar, Reporter, table_console
+from d2lora.data.sources import fault_lines
+from d2lora.study.decontamination import Check, contamination_said, decontaminated
+from d2lora.errors import D2LoraError, RunError, listed
+from d2lora.study.executors import Submit, executor, layout
+from d2lora.study.forecast import forecast
+from d2lora.runtime.grids import as_table
+from d2lora.study.jobs import WarmUp
+from d2lora.study.needs import CellFailedError, Missing, Needs
+from d2lora.study.plan import StudyPlan
+from d2lora.study.readiness import check, check_folder, cut_short, place
+from d2lora.runtime.run_folder import DONE, provenance, write_json, write_text
+from d2lora.settings import StudySettings
+from d2lora.study.store import Job
+from d2lora.report.summary import show
+
+N_TRIES = 2
+"""How often a job is tried whose worker died."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's folder, and what became of its cells."""
+
+    path: Path
+    plan: StudyPlan
+    results: list[dict[str, Any]]
+    failures: dict[str, str]
+    """Cell -> reason."""
+
+    def check(self) -> None:
+        """Check that every cell is there.
+
+        Raises:
+            RunError: With the cells that failed, and why.
+        """
+        if self.failures:
+            told = listed([f"{cell}: {reason}" for cell, reason in self.failures.items()])
+            n_cells = len(self.results) + len(self.failures)
+            raise RunError(
+                f"{self.path}: {len(self.failures)} of {n_cells} cells failed; what is finished is "
+                f"kept, and the next run does the others:\n{told}"
+            )
+
+
+def run_study(settings: StudySettings) -> Study:
+    """Run the missing cells of a study and write what was found.
+
+    Raises:
+        D2LoraError: One of its kinds, for a plan, data or a base that cannot be used. A cell that
+            fails while it runs is reported in the result instead.
+    """
+    reporter = Reporter(quiet=settings.quiet)
+    plan, store, out = place(settings)
+    with claimed(out, "folder"):
+        check_folder(out)
+        return _run_study(settings, plan, store, out, reporter)
+
+
+def _run_study(
+    settings: StudySettings, plan: StudyPlan, store: Path, out: Path, reporter: Reporter
+) -> Study:
+    check(plan, reporter.say)
+    (out / DONE).unlink(missing_ok=True)  # of an earlier run
+    for said in cut_short(plan):
+        reporter.say(f"warning: {said}")
+    # Workers load their libraries while the rows are looked at.
+    with executor(settings.executor, settings.workers, settings.address) as submit:
+        plan, checks = decontaminated(plan, store, store / "world", reporter.say)
+        for said in contamination_said(c.to_json() for c in checks if c.removed):
+            reporter.say(f"contamination: {said}")
+        needs, cells = Needs(plan, store, keep_adapters=settings.keep_adapters), cells_of(plan)
+        with reporter.bar("cells", len(cells)) as bar:
+            run = _Run(needs, submit, bar, reporter)
+            run.all(cells)
+    results = [_row(needs, cell, run.finished[cell]) for cell in cells if cell in run.finished]
+    told = {str(cell): reason for cell, reason in run.failures.items()}
+    _write(out, plan, needs, cells, results, told, checks)
+    return Study(out, plan, results, told)
+
+
+class _Run:
+    """The loop: ask each cell what it needs, submit that, wait, ask again."""
+
+    def __init__(self, needs: Needs, submit: Submit, bar: Bar, reporter: Reporter) -> None:
+        self.finished: dict[Cell, dict[str, Any]] = {}
+        self.failures: dict[Cell, str] = {}
+        self._needs, self._submit, self._bar, self._reporter = needs, submit, bar, reporter
+        self._running: dict[Future[dict[str, Any]], Job] = {}
+        self._blocked: dict[Cell, set[str]] = {}
+        self._tries: dict[str, int] = {}
+
+    def all(self, cells: Sequence[Cell]) -> None:
+        self._ask(cells)
+        while self._running:
+            ended, _ = wait(self._running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                self._take(future, self._running.pop(future))
+
+    def _ask(self, cells: Iterable[Cell]) -> None:
+        queued = {job.key for job in self._running.values()}
+        new: list[Job] = []
+        for cell in cells:
+            try:
+                self.finished[cell] = self._needs.result(cell)
+            except Missing as missing:
+                self._blocked[cell] = {job.key for job in missing.jobs}
+                for job in missing.jobs:
+                    if job.key not in queued:
+                        queued.add(job.key)
+                        new.append(job)
+            except CellFailedError as reason:
+                self.failures[cell] = str(reason).removeprefix(f"{cell}: ")
+                self._reporter.say(f"failed: {cell}: {self.failures[cell]}")
+        # What others wait for first, then the longest, so that no core is idle at the end.
+        for job in sorted(new, key=lambda job: (not isinstance(job, WarmUp), -job.about[1])):
+            self._start(job)
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        done = len(self.finished) + len(self.failures)
+        self._bar.update(done, f"{len(self._running)} runs under way or queued{failed}")
+
+    def _start(self, job: Job) -> None:
+        self._tries[job.key] = self._tries.get(job.key, 0) + 1
+        self._running[self._submit(job)] = job
+
+    def _take(self, future: "Future[dict[str, Any]]", job: Job) -> None:
+        error = future.exception()
+        if isinstance(error, BrokenExecutor) and self._tries[job.key] < N_TRIES:
+            self._start(job)
+            return
+        if error is not None and not isinstance(error, Exception):
+            raise error  # an interrupt is no failure of a job
+        if error is None:
+            self._needs.done[job.key] = future.result()
+        else:
+            kind = "" if isinstance(error, D2LoraError) else f"{type(error).__name__}: "
+            self._needs.failed[job.key] = f"{kind}{error}"
+        free: list[Cell] = []
+        for cell, keys in self._blocked.items():
+            keys.discard(job.key)
+            if not keys:
+                free.append(cell)
+        for cell in free:
+            del self._blocked[cell]
+        self._ask(free)
+
+
+def _row(needs: Needs, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
+    kind = next((arm.kind for arm in needs.plan.arms if arm.name == cell.arm), BASE)
+    key = needs.last_job(cell).key
+    return {"arm": cell.arm, "kind": kind, "key": key, **asdict(cell), **_measured(result)}
+
+
+def _measured(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in result.items() if k not in ("label", "about", "provenance")}
+
+
+def _write(
+    out: Path, plan: StudyPlan, needs: Needs, cells: Sequence[Cell],
+    results: Sequence[dict[str, Any]], failures: dict[str, str], checks: Sequence[Check],
+) -> None:  # fmt: skip
+    """Write what the report reads."""
+    lines = "".join(json.dumps(row) + "\n" for row in results)
+    write_text(out / "results.jsonl", lines)
+    trials, choices = _chosen(needs, cells)
+    write_text(out / "trials.jsonl", "".join(json.dumps(row) + "\n" for row in trials))
+    _write_removed(out / "removed_rows.jsonl", checks)
+    study = {
+        "plan": plan.model_dump(mode="json"),
+        "contamination": [check.to_json() for check in checks],
+        "n_cells": len(cells),
+        "failures": failures,
+        "chosen": choices,
+        "warm_ups": _warm_ups(needs),
+        "store": str(needs.store),
+        "provenance": provenance(),
+    }
+    write_json(out / "study.json", study)
+    if not failures:
+        write_json(out / DONE, {"kind": "study", "n_cells": len(cells)})
+
+
+def _write_removed(path: Path, checks: Sequence[Check]) -> None:
+    """Write the rows that were taken out, each once; no file where there are none."""
+    faults = dict.fromkeys(one.leak.as_fault(one.row) for check in checks for one in check.removed)
+    if faults:
+        write_text(path, fault_lines(faults))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _chosen(
+    needs: Needs, cells: Sequence[Cell]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the trials, and what was chosen from them for each cell."""
+    trials: list[dict[str, Any]] = []
+    choices: list[dict[str, Any]] = []
+    for cell in cells:
+        if not needs.tunes(cell):
+            continue
+        try:
+            tried = needs.trials(cell)
+        except (CellFailedError, Missing):
+            continue
+        for job, fold in ((job, fold) for jobs in tried.values() for fold, job in enumerate(jobs)):
+            result = needs.done.get(job.key, {"failed": needs.failed.get(job.key)})
+            told = {"learning_rate": job.training.learning_rate, "fold": fold, "key": job.key}
+            trials.append({**asdict(cell), **told, **_measured(result)})
+        try:
+            choices.append({**asdict(cell), **asdict(needs.choice(cell))})
+        except CellFailedError:
+            continue
+    return trials, choices
+
+
+def _warm_ups(needs: Needs) -> dict[str, Any]:
+    """Return what became of the warm-ups by name, those of further seeds beside the first."""
+    found: dict[str, Any] = {}
+    for name in needs.plan.warm_ups:
+        for seed in range(needs.plan.warm_up_seeds_of(name)):
+            try:
+                job = needs.warm_up(name, seed)
+            except (CellFailedError, Missing):
+                continue
+            if job.key in needs.done:
+                told = {"path": str(job.path), "key": job.key, **needs.done[job.key]}
+                found[f"{name}, seed {seed}" if seed else name] = told
+    return found
+
+
+def command(settings: StudySettings) -> None:
+    """Run `d2lora study`."""
+    if settings.dry_run:
+        plan, store, _ = place(settings)
+        check(plan, fetch=False)
+        plan, checks = decontaminated(plan, store, store / "world", fetch=False)
+        grids, note = forecast(
+            plan, store, cells_of(plan), *layout(settings.executor, settings.workers)
+        )
+        for grid in grids:
+            table_console().print(as_table(grid))
+        table_console().print(note, highlight=False, markup=False)
+        for said in contamination_said(c.to_json() for c in checks):
+            table_console().print(f"contamination: {said}", highlight=False, markup=False)
+        return
+    study = run_study(settings)
+    reporter = Reporter(quiet=settings.quiet)
+    if study.results:
+        findings = read_findings(study.path)
+        show(findings, table_console())
+        reporter.say(f"written to {study.path}")
+        if settings.report:
+            from d2lora.report import write_report
+
+            reporter.say(f"report: {write_report(findings)}")
+    study.check()

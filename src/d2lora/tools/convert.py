@@ -1,0 +1,202 @@
+"""An adapter made to fit: another rank or strength, mixed, in part, or folded into the base.
+
+    d2lora convert --adapter warm --rank 32 --out warm-32
+    d2lora convert --adapter warm --mix warm2 warm3 --mix-weights 0.5 0.25 0.25 --out mixed
+    d2lora convert --adapter warm --targets q_proj v_proj --out part
+    d2lora convert --adapter adapter --merge --out model
+
+A higher rank leaves the function as it is, and the new directions train; a lower one is the best
+approximation, and what it keeps of each layer's energy is told. Alpha moves with the rank, so that
+the factor alpha / rank stays.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from d2lora.adapters.manifest import (
+    Manifest,
+    ancestor_of,
+    fingerprint_of_adapter,
+    has_manifest,
+    write_manifest,
+)
+from d2lora.runtime.console import Reporter
+from d2lora.errors import ModelError, SettingsError
+from d2lora.adapters.factors import Factors, extend, truncate
+from d2lora.tools.merge import merge_into_base
+from d2lora.adapters.mixing import Plain, averaged, concatenated, part, tensors_of
+from d2lora.runtime.run_folder import DONE, RunFolder, new_folder, provenance, write_json, write_text
+from d2lora.settings import ConvertSettings
+from d2lora.data.trained_rows import TrainedRows
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done."""
+
+    path: Path
+    energy_kept: dict[str, float]
+    """Layer -> share of the update's energy that is kept; 1 where the rank did not fall."""
+    largest_logit_difference: float | None
+    """Between the adapted base and the merged model, on probe tokens; None without a merge."""
+
+
+def convert(settings: ConvertSettings) -> Conversion:
+    """Change an adapter's rank or strength, or merge it into its base.
+
+    Raises:
+        SettingsError: If nothing is asked for, or things that exclude each other.
+        ModelError: If the adapter cannot be converted, or the merge changes what it says.
+        RunError: If `out` is taken.
+    """
+    asked = (settings.rank, settings.scale, settings.mix, settings.targets, settings.layers)
+    if settings.merge == any(value is not None and value != () for value in asked):
+        raise SettingsError(
+            "give --rank, --scale, --mix, --targets or --layers to convert, or --merge alone"
+        )
+    folder = Path(settings.adapter)
+    with RunFolder.open(settings.out, "", whole=True):
+        if settings.merge:
+            return Conversion(settings.out, {}, merge_into_base(settings, folder))
+        return _reshape(settings, folder)
+
+
+def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:
+    adapters = [Plain.read(path) for path in (folder, *map(Path, settings.mix))]
+    weights = settings.mix_weights or tuple(1 / len(adapters) for _ in adapters)
+    if len(weights) != len(adapters):
+        raise SettingsError(
+            f"--mix-weights: {len(adapters)} adapters are mixed, got {len(weights)} weight(s)"
+        )
+    _check_same_base(adapters)
+    config = adapters[0].config
+    layers = adapters[0].layers
+    if settings.mix:
+        mixed = concatenated if settings.mix_method == "cat" else averaged
+        layers = mixed(adapters, weights)
+    layers = part(layers, settings.targets, settings.layers)
+    before = len(next(iter(layers.values())).a)
+    rank = settings.rank or before
+    strength = 1.0 if settings.scale is None else settings.scale
+    energy: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(settings.seed)
+    converted: dict[str, Factors] = {}
+    for name, old in layers.items():
+        energy[name] = 1.0
+        if rank < before:
+            new, energy[name] = truncate(old, rank)
+        else:
+            new = extend(old, rank, generator)
+        converted[name] = Factors(new.a, new.b * strength)
+    ratio = math.sqrt(rank / config.r) if config.use_rslora else rank / config.r
+    alpha = config.lora_alpha * ratio
+    with new_folder(settings.out.resolve()) as out:  # behind a symbolic link, which stays
+        save_file(tensors_of(converted), out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        raw = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        raw |= {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
+        if settings.targets is not None:
+            raw["target_modules"] = list(settings.targets)
+        if settings.layers is not None:
+            raw["layers_to_transform"] = list(settings.layers)
+        write_text(out / ADAPTER_CONFIG, json.dumps(raw, indent=2))
+        done: dict[str, Any] = {"kind": "adapter"}
+        if has_manifest(folder):
+            old_manifest = Manifest.read(folder)
+            others = [Path(path) for path in settings.mix if has_manifest(Path(path))]
+            parents = [ancestor_of(path, Manifest.read(path)) for path in (folder, *others)]
+            lora: dict[str, Any] = {"rank": rank, "alpha": alpha}
+            if settings.targets is not None:
+                lora["targets"] = settings.targets
+            about = {
+                "from_rank": config.r,
+                "scale": strength,
+                "energy_kept": energy,
+                "mixed": dict(zip((str(folder), *settings.mix), weights, strict=True))
+                if settings.mix
+                else None,
+                "mix_method": settings.mix_method if settings.mix else None,
+                "layers": settings.layers,
+            }
+            manifest = old_manifest.model_copy(
+                update={
+                    "lora": old_manifest.lora.model_copy(update=lora),
+                    "lineage": [*old_manifest.lineage, *parents],
+                    "adapter_fingerprint": fingerprint_of_adapter(out),
+                    "conversion": about,
+                    "provenance": provenance(),
+                }
+            )
+            write_manifest(manifest, out)
+            parents = [TrainedRows.read(Path(path)) for path in (folder, *settings.mix)]
+            reduce(or_, parents).write(out)
+            done = {"kind": manifest.kind, "cost": manifest.cost}
+        write_json(out / DONE, done)
+    return Conversion(settings.out, energy, None)
+
+
+def randomise(folder: Path, out: Path, seed: int) -> None:
+    """Write an adapter of random weights with an adapter's shape and norms.
+
+    Each layer's A and B are Gaussian, with the Frobenius norms of the given adapter's: a control
+    that tells what a warm start learnt from how large it is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    converted = tensors_of(Plain.read(folder).layers)
+    for name, old in sorted(converted.items()):
+        new = torch.randn(old.shape, generator=generator)
+        converted[name] = (new * (old.float().norm() / new.norm())).to(old.dtype)
+    old_manifest = Manifest.read(folder)
+    with new_folder(out) as temporary:
+        save_file(converted, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        text = (folder / ADAPTER_CONFIG).read_text(encoding="utf-8")
+        write_text(temporary / ADAPTER_CONFIG, text)
+        update: dict[str, Any] = {
+            "lineage": [*old_manifest.lineage, ancestor_of(folder, old_manifest)],
+            "adapter_fingerprint": fingerprint_of_adapter(temporary),
+            "conversion": {"random_weights_seed": seed},
+            "provenance": provenance(),
+        }
+        write_manifest(old_manifest.model_copy(update=update), temporary)
+        TrainedRows().write(temporary)  # random weights know no row
+        write_json(temporary / DONE, {"kind": old_manifest.kind, "cost": old_manifest.cost})
+
+
+def _check_same_base(adapters: Sequence[Plain]) -> None:
+    """Check that adapters to be mixed, where they say so, were made on one base and format.
+
+    Raises:
+        ModelError: If they were not.
+    """
+    told = [a.folder for a in adapters if has_manifest(a.folder)]
+    manifests = [Manifest.read(folder) for folder in told]
+    for folder, manifest in zip(told[1:], manifests[1:], strict=True):
+        manifest.check_base(manifests[0].base.fingerprint, manifests[0].base.id, folder)
+        if manifest.chat_format != manifests[0].chat_format:
+            raise ModelError(
+                f"{folder} was made with chat format {manifest.chat_format}, {told[0]} with "
+                f"{manifests[0].chat_format}; they cannot be mixed"
+            )
+
+
+def command(settings: ConvertSettings) -> None:
+    """Run `d2lora convert`."""
+    done = convert(settings)
+    reporter = Reporter()
+    if done.largest_logit_difference is not None:
+        reporter.say(
+            f"merged; the largest difference of logits is {done.largest_logit_difference:.2g}"
+        )
+    for name, energy in sorted(done.energy_kept.items(), key=lambda item: item[1]):
+        if energy < 1:
+            reporter.say(f"{energy:7.2%} of the energy kept: {name}")
+    reporter.say(f"written to {done.path}")

@@ -1,0 +1,92 @@
+"""An adapter merged into its base: a model that needs neither."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from d2lora.adapters.manifest import check_fit
+from d2lora.adapters.attach import attach_adapter, shared_weights
+from d2lora.errors import ModelError
+from d2lora.adapters.base import Base, load_base
+from d2lora.runtime.run_folder import DONE, new_folder, write_json
+from d2lora.settings import ConvertSettings
+from d2lora.data.trained_rows import TrainedRows
+
+
+@torch.no_grad()
+def merge_into_base(settings: ConvertSettings, folder: Path) -> float:
+    """Write the base with an adapter merged into it, as a model of its own.
+
+    Returns:
+        The largest difference of logits on probe tokens, of the model as it was written.
+
+    Raises:
+        ModelError: If the adapter cannot be merged, or the merge changes what it says.
+    """
+    base = load_base(settings)
+    model = base.model
+    if getattr(model, "is_quantized", False):
+        raise ModelError(
+            f"{settings.base}: its weights are quantized, and a sum would be rounded to their few "
+            "values; merge into the base as it was before quantization"
+        )
+    check_fit(folder, base)
+    adapted = attach_adapter(model, folder, trainable=False)
+    generator = torch.Generator().manual_seed(settings.seed)
+    ids = torch.randint(len(base.tokenizer), (4, 64), generator=generator).to(model.device)
+    apart = adapted(input_ids=ids).logits.float()
+    _untie(adapted)
+    try:
+        with warnings.catch_warnings():
+            # They are untied already, where the adapter changes one of them.
+            warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
+            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer")
+            merged = adapted.merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{folder}: the adapter cannot be merged: {error}") from None
+    _check_same(folder, base, apart, merged(input_ids=ids).logits.float())
+    with new_folder(settings.out.resolve()) as out:  # behind a symbolic link, which stays
+        merged.save_pretrained(out)
+        base.tokenizer.save_pretrained(out)
+        own = TrainedRows.read(base.folder)
+        (TrainedRows.read(folder) | own).write(out)
+        # What was written is what counts: transformers ties weights again as it reads them.
+        read = AutoModelForCausalLM.from_pretrained(out, dtype=model.dtype, use_safetensors=True)
+        nn.Module.to(read, model.device).eval()
+        largest = _check_same(folder, base, apart, read(input_ids=ids).logits.float())
+        write_json(out / DONE, {"kind": "model", "largest_logit_difference": largest})
+    return largest
+
+
+def _untie(model: PeftModel) -> None:
+    """Give layers that the adapter changes weights of their own where others share them.
+
+    So an embedding stays as it is beside a head that changes; PEFT then unties the configuration.
+    """
+    shared = shared_weights(model)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            base = layer.get_base_layer()
+            weight = dict(base.named_parameters(recurse=False)).get("weight")
+            if weight is not None and weight.data_ptr() in shared:
+                base.register_parameter("weight", nn.Parameter(weight.clone(), requires_grad=False))
+
+
+def _check_same(folder: Path, base: Base, apart: Tensor, together: Tensor) -> float:
+    """Return the largest difference of logits.
+
+    Raises:
+        ModelError: If it is more than rounding.
+    """
+    largest, dtype = float((apart - together).abs().max()), base.model.dtype
+    tolerance = 1e-3 if dtype == torch.float32 else 0.5
+    if not largest <= tolerance * max(1.0, float(apart.abs().max())):
+        coarse = f"the base's dtype ({dtype}) is too coarse for it; use --dtype float32"
+        why = "it cannot be merged into this base" if dtype == torch.float32 else coarse
+        raise ModelError(f"{folder}: merging changes logits by up to {largest:.3g}; {why}")
+    return largest

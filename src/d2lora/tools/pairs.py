@@ -1,0 +1,203 @@
+"""Preference pairs of a task with gold answers: what the model gets wrong is the worse completion.
+
+    d2lora pairs --data task.jsonl --adapter warm --out pairs
+    d2lora adapt --data pairs/pairs.jsonl --objective dpo --init warm --out adapter
+
+Every prompt is sampled several times from the base or an adapter. The worst sample by the task's
+main score is rejected, where it is worse than the chosen completion: the gold answer, or the best
+sample that is as good as gold. Prompts without such a sample give no pair.
+
+pairs.jsonl    TRL's conversational preference rows, with the scores of both completions
+summary.json   how many prompts gave a pair, and why the others did not
+done.json      the marker of completion
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from d2lora.adapters.manifest import base_record
+from d2lora.runtime.console import Reporter
+from d2lora.data.sources import nested_order
+from d2lora.settings.seeds import stream_seed
+from d2lora.evaluation.decoding import Decoder, Sampling, check_room
+from d2lora.data.encode import Encoder
+from d2lora.data.encoded_sets import encode_prompts
+from d2lora.errors import DataError
+from d2lora.evaluation.generate import adapted, chat_format_of, decode
+from d2lora.evaluation.metrics import MAIN_SCORE, SCORERS
+from d2lora.adapters.base import Base, load_base
+from d2lora.data.rows import Example
+from d2lora.runtime.run_folder import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
+from d2lora.settings import PairsSettings
+from d2lora.data.tasks import TaskData, read_task
+
+FILE = "pairs.jsonl"
+
+
+@dataclass(frozen=True)
+class PairsMade:
+    """What came of it."""
+
+    path: Path
+    n_prompts: int
+    n_pairs: int
+    n_all_right: int
+    """Prompts of which every sample was as good as the chosen completion."""
+    n_samples: int
+    n_distinct_samples: int
+    mean_sample_score: float
+    fast_passes: list[str]
+    """The fast passes that sampling took, in words."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    text: str
+    score: float
+
+
+def make_pairs(settings: PairsSettings, base: Base | None = None) -> PairsMade:
+    """Make preference pairs by sampling.
+
+    Args:
+        settings: The task's rows, what is sampled from, and how.
+        base: The base already loaded as the settings say.
+
+    Raises:
+        D2LoraError: One of its kinds, for settings, data, a base or an adapter that cannot be
+            used.
+    """
+    with RunFolder.open(settings.out, "", whole=True):
+        return _make_pairs(settings, base)
+
+
+def _make_pairs(settings: PairsSettings, base: Base | None) -> PairsMade:
+    reporter = Reporter(quiet=settings.quiet)
+    data = read_task(
+        settings.data, settings.task, skip_bad=settings.skip_bad_rows, say=reporter.say
+    )
+    if data.task.score not in SCORERS:
+        raise DataError(
+            f"task {data.task.name} has no gold answer that a sample could be scored against; give "
+            "rows of gsm8k, titles or instruct"
+        )
+    if settings.n is not None and settings.n > len(data.examples):
+        raise DataError(f"{settings.n} rows are asked for, but the data has {len(data.examples)}")
+    order = nested_order(len(data.examples), stream_seed(settings.seed, "subset"))
+    examples = [data.examples[index] for index in order[: settings.n]]
+    base = base or load_base(settings)
+    samples, fast_passes = _sampled(settings, base, examples, data, reporter)
+    rows: list[dict[str, Any]] = []
+    for example, own in zip(examples, samples, strict=True):
+        row = _pair(example, own, data.task.score, best_sample=settings.chosen == "sample")
+        if row is not None:
+            rows.append(row)
+    if not rows:
+        raise DataError(
+            "no prompt gave a pair: every sample was as good as the chosen completion; raise "
+            "--temperature or --samples, or sample from a weaker model"
+        )
+    every = [sample for own in samples for sample in own]
+    made = PairsMade(
+        path=settings.out / FILE,
+        n_prompts=len(examples),
+        n_pairs=len(rows),
+        n_all_right=len(examples) - len(rows),
+        n_samples=len(examples) * settings.samples,
+        n_distinct_samples=len(every),
+        mean_sample_score=sum(sample.score for sample in every) / len(every),
+        fast_passes=fast_passes,
+    )
+    _write(settings, base, data.sources, rows, made)
+    reporter.say(
+        f"{made.n_pairs:,} pairs of {made.n_prompts:,} prompts (mean {MAIN_SCORE[data.task.score]} "
+        f"of {made.n_distinct_samples:,} distinct samples: {made.mean_sample_score:.3f}); written "
+        f"to {made.path}"
+    )
+    return made
+
+
+def _sampled(
+    settings: PairsSettings,
+    base: Base,
+    examples: Sequence[Example],
+    data: TaskData,
+    reporter: Reporter,
+) -> tuple[list[list[_Sample]], list[str]]:
+    """Return the distinct samples of every prompt, scored, and the fast passes taken."""
+    folder = Path(settings.adapter) if settings.adapter else None
+    encoder = Encoder.of(base, chat_format_of(folder, settings.chat_format))
+    prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
+    if told := prompts.report(settings.max_length):
+        reporter.say(told)
+    places = [example.place for example in examples]
+    if told := check_room(prompts.ids, places, base.model, settings.max_new_tokens):
+        reporter.say(told)
+    repeated = [prompt for prompt in prompts.ids for _ in range(settings.samples)]
+    sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
+    texts: list[dict[str, None]] = [{} for _ in examples]
+    with (
+        adapted(base, folder, fast_when=settings.fast) as (model, used),
+        reporter.bar("sampling", len(repeated)) as bar,
+    ):
+        decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
+        for done, (index, ids) in enumerate(decoder.complete(repeated), 1):
+            texts[index // settings.samples][decode(base, ids)] = None
+            bar.update(done)
+    kind = data.task.score
+    score, main = SCORERS[kind], MAIN_SCORE[kind]
+    samples = [
+        [_Sample(text, score(text, example.completion)[main]) for text in sorted(own)]
+        for example, own in zip(examples, texts, strict=True)
+    ]
+    return samples, used.names
+
+
+def _pair(
+    example: Example, samples: Sequence[_Sample], kind: str, *, best_sample: bool
+) -> dict[str, Any] | None:
+    """Return the row of a prompt; None where no sample is worse than the chosen completion."""
+    gold = _Sample(
+        example.completion, SCORERS[kind](example.completion, example.completion)[MAIN_SCORE[kind]]
+    )
+    as_good = [sample for sample in samples if sample.score >= gold.score]
+    chosen = as_good[0] if best_sample and as_good else gold
+    # An empty answer is no completion to learn from.
+    worse = [s for s in samples if s.score < chosen.score and s.text.strip()]
+    if not worse:
+        return None
+    rejected = min(worse, key=lambda sample: (sample.score, sample.text))
+    return {
+        "prompt": [turn.to_dict() for turn in example.prompt],
+        "chosen": [{"role": "assistant", "content": chosen.text}],
+        "rejected": [{"role": "assistant", "content": rejected.text}],
+        "chosen_is": "gold" if chosen is gold else "sample",
+        "score_chosen": chosen.score,
+        "score_rejected": rejected.score,
+        "row": example.row,
+    }
+
+
+def _write(
+    settings: PairsSettings,
+    base: Base,
+    sources: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    made: PairsMade,
+) -> None:
+    with new_folder(settings.out) as folder:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(folder / FILE, lines)
+        write_text(folder / SETTINGS, settings.to_yaml())
+        origin = {**provenance(), "base": base_record(base).model_dump(), "data": list(sources)}
+        write_json(folder / "provenance.json", origin)
+        write_json(folder / "summary.json", {**asdict(made), "path": FILE})
+        RunFolder(folder).finish({"kind": "pairs", "n_pairs": made.n_pairs})
+
+
+def command(settings: PairsSettings) -> None:
+    """Run `d2lora pairs`."""
+    make_pairs(settings)

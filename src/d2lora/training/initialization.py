@@ -1,0 +1,266 @@
+"""How an adapter begins: fresh, by one of PEFT's initializations, or from a warm start.
+
+PEFT's own code makes every initialization. Some fold a part of the base's weights into the adapter
+(PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); while such a run lasts the base is changed, afterwards its
+weights are what they were, bit for bit, and the adapter that is saved is the difference to its
+beginning, an ordinary adapter of twice the rank on the base as it was (PEFT's
+`path_initial_model_for_weight_conversion`). EVA, CorDA and LoRA-GA look at training rows first.
+"""
+
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from d2lora.adapters.files import read_adapter_config
+from d2lora.adapters.manifest import Ancestor, save_adapter
+from d2lora.adapters.attach import detach_adapter
+from d2lora.data.batches import Encoded, Item, Pair, collate, micro_batches
+from d2lora.runtime.console import Reporter
+from d2lora.training.data_initialization import LOOKS
+from d2lora.errors import ModelError, SettingsError
+from d2lora.adapters.lora import LoraShape, attach, check_targets, lora_config, target_layers
+from d2lora.training.loftq import on_cpu
+from d2lora.adapters.base import Base, causal_model
+from d2lora.scoring.scorer import pass_tokens
+from d2lora.settings import FRESH, PhaseSettings
+from d2lora.data.trained_rows import TrainedRows
+
+_INITIAL = "initial"
+_INEXACT = "loftq"
+"""Its base is quantized, so its adapter is not exact on the base as it was."""
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """What the manifest says of a beginning."""
+
+    name: str
+    """`fresh`, `warm start` or a name of PEFT's."""
+    n_samples: int = 0
+    """Training rows that were looked at."""
+    n_tokens: int = 0
+    """Their tokens, run before training."""
+    elapsed_s: float = 0.0
+    converted_from_rank: int | None = None
+    """The rank that was trained, where the adapter was converted when saved."""
+    largest_logit_difference: float | None = None
+    """Of the converted adapter on the base as it was from what was trained, on probe tokens."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """An adapter on its base, ready to train."""
+
+    model: PeftModel
+    shape: LoraShape
+    about: Initialization
+    lineage: tuple[Ancestor, ...] = ()
+    initial: Path | None = None
+    """The adapter as it began, where the base was changed."""
+    weights: Mapping[str, Tensor] | None = None
+    """The base's own weights, where it was changed."""
+    trained: TrainedRows = field(default_factory=TrainedRows)
+    """What its ancestors were trained on."""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether a part of the base's weights is in the adapter while it trains."""
+        return self.weights is not None
+
+    def save(self, folder: Path) -> "Beginning":
+        """Write the trained adapter, converted where the base was changed.
+
+        Returns:
+            The beginning with the shape that was written, and what the conversion changed.
+
+        Raises:
+            ModelError: If a conversion that is exact changes what the model says.
+        """
+        save_adapter(self.model, folder, initial=self.initial)
+        if self.weights is None:
+            return self
+        config = read_adapter_config(folder)
+        shape = replace(self.shape, rank=config.r, alpha=float(config.lora_alpha))
+        difference = self._difference(folder, self.weights)
+        about = replace(
+            self.about,
+            converted_from_rank=self.shape.rank,
+            largest_logit_difference=difference,
+        )
+        return replace(self, shape=shape, about=about)
+
+    @torch.no_grad()
+    def _difference(self, folder: Path, weights: Mapping[str, Tensor]) -> float:
+        """Compare the trained model with the converted adapter on the base's own weights."""
+        embeddings = causal_model(self.model).get_input_embeddings()
+        vocabulary = len(embeddings.get_parameter("weight"))
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary, (2, 48), generator=generator).to(self.model.device)
+        trained = self.model(input_ids=ids).logits.float()
+        self.model.load_adapter(str(folder), adapter_name="converted")
+        self.model.set_adapter("converted")
+        changed = _swap(self.model, weights)
+        try:
+            converted = self.model(input_ids=ids).logits.float()
+        finally:
+            _swap(self.model, changed)
+            self.model.set_adapter("default")
+            self.model.delete_adapter("converted")
+        largest = float((trained - converted).abs().max())
+        single = trained.dtype == self.model.dtype
+        tolerance = (1e-2 if single else 0.5) * max(1.0, float(trained.abs().max()))
+        if largest > tolerance and self.about.name != _INEXACT:
+            raise ModelError(
+                f"--init {self.about.name}: the adapter, made to fit the base as it was, changes "
+                f"logits by up to {largest:.3g}; the base's number format ({self.model.dtype}) is "
+                "too coarse for it; use --dtype float32"
+            )
+        return largest
+
+
+@contextmanager
+def begin(
+    settings: PhaseSettings,
+    base: Base,
+    shape: LoraShape,
+    seed: int,
+    rows: Sequence[Item],
+    reporter: Reporter,
+) -> Generator[Beginning]:
+    """Put a new adapter on a base for the length of the block.
+
+    Args:
+        settings: Which initialization, and how many rows it looks at.
+        base: The base; afterwards it is as it was before, bit for bit, whatever happens.
+        shape: Rank, alpha, dropout, targets.
+        seed: Seed of what is random.
+        rows: The training rows.
+        reporter: Where it is said.
+
+    Raises:
+        SettingsError: If the initialization cannot be had with these settings.
+    """
+    name, model = settings.init, base.model
+    check_targets(model, shape.targets)
+    check_init(name, shape, model)
+    kept = _take_weights(model, shape) if changes_base(name) else None
+    attached: PeftModel | None = None
+    try:
+        with TemporaryDirectory() as folder:
+            attached, about = _attach(settings, base, shape, seed, rows)
+            initial = Path(folder) / _INITIAL if kept else None
+            if initial is not None:
+                save_adapter(attached, initial)
+            looked = f", after a look at {about.n_samples} rows" if about.n_samples else ""
+            reporter.say(
+                f"begins from {'fresh' if name == FRESH else name} LoRA: rank {shape.rank}, alpha "
+                f"{shape.alpha:g}{looked}"
+            )
+            own = None if kept is None else dict(kept)
+            yield Beginning(attached, shape, about, initial=initial, weights=own)
+    finally:
+        if attached is not None:
+            detach_adapter(attached)
+        if kept is not None:
+            _swap(model, kept)
+
+
+def changes_base(name: str) -> bool:
+    """Say whether an initialization folds a part of the base's weights into the adapter."""
+    return name.startswith("pissa") or name in {"olora", "corda", "lora_ga", "loftq"}
+
+
+def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
+    """Check that an initialization can be had on a base.
+
+    Raises:
+        SettingsError: If not, with the reason.
+    """
+    if name == FRESH:
+        return
+    if shape.dora and changes_base(name):
+        raise SettingsError(
+            f"--init {name} changes the base, and a DoRA adapter cannot be converted back; use "
+            "--init fresh, gaussian, orthogonal or eva with --dora"
+        )
+    if changes_base(name) and name != "loftq" and getattr(model, "is_quantized", False):
+        raise SettingsError(
+            f"--init {name} changes the base's weights, and those of this base are quantized; use "
+            "--init fresh, gaussian, orthogonal or eva"
+        )
+    if name == "orthogonal" and shape.rank % 2:
+        raise SettingsError(f"--init orthogonal needs an even rank, got {shape.rank}")
+    if name == "loftq" and find_spec("bitsandbytes") is None:
+        raise SettingsError("--init loftq needs bitsandbytes: pip install 'd2lora[loftq]'")
+    if name == "loftq" and model.device.type not in {"cpu", "cuda"}:
+        raise SettingsError(f"--init loftq works on a CPU and on CUDA, not on {model.device.type}")
+    if name not in {"gaussian", "orthogonal"}:
+        least = min(min(layer.weight.shape) for _, layer in target_layers(model, shape.targets))
+        most = least // 2 if name == "lora_ga" else least
+        if shape.rank > most:
+            raise SettingsError(
+                f"--init {name} takes a rank of at most {most} on this base, got {shape.rank}"
+            )
+
+
+def _attach(
+    settings: PhaseSettings, base: Base, shape: LoraShape, seed: int, rows: Sequence[Item]
+) -> tuple[PeftModel, Initialization]:
+    name, model = settings.init, base.model
+    config = lora_config(model, shape, name)
+    if name not in LOOKS:
+        with on_cpu() if name == "loftq" and model.device.type == "cpu" else nullcontext():
+            return attach(model, config, seed), Initialization(name)
+    chosen = [_supervised(item) for item in rows[: settings.init_samples]]
+    limit = pass_tokens(model.device, settings.micro_batch_tokens)
+    # PEFT's CorDA takes one row, without padding, at a time.
+    groups = micro_batches(chosen, limit, 1 if name == "corda" else None)
+    batches = [collate(group, base.pad_id).trimmed().to(model.device) for group in groups]
+    began = time.perf_counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        attached = LOOKS[name](model, config, batches, seed)
+    n_tokens = sum(item.n_tokens for item in chosen)
+    elapsed_s = round(time.perf_counter() - began, 3)
+    return attached, Initialization(name, len(chosen), n_tokens, elapsed_s)
+
+
+def _supervised(item: Item) -> Encoded:
+    """Return the row to look at; of a pair, the chosen completion's."""
+    if isinstance(item, Pair):
+        return item.chosen
+    assert isinstance(item, Encoded)
+    return item
+
+
+def _take_weights(model: PreTrainedModel, shape: LoraShape) -> dict[str, Tensor]:
+    """Put copies in place of the weights that an initialization changes; return the weights."""
+    kept = {name: layer.weight.data for name, layer in target_layers(model, shape.targets)}
+    _swap(model, {name: weight.clone() for name, weight in kept.items()})
+    return kept
+
+
+def _swap(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give layers other weights, adapters on them or not; return those that they had."""
+    inner = causal_model(model)
+    had: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        layer = inner.get_submodule(name)
+        parameter = getattr(layer, "base_layer", layer).get_parameter("weight")
+        had[name] = parameter.data
+        parameter.data = weight
+    return had

@@ -1,0 +1,232 @@
+"""What warm-up and adaptation have in common: everything but how the adapter begins.
+
+base, rows, adapter -> train -> folder with adapter, manifest, card and marker of completion.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+
+from accelerate import PartialState
+
+from d2lora import fast
+
+from d2lora.training import checkpoint
+from d2lora.adapters.manifest import (
+    FORMAT_VERSION,
+    LoraRecord,
+    Manifest,
+    base_record,
+    fingerprint_of_adapter,
+    write_manifest,
+)
+from d2lora.runtime.claims import is_main_process
+from d2lora.runtime.console import Reporter
+from d2lora.training.cost import reset_peak_memory
+from d2lora.data.sources import fault_lines
+from d2lora.training.diagnosis import Start, losses_at_start, overfitting, too_short
+from d2lora.data.encode import Encoder
+from d2lora.training.initialization import Beginning
+from d2lora.adapters.base import Base
+from d2lora.training.objectives import objective_of
+from d2lora.training.rows import Rows
+from d2lora.training.reference import ReferencePolicy, with_reference
+from d2lora.data.rows import Fault
+from d2lora.runtime.run_folder import RunFolder, new_folder, provenance, write_json, write_text
+from d2lora.settings import AdaptSettings, PhaseSettings, Reference, WarmupSettings
+from d2lora.training.loop import Trained, planned, train
+
+
+def run_phase(
+    settings: WarmupSettings | AdaptSettings,
+    base: Base,
+    beginning: Beginning,
+    rows: Rows,
+    encoder: Encoder,
+    run: RunFolder,
+    reporter: Reporter,
+) -> None:
+    """Train an adapter from its beginning, and write it with its manifest.
+
+    With several processes the first writes, after all have found the folder free.
+    """
+    resumes = settings.resume and checkpoint.exists(run.path)
+    everyone = PartialState(cpu=base.model.device.type == "cpu")
+    everyone.wait_for_everyone()
+    if is_main_process():
+        run.begin(settings.to_yaml(), log=resumes)
+        _set_aside(rows.faults, run, reporter)
+    everyone.wait_for_everyone()
+    reset_peak_memory(base.model.device)
+    max_tokens = settings.max_tokens if isinstance(settings, WarmupSettings) else None
+    with fast.enabled(beginning.model, when=settings.fast) as used:
+        start = _start(settings, base, beginning, rows, reporter)
+        if start is not None and not resumes:
+            run.log(step=0, loss_base=start.loss_base, loss_warm_start=start.loss_warm_start)
+        rows, n_scored_tokens = _scored(settings, base, beginning, rows, run, reporter, everyone)
+        warnings = [] if start is None or start.warning is None else [start.warning]
+        short = too_short(planned(rows.train, settings, max_tokens).n_steps)
+        if short is not None:
+            reporter.say(f"warning: {short}")
+            warnings.append(short)
+        trained = train(
+            beginning.model,
+            rows.train,
+            rows.valid,
+            objective_of(settings),
+            settings,
+            run,
+            reporter,
+            pad_id=base.pad_id,
+            resume=resumes,
+            max_tokens=max_tokens,
+        )
+    n_before = n_scored_tokens + beginning.about.n_tokens
+    trained = replace(trained, cost=replace(trained.cost, n_prepass_tokens=n_before))
+    if isinstance(settings, WarmupSettings):
+        warnings += _warmup_warnings(trained, settings, reporter)
+    if is_main_process():
+        saved = _save_weights(beginning, run)
+        manifest = _manifest(settings, base, saved, rows, encoder, trained, used, run)
+        told = None if start is None else start.to_json()
+        manifest = manifest.model_copy(update={"before_training": told, "warnings": warnings})
+        (beginning.trained | rows.trained).write(run.path)
+        _finish(manifest, rows, str(base.model.device), run)
+    everyone.wait_for_everyone()
+    cost = trained.cost
+    reporter.say(
+        f"written to {run.path} ({cost.n_steps:,} steps, {cost.n_tokens:,} tokens, "
+        f"{cost.elapsed_s:.0f} s)"
+    )
+
+
+def _scored(
+    settings: WarmupSettings | AdaptSettings,
+    base: Base,
+    beginning: Beginning,
+    rows: Rows,
+    run: RunFolder,
+    reporter: Reporter,
+    everyone: PartialState,
+) -> tuple[Rows, int]:
+    """Give pairs what DPO needs of them; return the rows and the tokens that were run for it."""
+    reference = reference_name(settings, beginning)
+    if reference is None:
+        return rows, 0
+    # Where a part of the base is in the adapter, the base is the adapter as it begins.
+    off = reference == "base" and not beginning.changes_base
+    policy = ReferencePolicy(reference, beginning.model, off, base.fingerprint)
+    pairs, n_tokens = with_reference(
+        policy,
+        [*rows.train, *rows.valid],
+        run.path,
+        reporter,
+        pad_id=base.pad_id,
+        max_tokens=settings.micro_batch_tokens,
+        process=(everyone.process_index, everyone.num_processes),
+    )
+    everyone.wait_for_everyone()
+    n_train = len(rows.train)
+    return replace(rows, train=pairs[:n_train], valid=pairs[n_train:]), n_tokens
+
+
+def reference_name(
+    settings: WarmupSettings | AdaptSettings, beginning: Beginning
+) -> Reference | None:
+    """Return the reference policy that DPO is held to; None for other objectives."""
+    if settings.objective != "dpo":
+        return None
+    return settings.reference or ("warm_start" if beginning.lineage else "base")
+
+
+def _start(
+    settings: PhaseSettings,
+    base: Base,
+    beginning: Beginning,
+    rows: Rows,
+    reporter: Reporter,
+) -> Start | None:
+    """Tell how the base and the warm start do on the task; a fresh adapter is the base itself."""
+    if not beginning.lineage or settings.objective != "sft":
+        return None
+    start = losses_at_start(beginning.model, rows.train, base.pad_id)
+    reporter.say(str(start))
+    if start.warning is not None:
+        reporter.say(f"warning: {start.warning}")
+    return start
+
+
+def _warmup_warnings(trained: Trained, settings: WarmupSettings, reporter: Reporter) -> list[str]:
+    progress = trained.progress
+    warning = overfitting(
+        progress.validation_before,
+        progress.best_validation,
+        progress.best_step,
+        progress.validation_last,
+        progress.step,
+        kept=settings.keep_best,
+    )
+    if warning is None:
+        return []
+    reporter.say(f"warning: {warning}")
+    return [warning]
+
+
+def _save_weights(beginning: Beginning, run: RunFolder) -> Beginning:
+    """Write the adapter's files into the run folder, each whole."""
+    with new_folder(run.path / "adapter") as folder:
+        saved = beginning.save(folder)
+    for file in (run.path / "adapter").iterdir():
+        file.replace(run.path / file.name)
+    (run.path / "adapter").rmdir()
+    return saved
+
+
+def _finish(manifest: Manifest, rows: Rows, device: str, run: RunFolder) -> None:
+    """Write what says how the adapter came about, the marker of completion last."""
+    write_manifest(manifest, run.path)
+    origin = {**manifest.provenance, "device": device, "data": rows.sources}
+    write_json(run.path / "provenance.json", origin)
+    run.finish({"kind": manifest.kind, "cost": manifest.cost})
+    shutil.rmtree(run.path / checkpoint.FOLDER, ignore_errors=True)
+
+
+def _manifest(
+    settings: WarmupSettings | AdaptSettings,
+    base: Base,
+    beginning: Beginning,
+    rows: Rows,
+    encoder: Encoder,
+    trained: Trained,
+    used: fast.Used,
+    run: RunFolder,
+) -> Manifest:
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        kind="warm start" if isinstance(settings, WarmupSettings) else "adapter",
+        base=base_record(base),
+        objective=settings.objective,
+        reference=reference_name(settings, beginning),
+        chat_format=encoder.format,
+        lora=LoraRecord.of(beginning.shape),
+        data=[dict(source) for source in rows.sources],
+        n_examples=len(rows.train) + (0 if settings.validation_data else len(rows.valid)),
+        selection=rows.selection,
+        settings=settings.model_dump(mode="json"),
+        cost=trained.cost.to_json(),
+        validation_loss_before=trained.progress.validation_before,
+        validation_loss_after=trained.validation_after,
+        kept_step=trained.kept_step,
+        lineage=list(beginning.lineage),
+        initialization=beginning.about.to_json(),
+        adapter_fingerprint=fingerprint_of_adapter(run.path),
+        provenance=provenance(),
+        kept_out=rows.kept_out,
+        fast_passes=used.names,
+    )
+
+
+def _set_aside(faults: Sequence[Fault], run: RunFolder, reporter: Reporter) -> None:
+    if faults:
+        write_text(run.path / "bad_rows.jsonl", fault_lines(faults))
+        reporter.say(f"set aside {len(faults)} bad row(s) in {run.path / 'bad_rows.jsonl'}")

@@ -1,0 +1,158 @@
+"""The rows of a phase: read, without leaks, chosen, encoded and split."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from d2lora.runtime.console import Reporter
+from d2lora.data.contamination import Guard, leaks_of
+from d2lora.data.sources import nested_order, split_validation
+from d2lora.data.encode import Encoder
+from d2lora.data.encoded_sets import EncodedSet, encode_all, encode_pairs
+from d2lora.errors import DataError
+from d2lora.data.rows import Example, Fault, place
+from d2lora.data.sources import selection_behind
+from d2lora.settings import PhaseSettings
+from d2lora.data.tasks import TaskData, read_task
+from d2lora.settings.seeds import seed_of
+from d2lora.data.trained_rows import TrainedRows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded training and validation rows, and where they come from."""
+
+    train: list[Any]
+    """`Encoded` to learn, or `Pair` where an objective learns preferences."""
+    valid: list[Any]
+    sources: list[dict[str, object]]
+    selection: str
+    faults: list[Fault]
+    kept_out: dict[str, object] | None = None
+    """Evaluation files that were checked, and how many rows were taken out."""
+    trained: TrainedRows = field(default_factory=TrainedRows)
+    """The training rows' digests."""
+
+
+def prepare_rows(
+    settings: PhaseSettings, n: int | None, encoder: Encoder, reporter: Reporter
+) -> Rows:
+    """Read, choose, encode and split the rows of a phase.
+
+    Rows that give an evaluation file away are taken out first. Subsets of one seed nest, and the
+    validation rows are part of the n.
+
+    Raises:
+        DataError: If there are fewer than n rows, or rows are bad or too long.
+    """
+    data = read_task(
+        settings.data,
+        settings.task,
+        skip_bad=settings.skip_bad_rows,
+        say=reporter.say,
+        check=encoder.check,
+    )
+    _check_objective(settings, data, reporter)
+    data, kept_out = _without_leaks(settings, data, reporter)
+    if n is not None and n > len(data.examples):
+        raise DataError(f"{n} rows are asked for, but the data has {len(data.examples)}")
+    chosen = nested_order(len(data.examples), seed_of(settings, "subset"))[:n]
+    examples = [data.examples[index] for index in chosen]
+    encoded = _encoded(settings, encoder, examples)
+    _report(encoded.report(settings.max_length), reporter)
+    parts = (
+        (0.0, None) if settings.validation_data else (settings.validation_fraction, settings.fold)
+    )
+    train_rows, valid_rows = split_validation(range(len(encoded.items)), *parts)
+    items = encoded.items
+    valid = [items[index] for index in valid_rows]
+    if settings.validation_data:
+        held_out = read_task(
+            settings.validation_data, data.task.name, say=reporter.say, check=encoder.check
+        )
+        more = _encoded(settings, encoder, held_out.examples)
+        _report(more.report(settings.max_length), reporter)
+        valid = more.items
+    total = len(data.examples)
+    selection = "all rows" if len(chosen) == total else f"a seeded choice of {total:,}"
+    origins = [origin for name in settings.data if (origin := selection_behind(name))]
+    selection = "; ".join([selection, *origins])
+    reporter.say(
+        f"rows: {len(train_rows):,} for training, {len(valid):,} for validation ({selection}; "
+        f"task {data.task.name}, chat format {encoder.format})"
+    )
+    train_items = [items[index] for index in train_rows]
+    trained = TrainedRows.of(examples[encoded.kept[index]] for index in train_rows)
+    return Rows(train_items, valid, data.sources, selection, data.faults, kept_out, trained)
+
+
+def _without_leaks(
+    settings: PhaseSettings, data: TaskData, reporter: Reporter
+) -> tuple[TaskData, dict[str, object] | None]:
+    """Take out the rows that give an evaluation file away; say how many, and which.
+
+    Validation rows mostly share the wording of training rows, so there only the same question
+    counts.
+
+    Raises:
+        DataError: If a file cannot be read, or no row is left.
+    """
+    guards = [Guard(settings.keep_out, settings.keep_out_words)] if settings.keep_out else []
+    guards += [Guard(settings.validation_data, 0)] if settings.validation_data else []
+    if not guards:
+        return data, None
+    leaks = leaks_of(guards, data.examples)
+    kept = [index for index in range(len(data.examples)) if index not in leaks]
+    files = [name for guard in guards for name in guard.files]
+    n = len(data.rows)
+    record: dict[str, object] = {"files": files, "n_checked": n, "n_removed": len(leaks)}
+    if not leaks:
+        reporter.say(f"contamination: none of {n:,} rows is in {' '.join(files)}")
+        return data, record
+    found = [leaks[index] for index in sorted(leaks)]
+    reporter.say(
+        f"contamination: took out {len(leaks):,} of {n:,} rows, the first as it "
+        f"{found[0].how} {place(found[0].file, found[0].line)}"
+    )
+    if not kept:
+        raise DataError(
+            f"every row of {' '.join(settings.data)} is in {' '.join(files)}; train on other "
+            "rows. Where only the wording of a template is the same, set --keep-out-words 0"
+        )
+    faults = [leak.as_fault(data.rows[leak.index]) for leak in found]
+    left = replace(
+        data,
+        examples=[data.examples[index] for index in kept],
+        rows=[data.rows[index] for index in kept],
+        faults=[*data.faults, *faults],
+    )
+    return left, record
+
+
+def _encoded(
+    settings: PhaseSettings, encoder: Encoder, examples: Sequence[Example]
+) -> EncodedSet[Any]:
+    encode = encode_all if settings.objective == "sft" else encode_pairs
+    return encode(encoder, examples, settings.max_length, settings.overlong)
+
+
+def _check_objective(settings: PhaseSettings, data: TaskData, reporter: Reporter) -> None:
+    """Check that the rows are what the objective learns from.
+
+    Raises:
+        DataError: If preferences are wanted and the rows hold none.
+    """
+    preferences = data.task.score == "preference"
+    if settings.objective != "sft" and not preferences:
+        raise DataError(
+            f"--objective {settings.objective} learns from rows with `prompt`, `chosen` and "
+            f"`rejected`, but {', '.join(settings.data)} holds rows of task {data.task.name}; make "
+            "pairs of them with `d2lora pairs`, or use --objective sft"
+        )
+    if settings.objective == "sft" and preferences:
+        reporter.say("sft learns the chosen completions; the rejected ones are not used")
+
+
+def _report(text: str | None, reporter: Reporter) -> None:
+    if text is not None:
+        reporter.say(text)
