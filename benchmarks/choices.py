@@ -23,14 +23,14 @@ import torch
 
 from common import SHARED, base_of, head, medians, parser_of, row, taking_turns
 from d2lora import fast
-from d2lora.data.batches import Question
-from d2lora.scoring.multiple_choice import continuation_scores
-from d2lora.data.encode import Encoder
-from d2lora.evaluation.measure import questions_of
 from d2lora.adapters.base import Base, load_base
+from d2lora.data.batches import Question
+from d2lora.data.encode import Encoder
+from d2lora.data.tasks import read_choices
+from d2lora.evaluation.measure import questions_of
+from d2lora.scoring.multiple_choice import continuation_scores
 from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import BaseSettings
-from d2lora.data.tasks import read_choices
 
 BATCH_SIZES = (8, 32, 128)
 LARGEST_DIFFERENCE = 0.01

@@ -25,11 +25,11 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from common import base_of
 from d2lora import fast
-from d2lora.evaluation.decoding import Decoder
-from d2lora.data.encode import Encoder
 from d2lora.adapters.base import Base, load_base
-from d2lora.settings import BaseSettings, GenerationSettings
+from d2lora.data.encode import Encoder
 from d2lora.data.tasks import read_task
+from d2lora.evaluation.decoding import Decoder
+from d2lora.settings import BaseSettings, GenerationSettings
 
 BATCH_SIZES = (16, 32, 64, 128)
 PAGE_TOKENS = 256

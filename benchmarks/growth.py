@@ -48,8 +48,8 @@ def over_runs(args: Any, folder: Path) -> None:
     """Print the table of K runs."""
     import torch
 
-    from d2lora.training.cost import peak_memory_bytes
     from d2lora.adapters.base import load_base
+    from d2lora.training.cost import peak_memory_bytes
     from sides import settings_of
 
     base = load_base(settings_of(args.base, args.data, 1, args.threads))

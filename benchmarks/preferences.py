@@ -53,13 +53,13 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Train one side; the first step, which warms up, is not timed."""
     import torch
 
-    from d2lora.training.cost import peak_memory_bytes
+    from d2lora.adapters.base import load_base
+    from d2lora.adapters.lora import LoraShape, attach_fresh
     from d2lora.data.encode import Encoder, plain_prompt
     from d2lora.data.encoded_sets import encode_pairs
-    from d2lora.adapters.lora import LoraShape, attach_fresh
-    from d2lora.adapters.base import load_base
-    from d2lora.settings import AdaptSettings
     from d2lora.data.tasks import read_task
+    from d2lora.settings import AdaptSettings
+    from d2lora.training.cost import peak_memory_bytes
 
     torch.set_num_threads(args.threads)
     settings = AdaptSettings(
@@ -94,12 +94,12 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 def ours(base: Any, model: Any, pairs: Any, settings: Any, *, share: bool) -> dict[str, Any]:
     """Train with d2lora's loop."""
     from d2lora import fast
+    from d2lora.runtime.console import Reporter
+    from d2lora.runtime.run_folder import RunFolder
     from d2lora.scoring import pairs as pair_scores
     from d2lora.training import loop
-    from d2lora.runtime.console import Reporter
     from d2lora.training.objectives import DPO
     from d2lora.training.reference import ReferencePolicy, log_probabilities_of
-    from d2lora.runtime.run_folder import RunFolder
 
     if not share:
         pair_scores._equal = lambda *_: False

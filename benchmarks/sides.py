@@ -30,9 +30,9 @@ def settings_of(base: str, data: Path, steps: int, threads: int, **more: Any) ->
 
 def prepared(settings: Any) -> tuple[Any, Any, list[Any], Any]:
     """Return base, adapted model, the examples of every step in order, and their encoder."""
-    from d2lora.data.encode import Encoder
-    from d2lora.adapters.lora import LoraShape, attach_fresh
     from d2lora.adapters.base import load_base
+    from d2lora.adapters.lora import LoraShape, attach_fresh
+    from d2lora.data.encode import Encoder
     from d2lora.data.tasks import read_task
 
     base = load_base(settings)
@@ -45,10 +45,10 @@ def prepared(settings: Any) -> tuple[Any, Any, list[Any], Any]:
 def ours(settings: Any, n_warm: int = 1) -> dict[str, Any]:
     """Train with d2lora's loop; the first `n_warm` steps are not timed."""
     from d2lora import fast
-    from d2lora.training import loop
     from d2lora.runtime.console import Reporter
-    from d2lora.training.objectives import SFT
     from d2lora.runtime.run_folder import RunFolder
+    from d2lora.training import loop
+    from d2lora.training.objectives import SFT
 
     base, model, examples, encoder = prepared(settings)
     items = [encoder.encode(example) for example in examples]

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from d2lora.study.executors import n_cores
-from d2lora.runtime.run_folder import provenance, read_json, write_json
 from d2lora.evaluation.stats import paired_difference
+from d2lora.runtime.run_folder import provenance, read_json, write_json
+from d2lora.study.executors import n_cores
 
 RECORD = Path(__file__).parent.parent / "benchmarks" / "real_input.json"
 ARMS = ("fresh", "warm start")

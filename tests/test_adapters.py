@@ -35,14 +35,14 @@ from d2lora import (
     evaluate,
 )
 from d2lora.adapters.attach import attach_adapter, fingerprint_in_memory
-from d2lora.cli import main
-from d2lora.evaluation.decoding import Decoder
-from d2lora.embedded import text_rows
-from d2lora.evaluation.generate import adapted
-from d2lora.adapters.lora import linear_names
-from d2lora.tools.inspect import inspect
 from d2lora.adapters.base import Base, load_base
+from d2lora.adapters.lora import linear_names
+from d2lora.cli import main
+from d2lora.embedded import text_rows
+from d2lora.evaluation.decoding import Decoder
+from d2lora.evaluation.generate import adapted
 from d2lora.settings import BaseSettings
+from d2lora.tools.inspect import inspect
 from support import write_rows
 
 

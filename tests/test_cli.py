@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from d2lora.cli import COMMANDS, main
+from d2lora.cli import main
+from d2lora.commands import COMMANDS
 from d2lora.embedded import word_problem_rows
 from support import read_rows, write_rows
 

@@ -10,21 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from d2lora import (
-
     AdaptSettings,
-
     ConvertSettings,
-
     ModelError,
-
     SettingsError,
-
     WarmStart,
-
     adapt,
-
     convert,
-
 )
 from d2lora.adapters.factors import Factors, extend, singular_values, truncate
 from d2lora.adapters.mixing import Plain

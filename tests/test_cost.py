@@ -7,10 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2lora.training.cost import TrainingFlops, peak_memory_bytes, reset_peak_memory
-from d2lora.adapters.lora import LoraShape, attach_fresh
 from d2lora.adapters.base import causal_model, load_base
+from d2lora.adapters.lora import LoraShape, attach_fresh
 from d2lora.settings import BaseSettings
+from d2lora.training.cost import TrainingFlops, peak_memory_bytes, reset_peak_memory
 
 
 def test_the_formula_is_within_five_percent_of_torch_s_counter() -> None:

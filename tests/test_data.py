@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from d2lora.data.rows import Message, Row
 from d2lora.data.sources import nested_order, read_source, split_validation
-from d2lora.settings.seeds import stream_seed
+from d2lora.data.tasks import read_choices, read_task
 from d2lora.errors import DataError
 from d2lora.selection.pool import read_pool
-from d2lora.data.rows import Message, Row
-from d2lora.data.tasks import read_choices, read_task
+from d2lora.settings.seeds import stream_seed
 from support import SHARED, needs_shared_data, write_rows
 
 ROWS = [{"prompt": f"Say {word}", "completion": word} for word in ("one", "two", "drei, vier")]

@@ -8,8 +8,8 @@ import pytest
 from d2lora import AdaptSettings, InspectSettings, WarmupSettings, adapt, inspect, warm_up
 from d2lora.adapters.manifest import Manifest
 from d2lora.cli import main
-from d2lora.training.diagnosis import Start, overfitting, too_short
 from d2lora.embedded import general_rows
+from d2lora.training.diagnosis import Start, overfitting, too_short
 from support import read_rows, write_rows
 
 

@@ -15,17 +15,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from d2lora import AdaptSettings, WarmStart, WarmStartError, adapt
-
-from d2lora.training import rows as phase_rows
 from d2lora.adapters.attach import attach_adapter
+from d2lora.adapters.base import load_base
 from d2lora.data.batches import collate
 from d2lora.data.encode import Encoder
-from d2lora.adapters.base import load_base
-from d2lora.training.objectives import SFT
-from d2lora.training.schedule import Plan
+from d2lora.data.tasks import read_task
 from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import BaseSettings
-from d2lora.data.tasks import read_task
+from d2lora.training import rows as phase_rows
+from d2lora.training.objectives import SFT
+from d2lora.training.schedule import Plan
 
 ALONE = """
 import sys, torch

@@ -21,19 +21,19 @@ from transformers import (
 )
 
 from d2lora.adaptation import adapt
+from d2lora.adapters.base import Base, load_base
 from d2lora.data.batches import Encoded, collate, micro_batches
-from d2lora.runtime.console import Reporter
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.encoded_sets import encode_all, encode_prompts
+from d2lora.data.rows import Example, Message, user
+from d2lora.data.tasks import Choice, read_task
 from d2lora.errors import DataError, SettingsError
 from d2lora.evaluation.evaluate import evaluate
 from d2lora.evaluation.generate import generate
-from d2lora.selection.hygiene import clean
 from d2lora.evaluation.measure import questions_of
-from d2lora.adapters.base import Base, load_base
-from d2lora.training.objectives import SFT
-from d2lora.data.rows import Example, Message, user
+from d2lora.runtime.console import Reporter
 from d2lora.scoring.scorer import TokenScorer
+from d2lora.selection.hygiene import clean
 from d2lora.settings import (
     AdaptSettings,
     BaseSettings,
@@ -41,7 +41,7 @@ from d2lora.settings import (
     GenerateSettings,
     HygieneSettings,
 )
-from d2lora.data.tasks import Choice, read_task
+from d2lora.training.objectives import SFT
 from support import read_rows, write_rows
 
 CHATML = (

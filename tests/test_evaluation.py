@@ -12,36 +12,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from d2lora import (
-
     Adapter,
-
     AdaptSettings,
-
     DataError,
-
     EvaluateSettings,
-
     GenerateSettings,
-
     SettingsError,
-
     adapt,
-
     evaluate,
-
     fast,
-
     generate,
-
 )
 from d2lora.adapters.attach import attach_adapter, detach_adapter, merged
-from d2lora.evaluation.decoding import Decoder, Sampling, choose
-from d2lora.embedded import choice_rows, text_rows
-from d2lora.data.encode import Encoder
-from d2lora.fast.llama import Llama, LlamaSteps
-from d2lora.evaluation.generate import adapted
 from d2lora.adapters.base import fingerprint_of_model, load_base
+from d2lora.data.encode import Encoder
 from d2lora.data.rows import Message
+from d2lora.embedded import choice_rows, text_rows
+from d2lora.evaluation.decoding import Decoder, Sampling, choose
+from d2lora.evaluation.generate import adapted
+from d2lora.fast.llama import Llama, LlamaSteps
 from d2lora.settings import BaseSettings
 from support import read_rows, write_rows
 

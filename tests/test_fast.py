@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from d2lora import fast
-from d2lora.data.batches import Question
-from d2lora.scoring.multiple_choice import _apart, _together, continuation_scores
-from d2lora.fast import matmul
 from d2lora.adapters.base import load_base
+from d2lora.data.batches import Question
+from d2lora.fast import matmul
+from d2lora.scoring.multiple_choice import _apart, _together, continuation_scores
 from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import BaseSettings
 

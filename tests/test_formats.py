@@ -8,30 +8,22 @@ import pytest
 from transformers import AutoTokenizer
 
 from d2lora import (
-
     AdaptSettings,
-
     EvaluateSettings,
-
     GenerateSettings,
-
     WarmupSettings,
-
     adapt,
-
     evaluate,
-
     generate,
-
 )
 from d2lora.data.contamination import Guard
 from d2lora.data.encode import Encoder
-from d2lora.errors import DataError
 from d2lora.data.formats import FORMATS
-from d2lora.study.mixture import write_mixture
-from d2lora.selection.pool import read_pool
 from d2lora.data.rows import Message
 from d2lora.data.tasks import TASKS, read_choices, read_task
+from d2lora.errors import DataError
+from d2lora.selection.pool import read_pool
+from d2lora.study.mixture import write_mixture
 from support import write_rows
 
 SYSTEM, USER = ("system", "You answer briefly."), ("user", "Which month follows May?")

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from d2lora import AdaptSettings, ModelError, adapt
-from d2lora.adapters.manifest import Adapter
+from d2lora.adapters.base import load_base
 from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.gguf import converted_gguf
 from d2lora.adapters.gguf_header import read_header
-from d2lora.adapters.base import load_base
+from d2lora.adapters.manifest import Adapter
 from d2lora.settings import BaseSettings
 
 _NAMES = {

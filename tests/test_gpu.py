@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from d2lora import AdaptSettings, adapt, fast
+from d2lora.adapters.base import load_base
+from d2lora.adapters.lora import LoraShape, attach_fresh
 from d2lora.data.batches import Batch, Encoded, collate
 from d2lora.fast.cuda_graphs import PLAIN_PASSES, WIDTH_STEP, Replayed, fits
-from d2lora.adapters.lora import LoraShape, attach_fresh
-from d2lora.adapters.base import load_base
 from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import BaseSettings
 from support import dies_at_step

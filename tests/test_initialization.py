@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from adapters import PROBE, assert_untouched, logits, losses, run, state, weights
 from d2lora import SettingsError, TrainingError, WarmStart, WarmStartError, WarmupSettings, warm_up
+from d2lora.adapters.base import Base, load_base
+from d2lora.settings import BaseSettings
 from d2lora.training import phase
 from d2lora.training.data_initialization import LOOKS
 from d2lora.training.initialization import Beginning
-from d2lora.adapters.base import Base, load_base
-from d2lora.settings import BaseSettings
 from support import dies_at_step, read_rows, write_rows
 
 CHANGING = ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"]

@@ -7,26 +7,17 @@ import pytest
 import torch
 
 from d2lora import (
-
     AdaptSettings,
-
     InspectSettings,
-
     ModelError,
-
     WarmStart,
-
     WarmupSettings,
-
     adapt,
-
     inspect,
-
     warm_up,
-
 )
-from d2lora.cli import main
 from d2lora.adapters.factors import Factors, effective_rank, inner_product, subspace_overlap
+from d2lora.cli import main
 from d2lora.tools.inspect import Layer, advice_on
 
 

@@ -24,11 +24,11 @@ from d2lora import (
     make_pairs,
     select,
 )
-from d2lora.evaluation.decoding import Decoder, check_room
-from d2lora.embedded import choice_rows
-from d2lora.data.encode import Encoder
 from d2lora.adapters.base import load_base, load_tokenizer, n_embedded
+from d2lora.data.encode import Encoder
 from d2lora.data.rows import user
+from d2lora.embedded import choice_rows
+from d2lora.evaluation.decoding import Decoder, check_room
 from d2lora.settings import BaseSettings
 from support import write_rows
 

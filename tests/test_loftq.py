@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 from adapters import assert_untouched, logits, losses, run, state, weights
-from d2lora.adapters.lora import LoraShape, attach, lora_config
-from d2lora.training.loftq import on_cpu, quantized
 from d2lora.adapters.base import Base, load_base
+from d2lora.adapters.lora import LoraShape, attach, lora_config
 from d2lora.settings import BaseSettings
+from d2lora.training.loftq import on_cpu, quantized
 
 WEIGHT = torch.randn(48, 32, generator=torch.Generator().manual_seed(0)) / 8
 

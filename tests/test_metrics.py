@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from d2lora.data.answers import flexible_answer, strict_answer, target_answer
-from d2lora.selection.tfidf import count_bags
-from d2lora.errors import DataError
 from d2lora.data.ngrams import words
-from d2lora.evaluation.metrics import exact_match, rouge
 from d2lora.data.tasks import read_task
+from d2lora.errors import DataError
+from d2lora.evaluation.metrics import exact_match, rouge
+from d2lora.selection.tfidf import count_bags
 from support import SHARED, needs_shared_data, read_rows, write_rows
 
 # Each equals itself alone, whatever its value: outputs are compared as they are written.

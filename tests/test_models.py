@@ -9,9 +9,9 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from d2lora import ModelError
+from d2lora.adapters.base import device_of, dtype_of, load_base
 from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.fingerprints import fingerprint_of
-from d2lora.adapters.base import device_of, dtype_of, load_base
 from d2lora.settings import BaseSettings
 
 EMBEDDED = "8e7dcdb90a70d2828b15ec8cc6278c25d539939df5009a19620c8acd6941ccd7"

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from d2lora import AdaptSettings, DataError, PairsSettings, WarmStart, adapt, make_pairs
-from d2lora.evaluation.metrics import exact_match
-from d2lora.tools.pairs import _pair, _Sample
 from d2lora.data.rows import Example, user
 from d2lora.data.tasks import read_task
+from d2lora.evaluation.metrics import exact_match
+from d2lora.tools.pairs import _pair, _Sample
 from support import read_rows, write_rows
 
 RIGHT, OTHER, WRONG, WORSE = "4 #### 4", "2 + 2 = 4 #### 4", "5 #### 5", "#### 6"

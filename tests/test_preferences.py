@@ -14,45 +14,32 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from d2lora import (
-
     Adapter,
-
     AdaptSettings,
-
     DataError,
-
     EvaluateSettings,
-
     SettingsError,
-
     WarmStart,
-
     WarmupSettings,
-
     adapt,
-
     evaluate,
-
     fast,
-
     warm_up,
-
 )
-
-from d2lora.training import rows as phase_rows
+from d2lora.adapters.base import load_base
 from d2lora.data.batches import Pair
-from d2lora.embedded import word_problem_rows
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_pairs
-from d2lora.adapters.base import load_base
-from d2lora.training.objectives import DPO, ORPO
-from d2lora.scoring.pairs import PairScorer
 from d2lora.data.preferences import dialogue
 from d2lora.data.rows import Example, Message, user
-from d2lora.training.schedule import Plan
+from d2lora.data.tasks import read_task
+from d2lora.embedded import word_problem_rows
+from d2lora.scoring.pairs import PairScorer
 from d2lora.scoring.scorer import TokenScorer, log_probabilities
 from d2lora.settings import BaseSettings
-from d2lora.data.tasks import read_task
+from d2lora.training import rows as phase_rows
+from d2lora.training.objectives import DPO, ORPO
+from d2lora.training.schedule import Plan
 from support import SHARED, dies_at_step, needs_shared_data, read_rows, write_rows
 
 TURN = {"role": "user", "content": "2 + 2?"}

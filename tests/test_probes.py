@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from d2lora import fast
+from d2lora.adapters.base import Base, load_base
 from d2lora.data.batches import Batch, Encoded, Pair, Question, collate
-from d2lora.scoring.multiple_choice import continuation_scores
 from d2lora.evaluation.decoding import Decoder
 from d2lora.fast.llama import LlamaSteps
-from d2lora.adapters.base import Base, load_base
+from d2lora.scoring.multiple_choice import continuation_scores
 from d2lora.scoring.pairs import PairScorer
 from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import BaseSettings

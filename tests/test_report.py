@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from d2lora.report.analysis import read_findings
 from d2lora.cli import main
 from d2lora.errors import RunError
 from d2lora.report import write_report
+from d2lora.report.analysis import read_findings
 from d2lora.report.canvas import BASE_COLOUR, COLOURS
 from d2lora.report.words import headline
 from support import visible, write_rows

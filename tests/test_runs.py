@@ -17,14 +17,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 from d2lora import Adapter, AdaptSettings, ConvertSettings, RunError, WarmStart, adapt, convert
-
-from d2lora.training import checkpoint
-from d2lora.runtime.claims import claimed
-from d2lora.cli import main
-from d2lora.adapters.lora import adamw
 from d2lora.adapters.base import load_base
-from d2lora.runtime.run_folder import METRICS, RunFolder, new_folder, read_json, write_json, write_text
+from d2lora.adapters.lora import adamw
+from d2lora.cli import main
+from d2lora.runtime.claims import claimed
+from d2lora.runtime.run_folder import (
+    METRICS,
+    RunFolder,
+    new_folder,
+    read_json,
+    write_json,
+    write_text,
+)
 from d2lora.settings import BaseSettings, TrainSettings
+from d2lora.training import checkpoint
 from support import dies_at_step, read_rows
 
 FOLDERS = {

@@ -10,34 +10,26 @@ import pytest
 import torch
 
 from d2lora import (
-
     DataError,
-
     RunError,
-
     SelectSettings,
-
     SettingsError,
-
     WarmupSettings,
-
     select,
-
     warm_up,
-
 )
-from d2lora.data.batches import collate
-from d2lora.selection.methods import METHODS, Pick, Request, choose
-from d2lora.cli import main
-from d2lora.runtime.console import Reporter
-from d2lora.selection.datacard import distinct_grams, vendi_score
-from d2lora.embedded import general_rows, title_rows
-from d2lora.data.encode import Encoder
-from d2lora.selection.cache import FeatureCache, unit_rows
-from d2lora.selection.gradients import GradientFeatures, Sketch
 from d2lora.adapters.base import load_base
+from d2lora.cli import main
+from d2lora.data.batches import collate
+from d2lora.data.encode import Encoder
 from d2lora.data.rows import Example, Message
+from d2lora.embedded import general_rows, title_rows
+from d2lora.runtime.console import Reporter
 from d2lora.scoring.scorer import TokenScorer
+from d2lora.selection.cache import FeatureCache, unit_rows
+from d2lora.selection.datacard import distinct_grams, vendi_score
+from d2lora.selection.gradients import GradientFeatures, Sketch
+from d2lora.selection.methods import METHODS, Pick, Request, choose
 from d2lora.settings import BaseSettings
 from support import read_rows, write_rows
 

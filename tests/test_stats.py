@@ -8,8 +8,14 @@ import pytest
 from scipy import stats as reference
 
 from d2lora.evaluation.crossed import pooled_difference, power
+from d2lora.evaluation.stats import (
+    difference_p,
+    holm,
+    mean_interval,
+    paired_difference,
+    permutation_p,
+)
 from d2lora.report.curves import mean_of, size_that_scores, steps_to_reach
-from d2lora.evaluation.stats import difference_p, holm, mean_interval, paired_difference, permutation_p
 from support import REPOSITORY
 
 Pair = tuple[np.ndarray, np.ndarray]

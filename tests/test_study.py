@@ -17,24 +17,24 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from d2lora import AdaptSettings, WarmStart, WarmupSettings
-from d2lora.report.analysis import read_findings
 from d2lora.adapters.manifest import Manifest
-from d2lora.study.calibration import Calibration
-from d2lora.study.cells import Cell
 from d2lora.cli import main
-from d2lora.tools.convert import randomise
-from d2lora.study.decontamination import contamination_said, decontaminated
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import DataError, SettingsError
+from d2lora.report import write_report
+from d2lora.report.analysis import read_findings
+from d2lora.settings import StudySettings
+from d2lora.study.calibration import Calibration
+from d2lora.study.cells import Cell
+from d2lora.study.decontamination import contamination_said, decontaminated
 from d2lora.study.jobs import Scored, Trial
 from d2lora.study.mixture import write_mixture
 from d2lora.study.needs import Needs
 from d2lora.study.plan import KINDS, StudyPlan
 from d2lora.study.read_plan import read_plan, shipped
-from d2lora.report import write_report
-from d2lora.settings import StudySettings
-from d2lora.study.store import Job, perform
 from d2lora.study.run import Study, run_study
+from d2lora.study.store import Job, perform
+from d2lora.tools.convert import randomise
 from support import read_rows, small_plan, visible, write_rows
 
 

@@ -14,52 +14,34 @@ from transformers import AutoConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from d2lora import (
-
     AdaptSettings,
-
     EvaluateSettings,
-
     GenerateSettings,
-
     InspectSettings,
-
     PairsSettings,
-
     SelectSettings,
-
     WarmStart,
-
     adapt,
-
     evaluate,
-
     fast,
-
     generate,
-
     inspect,
-
     make_pairs,
-
     select,
-
 )
-
-from d2lora.scoring import multiple_choice as continuations
-
-from d2lora.scoring import pairs as pair_scores
-
-from d2lora.scoring import scorer
+from d2lora.adapters.base import load_base
 from d2lora.adapters.manifest import Manifest
 from d2lora.data.batches import Batch, Encoded, collate
 from d2lora.embedded import choice_rows, word_problem_rows
 from d2lora.fast import head, layers, llama, matmul
 from d2lora.fast.elementwise import gated_fits, norm_fits
-from d2lora.adapters.base import load_base
-from d2lora.study.plan import StudyPlan
-from d2lora.study.recipes import adapt_settings, pairs_settings, warm_up_settings
+from d2lora.scoring import multiple_choice as continuations
+from d2lora.scoring import pairs as pair_scores
+from d2lora.scoring import scorer
 from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import BaseSettings
+from d2lora.study.plan import StudyPlan
+from d2lora.study.recipes import adapt_settings, pairs_settings, warm_up_settings
 from support import small_plan, write_rows
 
 

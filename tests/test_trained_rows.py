@@ -7,29 +7,20 @@ from typing import Any
 import pytest
 
 from d2lora import (
-
     AdaptSettings,
-
     ConvertSettings,
-
     EvaluateSettings,
-
     ModelError,
-
     WarmStart,
-
     adapt,
-
     convert,
-
     evaluate,
-
 )
-from d2lora.tools.convert import randomise
-from d2lora.embedded import choice_rows, general_rows
 from d2lora.data.rows import Example, user
-from d2lora.evaluation.scores import Evaluation
 from d2lora.data.trained_rows import FILE, TrainedRows
+from d2lora.embedded import choice_rows, general_rows
+from d2lora.evaluation.scores import Evaluation
+from d2lora.tools.convert import randomise
 from support import read_rows, write_rows
 
 

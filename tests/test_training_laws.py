@@ -12,28 +12,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from d2lora import (
-
     Adapter,
-
     AdaptSettings,
-
     SettingsError,
-
     TrainingError,
-
     WarmStart,
-
     WarmupSettings,
-
     adapt,
-
     warm_up,
-
 )
-from d2lora.embedded import title_rows
 from d2lora.adapters.fingerprints import fingerprint_of
-from d2lora.training.schedule import Plan, passes
+from d2lora.embedded import title_rows
 from d2lora.settings import TrainSettings
+from d2lora.training.schedule import Plan, passes
 from support import REPOSITORY, read_rows, write_rows
 
 Weights = dict[str, torch.Tensor]
@@ -339,10 +330,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_advice(
 
 def test_a_frozen_adapter_is_an_error_before_the_first_step(tmp_path: Path, tiny_base: str) -> None:
     from d2lora.runtime.console import Reporter
-    from d2lora.training.objectives import SFT
     from d2lora.runtime.run_folder import RunFolder
     from d2lora.settings import TrainSettings
     from d2lora.training.loop import train
+    from d2lora.training.objectives import SFT
 
     model = AutoModelForCausalLM.from_pretrained(tiny_base).requires_grad_(requires_grad=False)
     with pytest.raises(TrainingError, match="nothing is trainable"):

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from d2lora.adaptation import adapt
     from d2lora.adapters.manifest import Adapter
-    from d2lora.tools.convert import Conversion, convert
     from d2lora.errors import (
         D2LoraError,
         DataError,
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     )
     from d2lora.evaluation.evaluate import evaluate
     from d2lora.evaluation.generate import generate
-    from d2lora.tools.inspect import Inspection, inspect
-    from d2lora.tools.pairs import PairsMade, make_pairs
     from d2lora.evaluation.scores import Evaluation
     from d2lora.selection.select import Selection, select
     from d2lora.settings import (
@@ -41,6 +38,9 @@ if TYPE_CHECKING:
         SelectSettings,
         WarmupSettings,
     )
+    from d2lora.tools.convert import Conversion, convert
+    from d2lora.tools.inspect import Inspection, inspect
+    from d2lora.tools.pairs import PairsMade, make_pairs
     from d2lora.warmstart import WarmStart
     from d2lora.warmup import warm_up
 

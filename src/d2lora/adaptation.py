@@ -3,21 +3,21 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
-from d2lora.adapters.manifest import Adapter, ancestor_of
 from d2lora.adapters.attach import detach_adapter
-from d2lora.data.batches import Item
-from d2lora.runtime.console import Reporter
-from d2lora.data.encode import Encoder
-from d2lora.errors import SettingsError, WarmStartError
-from d2lora.training.initialization import Beginning, Initialization, begin
-from d2lora.adapters.lora import LoraShape
 from d2lora.adapters.base import Base, load_base
-from d2lora.training.phase import run_phase
-from d2lora.training.rows import prepare_rows
+from d2lora.adapters.lora import LoraShape
+from d2lora.adapters.manifest import Adapter, ancestor_of
+from d2lora.data.batches import Item
+from d2lora.data.encode import Encoder
+from d2lora.data.trained_rows import TrainedRows
+from d2lora.errors import SettingsError, WarmStartError
+from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import RunFolder
 from d2lora.settings import AdaptSettings, is_named_init
 from d2lora.settings.seeds import seed_of
-from d2lora.data.trained_rows import TrainedRows
+from d2lora.training.initialization import Beginning, Initialization, begin
+from d2lora.training.phase import run_phase
+from d2lora.training.rows import prepare_rows
 from d2lora.warmstart import WarmStart
 
 

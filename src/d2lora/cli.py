@@ -7,27 +7,13 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from d2lora.commands import COMMANDS
 from d2lora.errors import D2LoraError, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
     from d2lora.settings import Settings
-
-COMMANDS = {
-    "demo": "the whole story on the embedded base, offline, on a CPU",
-    "warmup": "base + general data -> warm start",
-    "select": "pool + task examples -> warm-up set, cleaned, with reasons",
-    "adapt": "base + task data + init -> adapter",
-    "evaluate": "base + adapters + task -> scores, records, forgetting",
-    "study": "compare ways to begin, over tasks, sizes and seeds",
-    "report": "a study's page: verdict, charts, tables, examples; PNG and CSV",
-    "inspect": "what is in an adapter: spectrum, origin, fit, advice",
-    "convert": "another rank or strength, a mixture, a part, or a merge",
-    "pairs": "task rows with gold answers -> preference rows, by sampling",
-    "generate": "try an adapter on a prompt or a file of prompts",
-}
 
 HELP = """usage: d2lora COMMAND [SETTINGS.yaml] [--setting value ...]
 
@@ -73,39 +59,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def help_text() -> str:
     """Return the help of the program."""
-    lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<10}{command.says}" for name, command in COMMANDS.items()]
     return HELP.format(commands="\n".join(lines))
 
 
-def _run(command: str, words: list[str]) -> None:
-    from d2lora import settings
+def _run(name: str, words: list[str]) -> None:
     from d2lora.runtime.console import quiet_libraries
     from d2lora.runtime.loading import loading
 
-    homes: dict[str, tuple[str, type[Settings]]] = {
-        "demo": ("demo", settings.DemoSettings),
-        "warmup": ("warmup", settings.WarmupSettings),
-        "select": ("selection", settings.SelectSettings),
-        "adapt": ("adaptation", settings.AdaptSettings),
-        "evaluate": ("evaluation", settings.EvaluateSettings),
-        "study": ("study", settings.StudySettings),
-        "report": ("report", settings.ReportSettings),
-        "inspect": ("inspection", settings.InspectSettings),
-        "convert": ("conversion", settings.ConvertSettings),
-        "pairs": ("pairs", settings.PairsSettings),
-        "generate": ("generation", settings.GenerateSettings),
-    }
-    if command not in homes:
+    if name not in COMMANDS:
         raise SettingsError(
-            f"unknown command `{command}`.{did_you_mean(command, homes)} "
+            f"unknown command `{name}`.{did_you_mean(name, COMMANDS)} "
             "`d2lora --help` lists the commands"
         )
-    module, kind = homes[command]
-    chosen = _parse(kind, command, words)
+    chosen = _parse(COMMANDS[name].kind, name, words)
     quiet_libraries()
     with loading():
-        home = import_module(f"d2lora.{module}")
-    home.command(chosen)
+        run = COMMANDS[name].load()
+    run(chosen)
 
 
 def _parse(kind: "type[Settings]", command: str, words: list[str]) -> "Settings":

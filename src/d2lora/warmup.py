@@ -2,19 +2,19 @@
 
 import os
 
-from d2lora.runtime.console import Reporter
-from d2lora.data.encode import Encoder
-from d2lora.errors import SettingsError
-from d2lora.training.initialization import begin
-from d2lora.adapters.lora import LoraShape
 from d2lora.adapters.base import Base, load_base
-from d2lora.training.phase import run_phase
-from d2lora.training.rows import prepare_rows
-from d2lora.runtime.run_folder import DONE, RunFolder
+from d2lora.adapters.lora import LoraShape
+from d2lora.data.encode import Encoder
 from d2lora.data.sources import SELECTED
+from d2lora.errors import SettingsError
+from d2lora.runtime.console import Reporter
+from d2lora.runtime.run_folder import DONE, RunFolder
 from d2lora.selection.select import select
 from d2lora.settings import SelectSettings, WarmupSettings
 from d2lora.settings.seeds import seed_of
+from d2lora.training.initialization import begin
+from d2lora.training.phase import run_phase
+from d2lora.training.rows import prepare_rows
 from d2lora.warmstart import WarmStart
 
 

@@ -1,4 +1,4 @@
-"""The base and what is put on it: loading, fingerprints, the shape of an adapter, its manifest, its algebra.
+"""The base and what is put on it: files, fingerprints, shape, manifest, algebra of adapters.
 
-Above runtime and settings; data and everything after build on it.
+Above runtime and settings; data and everything after it build on this room.
 """

@@ -22,11 +22,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from d2lora.adapters.files import ADAPTER_CONFIG
 from d2lora.adapters.base_files import base_folder
-from d2lora.errors import ModelError
+from d2lora.adapters.files import ADAPTER_CONFIG
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.adapters.gguf import quantization_of
+from d2lora.errors import ModelError
 from d2lora.settings import BaseSettings
 
 

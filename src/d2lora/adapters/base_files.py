@@ -4,8 +4,8 @@ import importlib.util
 from importlib import resources
 from pathlib import Path
 
-from d2lora.errors import ModelError
 from d2lora.adapters.gguf import converted_gguf
+from d2lora.errors import ModelError
 
 EMBEDDED = "embedded"
 SMOLLM2 = "smollm2"

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from d2lora.errors import ModelError, listed
 from d2lora.adapters.factors import Factors
 from d2lora.adapters.fingerprints import unreadable
+from d2lora.errors import ModelError, listed
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

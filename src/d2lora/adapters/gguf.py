@@ -10,8 +10,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from d2lora.errors import ModelError
 from d2lora.adapters.gguf_header import GgufHeader, read_header
+from d2lora.errors import ModelError
 from d2lora.runtime.run_folder import cache_folder, new_folder, read_json, write_json
 
 RECORD = "gguf.json"

@@ -14,11 +14,11 @@ from typing import Any, Literal, Self
 from peft import LoraConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from d2lora.adapters.files import ADAPTER_WEIGHTS
-from d2lora.adapters.base_files import EMBEDDED, SMOLLM2, SMOLLM2_HUB_ID
-from d2lora.errors import ModelError, WarmStartError
-from d2lora.adapters.lora import LoraShape
 from d2lora.adapters.base import Base
+from d2lora.adapters.base_files import EMBEDDED, SMOLLM2, SMOLLM2_HUB_ID
+from d2lora.adapters.files import ADAPTER_WEIGHTS
+from d2lora.adapters.lora import LoraShape
+from d2lora.errors import ModelError, WarmStartError
 from d2lora.runtime.run_folder import read_json, sha256_of, write_json, write_text
 
 FORMAT_VERSION = 1

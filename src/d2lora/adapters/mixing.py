@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from d2lora.adapters.factors import Factors
 from d2lora.adapters.files import LORA_A, LORA_B, AdapterFiles, some
 from d2lora.errors import ModelError, SettingsError
-from d2lora.adapters.factors import Factors
 
 _LAYER = re.compile(r"\.(\d+)\.")
 

@@ -10,12 +10,12 @@ from typing import Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from d2lora.data.batches import Encoded, Pair
-from d2lora.errors import DataError, ModelError, SettingsError
-from d2lora.data.truncation import Span, fitted
 from d2lora.adapters.base import Base, n_embedded, n_positions, unknown_token
+from d2lora.data.batches import Encoded, Pair
 from d2lora.data.rows import BadRowError, Example, Message
 from d2lora.data.special_tokens import Shield
+from d2lora.data.truncation import Span, fitted
+from d2lora.errors import DataError, ModelError, SettingsError
 
 Format = Literal["template", "plain"]
 _SPEAKER = {"system": "System", "user": "User", "assistant": "Assistant"}

@@ -7,8 +7,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 from d2lora.data.batches import Encoded, Pair, T
 from d2lora.data.encode import Encoder
-from d2lora.errors import DataError, listed
 from d2lora.data.rows import Example
+from d2lora.errors import DataError, listed
 from d2lora.settings import Overlong
 
 U = TypeVar("U")

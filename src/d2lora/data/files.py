@@ -8,9 +8,9 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from d2lora.errors import DataError
 from d2lora.data.json_rows import read_json, read_json_lines
 from d2lora.data.rows import Fault, Row, repeated
+from d2lora.errors import DataError
 
 _PARQUET_ROWS = 4096
 _LFS = b"version https://git-lfs.github.com/spec/"

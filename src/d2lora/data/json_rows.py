@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from d2lora.errors import DataError
 from d2lora.data.rows import Fault, Row, repeated
+from d2lora.errors import DataError
 
 _GAP = re.compile(r"[\s,:]*")
 """What stands between the values of valid JSON."""

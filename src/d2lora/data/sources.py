@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from d2lora.runtime.run_folder import read_json
-from d2lora.errors import DataError
 from d2lora.data.files import READERS, file_items
 from d2lora.data.rows import Fault, Row
-from d2lora.runtime.run_folder import sha256_of
+from d2lora.errors import DataError
+from d2lora.runtime.run_folder import read_json, sha256_of
 
 SELECTED, SELECTION_CARD = "data.jsonl", "card.json"
 """What `d2lora select` writes: the chosen rows and how they were chosen."""

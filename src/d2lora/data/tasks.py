@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from d2lora.data.answers import target_answer
-from d2lora.data.sources import Row, read_source, stream_source
-from d2lora.errors import DataError, listed
 from d2lora.data.formats import (
     BESIDE,
     FORMATS,
@@ -25,6 +23,8 @@ from d2lora.data.formats import (
 )
 from d2lora.data.preferences import read_preference
 from d2lora.data.rows import BadRowError, Example, Fault, place, text_field, user
+from d2lora.data.sources import Row, read_source, stream_source
+from d2lora.errors import DataError, listed
 
 Score = Literal["exact_match", "rouge", "loss", "preference"]
 

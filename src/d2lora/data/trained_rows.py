@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from d2lora.adapters.manifest import Manifest, has_manifest
 from d2lora.data.contamination import normalized
-from d2lora.errors import ModelError
 from d2lora.data.rows import Example
+from d2lora.errors import ModelError
 from d2lora.runtime.run_folder import write_text
 
 FILE = "trained_rows.json"

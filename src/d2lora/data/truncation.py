@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from d2lora.errors import DataError
 from d2lora.data.rows import Example
+from d2lora.errors import DataError
 
 Span = tuple[int, int]
 _LEAST = 8

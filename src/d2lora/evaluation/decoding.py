@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from d2lora import fast
+from d2lora.adapters.base import Base, causal_model, n_positions
 from d2lora.errors import DataError, listed
 from d2lora.fast.llama import Llama, LlamaSteps
-from d2lora.adapters.base import Base, causal_model, n_positions
 
 _ROWS_BESIDE = 16
 """Fewer rows than this are not decoded beside others: each batch reads all weights."""

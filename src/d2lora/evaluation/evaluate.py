@@ -13,20 +13,27 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.files import AdapterFiles
-from d2lora.runtime.console import Reporter, table_console
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import answers_beyond
+from d2lora.data.tasks import TaskData
+from d2lora.data.trained_rows import TrainedRows, places
 from d2lora.errors import SettingsError
 from d2lora.evaluation.measure import BASE, Measured, TestSets, check_rows, measure
 from d2lora.evaluation.metrics import SCORERS, columns_of
-from d2lora.adapters.base import Base, load_base
-from d2lora.runtime.run_folder import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
 from d2lora.evaluation.scores import Evaluation, Forgetting, forgetting_table, score_table
-from d2lora.settings import EvaluateSettings
 from d2lora.evaluation.stats import Difference, Interval, mean_interval, paired_difference
-from d2lora.data.tasks import TaskData
-from d2lora.data.trained_rows import TrainedRows, places
+from d2lora.runtime.console import Reporter, table_console
+from d2lora.runtime.run_folder import (
+    SETTINGS,
+    RunFolder,
+    new_folder,
+    provenance,
+    write_json,
+    write_text,
+)
+from d2lora.settings import EvaluateSettings
 
 
 def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation:

@@ -10,20 +10,20 @@ from typing import Any
 from torch import nn
 
 from d2lora import fast
-from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
 from d2lora.adapters.attach import attached, is_folded, merged
-from d2lora.runtime.claims import claimed
-from d2lora.runtime.console import Reporter
-from d2lora.evaluation.decoding import Decoder, Sampling, check_room
+from d2lora.adapters.base import Base, load_base
+from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_prompts
-from d2lora.errors import DataError, SettingsError
 from d2lora.data.files import text_lines
-from d2lora.adapters.base import Base, load_base
 from d2lora.data.rows import Example, user
+from d2lora.data.tasks import read_task
+from d2lora.errors import DataError, SettingsError
+from d2lora.evaluation.decoding import Decoder, Sampling, check_room
+from d2lora.runtime.claims import claimed
+from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import write_text
 from d2lora.settings import GenerateSettings, Overlong
-from d2lora.data.tasks import read_task
 
 
 @contextmanager

@@ -8,23 +8,23 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from d2lora.adapters.base import Base
 from d2lora.data.batches import Question
-from d2lora.runtime.console import Reporter
-from d2lora.scoring.multiple_choice import continuation_scores
-from d2lora.data.sources import read_source
-from d2lora.evaluation.decoding import Decoder, check_room
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_all, encode_pairs, encode_prompts, every
-from d2lora.errors import DataError, listed
-from d2lora.evaluation.generate import adapted, chat_format_of, decode
-from d2lora.evaluation.metrics import MAIN_SCORE, SCORERS, preference
-from d2lora.adapters.base import Base
-from d2lora.scoring.pairs import pair_log_probabilities
 from d2lora.data.rows import Example, Message
-from d2lora.scoring.scorer import TokenScorer, mean_loss
-from d2lora.settings import EvaluateSettings
+from d2lora.data.sources import read_source
 from d2lora.data.tasks import Choice, Say, TaskData, read_choices, read_task
 from d2lora.data.trained_rows import TestRow
+from d2lora.errors import DataError, listed
+from d2lora.evaluation.decoding import Decoder, check_room
+from d2lora.evaluation.generate import adapted, chat_format_of, decode
+from d2lora.evaluation.metrics import MAIN_SCORE, SCORERS, preference
+from d2lora.runtime.console import Reporter
+from d2lora.scoring.multiple_choice import continuation_scores
+from d2lora.scoring.pairs import pair_log_probabilities
+from d2lora.scoring.scorer import TokenScorer, mean_loss
+from d2lora.settings import EvaluateSettings
 
 BASE = "base"
 

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2lora.evaluation.crossed import CONFIDENCE, NO_VERDICT, ROUNDING, Array, crossed_spread, verdict_of
+from d2lora.evaluation.crossed import (
+    CONFIDENCE,
+    NO_VERDICT,
+    ROUNDING,
+    Array,
+    crossed_spread,
+    verdict_of,
+)
 
 N_RESAMPLES = 10_000
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from d2lora.adapters.base import is_plain, weight_of
 from d2lora.fast.matmul import packed, product
 from d2lora.fast.probing import is_hooked
-from d2lora.adapters.base import is_plain, weight_of
 
 _PROMPT_TOKENS = 512
 """Padded prompt tokens in one pass: what it computes stays in the cache of one core."""

@@ -10,17 +10,24 @@ done.json         the marker of completion
 
 from pathlib import Path
 
-from d2lora.report.analysis import read_findings
-from d2lora.runtime.claims import claimed
-from d2lora.runtime.console import Reporter
 from d2lora.errors import RunError
-from d2lora.report.findings import Findings
+from d2lora.report.analysis import read_findings
 from d2lora.report.canvas import Palette, png
 from d2lora.report.charts import charts
 from d2lora.report.examples import read_examples
 from d2lora.report.files import cell_table, item_table, summary_text
+from d2lora.report.findings import Findings
 from d2lora.report.page import page
-from d2lora.runtime.run_folder import DONE, new_folder, provenance, read_json, write_json, write_text
+from d2lora.runtime.claims import claimed
+from d2lora.runtime.console import Reporter
+from d2lora.runtime.run_folder import (
+    DONE,
+    new_folder,
+    provenance,
+    read_json,
+    write_json,
+    write_text,
+)
 from d2lora.settings import ReportSettings
 
 KIND = "report"

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from d2lora.study.cells import BASE
-from d2lora.evaluation.crossed import pooled_difference, power
-from d2lora.report.curves import mean_of, size_that_scores, steps_to_reach
 from d2lora.errors import RunError
+from d2lora.evaluation.crossed import pooled_difference, power
+from d2lora.evaluation.stats import Difference, difference_p, holm, mean_interval, paired_difference
+from d2lora.report.curves import mean_of, size_that_scores, steps_to_reach
 from d2lora.report.findings import (
     MAIN_SCORES,
     ArmCost,
@@ -27,9 +27,9 @@ from d2lora.report.findings import (
     Reached,
     references,
 )
-from d2lora.study.plan import NEEDS_WARM_UP, StudyPlan
 from d2lora.runtime.run_folder import read_json
-from d2lora.evaluation.stats import Difference, difference_p, holm, mean_interval, paired_difference
+from d2lora.study.cells import BASE
+from d2lora.study.plan import NEEDS_WARM_UP, StudyPlan
 
 Curve = list[tuple[float, float]]
 

@@ -11,8 +11,8 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from d2lora.study.cells import BASE
 from d2lora.runtime.grids import Grid
+from d2lora.study.cells import BASE
 
 BASE_COLOUR = "#7a828e"
 COLOURS = (

@@ -4,11 +4,11 @@ from typing import Any
 
 import altair as alt
 
-from d2lora.study.cells import BASE
-from d2lora.report.findings import Convergence, Findings, signed
-from d2lora.runtime.grids import NONE, Grid
 from d2lora.report.canvas import Chart, Palette, Rows, chart_of, rows_of
 from d2lora.report.compared import differences, scores
+from d2lora.report.findings import Convergence, Findings, signed
+from d2lora.runtime.grids import NONE, Grid
+from d2lora.study.cells import BASE
 
 SMALL_HEIGHT = 200
 MANY_ARMS = 8

@@ -9,8 +9,8 @@ from typing import Any
 
 import altair as alt
 
-from d2lora.report.findings import Comparison, Findings, Level, signed
 from d2lora.report.canvas import HEIGHT, Chart, Palette, Rows, chart_of, rows_of
+from d2lora.report.findings import Comparison, Findings, Level, signed
 from d2lora.report.tables import difference_grid, percent, score_grid
 
 DODGE = 1.035

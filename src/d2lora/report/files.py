@@ -4,12 +4,12 @@ from typing import Any
 
 import pandas as pd
 
+from d2lora.report import words
+from d2lora.report.findings import Findings
+from d2lora.report.summary import cost_grid, pooled_grid, score_grid
+from d2lora.runtime.grids import markdown
 from d2lora.study.cells import BASE
 from d2lora.study.decontamination import contamination_said
-from d2lora.report.findings import Findings
-from d2lora.runtime.grids import markdown
-from d2lora.report import words
-from d2lora.report.summary import cost_grid, pooled_grid, score_grid
 
 
 def cell_table(findings: Findings) -> pd.DataFrame:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2lora.evaluation.crossed import NO_VERDICT, NOTHING_SEEN, Pooled, Power
-from d2lora.study.plan import StudyPlan
 from d2lora.evaluation.stats import Difference, Interval
+from d2lora.study.plan import StudyPlan
 
 Array = NDArray[np.float64]
 CI = "95 % CI over items and seeds"

@@ -13,10 +13,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from d2lora.report.findings import Findings
 from d2lora.report import tables, words
 from d2lora.report.canvas import DARK, LIGHT, Chart, Palette, scripts
 from d2lora.report.examples import Examples
+from d2lora.report.findings import Findings
 from d2lora.report.summary import cost_grid, pooled_grid
 
 SECTIONS = {

@@ -4,9 +4,18 @@ import math
 
 from rich.console import Console
 
-from d2lora.study.decontamination import contamination_said
-from d2lora.report.findings import CI, ArmCost, Comparison, Findings, Level, p_said, range_said, signed
+from d2lora.report.findings import (
+    CI,
+    ArmCost,
+    Comparison,
+    Findings,
+    Level,
+    p_said,
+    range_said,
+    signed,
+)
 from d2lora.runtime.grids import NONE, Grid, as_table
+from d2lora.study.decontamination import contamination_said
 
 
 def score_grid(findings: Findings, task: str) -> Grid:

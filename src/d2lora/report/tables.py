@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2lora.study.cells import BASE
 from d2lora.report.findings import CI, Comparison, Findings, Level, range_said, signed
 from d2lora.runtime.grids import NONE, Grid
-from d2lora.study.plan import StudyPlan
 from d2lora.runtime.run_folder import sha256_of
+from d2lora.study.cells import BASE
+from d2lora.study.plan import StudyPlan
 
 
 def score_table(findings: Findings, task: str) -> Grid:

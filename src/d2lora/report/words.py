@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from d2lora.evaluation.crossed import NO_VERDICT, NOTHING_SEEN
-from d2lora.study.decontamination import contamination_said
 from d2lora.report.findings import Comparison, Findings
+from d2lora.study.decontamination import contamination_said
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from d2lora.runtime.claims import claimed, is_main_process, target_of
 from d2lora.errors import RunError
+from d2lora.runtime.claims import claimed, is_main_process, target_of
 
 DONE = "done.json"
 SETTINGS = "settings.yaml"
 METRICS = "metrics.jsonl"
+Stamp = tuple[str, int, int, int]
 LIBRARIES = ("d2lora", "torch", "transformers", "peft", "accelerate", "tokenizers", "datasets")
 
 
@@ -234,12 +235,18 @@ def provenance() -> dict[str, Any]:
 
 def _own_commit() -> str | None:
     """Return the commit of the checkout that d2lora runs from; None where it is installed."""
-    checkout = Path(__file__).parents[2]
+    checkout = Path(__file__).parents[3]
     if not (checkout / ".git").exists() or shutil.which("git") is None:
         return None
     line = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)  # noqa: S603
     return done.stdout.strip() or None
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Return what changes when a file does: its path, inode, size and time of change."""
+    status = path.stat()
+    return str(path), status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def sha256_of(path: Path) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from d2lora.data.batches import Encoded, Question, branch
 from d2lora.adapters.base import causal_model
+from d2lora.data.batches import Encoded, Question, branch
 from d2lora.scoring.scorer import TokenScorer, log_probabilities, pass_tokens
 
 

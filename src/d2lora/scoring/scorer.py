@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from d2lora import fast
+from d2lora.adapters.base import causal_model, n_positions
 from d2lora.data.batches import Batch, Branches, Encoded, collate, micro_batches
 from d2lora.fast import cuda_graphs, head
 from d2lora.fast.packing import pack, row_by_row, takes_packed_rows
 from d2lora.fast.probing import Probed, in_evaluation
-from d2lora.adapters.base import causal_model, n_positions
 
 
 class TokenScorer(nn.Module):

@@ -1,4 +1,4 @@
-"""Which rows to warm up on: cleaning a pool, features of its rows, selection methods, the data card.
+"""Which rows to warm up on: cleaning a pool, features of its rows, methods, the data card.
 
 Above training (gradients and losses of rows); `select` is the command.
 """

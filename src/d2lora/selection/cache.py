@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from d2lora.runtime.console import Reporter
 from d2lora.data.rows import Example
+from d2lora.runtime.console import Reporter
 
 Array = NDArray[np.float32]
 BLOCK_ROWS = 256

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2lora.adapters.base import Base, causal_model
 from d2lora.data.batches import collate, micro_batches
 from d2lora.data.encode import Encoder
-from d2lora.errors import SettingsError
-from d2lora.selection.cache import Array, unit_rows
-from d2lora.adapters.base import Base, causal_model
 from d2lora.data.rows import Example
+from d2lora.errors import SettingsError
 from d2lora.scoring.scorer import pass_tokens, within_positions
+from d2lora.selection.cache import Array, unit_rows
 
 WIDEST = 1024
 """Wider hidden states are projected to this by a seeded Gaussian matrix (Johnson-Lindenstrauss)."""

@@ -15,22 +15,21 @@ import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from d2lora import fast
-from d2lora.selection.tfidf import semantic_vectors
-from d2lora.runtime.console import Reporter
-from d2lora.data.sources import nested_order
-from d2lora.selection.embeddings import SentenceEncoder, base_states, base_width, centred
+from d2lora.adapters.base import Base, device_of, load_base
 from d2lora.data.encode import Encoder
+from d2lora.data.rows import Example
+from d2lora.data.sources import nested_order
+from d2lora.data.tasks import TaskData
+from d2lora.runtime.console import Reporter
+from d2lora.runtime.run_folder import Stamp, cache_folder, stamp_of
+from d2lora.scoring.scorer import TokenScorer, log_probabilities
 from d2lora.selection.cache import Array, FeatureCache, block_key
+from d2lora.selection.embeddings import SentenceEncoder, base_states, base_width, centred
 from d2lora.selection.gradients import GradientFeatures, warmup_rows
 from d2lora.selection.hygiene import source_of
-from d2lora.adapters.base import Base, device_of, load_base
 from d2lora.selection.pool import Lazy
-from d2lora.data.rows import Example
-from d2lora.runtime.run_folder import cache_folder
-from d2lora.scoring.scorer import TokenScorer, log_probabilities
+from d2lora.selection.tfidf import semantic_vectors
 from d2lora.settings import SelectSettings
-from d2lora.study.store import Stamp, stamp_of
-from d2lora.data.tasks import TaskData
 
 WORD_WIDTH, _SEED = 128, 0
 _VERSION = 2

@@ -20,21 +20,20 @@ from peft import PeftModel
 from torch import Tensor
 
 from d2lora import fast
-
-from d2lora.training import checkpoint
 from d2lora.adapters.attach import detach_adapter
-from d2lora.data.batches import Encoded, collate
-from d2lora.runtime.console import Reporter
-from d2lora.data.encode import Encoder
-from d2lora.selection.cache import Array
-from d2lora.adapters.lora import LoraShape, attach_fresh
 from d2lora.adapters.base import Base
-from d2lora.training.objectives import SFT
+from d2lora.adapters.lora import LoraShape, attach_fresh
+from d2lora.data.batches import Encoded, collate
+from d2lora.data.encode import Encoder
 from d2lora.data.rows import Example
+from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import RunFolder
 from d2lora.scoring.scorer import TokenScorer
+from d2lora.selection.cache import Array
 from d2lora.settings import TrainSettings
+from d2lora.training import checkpoint
 from d2lora.training.loop import train
+from d2lora.training.objectives import SFT
 
 RANK = 8
 RATE = 1e-3

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from d2lora.selection.tfidf import Bags, bags_in_blocks
 from d2lora.data.sources import nested_order
 from d2lora.errors import SettingsError
 from d2lora.selection.cache import Array, unit_rows
+from d2lora.selection.tfidf import Bags, bags_in_blocks
 from d2lora.selection.vectors import best_likeness, facility_location, nearest_in_turn
 
 Floats = NDArray[np.floating[Any]]

@@ -14,8 +14,8 @@ from dataclasses import replace
 from threading import Lock
 from typing import IO, TypeVar, overload
 
-from d2lora.data.sources import Row
 from d2lora.data.rows import Example, place
+from d2lora.data.sources import Row
 from d2lora.data.tasks import Reading, Say, TaskData
 
 T_co = TypeVar("T_co", covariant=True)

@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2lora.selection import datacard
-from d2lora.selection.methods import EMBEDDED, Pick, Request, choose
-from d2lora.runtime.console import Reporter
-from d2lora.settings.seeds import stream_seed
-from d2lora.data.sources import SELECTED, SELECTION_CARD
-from d2lora.data.encode import Encoder, resolve_format
-from d2lora.errors import DataError, SettingsError
-from d2lora.selection.hygiene import Cleaned, clean
 from d2lora.adapters.base import load_tokenizer
-from d2lora.selection.pool import Lazy, read_pool
-from d2lora.selection.features import PoolFeatures
-from d2lora.runtime.run_folder import DONE, SETTINGS, RunFolder, new_folder, provenance, read_json, write_json
-from d2lora.settings import SelectSettings
+from d2lora.data.encode import Encoder, resolve_format
+from d2lora.data.sources import SELECTED, SELECTION_CARD
 from d2lora.data.tasks import TaskData, read_task
+from d2lora.errors import DataError, SettingsError
+from d2lora.runtime.console import Reporter
+from d2lora.runtime.run_folder import DONE, SETTINGS, RunFolder, new_folder, provenance, write_json
+from d2lora.selection import datacard
+from d2lora.selection.features import PoolFeatures
+from d2lora.selection.hygiene import Cleaned, clean
+from d2lora.selection.methods import EMBEDDED, Pick, Request, choose
+from d2lora.selection.pool import Lazy, read_pool
+from d2lora.settings import SelectSettings
+from d2lora.settings.seeds import stream_seed
 
 REASONS, REJECTED = "reasons.jsonl", "rejected.jsonl"
 
@@ -75,7 +75,9 @@ def _select(settings: SelectSettings, method: str) -> Selection:
     task = [example for examples in tasks for example in examples]
     card = datacard.measure(settings, method, pool, task, cleaned, chosen, encoder)
     _write(settings, pool, cleaned, picks, card)
-    reporter.say(f"{method}: {len(picks):,} rows written to {settings.out / SELECTED}; {_told(card)}")
+    reporter.say(
+        f"{method}: {len(picks):,} rows written to {settings.out / SELECTED}; {_told(card)}"
+    )
     return Selection(settings.out, card)
 
 

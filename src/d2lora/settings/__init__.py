@@ -29,6 +29,7 @@ from d2lora.settings.tools import (
     GenerateSettings,
     InspectSettings,
     PairsSettings,
+    SchemaSettings,
     SelectSettings,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "PhaseSettings",
     "Reference",
     "ReportSettings",
+    "SchemaSettings",
     "SelectSettings",
     "Settings",
     "StudySettings",

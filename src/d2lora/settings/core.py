@@ -11,7 +11,9 @@ from d2lora.errors import SettingsError, did_you_mean, listed
 class Settings(BaseModel):
     """A frozen set of settings; an unknown name is an error with the nearest known one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
     aliases: ClassVar[dict[str, str]] = {}
     """Short forms of options on the command line."""
     positional: ClassVar[str | None] = None

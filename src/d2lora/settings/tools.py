@@ -151,6 +151,16 @@ class ConvertSettings(BaseSettings):
     """Seed of new directions' A, and of the tokens that a merge is checked on."""
 
 
+class SchemaSettings(Settings):
+    """`d2lora schema COMMAND`: the JSON schema of a command's settings file."""
+
+    positional: ClassVar[str | None] = "of"
+    settings_file: ClassVar[bool] = False
+
+    of: str
+    """A command's name, or `plan` for the plan of a study."""
+
+
 class InspectSettings(Settings):
     """`d2lora inspect`: what is in an adapter or a warm start."""
 

@@ -1,4 +1,4 @@
-"""Initializations compared over tasks, sizes and seeds: plans, cells, jobs, the store of finished runs.
+"""Initializations compared over tasks, sizes and seeds: plans, cells, jobs, finished runs.
 
 Above the method and the tools; knows nothing of the report.
 """

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from d2lora.data.sources import is_local, split_validation
 from d2lora.errors import D2LoraError
+from d2lora.runtime.run_folder import METRICS
+from d2lora.settings import AdaptSettings, EvaluateSettings, WarmupSettings
 from d2lora.study.jobs import Mixed, Scored, Trial, WarmUp
 from d2lora.study.plan import ArmPlan, StudyPlan
 from d2lora.study.recipes import adapt_settings
-from d2lora.runtime.run_folder import METRICS
-from d2lora.training.schedule import Plan, batch_size_of, passes
-from d2lora.settings import AdaptSettings, EvaluateSettings, WarmupSettings
 from d2lora.study.store import Job, shared_base
+from d2lora.training.schedule import Plan, batch_size_of, passes
 
 N_STEPS = 4
 """Optimizer steps that are measured of each kind; the first, which is slow, does not count."""
@@ -161,8 +161,8 @@ class Calibration:
         return base
 
     def _scoring(self, task: str, tests: EvaluateSettings) -> float:
-        from d2lora.runtime.console import Reporter
         from d2lora.evaluation.measure import BASE, TestSets, measure
+        from d2lora.runtime.console import Reporter
 
         if task not in self._scoring_s:
             sets = TestSets.read(tests)

@@ -12,8 +12,8 @@ from importlib import import_module
 from multiprocessing import Queue, get_context, parent_process
 from typing import Any, cast
 
-from d2lora.runtime.console import quiet_libraries
 from d2lora.errors import SettingsError
+from d2lora.runtime.console import quiet_libraries
 from d2lora.runtime.loading import loading
 from d2lora.study.store import Job, perform
 

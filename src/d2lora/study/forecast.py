@@ -7,14 +7,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from d2lora.study.calibration import N_STEPS, Calibration, n_rows_of, n_steps_of
-from d2lora.study.cells import Cell
 from d2lora.data.sources import is_local
 from d2lora.runtime.grids import Grid
+from d2lora.runtime.run_folder import read_json
+from d2lora.study.calibration import N_STEPS, Calibration, n_rows_of, n_steps_of
+from d2lora.study.cells import Cell
 from d2lora.study.jobs import Mixed, Scored, Trial, WarmUp
 from d2lora.study.needs import Needs
 from d2lora.study.plan import StudyPlan
-from d2lora.runtime.run_folder import read_json
 from d2lora.study.store import RESULT, Job
 
 _WORDS = {

@@ -214,9 +214,9 @@ class Scored(Job):
         """Do it."""
         import pandas as pd
 
-        from d2lora.runtime.console import Reporter
         from d2lora.evaluation.measure import BASE, TestSets, measure
         from d2lora.evaluation.metrics import columns_of
+        from d2lora.runtime.console import Reporter
 
         path = self.folder / "adapter" if self.training else self.adapter
         told = _adapted(self.training, self.folder / "adapter") if self.training else {}
@@ -273,8 +273,8 @@ def _told(adapter: Path) -> dict[str, Any]:
 
 def _with_shots(task: Any, shots: AdaptSettings) -> Any:
     """Put worked examples, in the order that `adapt` would choose them, before each prompt."""
-    from d2lora.data.sources import nested_order
     from d2lora.data.rows import Message
+    from d2lora.data.sources import nested_order
     from d2lora.data.tasks import read_task
     from d2lora.settings.seeds import seed_of
 

@@ -13,16 +13,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from d2lora.study.cells import BASE, Cell
 from d2lora.data.sources import split_validation
+from d2lora.data.tasks import read_task
+from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, PhaseSettings
+from d2lora.study.cells import BASE, Cell
 from d2lora.study.jobs import Merged, Mixed, Norms, Paired, Ready, Scored, Trial, WarmUp
 from d2lora.study.plan import NEEDS_WARM_UP, UNTRAINED, ArmPlan, StudyPlan
 from d2lora.study.recipes import adapt_settings, base_values, pairs_settings, warm_up_settings
-from d2lora.training.schedule import Plan
-from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, PhaseSettings
 from d2lora.study.store import Job, content_of
-from d2lora.data.tasks import read_task
 from d2lora.study.tuning import Candidate, Choice, Curve, Grid, mean_curve
+from d2lora.training.schedule import Plan
 
 CURVE_POINTS = 12
 """Validation losses in a trial's curve, at most, besides that of the untrained adapter."""

@@ -11,9 +11,9 @@ from typing import Any, get_args
 import yaml
 
 from d2lora.errors import SettingsError, did_you_mean, listed
+from d2lora.settings import AdaptSettings, PairsSettings
 from d2lora.study.plan import KINDS, NEEDS_WARM_UP, ArmPlan, Kind, StudyPlan
 from d2lora.study.recipes import listed_values, warm_up_settings
-from d2lora.settings import AdaptSettings, PairsSettings
 
 _FIXED = {"base", "revision", "dtype", "device", "threads", "out", "resume", "quiet"}
 _FIXED_PAIRS = _FIXED | {"data", "adapter", "n", "seed", "task"}

@@ -4,20 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from d2lora.adapters.base import load_tokenizer
 from d2lora.adapters.base_files import base_folder
-from d2lora.runtime.claims import check_writable
-from d2lora.data.sources import is_local
-from d2lora.embedded.__main__ import write_world
+from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.encoded_sets import answers_beyond, encode_prompts, every
+from d2lora.data.sources import is_local
+from d2lora.data.tasks import Say, read_task
+from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, ModelError, RunError, listed
-from d2lora.adapters.fingerprints import fingerprint_of
-from d2lora.adapters.base import load_tokenizer
+from d2lora.runtime.claims import check_writable
+from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
 from d2lora.study.plan import WORLD, StudyPlan
 from d2lora.study.read_plan import read_plan
 from d2lora.study.recipes import base_values
-from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
-from d2lora.data.tasks import Say, read_task
 from d2lora.warmstart import WarmStart
 
 LIMITS = ("max_length", "overlong", "chat_format")

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from d2lora.study.plan import ArmPlan, StudyPlan
 from d2lora.settings import (
     AdaptSettings,
     BaseSettings,
@@ -12,6 +11,7 @@ from d2lora.settings import (
     PhaseSettings,
     WarmupSettings,
 )
+from d2lora.study.plan import ArmPlan, StudyPlan
 
 
 def warm_up_settings(plan: StudyPlan, name: str, out: Path, seed: int = 0) -> WarmupSettings:

@@ -17,24 +17,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from d2lora.report.analysis import read_findings
-from d2lora.study.cells import BASE, Cell, cells_of
+from d2lora.data.sources import fault_lines
+from d2lora.errors import D2LoraError, RunError, listed
 from d2lora.runtime.claims import claimed
 from d2lora.runtime.console import Bar, Reporter, table_console
-from d2lora.data.sources import fault_lines
+from d2lora.runtime.grids import as_table
+from d2lora.runtime.run_folder import DONE, provenance, write_json, write_text
+from d2lora.settings import StudySettings
+from d2lora.study.cells import BASE, Cell, cells_of
 from d2lora.study.decontamination import Check, contamination_said, decontaminated
-from d2lora.errors import D2LoraError, RunError, listed
 from d2lora.study.executors import Submit, executor, layout
 from d2lora.study.forecast import forecast
-from d2lora.runtime.grids import as_table
 from d2lora.study.jobs import WarmUp
 from d2lora.study.needs import CellFailedError, Missing, Needs
 from d2lora.study.plan import StudyPlan
 from d2lora.study.readiness import check, check_folder, cut_short, place
-from d2lora.runtime.run_folder import DONE, provenance, write_json, write_text
-from d2lora.settings import StudySettings
 from d2lora.study.store import Job
-from d2lora.report.summary import show
 
 N_TRIES = 2
 """How often a job is tried whose worker died."""
@@ -250,29 +248,20 @@ def _warm_ups(needs: Needs) -> dict[str, Any]:
     return found
 
 
-def command(settings: StudySettings) -> None:
-    """Run `d2lora study`."""
-    if settings.dry_run:
-        plan, store, _ = place(settings)
-        check(plan, fetch=False)
-        plan, checks = decontaminated(plan, store, store / "world", fetch=False)
-        grids, note = forecast(
-            plan, store, cells_of(plan), *layout(settings.executor, settings.workers)
-        )
-        for grid in grids:
-            table_console().print(as_table(grid))
-        table_console().print(note, highlight=False, markup=False)
-        for said in contamination_said(c.to_json() for c in checks):
-            table_console().print(f"contamination: {said}", highlight=False, markup=False)
-        return
-    study = run_study(settings)
-    reporter = Reporter(quiet=settings.quiet)
-    if study.results:
-        findings = read_findings(study.path)
-        show(findings, table_console())
-        reporter.say(f"written to {study.path}")
-        if settings.report:
-            from d2lora.report import write_report
+def dry_run(settings: StudySettings) -> None:
+    """Print what a study would run, and for how long; run nothing.
 
-            reporter.say(f"report: {write_report(findings)}")
-    study.check()
+    Raises:
+        D2LoraError: One of its kinds, for a plan, data or a base that cannot be used.
+    """
+    plan, store, _ = place(settings)
+    check(plan, fetch=False)
+    plan, checks = decontaminated(plan, store, store / "world", fetch=False)
+    grids, note = forecast(
+        plan, store, cells_of(plan), *layout(settings.executor, settings.workers)
+    )
+    for grid in grids:
+        table_console().print(as_table(grid))
+    table_console().print(note, highlight=False, markup=False)
+    for said in contamination_said(c.to_json() for c in checks):
+        table_console().print(f"contamination: {said}", highlight=False, markup=False)

@@ -19,7 +19,7 @@ import yaml
 from filelock import FileLock
 
 from d2lora.errors import ModelError
-from d2lora.runtime.run_folder import provenance, read_json, sha256_of, write_json
+from d2lora.runtime.run_folder import Stamp, provenance, read_json, sha256_of, stamp_of, write_json
 from d2lora.settings import BaseSettings, Settings
 
 FORMAT = 2
@@ -30,7 +30,6 @@ _KEY_LENGTH = 20
 _FREE = {"out", "quiet", "resume", "threads", "checkpoint_every"}
 _FILES = {"data", "validation_data", "general_text", "choices", "for_task", "keep_out"}
 _BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-Stamp = tuple[str, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -139,12 +138,6 @@ def content_of(name: str) -> str:
     """Return the SHA-256 of a file; of what is no file here, as a hub data set, the name."""
     path = Path(name)
     return _sha256(stamp_of(path)) if path.is_file() else name
-
-
-def stamp_of(path: Path) -> Stamp:
-    """Return what changes when a file does: its path, inode, size and time of change."""
-    status = path.stat()
-    return str(path), status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @cache

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from d2lora.adapters.factors import Factors, extend, truncate
 from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from d2lora.adapters.manifest import (
     Manifest,
@@ -30,14 +31,20 @@ from d2lora.adapters.manifest import (
     has_manifest,
     write_manifest,
 )
-from d2lora.runtime.console import Reporter
-from d2lora.errors import ModelError, SettingsError
-from d2lora.adapters.factors import Factors, extend, truncate
-from d2lora.tools.merge import merge_into_base
 from d2lora.adapters.mixing import Plain, averaged, concatenated, part, tensors_of
-from d2lora.runtime.run_folder import DONE, RunFolder, new_folder, provenance, write_json, write_text
-from d2lora.settings import ConvertSettings
 from d2lora.data.trained_rows import TrainedRows
+from d2lora.errors import ModelError, SettingsError
+from d2lora.runtime.console import Reporter
+from d2lora.runtime.run_folder import (
+    DONE,
+    RunFolder,
+    new_folder,
+    provenance,
+    write_json,
+    write_text,
+)
+from d2lora.settings import ConvertSettings
+from d2lora.tools.merge import merge_into_base
 
 
 @dataclass(frozen=True)

@@ -13,23 +13,29 @@ from peft.utils.other import get_pattern_key
 from rich.table import Table
 
 from d2lora import fast
-from d2lora.adapters.files import PREFIX, AdapterFiles, some
-from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
 from d2lora.adapters.attach import attach_adapter
+from d2lora.adapters.base import load_base
 from d2lora.adapters.base_files import base_folder
-from d2lora.runtime.claims import claimed
-from d2lora.runtime.console import Reporter, table_console
-from d2lora.training.diagnosis import MOST_ROWS, Start, losses_at_start
+from d2lora.adapters.factors import (
+    Factors,
+    effective_rank,
+    inner_product,
+    singular_values,
+    subspace_overlap,
+)
+from d2lora.adapters.files import PREFIX, AdapterFiles, some
+from d2lora.adapters.fingerprints import fingerprint_of
+from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_all
+from d2lora.data.tasks import read_task
 from d2lora.errors import ModelError, SettingsError
-from d2lora.adapters.factors import Factors, effective_rank, inner_product, singular_values, subspace_overlap
-from d2lora.adapters.fingerprints import fingerprint_of
-from d2lora.adapters.base import load_base
-from d2lora.tools.plots import spectra
+from d2lora.runtime.claims import claimed
+from d2lora.runtime.console import Reporter, table_console
 from d2lora.runtime.run_folder import write_json
 from d2lora.settings import BaseSettings, InspectSettings
-from d2lora.data.tasks import read_task
+from d2lora.tools.plots import spectra
+from d2lora.training.diagnosis import MOST_ROWS, Start, losses_at_start
 
 ENERGY = 0.99
 LONGEST = 1024

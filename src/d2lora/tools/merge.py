@@ -9,13 +9,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from d2lora.adapters.manifest import check_fit
 from d2lora.adapters.attach import attach_adapter, shared_weights
-from d2lora.errors import ModelError
 from d2lora.adapters.base import Base, load_base
+from d2lora.adapters.manifest import check_fit
+from d2lora.data.trained_rows import TrainedRows
+from d2lora.errors import ModelError
 from d2lora.runtime.run_folder import DONE, new_folder, write_json
 from d2lora.settings import ConvertSettings
-from d2lora.data.trained_rows import TrainedRows
 
 
 @torch.no_grad()

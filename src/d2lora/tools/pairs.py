@@ -18,21 +18,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.manifest import base_record
-from d2lora.runtime.console import Reporter
-from d2lora.data.sources import nested_order
-from d2lora.settings.seeds import stream_seed
-from d2lora.evaluation.decoding import Decoder, Sampling, check_room
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_prompts
+from d2lora.data.rows import Example
+from d2lora.data.sources import nested_order
+from d2lora.data.tasks import TaskData, read_task
 from d2lora.errors import DataError
+from d2lora.evaluation.decoding import Decoder, Sampling, check_room
 from d2lora.evaluation.generate import adapted, chat_format_of, decode
 from d2lora.evaluation.metrics import MAIN_SCORE, SCORERS
-from d2lora.adapters.base import Base, load_base
-from d2lora.data.rows import Example
-from d2lora.runtime.run_folder import SETTINGS, RunFolder, new_folder, provenance, write_json, write_text
+from d2lora.runtime.console import Reporter
+from d2lora.runtime.run_folder import (
+    SETTINGS,
+    RunFolder,
+    new_folder,
+    provenance,
+    write_json,
+    write_text,
+)
 from d2lora.settings import PairsSettings
-from d2lora.data.tasks import TaskData, read_task
+from d2lora.settings.seeds import stream_seed
 
 FILE = "pairs.jsonl"
 

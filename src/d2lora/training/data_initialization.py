@@ -8,9 +8,9 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import PreTrainedModel
 
+from d2lora.adapters.lora import attach
 from d2lora.data.batches import Batch
 from d2lora.errors import SettingsError
-from d2lora.adapters.lora import attach
 from d2lora.scoring.scorer import TokenScorer
 
 

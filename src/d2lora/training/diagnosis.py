@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 
 from d2lora.data.batches import Encoded
-from d2lora.scoring.scorer import TokenScorer, log_probabilities
 from d2lora.evaluation.stats import paired_difference
+from d2lora.scoring.scorer import TokenScorer, log_probabilities
 
 MOST_ROWS = 32
 """Task rows that are looked at before training; more would cost what a small task costs."""

@@ -21,19 +21,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from d2lora.adapters.files import read_adapter_config
-from d2lora.adapters.manifest import Ancestor, save_adapter
 from d2lora.adapters.attach import detach_adapter
-from d2lora.data.batches import Encoded, Item, Pair, collate, micro_batches
-from d2lora.runtime.console import Reporter
-from d2lora.training.data_initialization import LOOKS
-from d2lora.errors import ModelError, SettingsError
-from d2lora.adapters.lora import LoraShape, attach, check_targets, lora_config, target_layers
-from d2lora.training.loftq import on_cpu
 from d2lora.adapters.base import Base, causal_model
+from d2lora.adapters.files import read_adapter_config
+from d2lora.adapters.lora import LoraShape, attach, check_targets, lora_config, target_layers
+from d2lora.adapters.manifest import Ancestor, save_adapter
+from d2lora.data.batches import Encoded, Item, Pair, collate, micro_batches
+from d2lora.data.trained_rows import TrainedRows
+from d2lora.errors import ModelError, SettingsError
+from d2lora.runtime.console import Reporter
 from d2lora.scoring.scorer import pass_tokens
 from d2lora.settings import FRESH, PhaseSettings
-from d2lora.data.trained_rows import TrainedRows
+from d2lora.training.data_initialization import LOOKS
+from d2lora.training.loftq import on_cpu
 
 _INITIAL = "initial"
 _INEXACT = "loftq"

@@ -15,22 +15,21 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from d2lora.training import checkpoint
+from d2lora.adapters.base import causal_model
+from d2lora.adapters.lora import adamw
 from d2lora.data.batches import Item, T, micro_batches
+from d2lora.errors import TrainingError
 from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
+from d2lora.runtime.run_folder import RunFolder
+from d2lora.scoring.scorer import TokenScorer, pass_tokens
+from d2lora.settings import TrainSettings
+from d2lora.settings.seeds import seed_of
+from d2lora.training import checkpoint
 from d2lora.training.cost import Cost, TrainingFlops, peak_memory_bytes
-from d2lora.settings.seeds import stream_seed
-from d2lora.errors import TrainingError
-from d2lora.adapters.lora import adamw
-from d2lora.adapters.base import causal_model
 from d2lora.training.objectives import Objective
 from d2lora.training.progress import Best, Progress, as_logged, held_out, judge
-from d2lora.runtime.run_folder import RunFolder
 from d2lora.training.schedule import Plan, learning_rate
-from d2lora.scoring.scorer import TokenScorer, pass_tokens
-from d2lora.settings.seeds import seed_of
-from d2lora.settings import TrainSettings
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from dataclasses import replace
 from accelerate import PartialState
 
 from d2lora import fast
-
-from d2lora.training import checkpoint
+from d2lora.adapters.base import Base
 from d2lora.adapters.manifest import (
     FORMAT_VERSION,
     LoraRecord,
@@ -20,21 +19,21 @@ from d2lora.adapters.manifest import (
     fingerprint_of_adapter,
     write_manifest,
 )
+from d2lora.data.encode import Encoder
+from d2lora.data.rows import Fault
+from d2lora.data.sources import fault_lines
 from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
-from d2lora.training.cost import reset_peak_memory
-from d2lora.data.sources import fault_lines
-from d2lora.training.diagnosis import Start, losses_at_start, overfitting, too_short
-from d2lora.data.encode import Encoder
-from d2lora.training.initialization import Beginning
-from d2lora.adapters.base import Base
-from d2lora.training.objectives import objective_of
-from d2lora.training.rows import Rows
-from d2lora.training.reference import ReferencePolicy, with_reference
-from d2lora.data.rows import Fault
 from d2lora.runtime.run_folder import RunFolder, new_folder, provenance, write_json, write_text
 from d2lora.settings import AdaptSettings, PhaseSettings, Reference, WarmupSettings
+from d2lora.training import checkpoint
+from d2lora.training.cost import reset_peak_memory
+from d2lora.training.diagnosis import Start, losses_at_start, overfitting, too_short
+from d2lora.training.initialization import Beginning
 from d2lora.training.loop import Trained, planned, train
+from d2lora.training.objectives import objective_of
+from d2lora.training.reference import ReferencePolicy, with_reference
+from d2lora.training.rows import Rows
 
 
 def run_phase(

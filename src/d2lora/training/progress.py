@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from d2lora.data.batches import T, micro_batches
 from d2lora.runtime.console import Reporter
-from d2lora.training.objectives import Objective
 from d2lora.runtime.run_folder import RunFolder
 from d2lora.settings import TrainSettings
+from d2lora.training.objectives import Objective
 
 
 @dataclass

@@ -18,8 +18,8 @@ from peft import PeftModel
 from d2lora.data.batches import Pair
 from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
-from d2lora.scoring.pairs import pair_log_probabilities
 from d2lora.runtime.run_folder import read_json, write_json
+from d2lora.scoring.pairs import pair_log_probabilities
 from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import Reference
 

@@ -4,18 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from d2lora.runtime.console import Reporter
 from d2lora.data.contamination import Guard, leaks_of
-from d2lora.data.sources import nested_order, split_validation
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import EncodedSet, encode_all, encode_pairs
-from d2lora.errors import DataError
 from d2lora.data.rows import Example, Fault, place
-from d2lora.data.sources import selection_behind
-from d2lora.settings import PhaseSettings
+from d2lora.data.sources import nested_order, selection_behind, split_validation
 from d2lora.data.tasks import TaskData, read_task
-from d2lora.settings.seeds import seed_of
 from d2lora.data.trained_rows import TrainedRows
+from d2lora.errors import DataError
+from d2lora.runtime.console import Reporter
+from d2lora.settings import PhaseSettings
+from d2lora.settings.seeds import seed_of
 
 
 @dataclass(frozen=True)
