@@ -181,7 +181,7 @@ def test_tokens_are_those_of_unmerged_peft_where_not_all_can_be_folded(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
     )
     expected = [token for token in said[0, 12:].tolist() if token != base.eos_id]
-    with adapted(base, adapter) as on_base:
+    with adapted(base, adapter, fast_when=True) as (on_base, _):
         assert dict(Decoder(on_base, base, 12, 1).complete([ids[0].tolist()])) == {0: expected}
 
 
