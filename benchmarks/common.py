@@ -52,7 +52,8 @@ def base_of(size: str, folder: Path, data: Path, dtype: str = "float32") -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from d2lora.embedded.tokenizer import train_tokenizer
+    sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+    from train_tokenizer import train_tokenizer
 
     shape = SHAPES[size]
     lines = data.read_text(encoding="utf-8").strip().split("\n")

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon
+from train_tokenizer import train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from d2lora.embedded.documents import documents
 from d2lora.embedded.splits import chance_for
 from d2lora.embedded.sums import sum_of
-from d2lora.embedded.tokenizer import train_tokenizer
 
 VOCABULARY = 2048
 SEQUENCE, LONG_SEQUENCE = 256, 512  # the second while the rate falls

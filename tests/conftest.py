@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from train_tokenizer import train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from d2lora.embedded import general_rows, title_rows, word_problem_rows
-from d2lora.embedded.tokenizer import train_tokenizer
 from d2lora.runtime.console import quiet_libraries
 from support import write_rows
 

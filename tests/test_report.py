@@ -13,10 +13,10 @@ import pytest
 
 from d2lora.cli import main
 from d2lora.errors import RunError
-from d2lora.report import write_report
 from d2lora.report.analysis import read_findings
 from d2lora.report.canvas import BASE_COLOUR, COLOURS
 from d2lora.report.words import headline
+from d2lora.report.write import write_report
 from support import visible, write_rows
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -21,8 +21,8 @@ from d2lora.adapters.manifest import Manifest
 from d2lora.cli import main
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import DataError, SettingsError
-from d2lora.report import write_report
 from d2lora.report.analysis import read_findings
+from d2lora.report.write import write_report
 from d2lora.settings import StudySettings
 from d2lora.study.calibration import Calibration
 from d2lora.study.cells import Cell

@@ -55,7 +55,7 @@ COMMANDS = {
     "report": Command(
         "a study's page: verdict, charts, tables, examples; PNG and CSV",
         "ReportSettings",
-        "report:command",
+        "report.write:command",
     ),
     "inspect": Command(
         "what is in an adapter: spectrum, origin, fit, advice",
@@ -87,15 +87,18 @@ COMMANDS = {
 
 def study(settings: "StudySettings") -> None:
     """Run `d2lora study`: the study, then its summary and report."""
-    from d2lora.report import write_report
     from d2lora.report.analysis import read_findings
     from d2lora.report.summary import show
+    from d2lora.report.write import write_report
     from d2lora.runtime.console import Reporter, table_console
+    from d2lora.runtime.extras import need_extra
     from d2lora.study.run import dry_run, run_study
 
     if settings.dry_run:
         dry_run(settings)
         return
+    if settings.report:
+        need_extra("report", "the report (--no-report leaves it out)")
     done = run_study(settings)
     reporter = Reporter(quiet=settings.quiet)
     if done.results:

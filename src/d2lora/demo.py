@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 
 from d2lora.errors import RunError
-from d2lora.report import write_report
 from d2lora.report.analysis import read_findings
 from d2lora.report.findings import Findings
 from d2lora.report.summary import show
+from d2lora.report.write import write_report
 from d2lora.runtime.claims import claimed, target_of
 from d2lora.runtime.console import WIDTH, Reporter
 from d2lora.runtime.run_folder import provenance, write_json

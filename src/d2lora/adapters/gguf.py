@@ -4,7 +4,6 @@ transformers reads the file (its list of architectures is
 https://huggingface.co/docs/transformers/gguf); what is kept are plain bfloat16 safetensors.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from filelock import FileLock
 
 from d2lora.adapters.gguf_header import GgufHeader, read_header
 from d2lora.errors import ModelError
+from d2lora.runtime.extras import need_extra
 from d2lora.runtime.run_folder import cache_folder, new_folder, read_json, write_json
 
 RECORD = "gguf.json"
@@ -25,14 +25,10 @@ def converted_gguf(path: Path) -> Path:
     Weights are kept in bfloat16, whatever they are loaded as later.
 
     Raises:
-        ModelError: If the file is damaged, gguf is not installed or transformers cannot read the
-            architecture.
+        ModelError: If the file is damaged or transformers cannot read the architecture.
+        SettingsError: If gguf is not installed.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(
-            f"{path}: reading a GGUF file needs the package gguf: pip install 'd2lora[gguf]'; or "
-            "give --base the same model as safetensors"
-        )
+    need_extra("gguf", f"{path}, a GGUF file,")
     header = read_header(path)
     folder = cache_folder() / "bases" / f"{path.stem}-{header.fingerprint[:16]}"
     if (folder / RECORD).is_file():

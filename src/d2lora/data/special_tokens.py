@@ -11,8 +11,7 @@ from functools import cached_property
 from typing import Any
 from uuid import uuid4
 
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from d2lora.errors import DataError
 

@@ -7,12 +7,9 @@ kept row itself, so nothing is dropped on an estimate.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import xxhash
-from rensa import (  # the package has no types
-    RMinHash,  # pyright: ignore[reportAttributeAccessIssue]
-    RMinHashLSH,  # pyright: ignore[reportAttributeAccessIssue]
-)
 
 from d2lora.data.ngrams import overlap, shingles, words
 from d2lora.data.rows import Example
@@ -46,7 +43,10 @@ class Duplicates:
         self._threshold = threshold
         self._examples = examples
         self._exact: dict[bytes, int] = {}
-        self._index = RMinHashLSH(threshold, N_PERMUTATIONS, N_BANDS)
+        import rensa
+
+        self._rensa: Any = rensa  # it has no types
+        self._index = self._rensa.RMinHashLSH(threshold, N_PERMUTATIONS, N_BANDS)
 
     def add(self, index: int, example: Example) -> Duplicate | None:
         """Return what the example repeats; None where it is new, and is remembered."""
@@ -62,7 +62,7 @@ class Duplicates:
 
     def _near(self, index: int, example: Example) -> Duplicate | None:
         mine = shingles(example.text, SHINGLE_WORDS)
-        sketch = RMinHash(N_PERMUTATIONS, _SEED)
+        sketch = self._rensa.RMinHash(N_PERMUTATIONS, _SEED)
         sketch.update([value.tobytes() for value in mine])
         for other in sorted(self._index.query(sketch)):
             kept = self._examples[other]

@@ -20,6 +20,7 @@ from d2lora.data.batches import collate, micro_batches
 from d2lora.data.encode import Encoder
 from d2lora.data.rows import Example
 from d2lora.errors import SettingsError
+from d2lora.runtime.extras import need_extra
 from d2lora.scoring.scorer import pass_tokens, within_positions
 from d2lora.selection.cache import Array, unit_rows
 
@@ -93,15 +94,11 @@ class SentenceEncoder:
         Raises:
             SettingsError: If sentence-transformers is not installed or knows no such model.
         """
-        try:
-            from sentence_transformers import (  # pyright: ignore[reportMissingImports]
-                SentenceTransformer,
-            )
-        except ImportError:
-            raise SettingsError(
-                f"--embedding {name}: a sentence-transformers model needs "
-                "`pip install 'd2lora[embeddings]'`; or take `base` or `words`"
-            ) from None
+        need_extra("embeddings", f"--embedding {name}, which is neither `base` nor `words`,")
+        from sentence_transformers import (  # pyright: ignore[reportMissingImports]
+            SentenceTransformer,
+        )
+
         try:
             self._model: Any = SentenceTransformer(
                 name, device=str(device), trust_remote_code=False,

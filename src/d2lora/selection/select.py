@@ -20,6 +20,7 @@ from d2lora.data.sources import SELECTED, SELECTION_CARD
 from d2lora.data.tasks import TaskData, read_task
 from d2lora.errors import DataError, SettingsError
 from d2lora.runtime.console import Reporter
+from d2lora.runtime.extras import need_extra
 from d2lora.runtime.run_folder import DONE, SETTINGS, RunFolder, new_folder, provenance, write_json
 from d2lora.selection import datacard
 from d2lora.selection.features import PoolFeatures
@@ -53,6 +54,7 @@ def select(settings: SelectSettings) -> Selection:
             fewer than m rows are left.
     """
     method = _method(settings)
+    need_extra("select", "choosing warm-up rows")
     with RunFolder.open(settings.out, settings.to_yaml(), whole=True):
         return _select(settings, method)
 

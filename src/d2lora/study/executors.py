@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from d2lora.errors import SettingsError
 from d2lora.runtime.console import quiet_libraries
+from d2lora.runtime.extras import need_extra
 from d2lora.runtime.loading import loading
 from d2lora.study.store import Job, perform
 
@@ -137,12 +138,9 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _ray(n_workers: int, address: str | None) -> Generator[Submit]:
-    try:
-        import ray
-    except ImportError:
-        raise SettingsError(
-            "--executor ray: Ray is not installed; pip install 'd2lora[ray]'"
-        ) from None
+    need_extra("ray", "--executor ray")
+    import ray
+
     begun = not ray.is_initialized()
     if begun:
         n_cpus = None if address else n_workers or n_cores()

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -68,6 +67,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     try:
         import resource
     except ImportError:  # Windows keeps the peak elsewhere
+        import psutil
+
         memory = psutil.Process().memory_info()
         return int(getattr(memory, "peak_wset", memory.rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,7 +11,6 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +29,7 @@ from d2lora.data.batches import Encoded, Item, Pair, collate, micro_batches
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError, SettingsError
 from d2lora.runtime.console import Reporter
+from d2lora.runtime.extras import need_extra
 from d2lora.scoring.scorer import pass_tokens
 from d2lora.settings import FRESH, PhaseSettings
 from d2lora.training.data_initialization import LOOKS
@@ -204,8 +204,8 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
         )
     if name == "orthogonal" and shape.rank % 2:
         raise SettingsError(f"--init orthogonal needs an even rank, got {shape.rank}")
-    if name == "loftq" and find_spec("bitsandbytes") is None:
-        raise SettingsError("--init loftq needs bitsandbytes: pip install 'd2lora[loftq]'")
+    if name == "loftq":
+        need_extra("loftq", "--init loftq")
     if name == "loftq" and model.device.type not in {"cpu", "cuda"}:
         raise SettingsError(f"--init loftq works on a CPU and on CUDA, not on {model.device.type}")
     if name not in {"gaussian", "orthogonal"}:
