@@ -25,7 +25,7 @@ from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.embedded import title_rows
 from d2lora.settings import TrainSettings
 from d2lora.training.schedule import Plan, passes
-from support import REPOSITORY, read_rows, write_rows
+from support import REPOSITORY, dies_at_step, read_rows, write_rows
 
 Weights = dict[str, torch.Tensor]
 
@@ -268,6 +268,23 @@ def test_a_run_with_validation_rows_ends_with_its_best_weights_unless_told_other
     assert (last.manifest.kept_step, last.manifest.validation_loss_after) == (3, losses[3])
     at_best = run(tmp_path / "3", tiny_base, problems, keep_best=False, stop_step=best, **common)
     assert_same(weights(kept), weights(at_best))
+
+
+def test_a_resumed_run_still_ends_with_the_best_weights_from_before_it_was_killed(
+    tmp_path: Path, tiny_base: str, problems: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {
+        "learning_rate": 1.0, "schedule": "constant", "validation_fraction": 0.5, "eval_every": 1,
+        "max_steps": 3, "checkpoint_every": 2,
+    }  # fmt: skip
+    whole = run(tmp_path / "whole", tiny_base, problems, **common)
+    assert whole.manifest.kept_step is not None
+    assert whole.manifest.kept_step < 3
+    with monkeypatch.context() as patch, pytest.raises(dies_at_step(patch, 3)):
+        run(tmp_path / "killed", tiny_base, problems, **common)
+    resumed = run(tmp_path / "killed", tiny_base, problems, **common, resume=True)
+    assert resumed.manifest.kept_step == whole.manifest.kept_step
+    assert_same(weights(whole), weights(resumed))
 
 
 def validation_losses(adapter: Adapter) -> list[float]:
