@@ -26,7 +26,7 @@ from d2lora import fast
 from d2lora.adapters.base import Base, load_base
 from d2lora.data.batches import Question
 from d2lora.data.encode import Encoder
-from d2lora.data.tasks import read_choices
+from d2lora.data.tasks import read_choice_questions
 from d2lora.evaluation.measure import questions_of
 from d2lora.scoring.multiple_choice import continuation_scores
 from d2lora.scoring.scorer import TokenScorer
@@ -52,7 +52,7 @@ def main() -> None:
         for size in args.sizes:
             name = base_of(size, Path(folder), args.data)
             base = load_base(BaseSettings(base=name, device="cpu", threads=args.threads))
-            asked = list(islice(read_choices([str(args.data)]), args.questions))
+            asked = list(islice(read_choice_questions([str(args.data)]), args.questions))
             questions = questions_of(Encoder.of(base, None), asked)
             compare(size, base, questions, args.rounds)
 
@@ -62,9 +62,9 @@ def compare(size: str, base: Base, questions: Sequence[Question], rounds: int) -
     results: dict[str, list[float]] = {}
 
     def timed(name: str, score: Callable[[], list[float]]) -> float:
-        began = time.perf_counter()
+        started = time.perf_counter()
         results[name] = score()
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
     calls: dict[str, Callable[[], list[float]]] = {
         str(batch): partial(harness, base, questions, batch) for batch in BATCH_SIZES

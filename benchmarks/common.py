@@ -92,11 +92,11 @@ def ran(command: Sequence[str], threads: int) -> tuple[float, str]:
 
     Where it fails, so does the benchmark, with its messages.
     """
-    began = time.perf_counter()
+    started = time.perf_counter()
     done = subprocess.run(
         command, env=environment(threads), capture_output=True, text=True, check=False
     )
-    elapsed_s = time.perf_counter() - began
+    elapsed_s = time.perf_counter() - started
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return elapsed_s, done.stdout

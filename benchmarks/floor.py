@@ -28,7 +28,7 @@ REPEATS, _CALLS, _LONG_S = 3, 10, 0.05
 
 
 def main() -> None:
-    """Measure every size and number format, and print the table."""
+    """Measure every size and dtype, and print the table."""
     parser = parser_of(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["embedded", "40M", "135M"])
     parser.add_argument("--steps", type=int, default=4)
@@ -39,7 +39,7 @@ def main() -> None:
         print(json.dumps(measured(args)))
         return
     columns = ("tokens/s", "GFLOP/s of training", "GFLOP/s of products", "of the floor")
-    head("base", "number format", *columns)
+    head("base", "dtype", *columns)
     with tempfile.TemporaryDirectory() as folder:
         for size in args.sizes:
             base = base_of(size, Path(folder), args.data)
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def formats() -> tuple[str, ...]:
-    """Return the number formats that this processor computes in."""
+    """Return the dtypes that this processor computes in."""
     import torch
 
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -61,7 +61,7 @@ def formats() -> tuple[str, ...]:
 
 
 def run_apart(base: str, dtype: str, args: argparse.Namespace) -> dict[str, float]:
-    """Measure one number format in a process of its own."""
+    """Measure one dtype in a separate process."""
     words = ["--base", base, "--dtype", dtype, "--data", str(args.data)]
     words += ["--steps", str(args.steps), "--threads", str(args.threads)]
     return worker(__file__, words, args.threads)
@@ -139,11 +139,11 @@ def _seconds(call: Callable[[], Any], device: Any) -> float:
 
     def measured(n_calls: int) -> float:
         wait(device)
-        began = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(n_calls):
             call()
         wait(device)
-        return (time.perf_counter() - began) / n_calls
+        return (time.perf_counter() - started) / n_calls
 
     measured(1)  # warms up
     n_calls = 1 if measured(1) > _LONG_S else _CALLS

@@ -78,19 +78,19 @@ def compared(base: Base, args: argparse.Namespace) -> tuple[str, ...]:
     outputs: dict[str, list[list[int]]] = {}
     for _ in range(args.rounds):
         for side, complete in sides.items():
-            began = time.perf_counter()
+            started = time.perf_counter()
             outputs[side[0]] = complete()
-            times[side].append(time.perf_counter() - began)
+            times[side].append(time.perf_counter() - started)
     medians = {side: statistics.median(of) for side, of in times.items()}
     best = {
         name: min((median, size) for (of, size), median in medians.items() if of == name)
         for name in outputs
     }
-    told = (f"{best[name][0]:.1f} ({best[name][1]})" for name in ("generate", "continuous"))
+    fastest = (f"{best[name][0]:.1f} ({best[name][1]})" for name in ("generate", "continuous"))
     own = best["d2lora"][0]
     pairs = zip(outputs["generate"], outputs["d2lora"], strict=True)
     same = sum(first == second for first, second in pairs) / len(prompts)
-    return (*told, f"{own:.1f}", f"{best['generate'][0] / own:.2f}", f"{same:.0%}")
+    return (*fastest, f"{own:.1f}", f"{best['generate'][0] / own:.2f}", f"{same:.0%}")
 
 
 def decoded(base: Base, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:

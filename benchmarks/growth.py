@@ -56,11 +56,11 @@ def over_runs(args: Any, folder: Path) -> None:
     adapt(args, folder / "first", base, n=SMALL, max_steps=1)  # warms up
     head("runs in one process", "s", "s a run", "peak memory, MB")
     for k in args.runs:
-        began = time.perf_counter()
+        started = time.perf_counter()
         for number in range(k):
             out = folder / f"{k}-{number}"
             adapt(args, out, base, n=SMALL, max_steps=None, epochs=2.0, seed=number)
-        elapsed_s = time.perf_counter() - began
+        elapsed_s = time.perf_counter() - started
         memory = peak_memory_bytes(torch.device("cpu")) / 1e6
         row(k, f"{elapsed_s:.2f}", f"{elapsed_s / k:.2f}", f"{memory:.0f}")
 

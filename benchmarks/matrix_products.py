@@ -22,10 +22,10 @@ ROUNDS, REPEATS = 9, 50
 
 def seconds(call: Callable[[], Tensor]) -> float:
     """Return the time of one call, a mean of many."""
-    began = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(REPEATS):
         call()
-    return (time.perf_counter() - began) / REPEATS
+    return (time.perf_counter() - started) / REPEATS
 
 
 def main() -> None:

@@ -107,12 +107,12 @@ def ours(base: Any, model: Any, pairs: Any, settings: Any, *, share: bool) -> di
     with fast.enabled(model, when=settings.fast):
         scored = log_probabilities_of(policy, pairs, base.pad_id)
     items = [replace(pair, reference=value) for pair, value in zip(pairs, scored, strict=True)]
-    in_order = type("InOrder", (loop.Plan,), {"batch": _batch_in_order})
-    loop.Plan = in_order  # pyright: ignore[reportPrivateImportUsage]
+    in_order = type("InOrder", (loop.StepSchedule,), {"batch": _batch_in_order})
+    loop.StepSchedule = in_order  # pyright: ignore[reportPrivateImportUsage]
     objective = DPO()
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
-        run.begin("")
+        run.start("")
         with fast.enabled(model, when=settings.fast):
             loop.train(
                 model, items, [], objective, settings, run, Reporter(quiet=True), pad_id=base.pad_id

@@ -36,14 +36,14 @@ def main() -> None:
         theirs_s: list[float] = []
         ours_s: list[float] = []
         for _ in range(args.rounds):
-            began = time.perf_counter()
+            started = time.perf_counter()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it says that the adapter is LoRA already
                 _, tensors = convert_to_lora(model, rank=LOWER, progressbar=False)
-            theirs_s.append(time.perf_counter() - began)
-            began = time.perf_counter()
+            theirs_s.append(time.perf_counter() - started)
+            started = time.perf_counter()
             ours = truncate(factors, LOWER).factors
-            ours_s.append(time.perf_counter() - began)
+            ours_s.append(time.perf_counter() - started)
         theirs = product(tensors)
         mine = scale * (ours.b @ ours.a)
         difference = float((theirs - mine).abs().max() / mine.abs().max())

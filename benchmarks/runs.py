@@ -125,7 +125,7 @@ def first_step_of_sft(data: Path, out: Path, threads: int, base: str) -> float:
 
 def _seconds_until(command: list[str], threads: int, reached: Callable[[str], bool]) -> float:
     """Return the seconds until what a command has printed, or done, is `reached`."""
-    began = time.perf_counter()
+    started = time.perf_counter()
     with (
         tempfile.NamedTemporaryFile("r") as printed,
         subprocess.Popen(
@@ -136,4 +136,4 @@ def _seconds_until(command: list[str], threads: int, reached: Callable[[str], bo
             if process.poll() is not None:
                 sys.exit(f"ended before its first step: {' '.join(command)}")
             time.sleep(0.005)
-        return time.perf_counter() - began
+        return time.perf_counter() - started

@@ -76,19 +76,19 @@ def measured(
         "--threads", str(args.threads), "--quiet",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    began = time.perf_counter()
+    started = time.perf_counter()
     process = subprocess.Popen(line, env=environment)
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             break
-        if time.perf_counter() - began > args.limit_s:
+        if time.perf_counter() - started > args.limit_s:
             process.kill()
             process.wait()
             return f"- | stopped after {args.limit_s:.0f} | -"
         time.sleep(0.2)
     process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     if process.returncode:
         return f"- | failed ({process.returncode}) | -"
     card: dict[str, Any] = json.loads((out / "card.json").read_text(encoding="utf-8"))

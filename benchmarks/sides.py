@@ -52,11 +52,11 @@ def ours(settings: Any, n_warm: int = 1) -> dict[str, Any]:
 
     base, model, examples, encoder = prepared(settings)
     items = [encoder.encode(example) for example in examples]
-    in_order = type("InOrder", (loop.Plan,), {"batch": _batch_in_order})
-    loop.Plan = in_order  # pyright: ignore[reportPrivateImportUsage]
+    in_order = type("InOrder", (loop.StepSchedule,), {"batch": _batch_in_order})
+    loop.StepSchedule = in_order  # pyright: ignore[reportPrivateImportUsage]
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
-        run.begin("")
+        run.start("")
         say = Reporter(quiet=True)
         with fast.enabled(model, when=settings.fast):
             loop.train(model, items, [], SFT(), settings, run, say, pad_id=base.pad_id)

@@ -56,8 +56,8 @@ def pooled(arm: str, by_task: dict[str, list[Any]]) -> str:
         return f"pooled | {found.n_cells} cells | {arm} | {found.mean:+.1f} | one seed | "
     low, high = found.interval
     mark = "stands" if low > 0 or high < 0 else ""
-    told = f"{low:+.1f} to {high:+.1f}, p = {found.p_value:.2g}"
-    return f"pooled | {found.n_cells} cells | {arm} | {found.mean:+.1f} | {told} | {mark}"
+    interval = f"{low:+.1f} to {high:+.1f}, p = {found.p_value:.2g}"
+    return f"pooled | {found.n_cells} cells | {arm} | {found.mean:+.1f} | {interval} | {mark}"
 
 
 def differences(path: Path, against: str) -> Iterator[tuple[Any, Any]]:

@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from d2lora.data.rows import Message, Row
 from d2lora.data.sources import nested_order, read_source, split_validation
-from d2lora.data.tasks import read_choices, read_task
+from d2lora.data.tasks import read_choice_questions, read_task
 from d2lora.errors import DataError
 from d2lora.selection.pool import read_pool
 from d2lora.settings.seeds import stream_seed
@@ -303,8 +303,11 @@ def test_choices_are_checked(tmp_path: Path) -> None:
         {"prompt": "p", "choices": ["a", ""], "answer": True},
     ]
     with pytest.raises(DataError, match="3 bad row"):
-        read_choices([write_rows(tmp_path / "c.jsonl", rows)])
-    assert read_choices([write_rows(tmp_path / "c.jsonl", rows[:1])])[0].choices == ("a", "b")
+        read_choice_questions([write_rows(tmp_path / "c.jsonl", rows)])
+    assert read_choice_questions([write_rows(tmp_path / "c.jsonl", rows[:1])])[0].choices == (
+        "a",
+        "b",
+    )
 
 
 @given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 2**32))
@@ -343,4 +346,4 @@ def test_the_public_data_sets_are_read_whole(name: str, rows: int, task: str) ->
 
 @needs_shared_data
 def test_the_public_choices_are_read_whole() -> None:
-    assert len(read_choices([str(SHARED / "forgetting" / "test.jsonl")])) == 573
+    assert len(read_choice_questions([str(SHARED / "forgetting" / "test.jsonl")])) == 573

@@ -24,7 +24,7 @@ from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import BaseSettings
 from d2lora.training import rows as phase_rows
 from d2lora.training.objectives import SFT
-from d2lora.training.schedule import Plan
+from d2lora.training.schedule import StepSchedule
 
 ALONE = """
 import sys, torch
@@ -193,7 +193,9 @@ def test_losses_and_the_adapter_after_several_steps_are_trl_s_in_the_same_order(
     trainer.train()
     theirs = [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
-    monkeypatch.setattr(Plan, "batch", lambda _, step: list(range(step * size, (step + 1) * size)))
+    monkeypatch.setattr(
+        StepSchedule, "batch", lambda _, step: list(range(step * size, (step + 1) * size))
+    )
     monkeypatch.setattr(phase_rows, "nested_order", lambda n, _: list(range(n)))
     ours = adapt(
         AdaptSettings(

@@ -26,7 +26,7 @@ from d2lora.data.batches import Encoded, collate, micro_batches
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.encoded_sets import encode_all, encode_prompts
 from d2lora.data.rows import Example, Message, user
-from d2lora.data.tasks import Choice, read_task
+from d2lora.data.tasks import ChoiceQuestion, read_task
 from d2lora.errors import DataError, SettingsError
 from d2lora.evaluation.evaluate import evaluate
 from d2lora.evaluation.generate import generate
@@ -263,7 +263,9 @@ def test_special_tokens_in_data_are_text_and_eos_is_supervised_once(
 
 
 def test_special_tokens_in_choices_and_examples_before_a_prompt_are_text(base: Base) -> None:
-    rows = questions_of(Encoder.of(base, None), [Choice("Which <|eos|>?", ("a <|eos|>", "b"), 0)])
+    rows = questions_of(
+        Encoder.of(base, None), [ChoiceQuestion("Which <|eos|>?", ("a <|eos|>", "b"), 0)]
+    )
     assert base.eos_id not in (*rows[0].prompt, *rows[0].endings[0], *rows[0].endings[1])
     assert base.tokenizer.decode(rows[0].endings[0]) == " a <|eos|>"
 

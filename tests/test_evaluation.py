@@ -130,12 +130,12 @@ def test_rows_may_leave_the_faster_decoding_in_any_order(tiny_base: str) -> None
     tokens = torch.tensor([[30 + n, 40 + n] for n in range(6)])
     with torch.inference_mode():
         whole = LlamaSteps(llama)
-        whole.begin(prompts)
+        whole.prefill(prompts)
         whole.step(tokens[:, 0])
         expected = whole.step(tokens[:, 1])
         for kept in ([1, 3, 4], [0, 5], [5], [0, 1, 2], [3, 4, 5]):
             steps = LlamaSteps(llama)
-            steps.begin(prompts)
+            steps.prefill(prompts)
             steps.step(tokens[:, 0])
             order = steps.keep(kept)
             assert sorted(order) == kept
@@ -155,7 +155,7 @@ def test_models_that_the_faster_decoding_does_not_compute_keep_their_own_pass(
     assert Llama.of(wide.model) is None
     # A difference that is not in the configuration is found out by the first prompt.
     monkeypatch.setattr(
-        LlamaSteps, "begin", lambda _, prompts: torch.zeros(len(prompts), base.model.vocab_size)
+        LlamaSteps, "prefill", lambda _, prompts: torch.zeros(len(prompts), base.model.vocab_size)
     )
     monkeypatch.setattr(
         LlamaSteps, "step", lambda _, next_B: torch.zeros(len(next_B), base.model.vocab_size)

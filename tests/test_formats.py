@@ -20,7 +20,7 @@ from d2lora.data.contamination import Guard
 from d2lora.data.encode import Encoder
 from d2lora.data.formats import FORMATS
 from d2lora.data.rows import Message
-from d2lora.data.tasks import TASKS, read_choices, read_task
+from d2lora.data.tasks import TASKS, read_choice_questions, read_task
 from d2lora.errors import DataError
 from d2lora.selection.pool import read_pool
 from d2lora.study.mixture import write_mixture
@@ -150,7 +150,7 @@ def test_fields_that_are_not_used_are_named_once_a_source(tmp_path: Path) -> Non
     assert said == ["rows read: 1 as documents; not used: `url`"]
     choice = {"prompt": "p", "choices": ["a", "b"], "answer": 0, "subject": "s"}
     told: list[str] = []
-    read_choices([write_rows(tmp_path / "c.jsonl", [choice, choice])], told.append)
+    read_choice_questions([write_rows(tmp_path / "c.jsonl", [choice, choice])], told.append)
     assert [line.partition("rows read: ")[2] for line in told] == [
         "2 as multiple choice; not used: `subject`"
     ]

@@ -18,7 +18,7 @@ from d2lora.adapters.base import Base, load_base
 from d2lora.settings import BaseSettings
 from d2lora.training import phase
 from d2lora.training.data_initialization import LOOKS
-from d2lora.training.initialization import Beginning
+from d2lora.training.initialization import InitializedAdapter
 from support import dies_at_step, read_rows, write_rows
 
 CHANGING = ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"]
@@ -39,10 +39,10 @@ def test_an_adapter_says_on_a_fresh_base_what_was_trained_and_the_shared_base_is
     trained: list[torch.Tensor] = []
     save = phase._save_weights
 
-    def listening(beginning: Beginning, *args: Any) -> Any:
+    def listening(adapter: InitializedAdapter, *args: Any) -> Any:
         with torch.no_grad():
-            trained.append(beginning.model(input_ids=PROBE).logits)
-        return save(beginning, *args)
+            trained.append(adapter.model(input_ids=PROBE).logits)
+        return save(adapter, *args)
 
     monkeypatch.setattr(phase, "_save_weights", listening)
     adapter = run(tmp_path / "a", tiny_base, problems, loaded, init=init)

@@ -27,7 +27,7 @@ from d2lora import (
     warm_up,
 )
 from d2lora.adapters.base import load_base
-from d2lora.data.batches import Pair
+from d2lora.data.batches import PreferencePair
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_pairs
 from d2lora.data.preferences import dialogue
@@ -39,7 +39,7 @@ from d2lora.scoring.scorer import TokenScorer, log_probabilities
 from d2lora.settings import BaseSettings
 from d2lora.training import rows as phase_rows
 from d2lora.training.objectives import DPO, ORPO
-from d2lora.training.schedule import Plan
+from d2lora.training.schedule import StepSchedule
 from support import SHARED, dies_at_step, needs_shared_data, read_rows, write_rows
 
 TURN = {"role": "user", "content": "2 + 2?"}
@@ -78,7 +78,7 @@ def losses(adapter: Adapter, name: str = "loss") -> list[float]:
 
 
 @pytest.fixture
-def pairs(tiny_base: str, preferences: str) -> tuple[TokenScorer, list[Pair], int]:
+def pairs(tiny_base: str, preferences: str) -> tuple[TokenScorer, list[PreferencePair], int]:
     base = load_base(BaseSettings(base=tiny_base, device="cpu"))
     data = read_task([preferences])
     encoded = encode_pairs(Encoder.of(base, None), data.examples, 512, "error")
@@ -147,7 +147,7 @@ def test_every_public_preference_reads() -> None:
 
 
 def test_both_completions_end_in_eos_and_share_the_prompt(
-    tiny_base: str, pairs: tuple[TokenScorer, list[Pair], int]
+    tiny_base: str, pairs: tuple[TokenScorer, list[PreferencePair], int]
 ) -> None:
     eos = AutoTokenizer.from_pretrained(tiny_base).eos_token_id
     for pair in pairs[1]:
@@ -168,7 +168,7 @@ def test_a_long_pair_is_cut_alike(tiny_base: str) -> None:
 
 
 def test_a_prompt_computed_once_gives_the_scores_and_gradients_of_two_rows(
-    pairs: tuple[TokenScorer, list[Pair], int],
+    pairs: tuple[TokenScorer, list[PreferencePair], int],
 ) -> None:
     scorer, items, pad_id = pairs
     scorer.double().requires_grad_(requires_grad=True)
@@ -189,7 +189,9 @@ def test_a_prompt_computed_once_gives_the_scores_and_gradients_of_two_rows(
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "sigmoid_norm"])
-def test_dpo_is_its_formula(pairs: tuple[TokenScorer, list[Pair], int], loss_type: Any) -> None:
+def test_dpo_is_its_formula(
+    pairs: tuple[TokenScorer, list[PreferencePair], int], loss_type: Any
+) -> None:
     from dataclasses import replace
 
     scorer, items, pad_id = pairs
@@ -339,10 +341,10 @@ def test_supervised_learning_of_preferences_is_that_of_the_chosen_completions(
 def keep_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take rows as they stand in the file, as TRL is made to."""
 
-    def batch(plan: Plan, step: int) -> list[int]:
+    def batch(plan: StepSchedule, step: int) -> list[int]:
         return list(range(step * plan.batch_size, (step + 1) * plan.batch_size))
 
-    monkeypatch.setattr(Plan, "batch", batch)
+    monkeypatch.setattr(StepSchedule, "batch", batch)
     monkeypatch.setattr(phase_rows, "nested_order", lambda n, _: list(range(n)))
 
 
@@ -432,7 +434,7 @@ def test_orpo_trains_as_trl_s_orpo_trainer_on_the_same_rows(
 
 
 def test_orpo_with_and_without_the_prompt_differ_in_the_cross_entropy_alone(
-    pairs: tuple[TokenScorer, list[Pair], int],
+    pairs: tuple[TokenScorer, list[PreferencePair], int],
 ) -> None:
     scorer, items, pad_id = pairs
     whole, completion = (
@@ -445,7 +447,10 @@ def test_orpo_with_and_without_the_prompt_differ_in_the_cross_entropy_alone(
 
 
 def test_evaluate_says_how_often_the_chosen_completion_is_likelier(
-    tmp_path: Path, tiny_base: str, preferences: str, pairs: tuple[TokenScorer, list[Pair], int]
+    tmp_path: Path,
+    tiny_base: str,
+    preferences: str,
+    pairs: tuple[TokenScorer, list[PreferencePair], int],
 ) -> None:
     adapter = run(tmp_path / "a", tiny_base, preferences, max_steps=4)
     names = (str(adapter.path), "base")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from d2lora import fast
 from d2lora.adapters.base import Base, load_base
-from d2lora.data.batches import Batch, Encoded, Pair, Question, collate
+from d2lora.data.batches import Batch, Encoded, PreferencePair, Question, collate
 from d2lora.evaluation.decoding import Decoder
 from d2lora.fast.llama import LlamaSteps
 from d2lora.scoring.multiple_choice import continuation_scores
@@ -83,9 +83,11 @@ def test_pairs_are_compared_on_the_shortest_and_the_longest_pair(
 ) -> None:
     spoil(base, monkeypatch, "attention_mask", width=LONG)
 
-    def pair_of(length: int) -> Pair:
+    def pair_of(length: int) -> PreferencePair:
         prompt = row_of(length).ids
-        return Pair(Encoded((*prompt, 11, 12), length), Encoded((*prompt, 30, 31, 32), length))
+        return PreferencePair(
+            Encoded((*prompt, 11, 12), length), Encoded((*prompt, 30, 31, 32), length)
+        )
 
     groups = [[pair_of(9), pair_of(4)], [pair_of(12), pair_of(44)]]
     plain = [PairScorer()(TokenScorer(base.model), group, base.pad_id) for group in groups]
@@ -100,13 +102,13 @@ def test_pairs_are_compared_on_the_shortest_and_the_longest_pair(
 def test_faster_decoding_is_compared_on_the_shortest_and_the_longest_prompt(
     base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = LlamaSteps.begin
+    own = LlamaSteps.prefill
 
-    def begin(steps: LlamaSteps, prompts: Any) -> Tensor:
+    def prefill(steps: LlamaSteps, prompts: Any) -> Tensor:
         logits_BV = own(steps, prompts)
         return logits_BV.flip(1) if max(map(len, prompts)) > LONG else logits_BV
 
-    monkeypatch.setattr(LlamaSteps, "begin", begin)
+    monkeypatch.setattr(LlamaSteps, "prefill", prefill)
     prompts = [list(row_of(length).ids) for length in (9, 60, 5)]
     expected = dict(Decoder(base.model, base, 6, 1).complete(prompts))
     with fast.enabled(base.model, when=True) as used:

@@ -24,7 +24,7 @@ from d2lora import (
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.embedded import title_rows
 from d2lora.settings import TrainSettings
-from d2lora.training.schedule import Plan, passes
+from d2lora.training.schedule import StepSchedule, passes
 from support import REPOSITORY, dies_at_step, read_rows, write_rows
 
 Weights = dict[str, torch.Tensor]
@@ -313,7 +313,7 @@ def validation_losses(adapter: Adapter) -> list[float]:
 def test_a_run_is_long_enough_for_few_rows_unless_its_length_is_given(
     n_rows: int, given: dict[str, Any], course: tuple[int, int]
 ) -> None:
-    plan = Plan.of(n_rows, TrainSettings(**given), 0)
+    plan = StepSchedule.of(n_rows, TrainSettings(**given), 0)
     assert (plan.batch_size, plan.n_steps) == course
     assert plan.last_step == plan.n_steps
     shown = sum(len(plan.batch(step)) for step in range(plan.last_step))

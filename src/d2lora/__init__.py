@@ -1,4 +1,4 @@
-"""d2lora: warm a LoRA adapter up once on general data, begin every scarce task from it.
+"""d2lora: warm a LoRA adapter up once on general data, then start every scarce task from it.
 
     from pathlib import Path
     from d2lora import AdaptSettings, WarmupSettings, adapt, warm_up

@@ -1,4 +1,4 @@
-"""Phase 2: base + scarce task data + init -> adapter."""
+"""Phase 2: base + scarce task data + initialization -> adapter."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import RunFolder
 from d2lora.settings import AdaptSettings, is_named_init
 from d2lora.settings.seeds import seed_of
-from d2lora.training.initialization import Beginning, Initialization, begin
+from d2lora.training.initialization import Initialization, InitializedAdapter, initialized
 from d2lora.training.phase import run_phase
 from d2lora.training.rows import prepare_rows
 from d2lora.warmstart import WarmStart
@@ -24,7 +24,7 @@ from d2lora.warmstart import WarmStart
 def adapt(settings: AdaptSettings, base: Base | None = None) -> Adapter:
     """Fine-tune an adapter on a scarce task, from fresh LoRA or from a warm start.
 
-    Optimizer, schedule and step count start anew: only weights, shape and chat format are
+    Optimizer, schedule and step count start from zero: only weights, shape and chat format are
     inherited (D2LoRA, arXiv 2503.18089, phase 2).
 
     Args:
@@ -38,34 +38,34 @@ def adapt(settings: AdaptSettings, base: Base | None = None) -> Adapter:
     reporter = Reporter(quiet=settings.quiet)
     warm_start = None if is_named_init(settings.init) else WarmStart.load(settings.init)
     if warm_start is None and settings.init_scale != 1:
-        raise SettingsError(f"--init-scale weakens a warm start; --init {settings.init} is none")
+        raise SettingsError(f"--init-scale scales a warm start, and --init {settings.init} is none")
     chat_format = _inherited_format(settings, warm_start)
     with RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume) as run:
         base = base or load_base(settings)
         encoder = Encoder.of(base, chat_format)
         rows = prepare_rows(settings, settings.n, encoder, reporter)
-        with _begun(settings, warm_start, base, rows.train, reporter) as beginning:
-            run_phase(settings, base, beginning, rows, encoder, run, reporter)
+        with _initialized(settings, warm_start, base, rows.train, reporter) as adapter:
+            run_phase(settings, base, adapter, rows, encoder, run, reporter)
     return Adapter.load(settings.out)
 
 
 @contextmanager
-def _begun(
+def _initialized(
     settings: AdaptSettings,
     warm_start: WarmStart | None,
     base: Base,
     rows: Sequence[Item],
     reporter: Reporter,
-) -> Generator[Beginning]:
+) -> Generator[InitializedAdapter]:
     if warm_start is None:
         shape, seed = LoraShape.fresh(settings), seed_of(settings, "init")
-        with begin(settings, base, shape, seed, rows, reporter) as beginning:
-            yield beginning
+        with initialized(settings, base, shape, seed, rows, reporter) as adapter:
+            yield adapter
         return
     shape = warm_start.inherited_shape(settings)
     model = warm_start.apply_to(base.model, dropout=settings.dropout, scale=settings.init_scale)
     reporter.say(
-        f"begins from the warm start {warm_start.path}; inherited: rank {shape.rank}, alpha "
+        f"initialized from the warm start {warm_start.path}; inherited: rank {shape.rank}, alpha "
         f"{shape.alpha:g}, targets {' '.join(shape.targets)}, chat format "
         f"{warm_start.manifest.chat_format}"
         + (f"; strength {settings.init_scale:g}" if settings.init_scale != 1 else "")
@@ -73,7 +73,7 @@ def _begun(
     lineage = (*warm_start.manifest.lineage, ancestor_of(warm_start.path, warm_start.manifest))
     try:
         about, trained = Initialization("warm start"), TrainedRows.read(warm_start.path)
-        yield Beginning(model, shape, about, lineage, trained=trained)
+        yield InitializedAdapter(model, shape, about, lineage, trained=trained)
     finally:
         detach_adapter(model)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HELP = """usage: d2lora COMMAND [SETTINGS.yaml] [--setting value ...]
 
 Data-driven LoRA initialization for scarce tasks: warm an adapter up once on
-general data, then begin every scarce task from it.
+general data, then start every scarce task from it.
 
 commands:
 {commands}
@@ -31,7 +31,7 @@ Settings come from a YAML file, from options, or both; options win.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code.
 
-    0: done; 2: a mistake of the user's; 130: interrupted; 141: nobody reads on.
+    0: done; 2: a mistake of the user's; 130: interrupted; 141: the output's reader is gone.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def help_text() -> str:
     """Return the help of the program."""
-    lines = [f"  {name:<10}{command.says}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
     return HELP.format(commands="\n".join(lines))
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Command(NamedTuple):
     """One command."""
 
-    says: str
+    summary: str
     """What it does, for the help."""
     settings: str
     """Name of its settings in `d2lora.settings`."""
@@ -35,15 +35,17 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command(
-        "the whole story on the embedded base, offline, on a CPU", "DemoSettings", "demo:command"
+        "the whole method on the embedded base, offline, on a CPU", "DemoSettings", "demo:command"
     ),
     "warmup": Command("base + general data -> warm start", "WarmupSettings", "warmup:command"),
     "select": Command(
-        "pool + task examples -> warm-up set, cleaned, with reasons",
+        "pool + task examples -> clean warm-up rows, with reasons",
         "SelectSettings",
         "selection.select:command",
     ),
-    "adapt": Command("base + task data + init -> adapter", "AdaptSettings", "adaptation:command"),
+    "adapt": Command(
+        "base + task data + initialization -> adapter", "AdaptSettings", "adaptation:command"
+    ),
     "evaluate": Command(
         "base + adapters + task -> scores, records, forgetting",
         "EvaluateSettings",
@@ -53,22 +55,22 @@ COMMANDS = {
         "compare initializations over tasks, sizes and seeds", "StudySettings", "commands:study"
     ),
     "report": Command(
-        "a study's page: verdict, charts, tables, examples; PNG and CSV",
+        "a study's report: findings, charts, tables, examples; PNG and CSV",
         "ReportSettings",
         "report.write:command",
     ),
     "inspect": Command(
-        "what is in an adapter: spectrum, origin, fit, advice",
+        "what an adapter holds: spectrum, origin, base, advice",
         "InspectSettings",
         "tools.inspect:command",
     ),
     "convert": Command(
-        "another rank or strength, a mixture, a part, or a merge",
+        "change an adapter's rank or strength, mix, cut or merge adapters",
         "ConvertSettings",
         "tools.convert:command",
     ),
     "pairs": Command(
-        "task rows with gold answers -> preference rows, by sampling",
+        "task rows with gold answers -> preference pairs, by sampling",
         "PairsSettings",
         "tools.pairs:command",
     ),
@@ -78,7 +80,7 @@ COMMANDS = {
         "evaluation.generate:command",
     ),
     "schema": Command(
-        "JSON schema of a command's settings file or of a study's plan, for editors",
+        "JSON schema of a settings file or study plan, for editors",
         "SchemaSettings",
         "schema:command",
     ),

@@ -1,4 +1,4 @@
-"""The whole story on the embedded base: warm up once, adapt to two scarce tasks, compare.
+"""The whole method on the embedded base: warm up once, adapt to two scarce tasks, compare.
 
 It is the study `plans/quick.yaml`; every number printed is measured in the run.
 """
@@ -34,13 +34,13 @@ def demo(settings: DemoSettings) -> Findings:
 
 
 def _demo(settings: DemoSettings, out: Path) -> Findings:
-    began, reporter = time.perf_counter(), Reporter()
+    started, reporter = time.perf_counter(), Reporter()
     _clear(out)
     write_json(out / MARKER, provenance())
     reporter.say(
-        "d2lora demo: one warm-up on general data, then every task from it and from fresh LoRA, "
-        f"at n = {', '.join(map(str, settings.sizes))}, {settings.seeds} seeds each; everything "
-        f"goes to {out}"
+        "d2lora demo: one warm-up on general data, then every task from it and from fresh LoRA "
+        f"at n = {', '.join(map(str, settings.sizes))}, {settings.seeds} seeds each; "
+        f"written to {out}"
     )
     study = run_study(
         StudySettings(
@@ -60,7 +60,7 @@ def _demo(settings: DemoSettings, out: Path) -> Findings:
     console = Console(width=WIDTH)
     show(findings, console)
     page = write_report(findings)
-    console.print(f"Whole demo: {time.perf_counter() - began:.0f} s.", highlight=False)
+    console.print(f"Whole demo: {time.perf_counter() - started:.0f} s.", highlight=False)
     console.print(f"Report: {page}", highlight=False, markup=False)
     return findings
 

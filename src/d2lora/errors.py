@@ -5,7 +5,7 @@
     ├── DataError       (ValueError)    a data file cannot be used; every fault is listed at once
     ├── ModelError      (ValueError)    a base or an adapter cannot be loaded or does not fit
     │   └── WarmStartError              a folder is no warm start, or not one for this base
-    ├── TrainingError   (RuntimeError)  training cannot begin or has gone wrong
+    ├── TrainingError   (RuntimeError)  training cannot start or has gone wrong
     └── RunError        (RuntimeError)  a run folder is in use, incomplete or of other settings
 
 A message says what was expected, what was found and what to do. The command line prints the
@@ -37,7 +37,7 @@ class WarmStartError(ModelError):
 
 
 class TrainingError(D2LoraError, RuntimeError):
-    """Training cannot begin or has gone wrong."""
+    """Training cannot start or has gone wrong."""
 
 
 class RunError(D2LoraError, RuntimeError):

@@ -27,8 +27,7 @@ def schema_of(name: str) -> dict[str, Any]:
     if name != PLAN and name not in COMMANDS:
         known = [PLAN, *COMMANDS]
         raise SettingsError(
-            f"no settings of the name `{name}`.{did_you_mean(name, known)} Known: "
-            f"{', '.join(known)}"
+            f"no command `{name}`.{did_you_mean(name, known)} Known: {', '.join(known)}"
         )
     found = (StudyPlan if name == PLAN else COMMANDS[name].kind).model_json_schema()
     found.pop("required", None)

@@ -1,8 +1,8 @@
 """The warm start: the one thing that passes from the warm-up to the tasks.
 
 D2LoRA (Seraj, Mohajeri, Dousti, arXiv 2503.18089) trains an adapter once on general data and
-begins every scarce task from its weights. A `WarmStart` is that adapter with its manifest. It can
-be put on a model by hand, too:
+initializes every scarce task from its weights. A `WarmStart` is that adapter with its manifest. It
+can be put on a model by hand, too:
 
     model = WarmStart.load("warm").apply_to(AutoModelForCausalLM.from_pretrained(base))
 """
@@ -27,7 +27,7 @@ from d2lora.settings import FRESH, PEFT_INITS, LoraSettings
 
 
 class WarmStart(Adapter):
-    """An adapter warmed up on general data, from which tasks begin."""
+    """An adapter warmed up on general data, from which tasks are initialized."""
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -63,7 +63,7 @@ class WarmStart(Adapter):
         require a gradient (PEFT loads an adapter frozen by default, peft#282).
 
         Args:
-            model: The warm start's base, loaded in any number format.
+            model: The warm start's base, loaded in any dtype.
             dropout: Dropout on the adapter's input. None: the warm start's own.
             scale: Strength of the warm start; B is multiplied by it. 0 leaves A alone.
 
@@ -72,7 +72,10 @@ class WarmStart(Adapter):
         """
         found = fingerprint_of_model(model)
         if found is None:
-            warn("the model's files are not at hand, so its weights were not checked", stacklevel=2)
+            warn(
+                "the model was not loaded from local files, so its weights were not checked",
+                stacklevel=2,
+            )
         else:
             self.manifest.check_base(found, str(model.config.name_or_path), self.path)
         attached = attach_adapter(model, self.path, trainable=True, dropout=dropout)
@@ -84,7 +87,7 @@ class WarmStart(Adapter):
         return attached
 
     def inherited_shape(self, settings: LoraSettings) -> LoraShape:
-        """Return the warm start's shape; what the settings say must agree with it.
+        """Return the warm start's shape; the settings must agree with it.
 
         Raises:
             WarmStartError: If they do not, with the fix.
@@ -99,20 +102,20 @@ class WarmStart(Adapter):
             shape = replace(shape, targets=tuple(sorted(shape.targets)))
         clashes = differences(wanted, shape)
         if clashes:
-            told = "; ".join(
+            contradictions = "; ".join(
                 f"--{name} {_shown(asked)}, but it has {_shown(have)}"
                 for name, (asked, have) in clashes.items()
             )
             options = " ".join(f"--{name}" for name in clashes)
             raise WarmStartError(
-                f"the settings contradict the warm start {self.path}: {told}. Leave out {options} "
-                "to inherit, or warm up anew with these values"
+                f"the settings contradict the warm start {self.path}: {contradictions}. Leave out "
+                f"{options} to inherit, or warm up again with these values"
             )
         if (config.r, float(config.lora_alpha)) != (shape.rank, shape.alpha):
             raise WarmStartError(
                 f"{self.path}: adapter_config.json (rank {config.r}, alpha {config.lora_alpha}) "
                 f"and warm_start.json (rank {shape.rank}, alpha {shape.alpha:g}) disagree; one "
-                "of them was edited. Restore it, or warm up anew"
+                "of them was edited. Restore it, or warm up again"
             )
         return shape if settings.dropout is None else replace(shape, dropout=settings.dropout)
 

@@ -12,7 +12,7 @@ from d2lora.runtime.run_folder import DONE, RunFolder
 from d2lora.selection.select import select
 from d2lora.settings import SelectSettings, WarmupSettings
 from d2lora.settings.seeds import seed_of
-from d2lora.training.initialization import begin
+from d2lora.training.initialization import initialized
 from d2lora.training.phase import run_phase
 from d2lora.training.rows import prepare_rows
 from d2lora.warmstart import WarmStart
@@ -36,32 +36,32 @@ def warm_up(settings: WarmupSettings, base: Base | None = None) -> WarmStart:
         rows = prepare_rows(chosen, chosen.m, encoder, reporter)
         shape = LoraShape.fresh(settings)
         seed = seed_of(settings, "init")
-        with begin(settings, base, shape, seed, rows.train, reporter) as beginning:
-            run_phase(settings, base, beginning, rows, encoder, run, reporter)
+        with initialized(settings, base, shape, seed, rows.train, reporter) as adapter:
+            run_phase(settings, base, adapter, rows, encoder, run, reporter)
     return WarmStart.load(settings.out)
 
 
 def _chosen(settings: WarmupSettings, run: RunFolder) -> WarmupSettings:
-    """Return the settings with the rows that `select` chooses as data, where that is asked for.
+    """Return the settings with the rows that `select` selects as data, where one is set.
 
-    A resumed run finds its choice already made.
+    A resumed run finds its rows already selected.
 
     Raises:
-        SettingsError: If the choice lacks its size, or a task is named without a choice.
+        SettingsError: If the selection lacks its size, or --for its selection method.
     """
     if settings.select is None:
         if settings.for_task:
-            raise SettingsError("--for needs a choice to be made: add --select similar, say")
+            raise SettingsError("--for needs a selection method; add one, as in --select similar")
         return settings
     if settings.m is None:
-        raise SettingsError(f"--select {settings.select} needs -m, the number of rows to choose")
+        raise SettingsError(f"--select {settings.select} needs -m, the number of rows to select")
     folder = settings.out / "selection"
     if not (folder / DONE).is_file():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise SettingsError(
-                "--select chooses in one process: run d2lora select first, and give its data.jsonl"
+                "--select runs in one process: run d2lora select first, and give its data.jsonl"
             )
-        run.begin(settings.to_yaml())
+        run.start(settings.to_yaml())
         shared = SelectSettings.model_fields.keys() & WarmupSettings.model_fields.keys()
         common = {name: getattr(settings, name) for name in shared - {"out"}}
         select(SelectSettings(**common, out=folder, method=settings.select))

@@ -21,8 +21,8 @@ from d2lora.errors import ModelError, listed
 
 
 @contextmanager
-def peft_notes_ignored() -> Generator[None]:
-    """Leave out warnings of PEFT's that are of no use here."""
+def peft_warnings_ignored() -> Generator[None]:
+    """Suppress warnings of PEFT that do not apply here."""
     with warnings.catch_warnings():
         # Conv1D keeps its weights turned; PEFT sees it and sets itself right.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
@@ -60,7 +60,7 @@ def attach_adapter(
 
 @contextmanager
 def attached(model: PreTrainedModel, folder: Path) -> Generator[PeftModel]:
-    """Have a saved adapter on a model inside the block, to compute and not to train.
+    """Put a saved adapter on a model inside the block, for inference.
 
     Afterwards the model's modules and weights are what they were, bit for bit, whatever came with
     the adapter: whole modules (`modules_to_save`), biases, embeddings.
@@ -85,7 +85,7 @@ def detach_adapter(model: PeftModel) -> PreTrainedModel:
 def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> PeftModel:
     files.config.inference_mode = not trainable
     try:
-        with peft_notes_ignored():
+        with peft_warnings_ignored():
             on_base = get_peft_model(model, files.config)
             _check_names(on_base, files)
             set_peft_model_state_dict(on_base, files.weights)

@@ -83,7 +83,7 @@ def load_base(settings: BaseSettings) -> Base:
         # transformers would load the base that is named there, wherever that is.
         raise ModelError(
             f"{settings.base}: it holds an adapter ({ADAPTER_CONFIG}) and is no base; give --base "
-            "the model that the adapter was made on, or take that file out"
+            "the model that the adapter was made on, or remove that file"
         )
     fingerprint = fingerprint_of(folder)
     tokenizer = load_tokenizer(settings)
@@ -158,7 +158,7 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """Return the number format named; `auto` is bfloat16 on CUDA and float32 elsewhere."""
+    """Return the dtype named; `auto` is bfloat16 on CUDA and float32 elsewhere."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
@@ -200,7 +200,7 @@ def unknown_token(token: int, tokenizer: PreTrainedTokenizerBase, n_rows: int) -
     return (
         f"the tokenizer makes token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but the "
         f"base's embedding ends with {n_rows - 1}: the tokenizer is another model's, or "
-        "tokens were added to it alone; take the base's own, or resize the embedding "
+        "tokens were added to it alone; use the base's own, or resize the embedding "
         "(resize_token_embeddings of transformers) and save both"
     )
 

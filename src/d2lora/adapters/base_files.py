@@ -52,7 +52,7 @@ def base_folder(
 def _local(folder: Path, gguf_file: str | None) -> Path:
     if gguf_file is not None:
         if not (folder / gguf_file).is_file():
-            raise ModelError(f"{folder}: it has no {gguf_file}, which --gguf-file names")
+            raise ModelError(f"{folder}: no file {gguf_file}, as --gguf-file says")
         return converted_gguf(folder / gguf_file)
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.glob("*.gguf"))
@@ -77,7 +77,7 @@ def _from_hub(name: str, revision: str | None, gguf_file: str | None, *, fetch: 
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{name}: no local folder of this name, and the hub gave none: {reason}"
+            f"{name}: no such local folder, and the hub has no such model: {reason}"
         ) from None
 
 

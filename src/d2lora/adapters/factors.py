@@ -57,7 +57,7 @@ def truncate(factors: Factors, rank: int) -> Truncated:
 def extend(factors: Factors, rank: int, generator: torch.Generator) -> Factors:
     """Return factors of a higher rank with the same product.
 
-    New directions begin as a fresh adapter does: Kaiming-uniform A, zero B; so they train.
+    New directions are initialized as in a fresh adapter: Kaiming-uniform A, zero B; so they train.
 
     Args:
         factors: The factors, of a rank of at most `rank`.

@@ -1,7 +1,7 @@
-"""The two files of an adapter, read in this one place; what is wrong with them is said here.
+"""The two files of an adapter, read and checked in this one place.
 
 adapter_config.json         PEFT's configuration
-adapter_model.safetensors   its weights; the names begin with `base_model.model.`
+adapter_model.safetensors   its weights; the names start with `base_model.model.`
 """
 
 import json
@@ -77,7 +77,7 @@ class AdapterFiles:
         """Check that nothing but LoRA weights comes with the adapter.
 
         Raises:
-            ModelError: If something does, which no switched-off adapter and no warm start can have.
+            ModelError: If something does: it could not be switched off, or trained further.
         """
         if self.config.bias != "none" or self.beyond_lora:
             held = some(self.beyond_lora) or f"biases (bias: {self.config.bias})"
@@ -116,12 +116,12 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise ModelError(f"{path}: the adapter cannot be used:\n{listed(faults)}")
     try:
         with warnings.catch_warnings():
-            # PEFT warns of what is there for the making of an adapter and of no use afterwards.
+            # PEFT warns of settings that matter when an adapter is made, not afterwards.
             warnings.simplefilter("ignore")
             config = LoraConfig(**{key: value for key, value in values.items() if key in known})
     except (TypeError, ValueError, ImportError) as error:
         raise ModelError(f"{path}: {_first_line(error)}") from None
-    config.init_lora_weights = True  # what is read takes the place of any beginning
+    config.init_lora_weights = True  # what is read replaces any initialization
     return config
 
 
@@ -161,8 +161,8 @@ def _faults(values: dict[str, Any], known: set[str]) -> list[str]:
     faults += [f"`{key}` {why}" for key, why in _UNSUPPORTED.items() if values.get(key)]
     # A newer PEFT writes settings that this one lacks; where they are off, nothing is missed.
     faults += [
-        f"`{key}`: {values[key]!r} is not known to the PEFT that is installed; upgrade it, or "
-        "delete the key where it is of no use"
+        f"`{key}`: {values[key]!r} is not known to the installed PEFT; upgrade it, or delete the "
+        "key if the adapter does not need it"
         for key in sorted(values.keys() - known)
         if values[key]
     ]
@@ -186,7 +186,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise ModelError(
             f"{path}: {len(odd)} of {len(weights)} weights have names that PEFT would not find: "
             f"{some(odd)}. They were saved from a wrapped model (torch.compile, FSDP): unwrap it "
-            f"before saving, or rename them; each must begin with `{PREFIX}`"
+            f"before saving, or rename them; each must start with `{PREFIX}`"
         )
     endless = sorted(name for name, weight in weights.items() if not torch.isfinite(weight).all())
     if endless:

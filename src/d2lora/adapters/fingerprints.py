@@ -1,4 +1,4 @@
-"""Knowing a base again by its weights, without loading them."""
+"""Fingerprints of a base's weights, without loading them."""
 
 import hashlib
 import json

@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from d2lora.adapters.attach import peft_notes_ignored
+from d2lora.adapters.attach import peft_warnings_ignored
 from d2lora.errors import SettingsError, did_you_mean, listed
 from d2lora.settings import FRESH, LoraSettings, TrainSettings
 
@@ -83,7 +83,7 @@ def lora_config(model: PreTrainedModel, shape: LoraShape, init: str) -> LoraConf
         r=shape.rank,
         lora_alpha=shape.alpha,  # pyright: ignore[reportArgumentType]  # PEFT scales by floats too
         lora_dropout=shape.dropout,
-        # LoRA-GA and CorDA look at the layers before PEFT resolves `all-linear`.
+        # LoRA-GA and CorDA need the layers before PEFT resolves `all-linear`.
         target_modules=linear_names(model) if every else list(shape.targets),
         use_rslora=shape.rslora,
         use_dora=shape.dora,
@@ -99,8 +99,8 @@ def lora_config(model: PreTrainedModel, shape: LoraShape, init: str) -> LoraConf
 
 def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
     """Put the adapter of a configuration on a model; what is random comes from `seed`."""
-    with torch.random.fork_rng(), peft_notes_ignored(), warnings.catch_warnings():
-        # PEFT tells how to convert such an adapter; that is what is done when it is saved.
+    with torch.random.fork_rng(), peft_warnings_ignored(), warnings.catch_warnings():
+        # PEFT explains how to convert such an adapter, which is done when it is saved.
         warnings.filterwarnings("ignore", message=".*path_initial_model_for_weight_conversion")
         # The adapter's weights are small beside the base, which is loaded already.
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False")
@@ -138,7 +138,7 @@ def _is_named(name: str, target: str) -> bool:
 
 
 def adamw(model: nn.Module, settings: TrainSettings) -> AdamW:
-    """Return the optimizer of what requires a gradient; each group's `factor` scales its rate.
+    """Return the optimizer; each parameter group's `factor` scales its learning rate.
 
     With LoRA+ (Hayou, Ghosh, Yu 2024) B learns `lora_plus_ratio` times as fast as A; the groups
     are PEFT's.
@@ -177,10 +177,10 @@ def check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
         if not found:
             hint = did_you_mean(target, linear_names(model))
             faults.append(
-                f"the base has no module `{target}`.{hint} Targets are names, no patterns"
+                f"the base has no module `{target}`.{hint} Targets are names, not patterns"
             )
         elif odd:
-            faults.append(f"`{target}` is no linear layer but a {type(odd[0]).__name__}")
+            faults.append(f"`{target}` is a {type(odd[0]).__name__}, not a linear layer")
     if faults:
         raise SettingsError(
             f"--targets:\n{listed(faults)}\nThe base has: {', '.join(linear_names(model))}; or use "

@@ -1,4 +1,4 @@
-"""What a run leaves: a plain PEFT adapter, a manifest that says how it came about, a card.
+"""What a run leaves: a plain PEFT adapter, a manifest of how it was made, a card.
 
 adapter_config.json, adapter_model.safetensors   PEFT's own format, loadable without d2lora
 warm_start.json or adapter.json                  the manifest
@@ -56,7 +56,7 @@ class LoraRecord(_Part):
 
 
 class Ancestor(_Part):
-    """The warm start that an adapter began from."""
+    """The warm start that an adapter was initialized from."""
 
     path: str
     data: list[dict[str, Any]]
@@ -64,7 +64,7 @@ class Ancestor(_Part):
 
 
 class Manifest(_Part):
-    """How an adapter came about."""
+    """How an adapter was made."""
 
     format_version: int
     kind: Literal["warm start", "adapter"]
@@ -88,15 +88,15 @@ class Manifest(_Part):
     reference: str | None = None
     """The reference policy, where the objective has one: `base` or `warm_start`."""
     initialization: dict[str, Any] | None = None
-    """How it began, its cost, and what a conversion changed."""
+    """Its initialization, what that cost, and what a conversion changed."""
     conversion: dict[str, Any] | None = None
     """What `d2lora convert` did to it, if anything."""
     kept_out: dict[str, Any] | None = None
-    """Evaluation files that the rows were checked against, and how many were taken out."""
+    """Evaluation files that the rows were checked against, and how many were removed."""
     before_training: dict[str, Any] | None = None
     """Losses of the base and of the warm start on rows of the task, before any training on it."""
     fast_passes: list[str] | None = None
-    """The fast passes that its training took; empty: plain ones alone; None: not told."""
+    """The fast paths that its training used; empty: none; None: not recorded."""
     warnings: list[str] = []
     """What is likely wrong, with what to try."""
 
@@ -139,7 +139,7 @@ class Manifest(_Part):
             raise kind(
                 f"{folder} was made on {self.base.id} (fingerprint {self.base.fingerprint[:12]}), "
                 f"but {name} has other weights ({fingerprint[:12]}); give --base {self.base.id}, "
-                f"or make the {self.kind} anew on this base"
+                f"or make the {self.kind} again on this base"
             )
 
     @property
@@ -179,7 +179,7 @@ def check_fit(folder: Path, base: Base) -> None:
 
 
 def ancestor_of(folder: Path, manifest: Manifest) -> Ancestor:
-    """Return what an adapter that comes from another says of it."""
+    """Return the record of an adapter that another is initialized from."""
     return Ancestor(path=str(folder), data=manifest.data, fingerprint=manifest.adapter_fingerprint)
 
 
@@ -196,7 +196,7 @@ def save_adapter(model: PeftModel, folder: Path, *, initial: Path | None = None)
     Args:
         model: The model with the adapter.
         folder: Where to.
-        initial: The adapter as it began: what is written is the difference to it.
+        initial: The adapter as it was initialized: what is written is the difference to it.
     """
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
@@ -235,8 +235,8 @@ def card(manifest: Manifest) -> str:
     rows: dict[str, Any] = {
         "base": f"`{base.id}`" + (f" at {base.revision}" if base.revision else ""),
         "base fingerprint": f"`{base.fingerprint}`",
-        **({"base weights were": base.quantization} if base.quantization else {}),
-        "began from": _began(manifest),
+        **({"base quantization": base.quantization} if base.quantization else {}),
+        "initialized from": _initialized_from(manifest),
         "objective": _objective(manifest),
         "chat format": manifest.chat_format,
         "rank, alpha": f"{lora.rank}, {lora.alpha:g}",
@@ -261,7 +261,7 @@ def _objective(manifest: Manifest) -> str:
     return f"{name}, beta {manifest.settings['beta']:g}{held}"
 
 
-def _began(manifest: Manifest) -> str:
+def _initialized_from(manifest: Manifest) -> str:
     if not manifest.lineage:
         about = manifest.initialization
         return f"{about['name'] if about else 'fresh'} LoRA"

@@ -1,6 +1,6 @@
 r"""The number that a worked solution ends in.
 
-A target ends in `#### N`. Outputs are read in two ways, and what is read is compared as text:
+A target ends in `#### N`. Outputs are read in two ways and compared as text:
 
 strict    the number behind the first `#### `, as GSM8K's authors do (github.com/openai/
           grade-school-math, grade_school_math/dataset.py: `#### (\-?[0-9\.\,]+)`, commas removed)
@@ -36,8 +36,8 @@ def target_answer(text: str) -> str | None:
     The one `####` is the last but the number. A comma has to stand between thousands: 1,5 is 1.5
     to some and 15 to others.
     """
-    told = _plain(text)
-    found = _TARGET.search(told) if told.count("####") == 1 else None
+    plain = _plain(text)
+    found = _TARGET.search(plain) if plain.count("####") == 1 else None
     return _value(found) if found else None
 
 
@@ -55,12 +55,12 @@ def flexible_answer(text: str, wanted: str | None = None) -> str | None:
         wanted: What it is compared with; a number of a kind that lm-evaluation-harness does not
             read is looked for whole.
     """
-    told = _plain(text)
+    plain = _plain(text)
     pattern = _FLEXIBLE if wanted is None or _PLAIN.fullmatch(wanted) else _FLEXIBLE_WHOLE
-    numbers = list(pattern.finditer(told))
+    numbers = list(pattern.finditer(plain))
     if not numbers:
         return None
-    last, marked = numbers[-1], _STRICT.search(told)
+    last, marked = numbers[-1], _STRICT.search(plain)
     inside = marked and marked.start() < last.start() and last.end() <= marked.end()
     return _value(marked if marked and inside else last).removesuffix(".")
 
@@ -73,5 +73,5 @@ def _plain(text: str) -> str:
     """Return a text with ASCII digits and signs in its numbers."""
     if text.isascii():
         return text
-    told = text.translate(_SIGNS)
-    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in told)
+    plain = text.translate(_SIGNS)
+    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in plain)

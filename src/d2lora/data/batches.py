@@ -78,8 +78,8 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two completions of one prompt, the better one named; the prompt's ids are the same."""
+class PreferencePair:
+    """The chosen and the rejected completion of one prompt, whose ids are the same in both."""
 
     chosen: Encoded
     rejected: Encoded
@@ -166,7 +166,7 @@ class Branches(NamedTuple):
     ids_BT: Tensor
     positions_BT: Tensor
     mask_B1TT: Tensor
-    """0 where a token sees another, the number format's least value where not."""
+    """0 where a token sees another, the dtype's lowest value where not."""
     rows_P: Tensor
     columns_P: Tensor
     targets_P: Tensor
@@ -222,7 +222,7 @@ def branch(questions: Sequence[Question], pad_id: int, dtype: torch.dtype) -> Br
     Args:
         questions: The prompts and their endings.
         pad_id: Token id for padding.
-        dtype: The model's number format, of the mask.
+        dtype: The model's dtype, of the mask.
     """
     width = padded_width(max(question.length for question in questions))
     ids_BT = torch.full((len(questions), width), pad_id)

@@ -1,4 +1,4 @@
-"""Rows of training data that give an evaluation away.
+"""Contamination: rows of training data that overlap with evaluation data.
 
 A training row is contaminated where it shares n words in a row (13, as in Brown et al. 2020,
 arXiv 2005.14165, appendix C) with an evaluation row, asks the same question, or holds a whole
@@ -19,7 +19,7 @@ import xxhash
 from d2lora.data.ngrams import Hashes, gram_hashes, word_hashes, words
 from d2lora.data.rows import BadRowError, Example, Fault, place
 from d2lora.data.sources import Row, read_source
-from d2lora.data.tasks import read_choice, read_prompt, task_of
+from d2lora.data.tasks import read_choice_question, read_prompt, task_of
 from d2lora.errors import DataError, listed
 
 N_WORDS = 13
@@ -27,15 +27,15 @@ N_WORDS = 13
 COMMON = 10
 """What more evaluation rows than this share is a template."""
 SHORTEST_INSIDE = 8
-"""A question of fewer words is looked for as a whole prompt, not inside of other texts."""
+"""A question of fewer words is compared with whole prompts only."""
 
-# Between numbers a sign is all that tells one calculation from another.
+# Between numbers the sign alone distinguishes one calculation from another.
 _SIGN = re.compile(r"(?<=\d)\s*([-+*/^<>=×÷−])\s*(?=\d)")
 
 
 @dataclass(frozen=True)
 class Leak:
-    """A training row that gives an evaluation row away."""
+    """A training row that overlaps with an evaluation row."""
 
     index: int
     """Of the training row among those checked."""
@@ -46,7 +46,7 @@ class Leak:
 
     @property
     def reason(self) -> str:
-        """What is the matter, in words."""
+        """The reason for removing it."""
         return f"contaminated: {self.how} {place(self.file, self.line)}"
 
     def as_fault(self, row: Row) -> Fault:
@@ -67,7 +67,7 @@ class _Item:
 
 
 class Guard:
-    """Knows the texts of evaluation files, and finds training rows that give them away."""
+    """Holds the texts of evaluation files, and finds training rows that overlap with them."""
 
     def __init__(self, files: Sequence[str], n_words: int = N_WORDS) -> None:
         """Read the evaluation files, of any kind of row that d2lora reads.
@@ -93,7 +93,7 @@ class Guard:
                 hashes = np.sort(np.fromiter(owners, dtype=np.uint64, count=len(owners)))
                 self._grams[length] = (hashes, [owners[int(value)] for value in hashes])
         self.n_rows = len(self._items)
-        """Evaluation rows that are watched."""
+        """Number of evaluation rows."""
 
     def _pairs(self, length: int) -> Iterator[tuple[int, int]]:
         """Return hash and row of the n-grams, or of the questions of just a shorter length."""
@@ -105,19 +105,19 @@ class Guard:
                 yield int(gram_hashes(item.question, length)[0]), number
 
     def leaks(self, examples: Iterable[Example]) -> Iterator[Leak]:
-        """Find the examples that give an evaluation row away, one leak each."""
+        """Find the examples that overlap with an evaluation row, one leak each."""
         for index, example in enumerate(examples):
             leak = self.leak(index, example)
             if leak is not None:
                 yield leak
 
     def leak(self, index: int, example: Example) -> Leak | None:
-        """Say what a training row gives away; None where it is clean."""
+        """Return what a training row overlaps with; None where it is clean."""
         last = example.prompt[-1].content if example.prompt else ""
         for text in {example.question, last} - {""}:
             number = self._questions.get(_digest(text))
             if number is not None:
-                return self._told(index, number, "asks the same question as")
+                return self._leak(index, number, "asks the same question as")
         whole = word_hashes(words(example.text))
         for length in sorted(self._grams, reverse=True):
             known, owners = self._grams[length]
@@ -127,10 +127,10 @@ class Guard:
             hits = np.flatnonzero(known[places] == mine)
             if len(hits):
                 how = f"shares {length} words in a row with"
-                return self._told(index, owners[places[hits[0]]], how)
+                return self._leak(index, owners[places[hits[0]]], how)
         return None
 
-    def _told(self, index: int, number: int, how: str) -> Leak:
+    def _leak(self, index: int, number: int, how: str) -> Leak:
         item = self._items[number]
         return Leak(index, item.file, item.line, how)
 
@@ -199,4 +199,4 @@ def _read(row: Row) -> Example | None:
 
 
 def _choice(values: dict[str, Any]) -> Example:
-    return read_prompt({"prompt": read_choice(values).prompt})
+    return read_prompt({"prompt": read_choice_question(values).prompt})

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from d2lora.adapters.base import Base, n_embedded, n_positions, unknown_token
-from d2lora.data.batches import Encoded, Pair
+from d2lora.data.batches import Encoded, PreferencePair
 from d2lora.data.rows import BadRowError, Example, Message
 from d2lora.data.special_tokens import Shield
 from d2lora.data.truncation import Span, fitted
@@ -91,7 +91,7 @@ class Encoder:
                 fitted(example, lambda e: self._encode(e).length, limit, self._spans)
             )
 
-    def encode_pair(self, example: Example, max_length: int | None = None) -> Pair:
+    def encode_pair(self, example: Example, max_length: int | None = None) -> PreferencePair:
         """Return the ids of a preference: its prompt with either completion; as `encode`."""
         with _placed(example):
             pair, limit = self._encode_pair(example), self._limit(max_length)
@@ -158,18 +158,18 @@ class Encoder:
         for place, turn in enumerate(prompt):
             if not turn.of_tools:
                 continue
-            told = "is a tool's" if turn.role == "tool" else "calls a tool"
+            kind = "is a tool's" if turn.role == "tool" else "calls a tool"
             if self.format == "plain":
                 return (
-                    f"turn {place + 1} {told}, which the plain chat format cannot show; use a base "
-                    "whose chat template can"
+                    f"turn {place + 1} {kind}, which the plain chat format cannot express; use a "
+                    "base whose chat template can"
                 )
             shown = self._templated(prompt, completing=True)
             for other in turn.altered():
                 changed = (*prompt[:place], other, *prompt[place + 1 :])
                 if self._templated(changed, completing=True) == shown:
                     return (
-                        f"turn {place + 1} {told}, and the base's chat template leaves that out; "
+                        f"turn {place + 1} {kind}, and the base's chat template leaves that out; "
                         "use a base whose template supports tools"
                     )
         return None
@@ -187,10 +187,10 @@ class Encoder:
             completion.append(eos_id)
         return Encoded((*prompt, *completion), len(prompt))
 
-    def _encode_pair(self, example: Example) -> Pair:
+    def _encode_pair(self, example: Example) -> PreferencePair:
         assert example.rejected is not None
         other = replace(example, completion=example.rejected)
-        return Pair(self._encode(example), self._encode(other))
+        return PreferencePair(self._encode(example), self._encode(other))
 
     def _templated(self, messages: Sequence[Message], *, completing: bool = False) -> str:
         """Return turns as the template writes them, special tokens of data marked."""
@@ -212,12 +212,12 @@ class Encoder:
         if not whole.startswith(prompt):
             where = f"{example.place}: " if example.place else ""
             raise SettingsError(
-                f"{where}the chat template renders a prompt in another way once it is answered, so "
-                "the completion cannot be told apart; use --chat-format plain"
+                f"{where}the chat template renders a prompt differently once it is answered, so "
+                "the completion cannot be separated; use --chat-format plain"
             )
         ids = self._ids(whole[len(prompt) :])
         eos_id = self.tokenizer.eos_token_id
-        # Templates end a turn with EOS and often a newline, which no one generates.
+        # Templates end a turn with EOS and often a newline, which is never generated.
         return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
 
     def _ids(self, text: str, *, whole: bool = False) -> list[int]:
@@ -233,13 +233,13 @@ class Encoder:
     def _spans(self, text: str) -> Sequence[Span]:
         if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
             return [(place, place + 1) for place in range(len(text))]
-        told = self.tokenizer(
+        encoding = self.tokenizer(
             text,
             add_special_tokens=False,
             split_special_tokens=True,
             return_offsets_mapping=True,
         )
-        return told["offset_mapping"]
+        return encoding["offset_mapping"]
 
     @cached_property
     def _shield(self) -> Shield:

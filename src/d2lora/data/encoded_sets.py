@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from d2lora.data.batches import Encoded, Pair, T
+from d2lora.data.batches import Encoded, PreferencePair, T
 from d2lora.data.encode import Encoder
 from d2lora.data.rows import Example
 from d2lora.errors import DataError, listed
@@ -28,14 +28,14 @@ class EncodedSet(Generic[T]):
     """Tokens that a row may have by the base."""
 
     def report(self, max_length: int) -> str | None:
-        """Say what became of over-long examples; None where there were none."""
+        """Return a message on over-long examples; None where there were none."""
         if not self.n_dropped and not self.n_truncated:
             return None
         what = "dropped" if self.n_dropped else "truncated"
         n, total = self.n_dropped + self.n_truncated, len(self.items) + self.n_dropped
         limit = min(max_length, self.limit)
-        told = f"{what} {n:,} of {total:,} examples longer than {limit:,} tokens "
-        return f"{told}(longest {self.longest:,}){_cut(self.n_tokens_cut)}"
+        message = f"{what} {n:,} of {total:,} examples longer than {limit:,} tokens "
+        return f"{message}(longest {self.longest:,}){_cut(self.n_tokens_cut)}"
 
 
 class Prompts(NamedTuple):
@@ -46,11 +46,11 @@ class Prompts(NamedTuple):
     n_tokens_cut: int
 
     def report(self, max_length: int) -> str | None:
-        """Say what was cut; None where nothing was."""
+        """Return a message on what was cut; None where nothing was."""
         if not self.n_truncated:
             return None
-        told = f"truncated {self.n_truncated:,} of {len(self.ids):,} prompts longer than "
-        return f"{told}{max_length:,} tokens{_cut(self.n_tokens_cut)}"
+        message = f"truncated {self.n_truncated:,} of {len(self.ids):,} prompts longer than "
+        return f"{message}{max_length:,} tokens{_cut(self.n_tokens_cut)}"
 
 
 def _cut(n_tokens: int) -> str:
@@ -71,7 +71,7 @@ def encode_all(
 
 def encode_pairs(
     encoder: Encoder, examples: Sequence[Example], max_length: int, overlong: Overlong
-) -> EncodedSet[Pair]:
+) -> EncodedSet[PreferencePair]:
     """Encode preferences and apply the length limit, to the longer completion of each.
 
     Raises:
@@ -99,16 +99,15 @@ def encode_prompts(
 def answers_beyond(
     encoder: Encoder, examples: Sequence[Example], max_new_tokens: int
 ) -> str | None:
-    """Say how many gold answers no output can hold; None where all fit."""
+    """Return a message on gold answers too long to be generated; None where all fit."""
     lengths = [item.n_supervised for item in every(encoder.encode, examples)]
     longest = max(lengths, default=0)
     n_long = sum(n > max_new_tokens for n in lengths)
     if not n_long:
         return None
     return (
-        f"{n_long:,} of {len(lengths):,} gold answers are longer than max_new_tokens "
-        f"{max_new_tokens:,} with the EOS that ends them (the longest has {longest:,} tokens), so "
-        "no output can reach their end"
+        f"{n_long:,} of {len(lengths):,} gold answers, EOS included, are longer than max_new_tokens "
+        f"{max_new_tokens:,} (the longest: {longest:,}), so no output can match them; raise it"
     )
 
 

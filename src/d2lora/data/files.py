@@ -53,7 +53,7 @@ def _readable(path: Path) -> Generator[None]:
 
 
 def _not_utf8(path: Path) -> str:
-    """Say where a file ceases to be UTF-8."""
+    """Return a message on where a file stops being UTF-8."""
     before = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -72,7 +72,7 @@ def _not_utf8(path: Path) -> str:
 
 
 Record = tuple[int, list[str] | str]
-"""A line number with the fields that begin there, or with what is the matter."""
+"""A line number with the fields that start there, or with what is wrong."""
 
 
 def _csv(path: Path) -> Iterator[Row | Fault]:
@@ -90,15 +90,15 @@ def _csv_records(lines: Iterable[str]) -> Iterator[Record]:
             return
         except csv.Error as error:
             unclosed = "end of data" in str(error)
-            told = "a quote that opens here is never closed" if unclosed else f"not CSV: {error}"
-            yield line, told
+            fault = "a quote that opens here is never closed" if unclosed else f"not CSV: {error}"
+            yield line, fault
         else:
             if fields:
                 yield line, fields
 
 
 def _tsv(path: Path) -> Iterator[Row | Fault]:
-    """Read lines of fields between tabs; a quote is a sign like any other."""
+    """Read lines of fields between tabs; a quote is a character like any other."""
     lines = enumerate(text_lines(path), 1)
     return _table(path, ((number, line.split("\t")) for number, line in lines if line))
 

@@ -1,4 +1,4 @@
-"""The formats in which rows hold questions and answers: how each is told, and what it reads.
+"""The formats of rows with questions and answers: how each is recognized, and what it reads.
 
 A row is of the first format in `FORMATS` all of whose `needs` it has. A field that is null is not
 there, so a table of rows of several formats reads as each of them.
@@ -214,7 +214,7 @@ PROMPTS = tuple(
 
 
 def missing(row: Fields) -> str:
-    """Say why a row is of no format."""
+    """Return a message on why a row has no known format."""
     there = format_of(PROMPTS, row)
     if there is None:
         return (
@@ -228,11 +228,11 @@ def missing(row: Fields) -> str:
     return f"field `{first}`{either} is missing beside `{asked}`; found {fields_of(row)}"
 
 
-class Seen:
-    """What the rows of a source were read as, and the fields that were not used."""
+class FormatsSeen:
+    """The formats that the rows of a source had, and the fields that were not used."""
 
     def __init__(self, source: str) -> None:
-        """Begin with no rows."""
+        """Start with no rows."""
         self._source = source
         self._formats: Counter[str] = Counter()
         self._beside: dict[str, None] = {}
@@ -249,8 +249,8 @@ class Seen:
         self._unused.update(dict.fromkeys(new))
         return new
 
-    def tell(self, say: Callable[[str], None] | None) -> None:
-        """Say it in a line, if anyone listens and rows were read."""
+    def report(self, say: Callable[[str], None] | None) -> None:
+        """Report it in one line, where rows were read."""
         if say is None or not self._formats:
             return
         read = ", ".join(f"{n:,} as {name}" for name, n in self._formats.items())

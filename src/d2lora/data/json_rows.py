@@ -1,4 +1,4 @@
-"""Rows of JSON Lines and of JSON lists; a row that would not be read as it stands is a fault."""
+"""Rows of JSON Lines and of JSON lists; a row that would not be read exactly is a fault."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = repeated(name for name, _ in pairs)
-        raise _UnusableError(f"{twice} stands more than once in an object")
+        raise _UnusableError(f"{twice} appears more than once in an object")
     return values
 
 

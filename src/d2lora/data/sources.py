@@ -24,9 +24,9 @@ SELECTED, SELECTION_CARD = "data.jsonl", "card.json"
 
 
 def fault_lines(faults: Iterable[Fault]) -> str:
-    """Return rows that were set aside as JSON lines, with what is the matter with each."""
-    told = ({"file": f.file, "line": f.line, "reason": f.reason, "row": f.text} for f in faults)
-    return "".join(json.dumps(row) + "\n" for row in told)
+    """Return bad rows as JSON lines, each with its reason."""
+    rows = ({"file": f.file, "line": f.line, "reason": f.reason, "row": f.text} for f in faults)
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Source:
     sha256: str
 
     def manifest(self) -> dict[str, Any]:
-        """Return what a manifest says of this source."""
+        """Return the manifest's record of this source."""
         return {"file": self.name, "rows": len(self.rows), "sha256": self.sha256}
 
 
@@ -120,8 +120,8 @@ def _hub_items(name: str, digested: Callable[[bytes], None]) -> Iterator[Row]:
         reason, *_ = str(error).splitlines() or [type(error).__name__]
         if "scripts are no longer supported" in reason:
             reason = (
-                "it is a script, and no code of the hub is run; give a data set of data files "
-                "(many have a branch `refs/convert/parquet`: download a file of it)"
+                "it is a script, and d2lora runs no code from the hub; give a data set of data "
+                "files (many have a branch `refs/convert/parquet`: download a file of it)"
             )
         raise DataError(f"{name}: the hub data set cannot be loaded: {reason}") from None
     for number, row in enumerate(loaded, 1):
@@ -159,11 +159,13 @@ def split_validation(
 
 
 def selection_behind(file: str) -> str | None:
-    """Say how the rows of a data file were chosen, where `select` wrote it; else None."""
+    """Return how the rows of a data file were selected, where `select` wrote it; else None."""
     path = Path(file)
     if path.name != SELECTED or not (path.parent / SELECTION_CARD).is_file():
         return None
     card = read_json(path.parent / SELECTION_CARD)
     task = f" for {' '.join(card['for_task'])}" if card["for_task"] else ""
     pool = " ".join(source["file"] for source in card["pool"])
-    return f"{card['m']:,} rows chosen by {card['method']}{task} of {card['n_clean']:,} of {pool}"
+    return (
+        f"{card['m']:,} rows selected by {card['method']}{task} from {card['n_clean']:,} of {pool}"
+    )

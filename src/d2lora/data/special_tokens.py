@@ -17,7 +17,7 @@ from d2lora.errors import DataError
 
 
 class Shield:
-    """A tokenizer that tells special tokens from the same strings in data."""
+    """A tokenizer that separates special tokens from the same strings in data."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Learn the special tokens of a tokenizer."""
@@ -89,7 +89,7 @@ class Shield:
         if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
             raise DataError(
                 "the row holds the string of a special token, which a tokenizer without a Rust "
-                "core cannot be kept from reading as that token; take such rows out"
+                "core would read as that token; remove such rows"
             )
         twin = copy.deepcopy(self._tokenizer.backend_tokenizer)
         twin.no_padding()

@@ -1,7 +1,7 @@
 """What a row of each kind means: its fields, the prompt made of them, and how it is scored.
 
-A task is told from the fields of its rows, or named. The prompts are fixed and written down here
-because a score without its prompt cannot be compared (lm-evaluation-harness#2034).
+A task is named, or detected from the fields of its rows. The prompts are fixed and written down
+here because a score without its prompt cannot be compared (lm-evaluation-harness#2034).
 """
 
 import json
@@ -16,7 +16,7 @@ from d2lora.data.formats import (
     PROMPTS,
     Conversation,
     Format,
-    Seen,
+    FormatsSeen,
     format_of,
     given,
     missing,
@@ -105,11 +105,11 @@ _LABELS = frozenset(
     "label labels label_text label_name class target targets sentiment intent summary answer "
     "answers output response completion translation".split()
 )
-"""Fields that beside `text` are what is to be learnt of it."""
+"""Fields that are labels where they stand beside `text`."""
 
 
 def task_of(name: str, first_row: Mapping[str, Any]) -> Task:
-    """Return the task named, or (`auto`) the one that the first row's fields tell."""
+    """Return the task named, or (`auto`) the one detected from the first row's fields."""
     if name != "auto":
         return TASKS[name]
     fields = {field for field, value in first_row.items() if value is not None}
@@ -125,7 +125,7 @@ def task_of(name: str, first_row: Mapping[str, Any]) -> Task:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChoiceQuestion:
     """A multiple-choice question; `answer` is the index of the right choice."""
 
     prompt: str
@@ -134,7 +134,7 @@ class Choice:
     benchmark: str = ""
 
 
-def read_choice(row: Mapping[str, Any]) -> Choice:
+def read_choice_question(row: Mapping[str, Any]) -> ChoiceQuestion:
     """Read `prompt`, `choices` and `answer` (an index from 0)."""
     choices, answer = row.get("choices"), row.get("answer")
     if not isinstance(choices, list) or len(choices) < 2:
@@ -147,12 +147,12 @@ def read_choice(row: Mapping[str, Any]) -> Choice:
         )
     benchmark = row.get("benchmark", "")
     named = benchmark if isinstance(benchmark, str) else ""
-    return Choice(text_field(row, "prompt"), tuple(choices), answer, named)
+    return ChoiceQuestion(text_field(row, "prompt"), tuple(choices), answer, named)
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """Examples of one task and their raw rows, the sources' manifest and the rows set aside."""
+    """Examples of one task and their raw rows, the sources' manifest and the bad rows."""
 
     task: Task
     examples: Sequence[Example]
@@ -162,18 +162,18 @@ class TaskData:
 
 
 class Reading:
-    """Sources gone through once as rows of one task; bad rows are set aside on the way."""
+    """One pass over sources as rows of one task; bad rows are collected on the way."""
 
     def __init__(
         self, names: Sequence[str], task_name: str, say: Say | None = None,
         check: Check | None = None,
     ) -> None:  # fmt: skip
-        """Remember what is to be read.
+        """Name what to read.
 
         Args:
             names: Files or hub data sets.
-            task_name: A name of `TASKS`, or `auto`: told from the first row.
-            say: Is told of each source what its rows were read as, and which fields were not used.
+            task_name: A name of `TASKS`, or `auto`: detected from the first row.
+            say: Gets a message per source: the formats of its rows, and the fields not used.
             check: Raises `BadRowError` for an example that cannot be used.
 
         Raises:
@@ -195,7 +195,7 @@ class Reading:
         """
         n_good = 0
         for name in self._names:
-            stream, n_rows, seen = stream_source(name), 0, Seen(name)
+            stream, n_rows, seen = stream_source(name), 0, FormatsSeen(name)
             for item in stream.items:
                 if isinstance(item, Fault):
                     self.faults.append(item)
@@ -207,8 +207,8 @@ class Reading:
                     if self._check is not None:
                         self._check(example)
                 except BadRowError as error:
-                    told = json.dumps(item.values, default=str)
-                    self.faults.append(Fault(item.file, item.line, str(error), told))
+                    text = json.dumps(item.values, default=str)
+                    self.faults.append(Fault(item.file, item.line, str(error), text))
                 else:
                     new = seen.add(self.task.formats, item.values)
                     if self.task.name == "text" and self._task_name == "auto":
@@ -216,12 +216,12 @@ class Reading:
                     where = place(item.file, item.line)
                     yield item, replace(example, row=n_good, place=where)
                     n_good += 1
-            seen.tell(self._say)
+            seen.report(self._say)
             read = {"file": stream.name, "rows": n_rows, "sha256": stream.fingerprint()}
             self.sources.append(read)
 
     def data(self, examples: Sequence[Example], rows: Sequence[Row], *, skip_bad: bool) -> TaskData:
-        """Return what was read, once it was gone through.
+        """Return what was read, after the pass.
 
         Raises:
             DataError: If rows are bad and may not be skipped, or none is good; all at once.
@@ -263,25 +263,25 @@ def read_task(
 _CHOICE = Format("multiple choice", ("prompt", "choices", "answer"), ("benchmark",))
 
 
-def read_choices(names: Sequence[str], say: Say | None = None) -> list[Choice]:
-    """Read multiple-choice questions; `say` is told which fields were not used.
+def read_choice_questions(names: Sequence[str], say: Say | None = None) -> list[ChoiceQuestion]:
+    """Read multiple-choice questions; `say` gets a message on fields not used.
 
     Raises:
         DataError: As `read_task`.
     """
-    choices: list[Choice] = []
+    choices: list[ChoiceQuestion] = []
     faults: list[Fault] = []
     for source in map(read_source, names):
         faults += source.faults
-        seen = Seen(source.name)
+        seen = FormatsSeen(source.name)
         for row in source.rows:
             try:
-                choices.append(read_choice(row.values))
+                choices.append(read_choice_question(row.values))
             except BadRowError as error:
                 faults.append(Fault(row.file, row.line, str(error), ""))
             else:
                 seen.add((_CHOICE,), row.values)
-        seen.tell(say)
+        seen.report(say)
     _check_faults(faults, len(choices), skip_bad=False)
     return choices
 
@@ -290,15 +290,15 @@ def _refuse_labels(name: str, fields: Iterable[str]) -> None:
     labels = [field for field in fields if field.lower() in _LABELS]
     if labels:
         raise DataError(
-            f"{name}: `text` with `{labels[0]}` is no document to be learnt; rename the columns, "
-            "as in `prompt` and `completion`, to learn the one from the other, or drop "
+            f"{name}: `text` with `{labels[0]}` looks like labelled data, not documents; rename "
+            "the columns, as in `prompt` and `completion`, to learn one from the other, or drop "
             f"`{labels[0]}` (or set --task text) to learn the texts alone"
         )
 
 
 def _check_faults(faults: Sequence[Fault], n_good: int, *, skip_bad: bool) -> None:
     if faults and not (skip_bad and n_good):
-        advice = "mend them, or set them aside with --skip-bad-rows" if n_good else "none is good"
+        advice = "fix them, or skip them with --skip-bad-rows" if n_good else "none is good"
         raise DataError(
             f"{len(faults)} bad row(s); {advice}:\n{listed([str(fault) for fault in faults])}"
         )

@@ -28,7 +28,7 @@ class TrainedRows(BaseModel):
 
     rows: frozenset[str] = frozenset()
     files: frozenset[str] = frozenset()
-    """SHA-256 of files of which every row counts, as it was not written down which were taken."""
+    """SHA-256 of files of which every row counts, as it is not known which were used."""
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> Self:
@@ -62,8 +62,8 @@ class TrainedRows(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Write the record beside an adapter."""
-        told = {"rows": sorted(self.rows), "files": sorted(self.files)}
-        write_text(folder / FILE, json.dumps(told))
+        record = {"rows": sorted(self.rows), "files": sorted(self.files)}
+        write_text(folder / FILE, json.dumps(record))
 
     def among(self, tests: Iterable["TestRow"]) -> list["TestRow"]:
         """Return the test rows that were trained on."""
@@ -86,7 +86,7 @@ class TestRow:
 
 
 def places(rows: Iterable[TestRow], shown: int = 8) -> list[str]:
-    """Say of each file how many rows there are and which."""
+    """Return a text for each file: how many rows of it, and which."""
     by_file: dict[str, list[int]] = {}
     for row in rows:
         by_file.setdefault(row.file, []).append(row.line)
@@ -99,5 +99,5 @@ def places(rows: Iterable[TestRow], shown: int = 8) -> list[str]:
 
 def _digest(text: str) -> str:
     """Return 16 hex digits of a text's words; of a text without words, of the text."""
-    told = " ".join(normalized(text)) or text.strip()
-    return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    content = " ".join(normalized(text)) or text.strip()
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]

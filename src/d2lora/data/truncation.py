@@ -36,7 +36,7 @@ def fitted(
         example: The row.
         length: Its tokens.
         max_length: The limit.
-        spans: Where each token of a text begins and ends.
+        spans: Where each token of a text starts and ends.
 
     Raises:
         DataError: If what is no field is longer than the limit by itself.

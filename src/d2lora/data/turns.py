@@ -96,7 +96,7 @@ def _text(content: Any, place: str) -> str:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         text = part.get("text") if isinstance(part, dict) else part
         if kind not in _TEXT_PARTS or not isinstance(text, str):
-            raise BadRowError(f"{place}: only parts of text can be read, found one of {kind!r:.60}")
+            raise BadRowError(f"{place}: only text parts are supported, found one of {kind!r:.60}")
         texts.append(text)
     return "".join(texts)
 

@@ -1,4 +1,4 @@
-"""Words of a text in any script, told by Unicode's classes of characters.
+"""Words of a text in any script, by Unicode's character classes.
 
 A combining mark (a vowel sign of Hindi or Arabic, an accent apart from its letter) belongs to the
 word that it stands in. Where a script is written without spaces, each letter is a word.

@@ -1,4 +1,4 @@
-"""What items and seeds add to the spread of a difference, both drawn at random.
+"""Variance of a difference over items and seeds, both drawn at random.
 
 Shapes: S seeds (runs), I items (test questions), N sizes.
 """
@@ -20,7 +20,7 @@ ROUNDING = 1e-12
 
 
 def verdict_of(low: float, high: float) -> str:
-    """Return what a 95 % interval of a difference lets one say."""
+    """Return the verdict of a 95 % interval of a difference."""
     if low > 0:
         return "helps"
     return "hurts" if high < 0 else NOTHING_SEEN
@@ -171,7 +171,7 @@ def power(first: Array, second: Array, effect: float = 0.01) -> Power | None:
     The test is one over items and seeds. The variance of a difference is parted into what an item
     adds, what a seed adds and the rest (two-way analysis of variance); more items average out the
     first and the last, more seeds the last two. None where nothing varies, as then nothing can be
-    estimated. One seed tells nothing of other seeds, and they are taken to be alike.
+    estimated. With one seed, all seeds are assumed to be alike.
 
     Args:
         first: Scores, shape (S, I).

@@ -21,7 +21,7 @@ from d2lora.errors import DataError, listed
 from d2lora.fast.llama import Llama, LlamaSteps
 
 _ROWS_BESIDE = 16
-"""Fewer rows than this are not decoded beside others: each batch reads all weights."""
+"""Batches of fewer rows are not decoded in parallel: each reads all weights."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Steps(Protocol):
         """How many rows have to end before leaving is cheaper than being computed on."""
         ...
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Compute prompts; return the logits behind each, (B, V)."""
         ...
 
@@ -68,7 +68,7 @@ class Decoder:
         """Yield (index of the prompt, ids of its completion without EOS), as batches end.
 
         On several cores greedy batches are decoded side by side, where the faster pass is taken:
-        fast passes are enabled, and it gives the model's own logits. A row gets as many tokens as
+        fast paths are enabled, and it gives the model's own logits. A row gets as many tokens as
         there is room for behind its own prompt, at most `max_new_tokens`.
 
         Raises:
@@ -113,7 +113,7 @@ class Decoder:
         for prompt in ends:
             logits: list[Tensor] = []
             for steps in (LlamaSteps(llama), _PlainSteps(self)):
-                first_1V = steps.begin([prompt])
+                first_1V = steps.prefill([prompt])
                 logits.append(torch.stack([first_1V, steps.step(torch.tensor([self.base.eos_id]))]))
             if not torch.allclose(*logits, rtol=1e-3, atol=1e-3):
                 return None
@@ -136,7 +136,7 @@ class Decoder:
         outputs: list[list[int]] = [[] for _ in prompts]
         owners = list(range(len(prompts)))
         going = set(owners)
-        logits_BV = steps.begin(prompts)
+        logits_BV = steps.prefill(prompts)
         while True:
             next_B = choose(logits_BV, self.sampling, generator)
             for row, token in enumerate(next_B.tolist()):
@@ -169,7 +169,7 @@ def check_room(
         max_new_tokens: The tokens that an answer may have.
 
     Returns:
-        What to tell of prompts that leave room for a shorter answer only; None without any.
+        A message on prompts that leave room for a shorter answer only; None without any.
 
     Raises:
         DataError: If prompts leave no room at all; it names all of them.
@@ -205,7 +205,7 @@ class _PlainSteps:
         self._pad_id = decoder.base.pad_id
         self._cache = DynamicCache(config=self._causal.config)
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         ids_BT, self._mask_BT = _left_padded(prompts, self._pad_id, self._causal.device)
         self._positions_BT = (self._mask_BT.cumsum(-1) - 1).clamp(min=0)
         return self._logits(ids_BT)

@@ -1,7 +1,7 @@
 """base + adapters + task -> per-example records, scores with intervals, forgetting.
 
 records.parquet, records.jsonl   one row per adapter and test row
-summary.json                     scores, paired differences, forgetting, fast passes taken
+summary.json                     scores, paired differences, forgetting, fast paths used
 done.json                        the marker of completion
 """
 
@@ -22,7 +22,7 @@ from d2lora.data.trained_rows import TrainedRows, places
 from d2lora.errors import SettingsError
 from d2lora.evaluation.measure import BASE, Measured, TestSets, check_rows, measure
 from d2lora.evaluation.metrics import SCORERS, columns_of
-from d2lora.evaluation.scores import Evaluation, Forgetting, forgetting_table, score_table
+from d2lora.evaluation.scores import Evaluation, Forgetting, forgetting_table, scores_of_adapters
 from d2lora.evaluation.stats import Difference, Interval, mean_interval, paired_difference
 from d2lora.runtime.console import Reporter, table_console
 from d2lora.runtime.run_folder import (
@@ -80,7 +80,7 @@ def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str
 def _check_lengths(
     task: TaskData | None, base: Base, settings: EvaluateSettings, reporter: Reporter
 ) -> None:
-    """Warn of gold answers that no output can hold."""
+    """Warn of gold answers that are too long to be generated."""
     if task is None or task.task.score not in SCORERS:
         return
     encoder = Encoder.of(base, settings.chat_format)
@@ -111,8 +111,8 @@ def _trained_on(
         counts[name] = {use: sum(row.use == use for row in found) for use in uses}
         for place in places(found):
             reporter.say(
-                f"warning: {name} was trained on {place}: what is measured there tells nothing of "
-                "new text; leave these rows out"
+                f"warning: {name} was trained on {place}: scores on these rows say nothing about "
+                "new text; leave them out"
             )
     return counts
 
@@ -171,7 +171,7 @@ def command(settings: EvaluateSettings) -> None:
     evaluation = evaluate(settings)
     console = table_console()
     if evaluation.scores:
-        console.print(score_table(evaluation))
+        console.print(scores_of_adapters(evaluation))
     if settings.general_text or settings.choices:
         console.print(forgetting_table(evaluation))
     Reporter(quiet=settings.quiet).say(f"records and summary written to {settings.out}")

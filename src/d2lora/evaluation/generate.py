@@ -30,15 +30,15 @@ from d2lora.settings import GenerateSettings, Overlong
 def adapted(
     base: Base, adapter: Path | None, *, fast_when: bool
 ) -> Generator[tuple[nn.Module, fast.Used]]:
-    """Give the base with an adapter on it, or alone, ready to score and decode.
+    """Yield the base with an adapter on it, or alone, ready to score and decode.
 
     Args:
         base: The base; afterwards the adapter is off again.
         adapter: The adapter's folder. None: the base alone.
-        fast_when: Whether passes may be fast ones, and the adapter folded into the base.
+        fast_when: Whether fast paths may be used, and the adapter merged into the base.
 
     Yields:
-        The model, and the record of the fast passes that were taken.
+        The model, and the record of the fast paths that were used.
 
     Raises:
         ModelError: If the adapter was made on another base.
@@ -95,9 +95,9 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
     prompts = encode_prompts(encoder, examples, *lengths_of(adapter)).ids
     places = [example.place for example in examples]
-    told = check_room(prompts, places, base.model, settings.max_new_tokens)
-    if told is not None:
-        Reporter().say(told)
+    warning = check_room(prompts, places, base.model, settings.max_new_tokens)
+    if warning is not None:
+        Reporter().say(warning)
     with adapted(base, adapter, fast_when=settings.fast) as (model, _):
         decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
         outputs = dict(decoder.complete(prompts))

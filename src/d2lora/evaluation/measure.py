@@ -1,4 +1,4 @@
-"""base + one adapter + test rows -> a record of every row, general loss, choices answered right."""
+"""base + one adapter + test rows -> records of rows, held-out general loss, multiple choice."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_all, encode_pairs, encode_prompts, every
 from d2lora.data.rows import Example, Message
 from d2lora.data.sources import read_source
-from d2lora.data.tasks import Choice, Say, TaskData, read_choices, read_task
+from d2lora.data.tasks import ChoiceQuestion, Say, TaskData, read_choice_questions, read_task
 from d2lora.data.trained_rows import TestRow
 from d2lora.errors import DataError, listed
 from d2lora.evaluation.decoding import Decoder, check_room
@@ -37,7 +37,7 @@ class TestSets:
 
     task: TaskData | None
     general: list[Example]
-    choices: list[Choice]
+    choices: list[ChoiceQuestion]
     whole_prompts: bool = False
     """Generate from prompts as they are, whatever the length limit."""
     rows: list[TestRow] = field(default_factory=list[TestRow])
@@ -45,7 +45,7 @@ class TestSets:
 
     @classmethod
     def read(cls, settings: EvaluateSettings, say: Say | None = None) -> "TestSets":
-        """Read the test rows that the settings name; `say` is told what they were read as.
+        """Read the test rows that the settings name; `say` gets the formats of their rows.
 
         Raises:
             DataError: If rows are bad, or the task has no scored output.
@@ -53,10 +53,10 @@ class TestSets:
         task = read_task(settings.data, settings.task, say=say) if settings.data else None
         if task is not None and task.task.score not in MAIN_SCORE:
             raise DataError(
-                f"task {task.task.name} has no scored output; give it as --general-text"
+                f"task {task.task.name} has no answers to score; give the rows as --general-text"
             )
         general = read_task(settings.general_text, say=say) if settings.general_text else None
-        choices = read_choices(settings.choices, say) if settings.choices else []
+        choices = read_choice_questions(settings.choices, say) if settings.choices else []
         rows = [
             *_placed("task", task, settings.limit),
             *_placed("general_text", general, None),
@@ -73,8 +73,8 @@ def _placed(use: str, data: TaskData | None, limit: int | None) -> list[TestRow]
     return [TestRow(use, r.file, r.line, e.text, digests.get(r.file, "")) for r, e in pairs]
 
 
-def _placed_choices(names: Sequence[str], choices: Sequence[Choice]) -> list[TestRow]:
-    """Return questions with their right choices."""
+def _placed_choices(names: Sequence[str], choices: Sequence[ChoiceQuestion]) -> list[TestRow]:
+    """Return the test rows of questions, each with its right answer."""
     sources = [read_source(name) for name in names]
     rows = [(row, source.sha256) for source in sources for row in source.rows]
     return [
@@ -92,7 +92,7 @@ class Measured:
     right: np.ndarray[tuple[int], np.dtype[np.float64]] | None
     """1 for each multiple-choice question answered right, else 0."""
     fast_passes: list[str]
-    """The fast passes that were taken, in words."""
+    """Names of the fast paths that were used."""
 
 
 def measure(
@@ -230,7 +230,7 @@ def _general_loss(
 
 
 def _right_choices(
-    model: nn.Module, base: Base, encoder: Encoder, questions: Sequence[Choice]
+    model: nn.Module, base: Base, encoder: Encoder, questions: Sequence[ChoiceQuestion]
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]] | None:
     """Return 1 for each question whose right choice is likeliest per character, else 0.
 
@@ -247,7 +247,7 @@ def _right_choices(
     return np.array(right)
 
 
-def questions_of(encoder: Encoder, questions: Sequence[Choice]) -> list[Question]:
+def questions_of(encoder: Encoder, questions: Sequence[ChoiceQuestion]) -> list[Question]:
     """Return multiple-choice questions as token ids; a choice's EOS is not scored.
 
     Raises:
@@ -275,6 +275,6 @@ def questions_of(encoder: Encoder, questions: Sequence[Choice]) -> list[Question
     return rows
 
 
-def _say(told: str | None, reporter: Reporter) -> None:
-    if told is not None:
-        reporter.say(told)
+def _say(message: str | None, reporter: Reporter) -> None:
+    if message is not None:
+        reporter.say(message)

@@ -30,13 +30,13 @@ def rouge(output: str, target: str) -> Scores:
 
 
 class _Words(Tokenizer):
-    """English words as rouge-score has them, stemmed; others as Unicode tells them, as they are."""
+    """English words stemmed, as in rouge-score; others as Unicode separates them."""
 
     def __init__(self) -> None:
         self._english = DefaultTokenizer(use_stemmer=True)
 
     def tokenize(self, text: str) -> list[str]:
-        """Return the words of a text, case folded; letters with accents are one sign (NFC)."""
+        """Return the words of a text, case folded; letters with accents are one character (NFC)."""
         if text.isascii():
             return self._english.tokenize(text)
         folded = unicodedata.normalize("NFC", text.casefold())

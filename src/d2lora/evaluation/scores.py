@@ -1,4 +1,4 @@
-"""What an evaluation found, and how it is shown in the terminal."""
+"""The results of an evaluation, and their tables for the terminal."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from d2lora.evaluation.stats import Difference, Interval
 
 @dataclass(frozen=True)
 class Forgetting:
-    """What an adapter lost of the base's general ability; changes are adapter minus base."""
+    """Forgetting of an adapter; changes are adapter minus base."""
 
     general_loss: float | None
     general_loss_change: float | None
@@ -30,7 +30,7 @@ class Evaluation:
     """Adapter -> score -> paired difference to the first adapter named."""
     forgetting: dict[str, Forgetting]
     fast_passes: dict[str, list[str]]
-    """Adapter -> the fast passes that were taken, in words."""
+    """Adapter -> names of the fast paths that were used."""
     trained_on: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     """Adapter -> set (`task`, `general_text`, `choices`) -> rows of it that it was trained on."""
 
@@ -49,7 +49,7 @@ def _plain(values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: {key: asdict(v) for key, v in inner.items()} for name, inner in values.items()}
 
 
-def score_table(evaluation: Evaluation) -> Table:
+def scores_of_adapters(evaluation: Evaluation) -> Table:
     """Return the scores in percent, with intervals, as a table for the terminal."""
     columns = list(next(iter(evaluation.scores.values())))
     table = Table(title="scores, % (95 % interval)")
@@ -66,10 +66,10 @@ def score_table(evaluation: Evaluation) -> Table:
 
 
 def forgetting_table(evaluation: Evaluation) -> Table:
-    """Return general loss and multiple-choice accuracy beside their change from the base."""
+    """Return held-out general loss and multiple-choice accuracy, with their changes."""
     table = Table(title="forgetting, against the base with adapters off")
     table.add_column("adapter", overflow="fold")
-    for column in ("general loss", "change", "choice accuracy, %", "change, points"):
+    for column in ("held-out general loss", "change", "MC accuracy, %", "change, points"):
         table.add_column(column, justify="right")
     for name, f in evaluation.forgetting.items():
         table.add_row(

@@ -66,7 +66,7 @@ class Difference:
     def verdict(self) -> str:
         """`helps`, `hurts` or `no difference seen`: what the interval over items and seeds says.
 
-        One seed tells nothing of others, so there is no verdict.
+        With one seed there is no verdict.
         """
         return NO_VERDICT if self.over_seeds is None else verdict_of(*self.over_seeds)
 
@@ -95,8 +95,8 @@ def paired_difference(first: Array, second: Array, seed: int = 0) -> Difference:
     """Return how much higher the second arm scores than the first.
 
     Both arms answer the same items with the same seeds. Items are resampled with all their
-    seeds kept together, so that the interval speaks of other items and these seeds: these draws
-    of task rows, orders and random weights. `over_seeds` speaks of others, too. Where no item
+    seeds kept together, so that the interval holds for other items and these seeds: these draws
+    of task rows, orders and random weights. `over_seeds` holds for other seeds, too. Where no item
     differs at all the interval is that of the rule of three: with 95 % confidence fewer than 3 of I
     items would differ.
 

@@ -1,6 +1,6 @@
-"""Faster passes, each equal to the plain one where it is taken and absent where it is not.
+"""Fast paths: each computes what the plain path does, and is used only where that was checked.
 
-Everything here can be left out: the numbers stay the same, up to rounding.
+They can be switched off: the numbers stay the same, up to rounding.
 """
 
 from d2lora.fast.switch import Used, enabled, used_in

@@ -96,7 +96,7 @@ class RowAttention(torch.autograd.Function):
 
 
 def _blocks(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield where a block's row begins, and where the block begins and ends."""
+    """Yield where a block's row starts, and where the block starts and ends."""
     first = 0
     for length in lengths:
         for begin in range(first, first + length, BLOCK):

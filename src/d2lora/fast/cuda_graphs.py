@@ -55,7 +55,7 @@ class Replayed:
 
         Args:
             decode: Returns the hidden states, (B, T, D), of ids, (B, T); draws nothing at random.
-            parameters: All that require a gradient, of one number format.
+            parameters: All that require a gradient, of one dtype.
         """
         self._decode = decode
         self._parameters = tuple(parameters)
@@ -139,7 +139,7 @@ class _Replay(torch.autograd.Function):
 
 
 def fits(model: nn.Module) -> bool:
-    """Say whether a model's passes may be replayed: on a GPU, nothing random, one number format."""
+    """Say whether a model's passes may be replayed: on a GPU, nothing random, one dtype."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     return (

@@ -97,7 +97,7 @@ def norm_fits(layer: nn.Module) -> bool:
 def gated_fits(layer: nn.Module) -> bool:
     """Say whether a layer is a gated MLP as Llama has it, whatever its linear layers are.
 
-    The activation is told by what it is: near zero, where small weights lead, all are alike.
+    The activation is recognized by its class: near zero, all compute alike.
     """
     names = {name for name, _ in layer.named_children()}
     if names != {"gate_proj", "up_proj", "down_proj", "act_fn"} or not _takes_one(layer):

@@ -115,7 +115,7 @@ def _lora_fits(layer: nn.Module) -> bool:
 
 
 def passes_of(model: nn.Module) -> list[tuple[nn.Module, str, Pass]]:
-    """Return the layers that a fast pass is equal for, each with its name and the pass.
+    """Return the layers that a fast path computes equally, each with its name and the path.
 
     A layer that somebody else gave a `forward` keeps it.
     """

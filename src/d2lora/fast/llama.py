@@ -134,10 +134,10 @@ class LlamaSteps:
     """Ended rows are computed on until so many have gathered: leaving costs more than staying."""
 
     def __init__(self, llama: Llama) -> None:
-        """Begin without rows."""
+        """Start without rows."""
         self._llama = llama
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Compute prompts; return the logits behind each, (B, V)."""
         llama, n_rows = self._llama, len(prompts)
         lengths = [len(prompt) for prompt in prompts]

@@ -43,9 +43,9 @@ def few_shapes_kept() -> Generator[None]:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Say whether this processor is one on which oneDNN's float32 products are taken.
+    """Say whether oneDNN's float32 products are used on this processor.
 
-    It is told by the maker, not by a measurement, so that a resumed run adds up as it began.
+    It depends on the vendor, not on a measurement, so that a resumed run computes the same.
     """
     avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return avx512 and torch.backends.mkldnn.is_available() and not _is_intel()

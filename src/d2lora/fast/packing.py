@@ -33,7 +33,7 @@ class Packed(NamedTuple):
     ids_1N: Tensor
     positions_1N: Tensor
     bounds: Tensor
-    """Where rows begin, and where the last one ends: (B + 2,) with the filler as the last row."""
+    """Where rows start, and where the last one ends: (B + 2,) with the filler as the last row."""
 
 
 def pack(batch: Batch) -> Packed:
@@ -95,7 +95,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Return attention within each row, (1, N, H, D); no mask is needed.
 
-    A model that does not hand the rows on is found out by `TokenScorer`: all is one row to it.
+    A model that does not pass the rows on is detected by `TokenScorer`: it sees one row.
     """
     whole = [query_1HND.shape[2]]
     lengths = whole if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()

@@ -1,4 +1,4 @@
-"""What is asked before a fast pass takes the place of a plain one."""
+"""Checks before a fast path replaces a plain one."""
 
 import math
 from collections.abc import Generator
@@ -11,7 +11,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class Pass(partial):
-    """A fast pass in the place of a module's `forward`."""
+    """A fast replacement of a module's `forward`."""
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -38,10 +38,10 @@ def in_evaluation(model: nn.Module) -> Generator[None]:
 
 
 class Probed:
-    """The lengths of the inputs on which a fast pass was compared with the plain one."""
+    """The lengths of the inputs on which a fast path was compared with the plain one."""
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Start with none."""
         self._least, self._most = math.inf, 0
 
     def lacks(self, shortest: int, longest: int) -> tuple[bool, bool]:

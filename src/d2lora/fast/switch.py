@@ -1,10 +1,10 @@
-"""The one door to the fast passes: they are taken inside its block alone, and told afterwards.
+"""The one switch of the fast paths: they are used inside its block alone, and recorded.
 
     with fast.enabled(model, when=settings.fast) as used:
         ...
     used.names
 
-What scores or decodes with a model asks `used_in(model)`; outside a block every pass is plain.
+Scoring and decoding ask `used_in(model)`; outside a block every path is plain.
 """
 
 from collections.abc import Generator
@@ -20,18 +20,18 @@ from d2lora.fast.matmul import few_shapes_kept
 
 @dataclass
 class Used:
-    """Whether fast passes may be taken, and those that were."""
+    """Whether fast paths may be used, and those that were."""
 
     allowed: bool
     taken: set[str] = field(default_factory=set[str])
 
     @property
     def names(self) -> list[str]:
-        """What was taken, in words, sorted."""
+        """Names of the fast paths used, sorted."""
         return sorted(self.taken)
 
     def take(self, name: str) -> None:
-        """Note that a pass is taken."""
+        """Record that a fast path is used."""
         assert self.allowed
         self.taken.add(name)
 
@@ -43,7 +43,7 @@ _OPEN: WeakKeyDictionary[nn.Module, Used] = WeakKeyDictionary()
 
 @contextmanager
 def enabled(model: nn.Module, *, when: bool) -> Generator[Used]:
-    """Let a model's passes be fast inside the block when that is wanted, and else plain.
+    """Use fast paths of a model inside the block, where `when` allows it.
 
     Layers get their fast `forward`, but for those to which somebody else gave one.
 
@@ -52,7 +52,7 @@ def enabled(model: nn.Module, *, when: bool) -> Generator[Used]:
     """
     modules = list(model.modules())
     if any(module in _OPEN for module in modules):
-        raise RuntimeError("fast passes of this model are on, or off, already: blocks do not nest")
+        raise RuntimeError("the fast paths of this model are switched already: blocks do not nest")
     used = Used(allowed=when)
     passes = passes_of(model) if when else []
     for layer, name, forward in passes:

@@ -1,4 +1,4 @@
-"""What a study found: a pure function of its folder's files.
+"""Findings of a study: a pure function of its folder's files.
 
 study folder ─▶ levels (arm x task x n) ─▶ comparisons, convergence, data efficiency, cost
 """
@@ -35,7 +35,7 @@ Curve = list[tuple[float, float]]
 
 
 def read_findings(path: Path) -> Findings:
-    """Read a study's folder and work out what it found.
+    """Read a study's folder and compute its findings.
 
     Raises:
         RunError: If it is no study, or no cell of it is finished.
@@ -107,7 +107,7 @@ def _levels(
                     row["learning_rate"] for row in group if row["learning_rate"] is not None
                 ),
                 general_loss_change=_loss_change(group, bases[task]),
-                choices_change=_choices_change(group, bases[task]),
+                mc_accuracy_change=_mc_accuracy_change(group, bases[task]),
                 costs=tuple(row["cost"] for row in group if "cost" in row),
                 folders=tuple(row["adapter"] for row in group),
             )
@@ -122,7 +122,7 @@ def _loss_change(group: Sequence[dict[str, Any]], base: dict[str, Any]) -> Array
     return np.array([row["general_loss"] - reference for row in group])
 
 
-def _choices_change(group: Sequence[dict[str, Any]], base: dict[str, Any]) -> Difference | None:
+def _mc_accuracy_change(group: Sequence[dict[str, Any]], base: dict[str, Any]) -> Difference | None:
     right = base.get("choices_right")
     if right is None or any(row["choices_right"] is None for row in group):
         return None
@@ -193,7 +193,7 @@ def _convergence(chosen: Sequence[dict[str, Any]], against: dict[str, str]) -> l
 
 
 def _reached(seed: int, curve: Curve, reference: Curve) -> Reached:
-    """Compare two curves at the reference's lowest loss: when does each first have it?"""
+    """Compare two curves at the reference's lowest loss: when does each first reach it?"""
     lowest = min(loss for _, loss in reference)
     own = steps_to_reach(reference, lowest)
     assert own is not None, "a curve reaches its own lowest loss"
@@ -251,7 +251,7 @@ def _saved(convergence: Sequence[Convergence], levels: Sequence[Level]) -> float
     """Return the mean saving over tasks and seeds; None where nothing was measured.
 
     It is what the reference takes to its lowest validation loss, less what the arm takes to the
-    same, and may be negative. An arm that does not get there takes its whole run, at least.
+    same, and may be negative. An arm that does not reach it counts with its whole run.
     """
     levels_at = {(v.task, v.arm, v.n): v for v in levels}
     saved: list[float] = []

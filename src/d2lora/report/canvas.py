@@ -1,4 +1,4 @@
-"""What all charts share: a colour and shape for every arm, themes, the way to a PNG.
+"""What all charts share: a colour and shape for every arm, themes, PNG export.
 
 Colours of axes and text are left to the page's or the PNG's theme; those of arms are fixed.
 """
@@ -26,7 +26,7 @@ COLOURS = (
     "#4d8a3a",
     "#4a8a99",
 )
-"""Of arms, in the plan's order; told apart with any colour vision together with the shapes."""
+"""Of arms, in the plan's order; distinct with any colour vision together with the shapes."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 FONT = "sans-serif"
 Rows = list[dict[str, Any]]
@@ -35,7 +35,7 @@ PNG_WIDTH, HEIGHT = 560, 300
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, what it shows in words, and its numbers."""
+    """A chart, its description in words, and its numbers."""
 
     name: str
     """Name of its file, without the ending."""

@@ -12,7 +12,7 @@ from d2lora.study.cells import BASE
 
 SMALL_HEIGHT = 200
 MANY_ARMS = 8
-"""More than these cross each other's lines beyond reading, and stand in rows instead."""
+"""With more arms lines are unreadable, and arms stand in rows instead."""
 
 
 def charts(findings: Findings, palette: Palette) -> dict[str, list[Chart]]:
@@ -31,7 +31,7 @@ def charts(findings: Findings, palette: Palette) -> dict[str, list[Chart]]:
 
 
 def curves(findings: Findings, palette: Palette, task: str, n: int) -> Chart | None:
-    """Draw validation loss over steps of every arm that was tried on rows held out of the n."""
+    """Draw the validation loss over steps of every arm, on rows held out of the n."""
     own = [c for c in findings.convergence if (c.task, c.n) == (task, n)]
     if not own:
         return None
@@ -40,8 +40,8 @@ def curves(findings: Findings, palette: Palette, task: str, n: int) -> Chart | N
     rows = [{"arm": arm, "step": step, "loss": loss} for arm in shown for step, loss in lines[arm]]
     x = alt.X("step:Q", title="optimizer step")
     y = alt.Y("loss:Q", title="validation loss", scale=alt.Scale(zero=False))
-    told = ["arm:N", "step:Q", alt.Tooltip("loss:Q", format=".3f")]
-    base = rows_of(rows).encode(x=x, y=y, color=palette.colour(shown), tooltip=told)
+    tooltip = ["arm:N", "step:Q", alt.Tooltip("loss:Q", format=".3f")]
+    base = rows_of(rows).encode(x=x, y=y, color=palette.colour(shown), tooltip=tooltip)
     ends = [{"loss": min(loss for _, loss in lines[c.against])} for c in own[:1]]
     layers = [
         rows_of(ends).mark_rule(strokeDash=[4, 4]).encode(y=y),
@@ -59,7 +59,7 @@ def curves(findings: Findings, palette: Palette, task: str, n: int) -> Chart | N
 
 
 def forgetting(findings: Findings, palette: Palette, task: str) -> Chart | None:
-    """Draw what was learnt against what was forgotten, a point an arm and n."""
+    """Draw score against forgetting, a point per arm and n."""
     own = [v for v in findings.levels if v.task == task and v.general_loss_change is not None]
     if not any(v.arm != BASE for v in own):
         return None
@@ -84,7 +84,7 @@ def forgetting(findings: Findings, palette: Palette, task: str) -> Chart | None:
     name = f"{findings.score_name(task)}, %"
     x = alt.X("change:Q", title="change of held-out general loss, nats per token")
     y = alt.Y("score:Q", title=name, scale=alt.Scale(zero=False))
-    told = [
+    tooltip = [
         "arm:N",
         "n:Q",
         alt.Tooltip("score:Q", title=name, format=".1f"),
@@ -94,14 +94,14 @@ def forgetting(findings: Findings, palette: Palette, task: str) -> Chart | None:
     layers: list[Any] = [
         base.mark_line(strokeWidth=1.2, opacity=0.5).encode(order="n:Q"),
         base.mark_point(filled=True, size=80, opacity=1).encode(
-            shape=palette.shape(shown), tooltip=told
+            shape=palette.shape(shown), tooltip=tooltip
         ),
         rows_of(rows).mark_text(dy=-11).encode(x=x, y=y, text="label:N"),
     ]
     if seeds:
         dots = rows_of(seeds).mark_circle(size=20, opacity=0.35)
-        layers.insert(0, dots.encode(x=x, y=y, color=palette.colour(shown), tooltip=told))
-    title = f"{findings.title(task)}: learnt and forgotten"
+        layers.insert(0, dots.encode(x=x, y=y, color=palette.colour(shown), tooltip=tooltip))
+    title = f"{findings.title(task)}: score against forgetting"
     words = "Score against the change of held-out general loss. " + " ".join(
         f"{row['arm']} at n = {row['n']}: {row['score']:.1f} % and {signed(row['change'], 2)} nats."
         for row in rows

@@ -11,7 +11,7 @@ import altair as alt
 
 from d2lora.report.canvas import HEIGHT, Chart, Palette, Rows, chart_of, rows_of
 from d2lora.report.findings import Comparison, Findings, Level, signed
-from d2lora.report.tables import difference_grid, percent, score_grid
+from d2lora.report.tables import chart_score_grid, difference_grid, percent
 
 DODGE = 1.035
 """Factor between arms at one n, so that intervals do not hide each other."""
@@ -67,7 +67,7 @@ class Layout:
 def scores(findings: Findings, palette: Palette, task: str, n: int | None = None) -> Chart | None:
     """Draw scores with intervals, every seed a dot; with n in rows at that size, else over n.
 
-    Arms that no task row trains stand as lines over n, or in rows of their own.
+    Arms without task rows are lines over n, or separate rows.
     """
     own = [v for v in findings.levels if v.task == task and n in (None, v.n or n)]
     sized = [v for v in own if v.n]
@@ -91,7 +91,7 @@ def scores(findings: Findings, palette: Palette, task: str, n: int | None = None
         for i, s in enumerate(v.by_seed)
     ]
     points = layout.points("score", f"{score}, %", zero=False)
-    told = [
+    tooltip = [
         alt.Tooltip("arm:N"),
         alt.Tooltip("n:Q"),
         alt.Tooltip("score:Q", title=f"{score}, %", format=".1f"),
@@ -105,7 +105,7 @@ def scores(findings: Findings, palette: Palette, task: str, n: int | None = None
             rule = rows_of([{"arm": level.arm, "score": 100 * level.interval.mean}])
             y = {"y": points["y"]}
             layers += [
-                rule.mark_rule(strokeDash=[4, 4]).encode(tooltip=[told[0], told[2]], **y),
+                rule.mark_rule(strokeDash=[4, 4]).encode(tooltip=[tooltip[0], tooltip[2]], **y),
                 rule.mark_text(align="right", dy=-6).encode(
                     x=alt.value("width"), text="arm:N", **y
                 ),
@@ -114,12 +114,12 @@ def scores(findings: Findings, palette: Palette, task: str, n: int | None = None
     layers += [
         base.mark_rule(strokeWidth=1.5).encode(**layout.spans("low", "high")),
         base.mark_point(filled=True, size=70, opacity=1).encode(
-            shape=shape, tooltip=[*told, *ends], **points
+            shape=shape, tooltip=[*tooltip, *ends], **points
         ),
     ]
     if seeds:
         dots = rows_of(seeds).mark_circle(size=22, opacity=0.4)
-        tips = [*told, alt.Tooltip("seed:Q")]
+        tips = [*tooltip, alt.Tooltip("seed:Q")]
         layers.insert(-1, dots.encode(color=colour, tooltip=tips, **points))
     words = f"{score} in percent. " + " ".join(
         f"{arm}: "
@@ -131,7 +131,9 @@ def scores(findings: Findings, palette: Palette, task: str, n: int | None = None
         + "."
         for arm in shown
     )
-    return chart_of(name, title, words, layers, score_grid(findings, own, title), layout.height)
+    return chart_of(
+        name, title, words, layers, chart_score_grid(findings, own, title), layout.height
+    )
 
 
 def differences(
@@ -181,7 +183,7 @@ def differences(
             mark = rows_of(held).mark_point(filled=filled, size=80, strokeWidth=2, opacity=1)
             layers.append(mark.encode(color=colour, shape=shape, tooltip=tips, **points))
     words = (
-        "Paired differences with 95 % intervals: thick over rows alone, thin over items and seeds. "
+        "Paired differences with 95 % CI: thick over test rows alone, thin over items and seeds. "
     ) + " ".join(
         f"{c.arm} minus {c.against} at n = {c.n}: "
         f"{signed(100 * c.difference.mean)} points, {c.verdict}."
@@ -208,5 +210,5 @@ def _difference_row(c: Comparison) -> dict[str, Any]:
     numbers = {
         "difference": d.mean, "low": d.low, "high": d.high, "lowest": lowest, "highest": highest,
     }  # fmt: skip
-    told = {"arm": c.arm, "against": c.against, "n": c.n, "verdict": c.verdict}
-    return told | {name: 100 * value for name, value in numbers.items()}
+    row = {"arm": c.arm, "against": c.against, "n": c.n, "verdict": c.verdict}
+    return row | {name: 100 * value for name, value in numbers.items()}

@@ -15,12 +15,12 @@ MAX_CHARACTERS = 2_000
 
 @dataclass(frozen=True)
 class Examples:
-    """What the page's browser of outputs reads, and what of it was left out."""
+    """What the page's browser of outputs reads, and notes on what was left out."""
 
     data: dict[str, Any]
     """Texts once each, and per task its rows and cells as indices of texts."""
     notes: list[str]
-    """What is not shown, in words."""
+    """Sentences on what is not shown."""
 
 
 def read_examples(findings: Findings) -> Examples:
@@ -41,7 +41,7 @@ def read_examples(findings: Findings) -> Examples:
         shown = records.head(most)
         task = tasks.setdefault(cell["task"], _task(findings, cell["task"], shown, texts))
         if len(shown) < len(records):
-            note = f"{task['title']}: the first {len(shown)} of {len(records)} test rows are here."
+            note = f"{task['title']}: the first {len(shown)} of {len(records)} test rows are shown."
             notes += [] if note in notes else [note]
         values = [float(value) for value in shown[score]]
         task["graded"] = task["graded"] or any(value not in (0.0, 1.0) for value in values)
@@ -57,10 +57,10 @@ def read_examples(findings: Findings) -> Examples:
     if len(there) < len(findings.cells):
         notes.append(
             f"The outputs of {len(findings.cells) - len(there)} of {len(findings.cells)} cells are "
-            f"not in the store that the study names; run d2lora study again to have them."
+            f"not in the study's store; run d2lora study again to restore them."
         )
     if texts.n_cut:
-        notes.append(f"{texts.n_cut} texts are cut after {MAX_CHARACTERS:,} characters.")
+        notes.append(f"{texts.n_cut} texts are cut off after {MAX_CHARACTERS:,} characters.")
     sizes = list(findings.plan.sizes)
     arms = [arm.name for arm in findings.plan.arms]
     data = {"texts": texts.all, "tasks": tasks, "sizes": sizes, "arms": arms}

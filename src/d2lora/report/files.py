@@ -1,4 +1,4 @@
-"""What a study found as files for other tools: tables, and Markdown for people."""
+"""Findings as files for other tools: tables, and a summary in Markdown."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import pandas as pd
 
 from d2lora.report import words
 from d2lora.report.findings import Findings
-from d2lora.report.summary import cost_grid, pooled_grid, score_grid
+from d2lora.report.summary import cost_grid, pooled_grid, task_grid
 from d2lora.runtime.grids import markdown
 from d2lora.study.cells import BASE
-from d2lora.study.decontamination import contamination_said
+from d2lora.study.decontamination import contamination_lines
 
 
 def cell_table(findings: Findings) -> pd.DataFrame:
@@ -62,7 +62,7 @@ def item_table(findings: Findings) -> pd.DataFrame:
 
 
 def summary_text(findings: Findings) -> str:
-    """Return verdict, cautions, tables and provenance as Markdown."""
+    """Return findings, cautions, tables and provenance as Markdown."""
     plan, made = findings.plan, findings.provenance
     verdicts = words.task_verdicts(findings)
     lines = [
@@ -73,10 +73,10 @@ def summary_text(findings: Findings) -> str:
         "",
         *(f"- {verdict.title}: {verdict.power}" for verdict in verdicts),
         *(f"- {caution}" for caution in words.cautions(findings)),
-        *(f"- Contamination: {said}." for said in contamination_said(findings.contamination)),
+        *(f"- Contamination: {line}." for line in contamination_lines(findings.contamination)),
         "",
     ]
-    grids = [score_grid(findings, task) for task in plan.tasks]
+    grids = [task_grid(findings, task) for task in plan.tasks]
     tables = [
         markdown(grid) for grid in (*grids, pooled_grid(findings), cost_grid(findings)) if grid.rows
     ]

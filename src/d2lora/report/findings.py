@@ -1,4 +1,4 @@
-"""What a study found, as records: levels (arm x task x n), comparisons, convergence, cost."""
+"""Findings of a study, as records: levels (arm x task x n), comparisons, convergence, cost."""
 
 import math
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Level:
     """Of each seed; empty where nothing was trained."""
     general_loss_change: Array | None
     """Shape (S,): loss on general text minus the base's, nats per token."""
-    choices_change: Difference | None
+    mc_accuracy_change: Difference | None
     """Multiple-choice accuracy minus the base's."""
     costs: tuple[dict[str, Any], ...]
     """Of each seed, as in manifests; empty where nothing was trained."""
@@ -66,7 +66,7 @@ class Comparison:
     p_holm: float
     """Adjusted over the sizes of this task and arm."""
     power: Power | None
-    """What it would take to see one point."""
+    """What it would take to detect one point."""
 
     @property
     def verdict(self) -> str:
@@ -74,20 +74,20 @@ class Comparison:
 
         The interval and Holm's test must agree.
         """
-        said = self.difference.verdict
-        return said if said == NO_VERDICT or self.p_holm < 0.05 else NOTHING_SEEN
+        verdict = self.difference.verdict
+        return verdict if verdict == NO_VERDICT or self.p_holm < 0.05 else NOTHING_SEEN
 
     @property
     def numbers(self) -> str:
         """The difference and its intervals, in points."""
         d = self.difference
-        rows = f"over rows alone {range_said(d.low, d.high)}"
-        wide = rows if d.over_seeds is None else f"{CI} {range_said(*d.over_seeds)}; {rows}"
+        rows = f"over test rows alone {range_text(d.low, d.high)}"
+        wide = rows if d.over_seeds is None else f"{CI} {range_text(*d.over_seeds)}; {rows}"
         return f"{signed(100 * d.mean)} points, {wide}"
 
     @property
     def seeds(self) -> str:
-        """Where the seeds do not all say the same, how they do; empty where they do."""
+        """The directions of the seeds; empty where all agree."""
         d = self.difference
         if d.n_seeds == 1:
             return "one seed"
@@ -110,14 +110,14 @@ class PooledComparison:
     @property
     def numbers(self) -> str:
         """The difference, its interval in points, and p."""
-        said = f"{signed(100 * self.pooled.mean)} points"
+        mean = f"{signed(100 * self.pooled.mean)} points"
         if self.pooled.interval is None or self.pooled.p_value is None:
-            return said
-        return f"{said}, {CI} {range_said(*self.pooled.interval)}, {p_said(self.pooled.p_value)}"
+            return mean
+        return f"{mean}, {CI} {range_text(*self.pooled.interval)}, {p_text(self.pooled.p_value)}"
 
     @property
     def place(self) -> str:
-        """Over what it is the mean."""
+        """What it is the mean over."""
         n_tasks, n_sizes = len(self.tasks), len(self.sizes)
         tasks = f"{n_tasks} task{'s' if n_tasks > 1 else ''}"
         return f"{tasks} and {n_sizes} size{'s' if n_sizes > 1 else ''}"
@@ -125,13 +125,13 @@ class PooledComparison:
 
 @dataclass(frozen=True)
 class Reached:
-    """When one seed's trials reach the lowest validation loss of the reference's."""
+    """When one seed's trials reach the reference's lowest validation loss."""
 
     seed: int
     reference_steps: float
-    """Steps after which the reference first had that loss."""
+    """Steps after which the reference first reached that loss."""
     steps: float | None
-    """Steps of the arm; None: it does not get there."""
+    """Steps of the arm; None: it does not reach it."""
     whole: float
     """Steps of the arm's whole trial."""
 
@@ -150,7 +150,7 @@ class Convergence:
 
     @property
     def n_reached(self) -> int:
-        """Seeds in which the arm gets there."""
+        """Seeds in which the arm reaches it."""
         return sum(seed.steps is not None for seed in self.seeds)
 
     @property
@@ -203,7 +203,7 @@ class ArmCost:
 
     @property
     def break_even_tasks(self) -> float:
-        """Tasks after which the warm-up has paid for itself in operations; may be infinite."""
+        """Tasks after which the warm-up has paid off in operations; may be infinite."""
         if not self.flops_saved_per_task or self.flops_saved_per_task <= 0:
             return math.inf
         return self.warm_up_flops / self.flops_saved_per_task
@@ -225,11 +225,11 @@ class Findings:
     """Task -> name of its main score's column."""
     trials: list[dict[str, Any]]
     chosen: list[dict[str, Any]]
-    """Of each cell: the learning rate and step chosen, and the curve that they were chosen by."""
+    """Of each cell: the learning rate and step chosen, and the curve that they were tuned by."""
     warm_ups: dict[str, Any]
     failures: dict[str, str]
     contamination: list[dict[str, Any]]
-    """Of each warm-up and task: training rows checked and taken out, as `Check.to_json`."""
+    """Of each warm-up and task: training rows checked and removed, as `Check.to_json`."""
     provenance: dict[str, Any]
     store: Path
     cells: list[dict[str, Any]]
@@ -241,11 +241,11 @@ class Findings:
         return next(found, None)
 
     def title(self, task: str) -> str:
-        """Return a task's name for people."""
+        """Return a task's display name."""
         return self.plan.tasks[task].title or task
 
     def score_name(self, task: str) -> str:
-        """Return the main score's name for people."""
+        """Return the main score's display name."""
         return MAIN_SCORES.get(self.score_of[task], self.score_of[task])
 
     def not_compared(self) -> list[tuple[str, str, str, int]]:
@@ -260,24 +260,24 @@ class Findings:
         ]
 
     def verdicts(self) -> list[str]:
-        """Return what was found in words, pooled and then one sentence a comparison."""
-        return [*self.pooled_verdicts(), *(self._said(c) for c in self.comparisons)]
+        """Return the findings as sentences, pooled and then one per comparison."""
+        return [*self.pooled_verdicts(), *(self._sentence(c) for c in self.comparisons)]
 
     def pooled_verdicts(self) -> list[str]:
-        """Return what was found over all tasks and sizes, one sentence a pair of arms."""
+        """Return the pooled findings over all tasks and sizes, one sentence per pair of arms."""
         return [
-            f"Pooled over {c.place}: {_verdict_said(c.pooled.verdict, c.arm, c.against)} "
+            f"Pooled over {c.place}: {_verdict_text(c.pooled.verdict, c.arm, c.against)} "
             f"({c.numbers})"
             for c in self.pooled
         ]
 
-    def _said(self, c: Comparison) -> str:
+    def _sentence(self, c: Comparison) -> str:
         place = f"{self.title(c.task)}, n = {c.n}"
         seeds = f"; {c.seeds}" if c.seeds else ""
-        return f"{place}: {_verdict_said(c.verdict, c.arm, c.against)} ({c.numbers}{seeds})"
+        return f"{place}: {_verdict_text(c.verdict, c.arm, c.against)} ({c.numbers}{seeds})"
 
 
-def _verdict_said(verdict: str, arm: str, against: str) -> str:
+def _verdict_text(verdict: str, arm: str, against: str) -> str:
     if verdict in (NOTHING_SEEN, NO_VERDICT):
         return f"{verdict} between {arm} and {against}"
     return f"{arm} {verdict} against {against}"
@@ -298,11 +298,11 @@ def signed(value: float, digits: int = 1) -> str:
     return text.replace("-", "−")
 
 
-def range_said(low: float, high: float) -> str:
+def range_text(low: float, high: float) -> str:
     """Return an interval in points."""
     return f"{signed(100 * low)} to {signed(100 * high)}"
 
 
-def p_said(p: float) -> str:
-    """Return a p-value, one below what is worth telling as such."""
+def p_text(p: float) -> str:
+    """Return a p-value, a tiny one as a bound."""
     return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"

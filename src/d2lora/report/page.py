@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else and asks for nothing from outside.
+"""The page: one HTML file without any external resources.
 
 Every text is escaped by jinja2; data travel as JSON in which `<`, `>` and `&` are escaped. The
 content security policy lets run only the scripts whose hashes it names.
@@ -24,10 +24,10 @@ SECTIONS = {
     "score": "Score over n",
     "difference": "Paired differences",
     "curves": "Learning curves",
-    "forgetting": "Learnt and forgotten",
+    "forgetting": "Score against forgetting",
     "tables": "Scores",
     "cost": "Cost",
-    "choices": "Learning rates and lengths",
+    "tuning": "Learning rates and lengths",
     "failures": "Failures",
     "examples": "Examples",
     "provenance": "Provenance",
@@ -44,11 +44,11 @@ def page(
     """Return the page as HTML.
 
     Args:
-        findings: What the study found.
+        findings: Findings of the study.
         drawn: The charts of every section.
         palette: Colours of the arms.
         examples: Outputs to browse.
-        provenance: Where and when the report itself was made.
+        provenance: Provenance of the report itself.
     """
     plan = findings.plan
     specs = {chart.name: chart.spec for charts in drawn.values() for chart in charts}
@@ -72,7 +72,7 @@ def page(
         pooled_effects=pooled_grid(findings),
         cost=cost_grid(findings),
         efficiency=tables.efficiency_table(findings),
-        choices=tables.choice_table(findings),
+        tuning=tables.tuning_table(findings),
         failures=tables.failure_table(findings),
         warm_ups=tables.warm_up_table(findings),
         keep_out_words=plan.keep_out_words,

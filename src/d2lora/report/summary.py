@@ -1,4 +1,4 @@
-"""What a study found, as tables and sentences."""
+"""Findings as tables and sentences for the terminal."""
 
 import math
 
@@ -10,24 +10,24 @@ from d2lora.report.findings import (
     Comparison,
     Findings,
     Level,
-    p_said,
-    range_said,
+    p_text,
+    range_text,
     signed,
 )
 from d2lora.runtime.grids import NONE, Grid, as_table
-from d2lora.study.decontamination import contamination_said
+from d2lora.study.decontamination import contamination_lines
 
 
-def score_grid(findings: Findings, task: str) -> Grid:
+def task_grid(findings: Findings, task: str) -> Grid:
     """Return a task's scores, differences and forgetting, one row an arm and size."""
-    title = f"{findings.title(task)}: {findings.score_name(task)}, %, mean of the seeds"
+    title = f"{findings.title(task)}: {findings.score_name(task)}, %, mean over seeds"
     columns = (
         "n",
         "arm",
         "score",
         "difference",
         CI,
-        "over rows alone",
+        "CI over rows alone",
         "p, Holm",
         "held-out general loss",
         "MC accuracy",
@@ -48,8 +48,8 @@ def pooled_grid(findings: Findings) -> Grid:
             c.against,
             c.place,
             signed(100 * c.pooled.mean),
-            NONE if c.pooled.interval is None else range_said(*c.pooled.interval),
-            NONE if c.pooled.p_value is None else p_said(c.pooled.p_value),
+            NONE if c.pooled.interval is None else range_text(*c.pooled.interval),
+            NONE if c.pooled.p_value is None else p_text(c.pooled.p_value),
             c.pooled.verdict,
         )
         for c in findings.pooled
@@ -58,11 +58,11 @@ def pooled_grid(findings: Findings) -> Grid:
 
 
 def cost_grid(findings: Findings) -> Grid:
-    """Return what training cost each arm, with its share of the warm-up and the break-even."""
+    """Return each arm's training cost, with its share of the warm-up and the break-even."""
     columns = (
         "n",
         "arm",
-        "TFLOP a task",
+        "TFLOP per task",
         "with the warm-up's share",
         "seconds",
         "tokens",
@@ -84,14 +84,12 @@ def cost_grid(findings: Findings) -> Grid:
         )
         for c in sorted(findings.costs, key=lambda c: c.n)
     ]
-    return Grid(
-        "Cost of training, mean of tasks and seeds; the highest peak of memory", columns, rows
-    )
+    return Grid("Cost of training, mean over tasks and seeds (peak memory: maximum)", columns, rows)
 
 
 def show(findings: Findings, console: Console) -> None:
     """Print the verdicts and tables of a study."""
-    grids = [score_grid(findings, task) for task in findings.plan.tasks]
+    grids = [task_grid(findings, task) for task in findings.plan.tasks]
     for grid in (*grids, pooled_grid(findings), cost_grid(findings)):
         if grid.rows:
             console.print(as_table(grid))
@@ -103,12 +101,12 @@ def show(findings: Findings, console: Console) -> None:
     for name, warm_up in findings.warm_ups.items():
         cost = warm_up["cost"]
         console.print(
-            f"The warm-up `{name}` took {cost['elapsed_s']:.0f} s and {cost['n_tokens']:,} tokens, "
-            "once for all tasks.",
+            f"Warm-up `{name}`: {cost['elapsed_s']:.0f} s and {cost['n_tokens']:,} tokens, once "
+            "for all tasks.",
             highlight=False,
         )
-    for said in contamination_said(findings.contamination):
-        console.print(f"Contamination: {said}.", highlight=False, markup=False)
+    for line in contamination_lines(findings.contamination):
+        console.print(f"Contamination: {line}.", highlight=False, markup=False)
     console.print("Findings:", style="bold")
     for verdict in findings.verdicts():
         console.print(f"  {verdict}", highlight=False)
@@ -130,9 +128,9 @@ def _row(level: Level, comparison: Comparison | None) -> tuple[str, ...]:
     if comparison is not None:
         d = comparison.difference
         difference = signed(100 * d.mean)
-        wide = NONE if d.over_seeds is None else range_said(*d.over_seeds)
-        rows, p = range_said(d.low, d.high), f"{comparison.p_holm:.4f}"
-    loss, choices = level.general_loss_change, level.choices_change
+        wide = NONE if d.over_seeds is None else range_text(*d.over_seeds)
+        rows, p = range_text(d.low, d.high), f"{comparison.p_holm:.4f}"
+    loss, choices = level.general_loss_change, level.mc_accuracy_change
     return (
         str(level.n) if level.n else "-",
         level.arm,
@@ -147,7 +145,7 @@ def _row(level: Level, comparison: Comparison | None) -> tuple[str, ...]:
 
 
 def _pays_off(cost: ArmCost) -> str:
-    """Return after how many tasks the warm-up is paid for."""
+    """Return the number of tasks after which the warm-up pays off."""
     if not cost.warm_up_flops:
         return NONE
     if cost.flops_saved_per_task is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2lora.report.findings import CI, Comparison, Findings, Level, range_said, signed
+from d2lora.report.findings import CI, Comparison, Findings, Level, range_text, signed
 from d2lora.runtime.grids import NONE, Grid
 from d2lora.runtime.run_folder import sha256_of
 from d2lora.study.cells import BASE
@@ -14,7 +14,7 @@ from d2lora.study.plan import StudyPlan
 
 
 def score_table(findings: Findings, task: str) -> Grid:
-    """Return a task's scores with their intervals and differences, one row an arm and size."""
+    """Return a task's scores with their intervals and differences, one row per arm and size."""
     compared = {(c.arm, c.n): c for c in findings.comparisons if c.task == task}
     rows = [
         (
@@ -36,7 +36,7 @@ def score_table(findings: Findings, task: str) -> Grid:
         "SD of seeds",
         "difference",
         CI,
-        "over rows alone",
+        "CI over rows alone",
         "p, Holm",
         "verdict",
         "held-out general loss",
@@ -45,8 +45,8 @@ def score_table(findings: Findings, task: str) -> Grid:
     return Grid(f"{findings.title(task)}: scores", columns, rows)
 
 
-def score_grid(findings: Findings, levels: Sequence[Level], title: str) -> Grid:
-    """Return what a chart of scores shows, one row an arm and size."""
+def chart_score_grid(findings: Findings, levels: Sequence[Level], title: str) -> Grid:
+    """Return what a chart of scores shows, one row per arm and size."""
     rows = [
         (
             f"{v.n:,}" if v.n else NONE,
@@ -62,21 +62,21 @@ def score_grid(findings: Findings, levels: Sequence[Level], title: str) -> Grid:
 
 
 def difference_grid(comparisons: Iterable[Comparison], title: str) -> Grid:
-    """Return what a chart of differences shows, one row an arm and size."""
+    """Return what a chart of differences shows, one row per arm and size."""
     rows = [
         (
             f"{c.n:,}",
             c.arm,
             c.against,
             signed(100 * c.difference.mean),
-            NONE if c.difference.over_seeds is None else range_said(*c.difference.over_seeds),
-            range_said(c.difference.low, c.difference.high),
+            NONE if c.difference.over_seeds is None else range_text(*c.difference.over_seeds),
+            range_text(c.difference.low, c.difference.high),
             ", ".join(signed(100 * d) for d in c.difference.by_seed),
             c.verdict,
         )
         for c in sorted(comparisons, key=lambda c: c.n)
     ]
-    intervals = (CI, "over rows alone")
+    intervals = (CI, "CI over rows alone")
     columns = ("n", "arm", "against", "difference", *intervals, "each seed", "verdict")
     return Grid(title, columns, rows)
 
@@ -91,18 +91,25 @@ def efficiency_table(findings: Findings) -> Grid:
         c = steps.get((e.task, e.arm, e.n))
         reached = NONE
         if c is not None:
-            reached = f"{c.n_reached} of {len(c.seeds)} seeds get there"
+            reached = f"{c.n_reached} of {len(c.seeds)} seeds reach it"
             reached = reached if c.ratio is None else f"{c.ratio:.2f}"
         rows.append((str(e.n), findings.title(e.task), e.arm, e.against, equals, reached))
-    columns = ("n", "task", "arm", "against", "rows for the same score", "steps to its loss")
+    columns = (
+        "n",
+        "task",
+        "arm",
+        "against",
+        "rows for the same score",
+        "ratio of steps",
+    )
     return Grid("Data efficiency and convergence", columns, rows)
 
 
-def choice_table(findings: Findings) -> Grid:
-    """Return the learning rate and length of every arm, task and n, and how they were chosen."""
+def tuning_table(findings: Findings) -> Grid:
+    """Return the learning rate and length of every arm, task and n, and how they were tuned."""
     columns = (
         "n", "task", "arm", "learning rate", "steps", "lowest validation loss by learning rate",
-        "at the end of what was tried",
+        "at the edge of the search",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = []
     for level in sorted(findings.levels, key=lambda v: (v.task, v.n)):
@@ -117,11 +124,11 @@ def choice_table(findings: Findings) -> Grid:
                 level.arm,
                 _counted(level.learning_rates),
                 _counted([cost["n_steps"] for cost in level.costs]),
-                _tried(tried) or "given by the plan",
+                _tried(tried) or "set by the plan",
                 _ends(own),
             )
         )
-    return Grid("Learning rates and lengths, each with how many seeds chose it", columns, rows)
+    return Grid("Learning rates and lengths (number of seeds)", columns, rows)
 
 
 def warm_up_table(findings: Findings) -> Grid:
@@ -149,11 +156,11 @@ def warm_up_table(findings: Findings) -> Grid:
                 _loss(warm_up.get("validation_loss_after")),
             )
         )
-    return Grid("Warm-ups, once for all tasks; loss on held-out general rows", columns, rows)
+    return Grid("Warm-ups, once for all tasks; held-out loss in nats per token", columns, rows)
 
 
 def contamination_table(findings: Findings) -> Grid:
-    """Return how many training rows were compared with the evaluation files and taken out."""
+    """Return how many training rows were compared with the evaluation files and removed."""
     rows = [
         (
             check["use"],
@@ -163,8 +170,8 @@ def contamination_table(findings: Findings) -> Grid:
         )
         for check in findings.contamination
     ]
-    columns = ("rows of", "checked", "taken out", "the first of them")
-    return Grid("Training rows that give an evaluation row away", columns, rows)
+    columns = ("rows of", "checked", "removed", "first of them")
+    return Grid("Contamination: training rows that overlap with an evaluation row", columns, rows)
 
 
 def version_table(provenance: dict[str, Any]) -> Grid:
@@ -175,11 +182,11 @@ def version_table(provenance: dict[str, Any]) -> Grid:
 
 
 def fingerprint_table(plan: StudyPlan) -> Grid:
-    """Return the SHA-256 of every data file that is still there."""
+    """Return the SHA-256 of every data file that still exists."""
     rows: list[tuple[str, ...]] = []
     for use, name in dict.fromkeys(_data(plan)):
         path = Path(name)
-        fingerprint = sha256_of(path) if path.is_file() else "not a file here"
+        fingerprint = sha256_of(path) if path.is_file() else "no such file here"
         rows.append((use, path.name if path.is_file() else name, fingerprint))
     return Grid("Data files, as they are now", ("use", "file", "SHA-256"), rows)
 
@@ -190,7 +197,7 @@ def failure_table(findings: Findings) -> Grid:
 
 
 def percent(value: float) -> str:
-    """Return a share as a percentage without its sign."""
+    """Return a share as a percentage, without the % sign."""
     return f"{100 * value:.1f}"
 
 
@@ -209,18 +216,18 @@ def _difference(c: Comparison | None) -> tuple[str, ...]:
     if c is None:
         return (NONE,) * 5
     d = c.difference
-    verdict, said = c.verdict, c.seeds
+    verdict, seeds = c.verdict, c.seeds
     return (
         signed(100 * d.mean),
-        NONE if d.over_seeds is None else range_said(*d.over_seeds),
-        range_said(d.low, d.high),
+        NONE if d.over_seeds is None else range_text(*d.over_seeds),
+        range_text(d.low, d.high),
         f"{c.p_holm:.4f}",
-        f"{verdict} ({said})" if said else verdict,
+        f"{verdict} ({seeds})" if seeds else verdict,
     )
 
 
 def _forgetting(level: Level) -> tuple[str, str]:
-    loss, choices = level.general_loss_change, level.choices_change
+    loss, choices = level.general_loss_change, level.mc_accuracy_change
     if level.arm == BASE:
         return (NONE, NONE)
     return (
@@ -239,7 +246,7 @@ def _counted(values: Sequence[float]) -> str:
 
 
 def _ends(chosen: Sequence[dict[str, Any]]) -> str:
-    """Say how many seeds chose the last learning rate, or the last step, that may be tried."""
+    """Return how many seeds took a learning rate, or a length, at the edge of the search."""
     if not chosen:
         return NONE
     ends = (("at_edge", "learning rate"), ("at_end", "steps"))

@@ -1,4 +1,4 @@
-"""What was found, in plain sentences. A difference that was not seen is said as such."""
+"""Findings in plain sentences. A difference that was not seen is reported as such."""
 
 import math
 from collections.abc import Sequence
@@ -6,23 +6,23 @@ from dataclasses import dataclass
 
 from d2lora.evaluation.crossed import NO_VERDICT, NOTHING_SEEN
 from d2lora.report.findings import Comparison, Findings
-from d2lora.study.decontamination import contamination_said
+from d2lora.study.decontamination import contamination_lines
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What one comparison says."""
+    """The finding of one comparison."""
 
     n: int
     verdict: str
     """`helps`, `hurts`, `no difference seen`, or that one seed gives no verdict."""
     numbers: str
     seeds: str
-    """Said where not all seeds say the same, or where there is one alone; else empty."""
+    """Directions of the seeds where they differ, or that there is one; else empty."""
 
 
 @dataclass(frozen=True)
-class Pair:
+class ArmVerdict:
     """An arm and what it is compared with, on one task."""
 
     arm: str
@@ -32,12 +32,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class TaskVerdict:
-    """All that is said of one task."""
+    """All findings on one task."""
 
     task: str
     title: str
     score: str
-    pairs: list[Pair]
+    arms: list[ArmVerdict]
     power: str
 
 
@@ -48,19 +48,19 @@ def headline(findings: Findings) -> list[str]:
     sentences: list[str] = []
     for arm, against in dict.fromkeys((c.arm, c.against) for c in findings.comparisons):
         own = [c for c in findings.comparisons if (c.arm, c.against) == (arm, against)]
-        said = sorted({c.verdict for c in own} - {NOTHING_SEEN, NO_VERDICT})
+        seen = sorted({c.verdict for c in own} - {NOTHING_SEEN, NO_VERDICT})
         parts = [
             f"{verdict} {_places(findings, [c for c in own if c.verdict == verdict])}"
-            for verdict in said
+            for verdict in seen
         ]
         unseen = [c for c in own if c.verdict == NOTHING_SEEN]
         subject = f"Compared with {against}, {arm}"
         if all(c.verdict == NO_VERDICT for c in own):
-            sentences.append(f"{subject} was run with one seed, which gives no verdict.")
+            sentences.append(f"{subject} was run with one seed, which allows no verdict.")
             continue
         if not parts:
             where = "" if len(own) == 1 else f" in any of {len(own)} comparisons"
-            sentences.append(f"{subject} makes no difference that could be seen{where}.")
+            sentences.append(f"{subject} shows no difference{where}.")
             continue
         rest = ""
         if unseen:
@@ -70,67 +70,71 @@ def headline(findings: Findings) -> list[str]:
 
 
 def task_verdicts(findings: Findings) -> list[TaskVerdict]:
-    """Return what is said of every task, in the plan's order."""
+    """Return the findings on every task, in the plan's order."""
     found: list[TaskVerdict] = []
     for task in findings.plan.tasks:
         own = [c for c in findings.comparisons if c.task == task]
-        pairs = [
-            Pair(arm, against, [_claim(c) for c in own if (c.arm, c.against) == (arm, against)])
+        arms = [
+            ArmVerdict(
+                arm, against, [_claim(c) for c in own if (c.arm, c.against) == (arm, against)]
+            )
             for arm, against in dict.fromkeys((c.arm, c.against) for c in own)
         ]
         name = findings.score_name(task)
-        found.append(TaskVerdict(task, findings.title(task), name, pairs, power_line(own)))
+        found.append(TaskVerdict(task, findings.title(task), name, arms, power_line(own)))
     return found
 
 
 def power_line(comparisons: Sequence[Comparison]) -> str:
-    """Say what it would take to see one point, at worst and at best over some comparisons."""
+    """Return what it would take to detect one point, at worst and at best over comparisons."""
     if not comparisons:
         return "No arm of this task could be compared."
     known = [(c.difference, c.power) for c in comparisons if c.power is not None]
     if not known:
         return (
-            "What it would take to see a difference of 1 point cannot be estimated: the arms "
-            "answer alike, row by row."
+            "What it would take to detect a difference of 1 point cannot be estimated: the arms "
+            "score alike on every row."
         )
     rows = _needed([power.n_items for _, power in known], "test rows")
     seeds = _needed([power.n_seeds for _, power in known], "seeds")
     n_items, n_seeds = known[0][0].n_items, known[0][0].n_seeds
     return (
-        f"To see a difference of 1 point four times out of five takes, with "
-        f"{_count(n_seeds, 'seed')}, {rows}; or, with {n_items:,} test rows, {seeds}."
+        f"To detect a difference of 1 point with 80 % power takes {rows} with "
+        f"{_count(n_seeds, 'seed')}, or {seeds} with {n_items:,} test rows."
     )
 
 
 def cautions(findings: Findings) -> list[str]:
     """Return what a reader should know before believing a number."""
-    said: list[str] = []
+    found_cautions: list[str] = []
     if findings.failures:
-        said.append(f"{_count(len(findings.failures), 'cell')} failed and is missing here.")
-        if len(findings.failures) > 1:
-            said[-1] = f"{len(findings.failures)} cells failed and are missing here."
-    if findings.plan.seeds == 1:
-        said.append(
-            "Every number rests on one seed: how much another seed would change it is not known."
+        found_cautions.append(
+            f"{_count(len(findings.failures), 'cell')} failed and is missing here."
         )
-    said += [
-        f"{findings.title(task)}: {arm} and {other} are not compared at n = {n}, as they do not "
-        "have the same seeds."
+        if len(findings.failures) > 1:
+            found_cautions[-1] = f"{len(findings.failures)} cells failed and are missing here."
+    if findings.plan.seeds == 1:
+        found_cautions.append(
+            "Every number is from one seed: how much it would vary with the seed is not known."
+        )
+    found_cautions += [
+        f"{findings.title(task)}: {arm} and {other} are not compared at n = {n}, as their "
+        "seeds differ."
         for task, arm, other, n in findings.not_compared()
     ]
-    said += [
+    found_cautions += [
         f"{sentence[0].upper()}{sentence[1:]}."
-        for sentence in contamination_said(c for c in findings.contamination if c["n_removed"])
+        for sentence in contamination_lines(c for c in findings.contamination if c["n_removed"])
     ]
     ends = (("at_edge", "learning rates", "one beyond"), ("at_end", "lengths", "a longer one"))
     for name, word, more in ends:
         n_ends = sum(one[name] for one in findings.chosen)
         if n_ends:
-            said.append(
-                f"{n_ends} of {len(findings.chosen)} chosen {word} are the last that may be tried; "
+            found_cautions.append(
+                f"{n_ends} of {len(findings.chosen)} tuned {word} are at the edge of the search; "
                 f"{more} may be better. They are marked in the table of learning rates and lengths."
             )
-    return said
+    return found_cautions
 
 
 def _claim(c: Comparison) -> Claim:

@@ -1,10 +1,10 @@
 """The report of a study: `d2lora report STUDY`.
 
 index.html        everything, in one page that opens offline
-*.png             one picture a chart
-summary.md        verdict and tables, for a pull request or a paper
-results.csv       one row a cell: scores, forgetting, cost; the same in results.parquet
-items.parquet     one row a cell and test row: its scores
+*.png             one image per chart
+summary.md        findings and tables, for a pull request or a paper
+results.csv       one row per cell: scores, forgetting, cost; the same in results.parquet
+items.parquet     one row per cell and test row: its scores
 done.json         the marker of completion
 """
 
@@ -44,7 +44,7 @@ def write_report(findings: Findings, out: Path | None = None) -> Path:
 
     Raises:
         RunError: If the folder holds something else than a report.
-        SettingsError: If what draws is not installed.
+        SettingsError: If the plotting libraries are not installed.
     """
     need_extra("report", "the report")
     out = out or findings.path / "report"
@@ -55,7 +55,7 @@ def write_report(findings: Findings, out: Path | None = None) -> Path:
 
 
 def _write(findings: Findings, out: Path) -> None:
-    # What draws is imported where a report is written, so that a study runs without it.
+    # The plotting libraries are imported here, so that a study runs without them.
     from d2lora.report.canvas import Palette, png
     from d2lora.report.charts import charts
     from d2lora.report.page import page

@@ -24,7 +24,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 def is_main_process() -> bool:
     """Say whether this process writes and speaks: the only one, or the first of several.
 
-    torchrun and accelerate launch tell each process its rank.
+    torchrun and accelerate launch set each process's rank.
     """
     return os.environ.get("RANK", "0") == "0"
 

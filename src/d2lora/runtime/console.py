@@ -55,7 +55,7 @@ class Bar:
 
 
 class Reporter:
-    """Speaks to the user on standard error, so that standard output stays for results."""
+    """Writes messages to standard error, so that standard output holds results alone."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         """Make a reporter; a quiet one, or one beside the main process, says nothing."""

@@ -1,4 +1,4 @@
-"""A table as text, whatever it is shown as: in the terminal or as Markdown."""
+"""A table as text, for the terminal or as Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -172,12 +172,12 @@ class RunFolder:
         if resume:
             self._check_same(settings_yaml)
 
-    def begin(self, settings_yaml: str, *, log: bool = False) -> None:
+    def start(self, settings_yaml: str, *, log: bool = False) -> None:
         """Write the settings; from here on the folder holds a run, until then nothing.
 
         Args:
             settings_yaml: The settings.
-            log: Whether the run goes on from where its log is; else the log begins empty.
+            log: Whether the run continues its log; else the log starts empty.
         """
         if not log:
             (self.path / METRICS).unlink(missing_ok=True)
@@ -190,8 +190,8 @@ class RunFolder:
         if old != new:
             names = ", ".join(changed) or "a list"
             raise RunError(
-                f"{self.path} was begun with other settings ({names}); a resumed run keeps them. "
-                "Set them back, or begin anew in another --out"
+                f"{self.path} was started with other settings ({names}); a resumed run keeps them. "
+                "Restore them, or start again in another --out"
             )
 
     def log(self, **values: Any) -> None:

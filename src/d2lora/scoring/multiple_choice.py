@@ -2,7 +2,7 @@
 
 A multiple-choice question is one row: the prompt, then every choice, each at the positions right
 behind the prompt and blind to the other choices. That is what the choices score one by one, at a
-fraction of the price where the prompt is long. Shapes: B questions, T tokens, P scored positions.
+fraction of the cost where the prompt is long. Shapes: B questions, T tokens, P scored positions.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ def continuation_scores(
 ) -> list[list[float]]:
     """Return the summed log-probability of every continuation, question by question.
 
-    Where fast passes are enabled the prompt is computed once. Models that do not take such a mask
-    are found out by a comparison on the shortest and the longest question.
+    On the fast path the prompt is computed once. Models that do not support such a mask are
+    detected by a comparison on the shortest and the longest question.
     """
     scorer.eval()
     order = sorted(range(len(questions)), key=lambda index: -questions[index].length)
@@ -45,7 +45,7 @@ def _equal(scorer: TokenScorer, question: Question, pad_id: int) -> bool:
     together, apart = (
         torch.tensor(score(scorer, [question], pad_id)[0]) for score in (_together, _apart)
     )
-    # Sums of rounded numbers: a 16-bit format tells two masks apart less finely.
+    # Sums of rounded numbers: 16-bit dtypes need a larger tolerance.
     tolerance = 1e-4 if causal_model(scorer.model).dtype == torch.float32 else 2e-2
     return torch.allclose(together, apart, rtol=tolerance, atol=1e-3)
 

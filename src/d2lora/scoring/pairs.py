@@ -1,8 +1,8 @@
 """Log-probabilities of both completions of pairs, the prompt computed once where that is equal.
 
 A pair is one row: the prompt, then both completions right behind it and blind to each other
-(see `batches.branch`). Models that tell such a row from two are found out by a comparison on the
-first pairs, and on what is longer, and score the completions as rows of their own. Shapes: B pairs.
+(see `batches.branch`). Models for which that differs from two rows are detected by a comparison on
+the first pairs, and on longer ones, and score the completions as separate rows. Shapes: B pairs.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d2lora import fast
 from d2lora.adapters.base import causal_model
-from d2lora.data.batches import Pair, Question, branch, collate, micro_batches
+from d2lora.data.batches import PreferencePair, Question, branch, collate, micro_batches
 from d2lora.fast.probing import Probed, in_evaluation
 from d2lora.scoring.scorer import TokenScorer, device_of_scorer, pass_tokens, sum_by_row
 
@@ -22,11 +22,11 @@ class PairScorer:
     """Scores pairs; what it found about the model is kept for the next batch."""
 
     def __init__(self) -> None:
-        """Begin without knowing any model."""
+        """Start without knowing any model."""
         self._used: fast.Used | None = None
 
     def __call__(
-        self, scorer: nn.Module, pairs: Sequence[Pair], pad_id: int
+        self, scorer: nn.Module, pairs: Sequence[PreferencePair], pad_id: int
     ) -> tuple[Tensor, Tensor]:
         """Return the summed log-probabilities of chosen and rejected completions, (B,) each."""
         used = _inner(scorer).used
@@ -45,7 +45,7 @@ class PairScorer:
 
 @torch.no_grad()
 def pair_log_probabilities(
-    scorer: nn.Module, pairs: Sequence[Pair], pad_id: int, max_tokens: int = 0
+    scorer: nn.Module, pairs: Sequence[PreferencePair], pad_id: int, max_tokens: int = 0
 ) -> list[tuple[float, float]]:
     """Return the summed log-probabilities of both completions of each pair, in the given order."""
     limit = pass_tokens(device_of_scorer(scorer), max_tokens)
@@ -59,14 +59,18 @@ def pair_log_probabilities(
     return [found[number] for number in range(len(pairs))]
 
 
-def _apart(scorer: nn.Module, pairs: Sequence[Pair], pad_id: int) -> tuple[Tensor, Tensor]:
+def _apart(
+    scorer: nn.Module, pairs: Sequence[PreferencePair], pad_id: int
+) -> tuple[Tensor, Tensor]:
     items = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     batch = collate(items, pad_id).to(device_of_scorer(scorer))
     sums_B = sum_by_row(scorer(batch), batch)
     return sums_B[: len(pairs)], sums_B[len(pairs) :]
 
 
-def _together(scorer: nn.Module, pairs: Sequence[Pair], pad_id: int) -> tuple[Tensor, Tensor]:
+def _together(
+    scorer: nn.Module, pairs: Sequence[PreferencePair], pad_id: int
+) -> tuple[Tensor, Tensor]:
     questions = [
         Question(
             pair.chosen.ids[: pair.chosen.n_prompt],
@@ -90,7 +94,7 @@ def _inner(scorer: nn.Module) -> TokenScorer:
 
 
 @torch.no_grad()
-def _equal(scorer: nn.Module, pair: Pair, pad_id: int) -> bool:
+def _equal(scorer: nn.Module, pair: PreferencePair, pad_id: int) -> bool:
     """Say whether one row with both completions gives what two rows give."""
     inner = _inner(scorer)
     causal = causal_model(inner.model)

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens, at the price of those tokens only.
+"""Log-probabilities of chosen tokens, at the cost of those tokens only.
 
 A language model's head is its largest matrix product, and fine-tuning needs it at supervised
 positions alone. `TokenScorer` runs the decoder, picks those hidden states and applies the head
@@ -24,8 +24,8 @@ class TokenScorer(nn.Module):
 
     It is what gets wrapped for several devices, so gradients are synchronised by its `forward`.
     The fastest way that gives the model's own log-probabilities is found on the first batch, and
-    anew on what is longer: rows end to end without padding, where fast passes are enabled; rows
-    padded on the right; or the model's whole forward pass, for models that change logits after the
+    again on longer rows: rows end to end without padding, on the fast path; rows padded on the
+    right; or the model's whole forward pass, for models that change logits after the
     head (soft caps, scaling) or see padding.
     """
 
@@ -34,7 +34,7 @@ class TokenScorer(nn.Module):
 
         Args:
             model: The model.
-            replays: Where fast passes are enabled, record those with a gradient on a GPU: nothing
+            replays: On the fast path, record passes with a gradient on a GPU: nothing
                 hooks into the model, its weights are changed in place only, and every pass is
                 followed by its backward pass.
         """
@@ -48,7 +48,7 @@ class TokenScorer(nn.Module):
 
     @property
     def used(self) -> fast.Used:
-        """The record of fast passes that the model is open to now."""
+        """The record of the fast paths that the model may use now."""
         return fast.used_in(self.model)
 
     def forward(self, batch: Batch | Branches) -> Tensor:

@@ -1,7 +1,7 @@
 """Features of rows, computed in blocks and kept on disk by fingerprint.
 
 A block is known by what it was computed with and from, so a killed run goes on where it stopped,
-and a longer pool with the same beginning only costs its end. Files are `.npy` without pickle,
+and a pool that only grew at its end costs only the new rows. Files are `.npy` without pickle,
 each renamed into place when whole.
 """
 

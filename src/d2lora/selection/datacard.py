@@ -1,9 +1,9 @@
-"""What a chosen warm-up set holds, in numbers and in a page.
+"""The data card of a selected warm-up set: numbers, and a page.
 
 Diversity is the Vendi score (Friedman and Dieng 2023, arXiv 2210.02410): the exponential of the
 entropy of the eigenvalues of the similarity matrix over its size, "how many different rows" there
-are. Similarity is the cosine of tf-idf weighted words, whatever the choice was made by, so that
-cards of different methods can be compared; a random choice of the same pool stands beside it.
+are. Similarity is the cosine of tf-idf weighted words, whatever the selection method, so that
+cards of different methods can be compared; a random subset of the same pool stands beside it.
 """
 
 from collections import Counter
@@ -51,7 +51,7 @@ def measure(
 
     Args:
         settings: What was asked for.
-        method: How it was chosen.
+        method: The selection method.
         pool: The whole pool, before cleaning.
         task: The task's examples; may be empty.
         cleaned: What hygiene kept and rejected.
@@ -124,19 +124,19 @@ def _lengths(pool: TaskData, sample: Sequence[int], encoder: Encoder) -> dict[st
 
 
 def page(card: dict[str, Any], examples: Sequence[Example]) -> str:
-    """Return the data card in Markdown; texts of rows are fenced, never interpreted."""
+    """Return the data card in Markdown; texts of rows are fenced, so that none is interpreted."""
     rows: dict[str, str] = {
-        "rows": f"{card['m']:,} chosen of {card['n_clean']:,} clean of {card['n_pool']:,}",
+        "rows": f"{card['m']:,} selected of {card['n_clean']:,} clean of {card['n_pool']:,}",
         "method": f"`{card['method']}`" + _for(card),
         "prompt tokens": _quartiles(card["tokens"]["prompt"]),
         "answer tokens": _quartiles(card["tokens"]["answer"]),
         "Vendi score": f"{card['vendi_score']['chosen']:.1f} over {card['vendi_rows']:,} rows "
-        f"(random choice: {card['vendi_score']['random']:.1f})",
+        f"(random subset: {card['vendi_score']['random']:.1f})",
         "distinct 1-, 2-, 3-grams": ", ".join(f"{v:.1%}" for v in card["distinct_grams"].values()),
         "similarity to the task": _likeness(card["similarity_to_task"]),
         "contamination": _contamination(card),
         "duplicates": f"{card['rejected']['duplicate']:,} exact and "
-        f"{card['rejected']['near_duplicate']:,} near ones taken out",
+        f"{card['rejected']['near_duplicate']:,} near duplicates removed",
         "prompts with several answers": f"{card['prompts_with_several_answers']:,}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -167,15 +167,15 @@ def _quartiles(values: Sequence[int]) -> str:
 
 def _likeness(found: dict[str, float] | None) -> str:
     if found is None:
-        return "no task was given"
-    return f"{found['chosen']:.3f} (random choice: {found['random']:.3f})"
+        return "no task given"
+    return f"{found['chosen']:.3f} (random subset: {found['random']:.3f})"
 
 
 def _contamination(card: dict[str, Any]) -> str:
     if not card["keep_out"]:
         return "not checked: name the evaluation files with --keep-out"
     names = ", ".join(f"`{name}`" for name in card["keep_out"])
-    return f"{card['rejected']['contaminated']:,} rows taken out that are in {names}"
+    return f"{card['rejected']['contaminated']:,} rows that overlap with {names} removed"
 
 
 def _cell(text: str) -> str:
@@ -190,22 +190,22 @@ def _fenced(text: str) -> str:
     return f"{fence}text\n{cut}\n{fence}"
 
 
-PAGE = """# A warm-up set chosen by d2lora
+PAGE = """# A warm-up set selected by d2lora
 
 | | |
 |---|---|
 {table}
 
-Similarity is the mean, over the chosen rows, of the largest tf-idf cosine with an example of the
+Similarity is the mean, over the selected rows, of the largest tf-idf cosine with an example of the
 task. The Vendi score is the effective number of different rows, by the same cosine.
 
 ## Sources
 
-| source | chosen | clean rows of the pool |
+| source | selected | clean rows of the pool |
 |---|---|---|
 {sources}
 
-## Taken out
+## Removed
 
 | step | rows |
 |---|---|

@@ -1,8 +1,8 @@
-"""Vectors of rows, in which nearness is likeness.
+"""Embeddings of rows.
 
 `base`: the base's own hidden states, as RDS+ takes them (Ivison et al. 2025, arXiv 2503.01807):
 the mean of the last layer's states, later positions weighing more. Nothing is downloaded.
-`words`: latent semantic analysis of hashed words (`bags`), without any model: the choice for large
+`words`: latent semantic analysis of hashed words (`bags`), without any model: the one for large
 pools. Any other name is a sentence-transformers model.
 
 All are centred on the pool's mean and scaled to length 1: hidden states of language models share

@@ -1,4 +1,4 @@
-"""What the methods of choice may ask of a pool and of the task's examples; computed when asked.
+"""Features of a pool and of the task's examples for the selection methods, computed on request.
 
 Hidden states, losses and gradients are kept on disk by fingerprint; see `feature_cache`.
 """
@@ -37,7 +37,7 @@ _VERSION = 2
 
 
 class PoolFeatures:
-    """Features of a clean pool and of the task's examples; a `choice.Features`."""
+    """Features of a clean pool and of the task's examples; a `methods.Features`."""
 
     def __init__(
         self, settings: SelectSettings, pool: TaskData, kept: Sequence[int],
@@ -48,7 +48,7 @@ class PoolFeatures:
         Args:
             settings: The base, the embedding, limits and seeds.
             pool: The whole pool.
-            kept: Its rows to choose from.
+            kept: Its rows to select from.
             tasks: The examples of each task file.
             reporter: Where progress is shown.
         """
@@ -110,7 +110,7 @@ class PoolFeatures:
         return centred(pool, task)
 
     def losses(self) -> Array:
-        """Return the base's mean loss of each pool row's answer, in nats a token, shape (N,)."""
+        """Return the base's mean loss of each pool row's answer, in nats per token, shape (N,)."""
         base, encoder = self._encoding()
         scorer = TokenScorer(base.model)
         n = self._settings.feature_tokens
@@ -137,7 +137,7 @@ class PoolFeatures:
         def warmed() -> GradientFeatures:
             if not made:
                 self._reporter.say(
-                    f"gradients: first a short warm-up, {settings.gradient_steps} steps on "
+                    f"gradients: preliminary warm-up, {settings.gradient_steps} steps on "
                     f"{n_sample:,} rows"
                 )
                 made.append(

@@ -2,7 +2,7 @@
 
 LESS (Xia et al. 2024, arXiv 2402.04333): after a short warm-up, the step that Adam would take on a
 pool row is compared with the plain gradient of a task row. Ours differ from the paper's in two
-ways, both for cost: one checkpoint, at the warm-up's end, instead of one an epoch; and a count
+ways, both for cost: one checkpoint, at the warm-up's end, instead of one per epoch; and a count
 sketch (Charikar et al. 2002; Weinberger et al. 2009, arXiv 0902.2206) in place of a dense random
 projection. Either gives inner products without bias; the sketch costs one addition an entry.
 """
@@ -36,7 +36,7 @@ from d2lora.training.loop import train
 from d2lora.training.objectives import SFT
 
 RANK = 8
-RATE = 1e-3
+LEARNING_RATE = 1e-3
 _EPSILON = 1e-8
 
 
@@ -100,7 +100,7 @@ class GradientFeatures:
             max_tokens: Longer rows are truncated.
             seed: Seed of the adapter, the order of rows and the sketch.
             reporter: Where progress is shown.
-            fast_when: Whether passes may be fast ones.
+            fast_when: Whether fast paths may be used.
         """
         self._base, self._encoder, self._max_tokens = base, encoder, max_tokens
         self._fast = fast_when
@@ -108,7 +108,7 @@ class GradientFeatures:
         shape = LoraShape(RANK, 2.0 * RANK, 0.0, ("all-linear",))
         self.model: PeftModel = attach_fresh(base.model, shape, seed)
         settings = TrainSettings(
-            max_steps=n_steps, batch_size=16, learning_rate=RATE, seed=seed,
+            max_steps=n_steps, batch_size=16, learning_rate=LEARNING_RATE, seed=seed,
             checkpoint_every=n_steps, schedule="constant",
         )  # fmt: skip
         items = [self._item(example) for example in sample]

@@ -1,4 +1,4 @@
-"""Cleaning a pool of examples: what goes, at which step, and why.
+"""Cleaning a pool of examples: what is removed, at which step, and why.
 
 Each step looks at what the steps before it left. Nothing is thrown away: a rejected row is kept
 with the step and the reason, so a step can be undone by hand.
@@ -30,7 +30,7 @@ STEPS = (
     "contaminated", "empty", "truncated", "echo", "refusal", "boilerplate", "repetitive",
     "language", "length", "duplicate", "near_duplicate", "source_cap",
 )  # fmt: skip
-"""In the order in which they are taken; rows that cannot be read, or that the chat template
+"""In order; rows that cannot be read, or that the chat template
 refuses, are `unreadable`."""
 
 _OPENING = r"^\W*(?:(?:oh|well|hi|hello|unfortunately|thank you)\b\W*)*"
@@ -59,7 +59,7 @@ _LONG_ANSWER, _FEW_DISTINCT = 30, 0.4
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that was taken out."""
+    """A row that was removed."""
 
     index: int
     """Of its example in the pool."""
@@ -69,25 +69,25 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What is left of a pool (indices of its examples) and what was taken out of it."""
+    """What is left of a pool (indices of its examples) and what was removed from it."""
 
     kept: list[int]
     rejected: list[Rejected]
     counts: dict[str, int]
-    """Rows taken out at each step, those that took none and those `unreadable` included."""
+    """Rows removed at each step, steps without any and `unreadable` included."""
 
     def report(self) -> str:
-        """Say it in a line."""
-        told = ", ".join(f"{step} {n:,}" for step, n in self.counts.items() if n) or "none"
+        """Return a one-line report."""
+        by_step = ", ".join(f"{step} {n:,}" for step, n in self.counts.items() if n) or "none"
         n_rejected = sum(self.counts.values())
-        return f"hygiene: {len(self.kept):,} rows kept, {n_rejected:,} rejected ({told})"
+        return f"hygiene: {len(self.kept):,} rows kept, {n_rejected:,} rejected ({by_step})"
 
 
 def clean(
     pool: TaskData, settings: HygieneSettings, encoder: Encoder | None, seed: int,
     reporter: Reporter,
 ) -> Cleaned:  # fmt: skip
-    """Take out of a pool what should not be learnt from.
+    """Remove from a pool what should not be trained on.
 
     Args:
         pool: Its examples, with the rows that could not be read.
@@ -166,16 +166,16 @@ def _answer_faults(example: Example) -> Iterator[tuple[str, str]]:
     answer = example.completion.strip()
     its_words = words(answer)
     if not its_words and not _SIGN.search(answer):
-        yield "empty", "the answer holds no word"
+        yield "empty", "the answer has no words"
     if _REFUSAL.search(answer):
         yield "refusal", f"the answer refuses: {answer[:60]!r}"
     if match := _BOILERPLATE.search(answer):
-        yield "boilerplate", f"the answer holds {match.group()!r}"
+        yield "boilerplate", f"the answer contains {match.group()!r}"
     if reason := _truncated(answer, its_words):
         yield "truncated", reason
     asked = words(example.question)
     if len(asked) >= _ECHO_WORDS and its_words[: len(asked)] == asked:
-        yield "echo", "the answer begins with the whole prompt"
+        yield "echo", "the answer starts with the whole prompt"
     if len(its_words) >= _LONG_ANSWER:
         trigrams = gram_hashes(word_hashes(its_words), 3)
         share = len(set(trigrams.tolist())) / len(trigrams)
@@ -184,9 +184,9 @@ def _answer_faults(example: Example) -> Iterator[tuple[str, str]]:
 
 
 def _truncated(answer: str, its_words: Sequence[str]) -> str | None:
-    """Say why an answer looks cut off: an open code block, or sentences and then an open end."""
+    """Return why an answer looks cut off: an open code block, or sentences and then an open end."""
     if answer.count("```") % 2:
-        return "the answer ends inside of a code block"
+        return "the answer ends inside a code block"
     sentences = len(_SENTENCE_END.findall(answer))
     if len(its_words) >= _LONG_ANSWER and sentences >= 2 and _OPEN_END.search(answer):
         return f"the answer ends in mid-sentence: {answer[-40:]!r}"
@@ -201,13 +201,13 @@ def _repeats(memory: Duplicates, index: int, example: Example, pool: TaskData) -
     where = place(first.file, first.line)
     if found.similarity == 1:
         return "duplicate", f"the same as {where}"
-    return "near_duplicate", f"{found.similarity:.0%} the same as {where}"
+    return "near_duplicate", f"{found.similarity:.0%} similar to {where}"
 
 
 def _capped(
     kept: Sequence[int], pool: TaskData, cap: int, seed: int, rejected: list[Rejected]
 ) -> list[int]:
-    """Keep a seeded choice of at most `cap` rows of each source."""
+    """Keep a seeded subset of at most `cap` rows of each source."""
     taken: Counter[str] = Counter()
     left: list[int] = []
     for position in nested_order(len(kept), seed):

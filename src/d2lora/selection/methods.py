@@ -1,7 +1,7 @@
-"""Ways to choose m rows of a pool: numbers in, indices out; no model and no file is touched.
+"""Selection methods: m rows of a pool, numbers in, indices out, without models or files.
 
-Each method is a function of `Features` and `Request`, listed in `METHODS`. What a method needs it
-asks of the features, so nothing else is computed.
+Each method is a function of `Features` and `Request`, listed in `METHODS`. A method asks the
+features for what it needs, so nothing else is computed.
 """
 
 import math
@@ -32,7 +32,7 @@ class Request:
     m: int
     seed: int
     relevance: float = 0.5
-    """For `mixture`: 0 is all diversity, 1 all likeness to the task."""
+    """For `mixture`: 0 is all coverage, 1 all similarity to the task."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Features(Protocol):
         ...
 
     def losses(self) -> Array:
-        """Return the base's mean loss of each pool row's answer, in nats a token, shape (N,)."""
+        """Return the base's mean loss of each pool row's answer, in nats per token, shape (N,)."""
         ...
 
 
@@ -80,7 +80,7 @@ Method = Callable[[Features, Request], list[Pick]]
 def random(features: Features, request: Request) -> list[Pick]:
     """Choose at random: the baseline that is hard to beat (Ivison et al. 2025, 2503.01807)."""
     order = nested_order(features.n_pool, request.seed)[: request.m]
-    return [Pick(index, "chosen at random") for index in order]
+    return [Pick(index, "selected at random") for index in order]
 
 
 def stratified(features: Features, request: Request) -> list[Pick]:
@@ -97,14 +97,14 @@ def stratified(features: Features, request: Request) -> list[Pick]:
     while len(picks) < request.m:
         for name in sorted(queues):
             if queues[name] and len(picks) < request.m:
-                picks.append(Pick(queues[name].pop(), f"a turn of source {name}"))
+                picks.append(Pick(queues[name].pop(), f"stratum of source {name}"))
     return picks
 
 
 def diverse(features: Features, request: Request) -> list[Pick]:
     """Cover the pool: facility location on embeddings (Wei, Iyer and Bilmes 2015, PMLR 37).
 
-    The greedy choice is stochastic (Mirzasoleiman et al. 2015, arXiv 1409.7938), which keeps
+    The greedy algorithm is stochastic (Mirzasoleiman et al. 2015, arXiv 1409.7938), which keeps
     1 - 1/e of the best coverage, less 5 %, at a cost that does not grow with m.
     """
     pool, _ = features.embeddings()
@@ -115,7 +115,7 @@ def mixture(features: Features, request: Request) -> list[Pick]:
     """Weigh coverage of the pool against likeness to the task (Lin and Bilmes 2011, P11-1052).
 
     Maximises `(1 - w) coverage + w mean likeness`, both from 0 to 1, with w = `relevance`; a
-    sum of a submodular and a modular part, so the greedy choice keeps its guarantee.
+    sum of a submodular and a modular part, so the greedy algorithm keeps its guarantee.
     """
     pool, task = features.embeddings()
     _need_task(task, "mixture")
@@ -124,7 +124,7 @@ def mixture(features: Features, request: Request) -> list[Pick]:
 
 
 def similar(features: Features, request: Request) -> list[Pick]:
-    """Let the task's examples choose their nearest rows in turn (round-robin).
+    """Let the task's examples take their nearest rows in turn (round-robin).
 
     As RDS+ does (Ivison et al. 2025, arXiv 2503.01807, section 3), on any embedding. Several task
     files take turns first, so that each has an equal part.
@@ -162,7 +162,9 @@ def dsir(features: Features, request: Request) -> list[Pick]:
     weights: Floats = evidence * 2 * typical / (lengths + typical)
     noise = np.random.default_rng(request.seed).gumbel(size=len(weights))
     order = np.argsort(-(weights + noise), kind="stable")[: request.m]
-    return [Pick(int(index), "importance for the task", float(weights[index])) for index in order]
+    return [
+        Pick(int(index), "importance weight for the task", float(weights[index])) for index in order
+    ]
 
 
 def _grams(texts: Sequence[str]) -> Iterator[Bags]:
@@ -189,7 +191,7 @@ def gradient(features: Features, request: Request) -> list[Pick]:
     wanted = np.stack([likely[files == number].mean(axis=0) for number in np.unique(files)])
     scores = (unit_rows(pool) @ wanted.T).max(axis=1)
     order = np.argsort(-scores, kind="stable")[: request.m]
-    return [Pick(int(i), "its gradient agrees with the task's", float(scores[i])) for i in order]
+    return [Pick(int(i), "gradient similar to the task's", float(scores[i])) for i in order]
 
 
 def perplexity(features: Features, request: Request) -> list[Pick]:
@@ -204,7 +206,7 @@ def perplexity(features: Features, request: Request) -> list[Pick]:
     low, high = math.floor(n * EASY - spare), math.ceil(n * HARD + spare)
     middle = np.argsort(losses, kind="stable")[max(0, low) : high]
     order = [int(middle[place]) for place in nested_order(len(middle), request.seed)]
-    return [Pick(i, "neither easy nor hard", float(losses[i])) for i in order[: request.m]]
+    return [Pick(i, "medium loss under the base", float(losses[i])) for i in order[: request.m]]
 
 
 METHODS: dict[str, Method] = {
@@ -221,7 +223,7 @@ METHODS: dict[str, Method] = {
 
 
 EMBEDDED = ("diverse", "similar", "mixture")
-"""Methods that look at the embedding that is set."""
+"""Methods that use the embedding setting."""
 
 
 def choose(method: str, features: Features, request: Request) -> list[Pick]:
@@ -232,7 +234,7 @@ def choose(method: str, features: Features, request: Request) -> list[Pick]:
     """
     if request.m > features.n_pool:
         raise SettingsError(
-            f"-m {request.m:,}: only {features.n_pool:,} rows are left of the pool; ask for fewer"
+            f"-m {request.m:,}: only {features.n_pool:,} rows of the pool are left; ask for fewer"
         )
     picks = METHODS[method](features, request)
     assert len({pick.index for pick in picks}) == request.m == len(picks)
@@ -242,7 +244,7 @@ def choose(method: str, features: Features, request: Request) -> list[Pick]:
 def _need_task(task: Sequence[object] | Array, method: str) -> None:
     if len(task) == 0:
         raise SettingsError(
-            f"--method {method} needs examples of the task: give them with --for, or choose "
+            f"--method {method} needs examples of the task: give them as --for, or use "
             "random, stratified, diverse or perplexity"
         )
 
@@ -250,10 +252,10 @@ def _need_task(task: Sequence[object] | Array, method: str) -> None:
 def _near(method: str, pool: Array, task: Array, files: Sequence[int], m: int) -> list[Pick]:
     _need_task(task, method)
     return [
-        Pick(row, f"near example {place + 1} of task file {number + 1}", score)
+        Pick(row, f"nearest to example {place + 1} of task file {number + 1}", score)
         for row, place, number, score in nearest_in_turn(pool, task, files, m)
     ]
 
 
 def _covering(chosen: Sequence[tuple[int, float]]) -> list[Pick]:
-    return [Pick(row, "adds most to what is covered", gain) for row, gain in chosen]
+    return [Pick(row, "adds most coverage", gain) for row, gain in chosen]

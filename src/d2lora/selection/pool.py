@@ -1,7 +1,7 @@
-"""A pool of rows that need not fit in memory: on disk, each read again when it is looked at.
+"""A pool of rows that need not fit in memory: on disk, each read again when it is used.
 
 Whatever the kind of its sources, a pool is written row by row to a temporary file without a name,
-which is gone when the process ends, however it ends. Memory holds where each row begins.
+which is gone when the process ends, however it ends. Memory holds where each row starts.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""pool + a few task examples -> warm-up set: cleaned, chosen, explained.
+"""pool + a few task examples -> warm-up set: cleaned, selected, explained.
 
-data.jsonl       the chosen rows as they stand in the pool, for `d2lora warmup --data`
-reasons.jsonl    where each chosen row stands in the pool, and why it was chosen
-rejected.jsonl   what hygiene took out: step, reason and row
+data.jsonl       the selected rows as they stand in the pool, for `d2lora warmup --data`
+reasons.jsonl    where each selected row stands in the pool, and why it was selected
+rejected.jsonl   what hygiene removed: step, reason and row
 README.md        the data card; card.json has its numbers
 provenance.json  versions, commit and date
 done.json        the marker of completion
@@ -35,26 +35,26 @@ REASONS, REJECTED = "reasons.jsonl", "rejected.jsonl"
 
 @dataclass(frozen=True)
 class Selection:
-    """A chosen warm-up set on disk."""
+    """A selected warm-up set on disk."""
 
     path: Path
     card: dict[str, Any]
 
     @property
     def data(self) -> Path:
-        """The file of the chosen rows."""
+        """The file of the selected rows."""
         return self.path / SELECTED
 
 
 def select(settings: SelectSettings) -> Selection:
-    """Clean a pool and choose a warm-up set of m rows from it.
+    """Clean a pool and select a warm-up set of m rows from it.
 
     Raises:
         D2LoraError: One of its kinds, for settings, data or a base that cannot be used, and where
             fewer than m rows are left.
     """
     method = _method(settings)
-    need_extra("select", "choosing warm-up rows")
+    need_extra("select", "selecting warm-up rows")
     with RunFolder.open(settings.out, settings.to_yaml(), whole=True):
         return _select(settings, method)
 
@@ -69,7 +69,7 @@ def _select(settings: SelectSettings, method: str) -> Selection:
     cleaned = clean(pool, settings, encoder, seed, reporter)
     reporter.say(cleaned.report())
     if not cleaned.kept:
-        raise DataError(f"hygiene left no row of the pool: {cleaned.report()}")
+        raise DataError(f"no row of the pool passed hygiene: {cleaned.report()}")
     features = PoolFeatures(settings, pool, cleaned.kept, tasks, reporter)
     request = Request(settings.m, stream_seed(settings.seed, "select"), settings.relevance)
     picks = choose(method, features, request)
@@ -78,7 +78,7 @@ def _select(settings: SelectSettings, method: str) -> Selection:
     card = datacard.measure(settings, method, pool, task, cleaned, chosen, encoder)
     _write(settings, pool, cleaned, picks, card)
     reporter.say(
-        f"{method}: {len(picks):,} rows written to {settings.out / SELECTED}; {_told(card)}"
+        f"{method}: {len(picks):,} rows written to {settings.out / SELECTED}; {_measures(card)}"
     )
     return Selection(settings.out, card)
 
@@ -89,8 +89,8 @@ def _method(settings: SelectSettings) -> str:
         method = "dsir" if settings.for_task else "stratified"
     if settings.embedding != "base" and method not in EMBEDDED:
         raise SettingsError(
-            f"--embedding {settings.embedding}: {method} does not look at it; leave it out, or "
-            f"choose by --method {', '.join(EMBEDDED[:-1])} or {EMBEDDED[-1]}"
+            f"--embedding {settings.embedding}: {method} does not use it; leave it out, or "
+            f"use --method {', '.join(EMBEDDED[:-1])} or {EMBEDDED[-1]}"
         )
     return method
 
@@ -138,15 +138,15 @@ def _aside(pool: TaskData, cleaned: Cleaned) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def _told(card: dict[str, Any]) -> str:
+def _measures(card: dict[str, Any]) -> str:
     vendi, likeness = card["vendi_score"], card["similarity_to_task"]
-    told = f"Vendi score {vendi['chosen']:.1f} (random choice {vendi['random']:.1f})"
+    text = f"Vendi score {vendi['chosen']:.1f} (random subset {vendi['random']:.1f})"
     if likeness is not None:
-        told += (
-            f", similarity to the task {likeness['chosen']:.3f} (random choice "
+        text += (
+            f", similarity to the task {likeness['chosen']:.3f} (random subset "
             f"{likeness['random']:.3f})"
         )
-    return told
+    return text
 
 
 def command(settings: SelectSettings) -> None:

@@ -1,4 +1,4 @@
-"""Choosing among vectors of length 1: the nearest to examples in turn, and those that cover most.
+"""Selecting among vectors of length 1: the nearest to examples in turn, or those that cover most.
 
 Shapes: N pool rows, M examples, D numbers of a vector.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 REFERENCES = 2048
 """Rows whose coverage stands for that of the whole pool."""
 MISSED = 0.05
-"""Chance that a step of the stochastic greedy choice sees none of the best candidates."""
+"""Chance that a step of the stochastic greedy algorithm sees none of the best candidates."""
 
 
 def best_likeness(pool_ND: Array, examples_MD: Array) -> Array:
@@ -58,7 +58,7 @@ def facility_location(
     """Choose greedily for coverage of reference rows and, with a weight, for likeness.
 
     Coverage of a reference is the largest similarity, from 0 to 1, of a chosen row with it. Each
-    step looks at as many random candidates as leave a chance of `MISSED` to see none of the best
+    step compares as many random candidates as leave a chance of `MISSED` to see none of the best
     m; so memory is that of candidates times references, whatever the pool.
 
     Returns:

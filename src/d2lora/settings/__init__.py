@@ -1,7 +1,7 @@
 """Settings of every command: frozen, validated, flat in YAML and on the command line.
 
 Each command has one class; what both phases share is inherited, so a function asks for the
-section that it needs (`train(settings: TrainSettings)`) and is handed the whole. Defaults live
+section that it needs (`train(settings: TrainSettings)`) and is given the whole. Defaults live
 here and nowhere else.
 """
 

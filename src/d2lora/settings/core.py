@@ -1,4 +1,4 @@
-"""What all settings are: frozen, validated, with faults told in words."""
+"""What all settings share: frozen, validated, with readable errors."""
 
 from typing import Any, ClassVar, Self
 

@@ -1,4 +1,4 @@
-"""Settings from a YAML file: partial, checked whole, every fault told at once."""
+"""Settings from a YAML file: may be partial; every fault is reported at once."""
 
 from pathlib import Path
 from typing import Annotated, Any, cast

@@ -31,11 +31,11 @@ class PhaseSettings(
     out: Path
     """Run folder to write."""
     init: str = FRESH
-    """How the adapter begins: `fresh` (random A, zero B) or one of PEFT's initializations:
-    gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, corda, loftq, lora_ga. Those that
-    change the base are converted when saved, to an ordinary adapter of twice the rank."""
+    """Initialization of the adapter: `fresh` (random A, zero B) or one of PEFT's: gaussian,
+    orthogonal, pissa, pissa_niter_N, olora, eva, corda, loftq, lora_ga. Those that change the base
+    are converted when saved, to an ordinary adapter of twice the rank."""
     init_samples: int = Field(default=64, ge=1)
-    """Training rows that eva, corda and lora_ga look at, at most."""
+    """At most so many training rows are used by eva, corda and lora_ga."""
     validation_data: tuple[str, ...] = ()
     """Held-out rows for validation loss, instead of validation_fraction."""
     resume: bool = False
@@ -50,17 +50,16 @@ class WarmupSettings(PhaseSettings):
     aliases: ClassVar[dict[str, str]] = {"--for": "--for-task", "-m": "--m"}
 
     m: int | None = Field(default=None, ge=1)
-    """Rows to use, a seeded choice unless `select` says how. None: all."""
+    """Rows to use: a seeded random subset unless `select` is set. None: all."""
     select: SelectMethod | None = None
-    """Clean the data and choose the m rows of it as `d2lora select` does, with its defaults; the
-    choice is written to `selection` in the run folder. None: use the data as they are."""
+    """Selection method: clean the data and select m rows as `d2lora select` does, with its
+    defaults; they are written to `selection` in the run folder. None: use the data as they are."""
     for_task: tuple[str, ...] = ()
-    """Examples of the tasks that select chooses for (short: --for)."""
+    """Examples of the tasks to select rows for (short: --for)."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Train until so many tokens were seen, in place of epochs: warm-ups on rows of other lengths
-    and numbers then cost the same."""
+    """Train on so many tokens, instead of epochs: warm-ups on other rows then cost the same."""
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)
-    """Share of the rows kept for the general loss before and after, in the manifest."""
+    """Share of the rows held out: the manifest reports the loss on them before and after."""
 
     @field_validator("init")
     @classmethod
@@ -68,7 +67,7 @@ class WarmupSettings(PhaseSettings):
         if not is_named_init(init):
             hint = did_you_mean(init, (FRESH, *PEFT_INITS))
             raise ValueError(
-                f"a warm-up begins anew: expected fresh, {', '.join(PEFT_INITS)} or "
+                f"a warm-up starts from a new adapter: expected fresh, {', '.join(PEFT_INITS)} or "
                 f"pissa_niter_N.{hint}"
             )
         return init
@@ -77,14 +76,14 @@ class WarmupSettings(PhaseSettings):
     def _one_end(self) -> Self:
         for name in ("epochs", "max_steps"):
             if self.max_tokens is not None and getattr(self, name) is not None:
-                raise ValueError(f"{name} and max_tokens both say how long to train: give one")
+                raise ValueError(f"{name} and max_tokens both set the length of training: give one")
         return self
 
     @field_validator("reference")
     @classmethod
     def _no_warm_start_yet(cls, reference: Reference | None) -> Reference | None:
         if reference == "warm_start":
-            raise ValueError("a warm-up begins from no warm start; use base")
+            raise ValueError("a warm-up has no warm start as reference; use base")
         return reference
 
 
@@ -92,10 +91,9 @@ class AdaptSettings(PhaseSettings):
     """`d2lora adapt`: base + scarce task data + init -> adapter."""
 
     init: str = FRESH
-    """How the adapter begins: the folder of a warm start, `fresh` (random A, zero B) or one of
-    PEFT's initializations: gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, corda, loftq,
-    lora_ga. Those that change the base are converted when saved, to an ordinary adapter of twice
-    the rank."""
+    """Initialization of the adapter: the folder of a warm start, `fresh` (random A, zero B) or one
+    of PEFT's: gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, corda, loftq, lora_ga. Those
+    that change the base are converted when saved, to an ordinary adapter of twice the rank."""
     init_scale: float = Field(default=1.0, ge=0, le=1)
     """Strength of the warm start: its B is multiplied by this. 0: its A with zero B."""
     n: int | None = Field(default=None, ge=1)
@@ -105,7 +103,7 @@ class AdaptSettings(PhaseSettings):
     def _reference_is_there(self) -> Self:
         if self.reference == "warm_start" and is_named_init(self.init):
             raise ValueError(
-                "--reference warm_start, but the run begins from no warm start; give --init its "
-                "folder, or use --reference base"
+                "--reference warm_start, but the run is not initialized from a warm start; give "
+                "its folder as --init, or use --reference base"
             )
         return self

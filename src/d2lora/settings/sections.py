@@ -1,4 +1,4 @@
-"""Sections that several commands share, and the names of their choices."""
+"""Sections that several commands share, and the values of their options."""
 
 import re
 from typing import Literal, Self
@@ -24,7 +24,7 @@ PEFT_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq
 
 
 def is_named_init(name: str) -> bool:
-    """Say whether a beginning is a new adapter: fresh, or by an initialization of PEFT's."""
+    """Say whether an initialization makes a new adapter: fresh, or one of PEFT's."""
     return name == FRESH or name in PEFT_INITS or re.fullmatch(r"pissa_niter_\d+", name) is not None
 
 
@@ -38,15 +38,15 @@ class BaseSettings(Settings):
     gguf_file: str | None = None
     """The GGUF file to take as weights inside the base's folder or hub model."""
     dtype: Dtype = "auto"
-    """Number format of the base. auto: bfloat16 on CUDA, float32 elsewhere."""
+    """Dtype of the base. auto: bfloat16 on CUDA, float32 elsewhere."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps."""
     threads: int = Field(default=0, ge=0)
     """CPU threads. 0: as torch decides."""
     fast: bool = True
-    """Take fast passes where they are equal to the plain ones: in layers, norms, gated units and
-    the head; rows without padding and a Llama's decoding on a CPU, recorded passes on a GPU;
-    prompts shared by completions; adapters folded for scoring."""
+    """Use the fast paths where they compute the same as transformers and PEFT: layers, norms, gated
+    units and the head; rows without padding and a Llama's decoding on a CPU, CUDA graphs on a GPU;
+    prompts shared by completions; adapters merged for scoring."""
 
     @field_validator("device")
     @classmethod
@@ -61,41 +61,43 @@ class FormatSettings(Settings):
     """How rows become token ids."""
 
     task: TaskName = "auto"
-    """How rows are read and scored. auto: told from the fields of the first row."""
+    """How rows are read and scored. auto: detected from the fields of the first row."""
     chat_format: ChatFormat | None = None
     """template: the tokenizer's chat template; plain: `User: ...` / `Assistant: ...`; auto: the
-    template where there is one. None: as the warm start or adapter says, else auto."""
+    template where there is one. None: that of the warm start or adapter, else auto."""
     max_length: int = Field(default=1024, ge=8)
     """Longest example, in tokens, prompt and completion together."""
     overlong: Overlong = "error"
-    """What becomes of longer examples: error, drop (reported) or truncate (reported; cuts the
-    middle of the longest field, of test prompts too; instructions stay whole)."""
+    """What to do with longer examples: error, drop or truncate (cut the middle of the longest
+    field, in test prompts too; instructions stay whole). How many is reported."""
     skip_bad_rows: bool = False
-    """Set bad rows aside in `bad_rows.jsonl` of the run folder instead of stopping."""
+    """Write bad rows to `bad_rows.jsonl` in the run folder and go on, instead of stopping."""
 
 
 class KeepOutSettings(Settings):
-    """What must not be learnt from, because it is tested on."""
+    """Evaluation data that training rows must not overlap with."""
 
     keep_out: tuple[str, ...] = ()
-    """Evaluation files of any kind: rows that share keep_out_words words in a row with one of
-    theirs, or ask the same question, are taken out and told."""
+    """Evaluation files of any kind: contaminated rows, which share keep_out_words consecutive words
+    with one of theirs or ask the same question, are removed and reported."""
     keep_out_words: int = Field(default=13, ge=0)
-    """Words in a row that give a test row away. 0: only the same question does."""
+    """Consecutive words shared with a test row that make a row contaminated. 0: only the same
+    question does."""
 
 
 class HygieneSettings(KeepOutSettings):
-    """What is taken out of a pool before anything is chosen from it."""
+    """What is removed from a pool before rows are selected from it."""
 
     max_length: int = Field(default=1024, ge=8)
     """Longest row, in the base's tokens, prompt and answer together."""
     near_duplicates: float = Field(default=0.8, gt=0, le=1)
-    """Rows that share so much of their 5-word shingles (Jaccard), and answer the same, are one.
+    """Jaccard similarity of 5-word shingles from which rows with the same answer are duplicates.
     1: only exact duplicates are."""
     languages: tuple[str, ...] = ()
-    """ISO 639-1 codes to keep, as in `en de`. Empty: any; short texts are easily mistaken."""
+    """ISO 639-1 codes to keep, as in `en de`. Empty: all. Short texts are often misdetected."""
     source_cap: int | None = Field(default=None, ge=1)
-    """Most rows of one source (field `source`, else the file), a seeded choice. None: any."""
+    """Most rows from one source (field `source`, else the file), a seeded random subset. None: no
+    limit."""
 
 
 class LoraSettings(Settings):
@@ -110,10 +112,10 @@ class LoraSettings(Settings):
     targets: tuple[str, ...] | None = None
     """Module names that get an adapter, as in `q_proj v_proj`, or `all-linear` (default)."""
     rslora: bool = False
-    """Scale the update by alpha / sqrt(rank): rank-stabilized LoRA. A warm start brings its own."""
+    """Scale the update by alpha / sqrt(rank): rank-stabilized LoRA. A warm start sets its own."""
     dora: bool = False
     """Learn the weights' magnitudes apart from their directions (DoRA); slower. A warm start
-    brings its own."""
+    sets its own."""
 
 
 class TrainSettings(Settings):
@@ -122,26 +124,26 @@ class TrainSettings(Settings):
     learning_rate: float = Field(default=5e-4, gt=0)
     """Peak learning rate of AdamW."""
     epochs: float | None = Field(default=None, gt=0)
-    """Passes over the training rows. None: as max_steps says, else 3, but at least 100 steps."""
+    """Passes over the training rows. None: as max_steps sets, else 3, but at least 100 steps."""
     max_steps: int | None = Field(default=None, ge=0)
-    """Optimizer steps. None: from epochs. 0: save the beginning untrained."""
+    """Optimizer steps. None: from epochs. 0: save the untrained adapter."""
     stop_step: int | None = Field(default=None, ge=1)
-    """End after this optimizer step of the schedule, whose length stays that of max_steps or
-    epochs: as a longer run was at this step. None: at the schedule's end."""
+    """Stop after this optimizer step; the learning-rate schedule keeps the length of max_steps or
+    epochs. None: at the schedule's end."""
     batch_size: int | None = Field(default=None, ge=1)
     """Examples per optimizer step, over all devices. None: 4, from 64 training rows on 8, from 256
     on 16."""
     micro_batch_tokens: int = Field(default=0, ge=0)
-    """Most tokens, padding included, in one forward pass; a batch is cut into as many as needed
+    """Most tokens, padding included, in one forward pass; a batch is split into as many as needed
     (gradient accumulation). The result does not depend on it. 0: 1024 on a CPU, 8192 elsewhere."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Most examples in one forward pass. None: only micro_batch_tokens counts."""
+    """Most examples in one forward pass. None: limited by micro_batch_tokens alone."""
     lora_plus_ratio: float = Field(default=1.0, gt=0)
-    """LoRA+: B learns at this many times the learning rate. 1: as A does."""
+    """LoRA+: learning rate of B as a multiple of A's."""
     schedule: Schedule = "linear"
     """Learning rate after the warm-up steps: linear or cosine to zero, or constant."""
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises from zero."""
+    """Share of the steps over which the learning rate rises from zero."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -149,23 +151,22 @@ class TrainSettings(Settings):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm. 0: off."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the rows kept for validation loss. They count towards n."""
+    """Share of the rows held out for validation loss. They count towards n."""
     fold: tuple[int, int] | None = None
-    """(i, k): keep the i-th of k equal parts of the rows, from 0, in place of validation_fraction,
-    so that k runs validate on every row once. None: the last validation_fraction."""
+    """(i, k): hold out the i-th of k equal folds, from 0, instead of validation_fraction (k-fold
+    cross-validation). None: hold out the last validation_fraction."""
     eval_every: int = Field(default=0, ge=0)
-    """Optimizer steps between validation losses. 0: once an epoch."""
+    """Optimizer steps between validations. 0: once per epoch."""
     patience: int = Field(default=0, ge=0)
-    """Stop after so many validations without a better loss. 0: off."""
+    """Early stopping after so many validations without a lower loss. 0: off."""
     keep_best: bool = True
-    """Where there are validation rows, end with the weights of the least validation loss instead of
-    the last."""
+    """With validation rows, keep the weights of the lowest validation loss instead of the last."""
     checkpoint_every: int = Field(default=0, ge=0)
     """Optimizer steps between checkpoints that a killed run resumes from. 0: off."""
     seed: int = Field(default=0, ge=0)
-    """Root seed; each source of randomness below gets its own stream of it."""
+    """Root seed; the seeds below are derived from it."""
     seed_subset: int | None = Field(default=None, ge=0)
-    """Seed of the choice of n rows and the validation split. None: from seed."""
+    """Seed of the subset of n rows and of the validation split. None: from seed."""
     seed_order: int | None = Field(default=None, ge=0)
     """Seed of the order of rows. None: from seed."""
     seed_init: int | None = Field(default=None, ge=0)
@@ -183,29 +184,28 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("epochs and max_steps both say how long to train: give one")
+            raise ValueError("epochs and max_steps both set the length of training: give one")
         return self
 
 
 class ObjectiveSettings(Settings):
-    """What is minimised; names and defaults are TRL's."""
+    """The training objective; names and defaults are TRL's."""
 
     objective: ObjectiveName = "sft"
-    """sft: learn completions; dpo, orpo: learn which of two is better, from rows with `prompt`,
-    `chosen` and `rejected`. sft on such rows learns the chosen completions. dpo wants a lower
-    learning rate than sft."""
+    """sft: learn completions; dpo, orpo: learn preferences from rows with `prompt`, `chosen` and
+    `rejected`. sft on such rows learns the chosen completions. dpo needs a lower learning rate
+    than sft."""
     beta: float = Field(default=0.1, gt=0)
-    """dpo: how strongly the policy is held to the reference. orpo: weight of the odds ratio."""
+    """dpo: strength of the pull towards the reference policy. orpo: weight of the odds ratio."""
     loss_type: DPOLoss = "sigmoid"
     """dpo: sigmoid, robust (to flipped labels) or sigmoid_norm (log ratios per token)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """dpo: probability that a label is flipped."""
     reference: Reference | None = None
-    """dpo: the reference policy: base, or warm_start (the adapter as it begins). None:
-    warm_start where the run begins from one, else base."""
+    """dpo: the reference policy: base, or warm_start (the adapter before training). None:
+    warm_start where the run is initialized from one, else base."""
     orpo_prompt_loss: bool = False
-    """orpo: take the cross-entropy over the prompt too, as TRL does; the paper's eq. 2 does
-    not."""
+    """orpo: include the prompt in the cross-entropy, as TRL does; the paper's eq. 2 does not."""
 
     @model_validator(mode="after")
     def _of_the_objective(self) -> Self:
@@ -227,6 +227,6 @@ class GenerationSettings(Settings):
     """Greedy or sampled decoding."""
 
     max_new_tokens: int = Field(default=256, ge=1)
-    """Most tokens to generate for one prompt."""
+    """Most tokens to generate per prompt."""
     batch_size: int = Field(default=64, ge=1)
     """Prompts decoded together."""

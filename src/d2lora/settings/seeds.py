@@ -1,4 +1,4 @@
-"""One root seed, split into named streams, so that each source of randomness stands alone."""
+"""One root seed, split into named streams, so that each source of randomness is independent."""
 
 import hashlib
 

@@ -9,28 +9,28 @@ from d2lora.settings.core import Settings
 
 
 class StudySettings(Settings):
-    """`d2lora study PLAN...`: run what is missing of a study."""
+    """`d2lora study PLAN...`: run the missing cells of a study."""
 
     positional: ClassVar[str | None] = "plan"
     settings_file: ClassVar[bool] = False
     plan: tuple[str, ...] = Field(min_length=1)
-    """Plan: a YAML file, or the name of a shipped one. Several: each is laid over those before."""
+    """Plan: a YAML file, or the name of a shipped one. Of several, later override earlier."""
     out: Path | None = None
     """Folder of the study. None: studies/NAME, after the plan."""
     store: Path | None = None
     """Folder of finished runs, which studies may share. None: `store` beside the study."""
     set: tuple[str, ...] = ()
-    """Changes of the plan, `name=value`, as in `seeds=3 tasks.titles.n_test=50`."""
+    """Overrides of the plan, `name=value`, as in `seeds=3 tasks.titles.n_test=50`."""
     executor: Literal["processes", "inline", "ray"] = "processes"
-    """Where runs happen: a pool of processes, this process, or a Ray cluster."""
+    """Where jobs run: a pool of processes, this process, or a Ray cluster."""
     workers: int = Field(default=0, ge=0)
-    """Runs at a time. 0: one per GPU, or per core where there is none."""
+    """Parallel jobs. 0: one per GPU, or per core without GPUs."""
     address: str | None = None
-    """Ray cluster to join, as in `ray://host:10001` or `auto`. None: this machine alone."""
+    """Ray cluster to join, as in `ray://host:10001` or `auto`. None: start one on this machine."""
     keep_adapters: bool = True
     """Keep the adapters of all cells."""
     dry_run: bool = False
-    """List the cells, what is there already and the time left; run nothing."""
+    """List the cells, what is already done and the estimated time left; run nothing."""
     report: bool = True
     """Write the report at the end."""
     quiet: bool = False
@@ -38,7 +38,7 @@ class StudySettings(Settings):
 
 
 class ReportSettings(Settings):
-    """`d2lora report STUDY`: one page, and files, of what a study found."""
+    """`d2lora report STUDY`: write a study's report."""
 
     positional: ClassVar[str | None] = "study"
     settings_file: ClassVar[bool] = False
@@ -49,7 +49,7 @@ class ReportSettings(Settings):
 
 
 class DemoSettings(Settings):
-    """`d2lora demo`: the whole story on the embedded base."""
+    """`d2lora demo`: the whole method on the embedded base."""
 
     out: Path = Path("demo-out")
     """Folder to write; an earlier demo in it is replaced."""
@@ -60,4 +60,4 @@ class DemoSettings(Settings):
     n_test: int = Field(default=200, ge=1)
     """Test rows per task."""
     workers: int = Field(default=0, ge=0)
-    """Processes of one thread each. 0: one per core."""
+    """Parallel processes of one thread each. 0: one per core."""

@@ -18,7 +18,7 @@ from d2lora.settings.sections import (
 
 
 class SelectSettings(BaseSettings, HygieneSettings):
-    """`d2lora select`: pool + a few task examples -> warm-up set, with reasons."""
+    """`d2lora select`: pool + a few task examples -> warm-up rows, with reasons."""
 
     aliases: ClassVar[dict[str, str]] = {"--for": "--for-task", "-m": "--m"}
     positional: ClassVar[str | None] = "data"
@@ -26,33 +26,32 @@ class SelectSettings(BaseSettings, HygieneSettings):
     data: tuple[str, ...]
     """The pool: files (JSONL, JSON, CSV, Parquet) or hub ids; may stand before the options."""
     m: int = Field(ge=1)
-    """Rows to choose (short: -m)."""
+    """Rows to select (short: -m)."""
     for_task: tuple[str, ...] = ()
-    """Training examples of the tasks to choose for, a file each (short: --for). Empty: none."""
+    """Training examples of the tasks to select for, a file each (short: --for). Empty: none."""
     out: Path = Path("selection")
     """Folder to write: data.jsonl, reasons.jsonl, rejected.jsonl, the data card."""
     method: SelectMethod = "auto"
-    """How to choose; docs/selection.md explains. auto: dsir with a task, else stratified."""
+    """Selection method, see docs/selection.md. auto: dsir with a task, else stratified."""
     embedding: str = "base"
-    """What diverse, similar and mixture compare rows by: `base` (the base's hidden states), `words`
-    (no model, for large pools) or the name of a sentence-transformers model."""
+    """Embedding for diverse, similar and mixture: `base` (the base's hidden states), `words` (no
+    model, for large pools) or the name of a sentence-transformers model."""
     relevance: float = Field(default=0.5, ge=0, le=1)
-    """For mixture: 0 covers the pool, 1 takes what is most like the task."""
+    """mixture: 0 covers the pool, 1 takes the rows most similar to the task."""
     feature_tokens: int = Field(default=256, ge=8)
-    """Most tokens of a row that are read for its hidden states, loss or gradient."""
+    """Tokens of a row used for its hidden states, loss or gradient, at most."""
     gradient_steps: int = Field(default=100, ge=1)
-    """Optimizer steps, of 16 rows, of the short warm-up that gradient begins with."""
+    """gradient: optimizer steps, of 16 rows, of its preliminary warm-up."""
     gradient_width: int = Field(default=4096, ge=64)
-    """Numbers that a gradient is reduced to."""
+    """gradient: dimensions that gradients are projected to."""
     task: TaskName = "auto"
-    """How pool rows are read. auto: told from the fields of the first row."""
+    """How pool rows are read. auto: detected from the fields of the first row."""
     chat_format: ChatFormat | None = None
     """template, plain or auto, as for warmup. None: auto."""
     cache: Path | None = None
-    """Where hidden states, losses and gradients are kept. None: $D2LORA_CACHE or
-    ~/.cache/d2lora."""
+    """Cache of hidden states, losses and gradients. None: $D2LORA_CACHE or ~/.cache/d2lora."""
     seed: int = Field(default=0, ge=0)
-    """Seed of every choice."""
+    """Seed of the selection."""
     quiet: bool = False
     """No progress bar and no messages."""
 
@@ -69,9 +68,9 @@ class EvaluateSettings(BaseSettings, FormatSettings, GenerationSettings):
     limit: int | None = Field(default=None, ge=1)
     """Score only the first rows of the task. None: all."""
     general_text: tuple[str, ...] = ()
-    """Held-out general rows: the change of loss on them is forgetting."""
+    """Held-out general rows; forgetting is the change of loss on them."""
     choices: tuple[str, ...] = ()
-    """Multiple-choice rows (prompt, choices, answer): the change of accuracy is forgetting."""
+    """Multiple-choice rows (prompt, choices, answer); forgetting is the change of accuracy."""
     quiet: bool = False
     """No progress bar and no messages."""
 
@@ -82,16 +81,15 @@ class GenerateSettings(BaseSettings, GenerationSettings):
     prompt: str | None = None
     """One prompt."""
     prompts: str | None = None
-    """File with one prompt a row (`prompt`, or any fields that a task has), or plain text lines
-    (.txt)."""
+    """File with one prompt per row (`prompt`, or the fields of any task), or per line (.txt)."""
     adapter: str | None = None
     """Adapter folder. None: the base alone."""
     chat_format: ChatFormat | None = None
-    """None: as the adapter's folder says, else auto."""
+    """template, plain or auto. None: the adapter's, else auto."""
     temperature: float = Field(default=0.0, ge=0)
-    """0: greedy. Above: sampling."""
+    """Sampling temperature. 0: greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sampling: only the likeliest tokens with this total probability."""
+    """Nucleus sampling: the likeliest tokens with this total probability."""
     seed: int = Field(default=0, ge=0)
     """Seed of sampling."""
     out: Path | None = None
@@ -99,39 +97,39 @@ class GenerateSettings(BaseSettings, GenerationSettings):
 
 
 class PairsSettings(BaseSettings, FormatSettings, GenerationSettings):
-    """`d2lora pairs`: task rows with gold answers -> preference rows, by sampling."""
+    """`d2lora pairs`: task rows with gold answers -> preference pairs, by sampling."""
 
     data: tuple[str, ...]
     """Rows of a task that has gold answers."""
     out: Path
-    """Folder to write: `pairs.jsonl` and how it came about."""
+    """Folder to write: `pairs.jsonl`, settings and provenance."""
     adapter: str | None = None
     """Adapter to sample from. None: the base alone."""
     n: int | None = Field(default=None, ge=1)
-    """Prompts to sample, a seeded choice. None: all."""
+    """Prompts to use, a seeded random subset. None: all."""
     samples: int = Field(default=4, ge=1)
-    """Samples of each prompt; exact duplicates count once."""
+    """Samples per prompt; exact duplicates count once."""
     temperature: float = Field(default=1.0, gt=0)
-    """Temperature of sampling."""
+    """Sampling temperature."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Only the likeliest tokens with this total probability."""
+    """Nucleus sampling: the likeliest tokens with this total probability."""
     chosen: Literal["gold", "sample"] = "gold"
-    """The better completion: the gold answer, or a sample as good as it where there is one."""
+    """The chosen completion: the gold answer, or a sample that scores as well, if there is one."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the choice of prompts and of sampling."""
+    """Seed of the subset of prompts and of sampling."""
     quiet: bool = False
     """No progress bar and no messages."""
 
 
 class ConvertSettings(BaseSettings):
-    """`d2lora convert`: another rank or strength, a mixture, a part, or a merge into the base."""
+    """`d2lora convert`: change an adapter's rank or strength, mix, cut or merge adapters."""
 
     adapter: str
-    """Adapter or warm start to convert; it stays as it is."""
+    """Adapter or warm start to convert; it is not changed."""
     out: Path
     """Folder to write."""
     rank: int | None = Field(default=None, ge=1)
-    """New rank: a higher one keeps the function, a lower one the best part of it."""
+    """New rank: a higher one keeps the function, a lower one approximates it best (SVD)."""
     scale: float | None = Field(default=None, gt=0)
     """Multiply the update by this."""
     mix: tuple[str, ...] = ()
@@ -139,8 +137,8 @@ class ConvertSettings(BaseSettings):
     mix_weights: tuple[float, ...] = ()
     """Weight of each adapter, this one first. Empty: equal, with sum 1."""
     mix_method: Literal["cat", "average"] = "cat"
-    """cat: exact, the ranks add up (--rank R brings them down); average: of A and of B, where
-    shapes agree, which is not the average of the updates."""
+    """cat: exact, the ranks add up (--rank R truncates them); average: averages A and B, of equal
+    shapes, which is not the average of the updates."""
     targets: tuple[str, ...] | None = None
     """Keep these modules only, as in `q_proj v_proj`."""
     layers: tuple[int, ...] | None = None
@@ -148,7 +146,7 @@ class ConvertSettings(BaseSettings):
     merge: bool = False
     """Fold the adapter into the base and write a plain model folder."""
     seed: int = Field(default=0, ge=0)
-    """Seed of new directions' A, and of the tokens that a merge is checked on."""
+    """Seed of A in new directions, and of the tokens that a merge is checked on."""
 
 
 class SchemaSettings(Settings):
@@ -162,23 +160,23 @@ class SchemaSettings(Settings):
 
 
 class InspectSettings(Settings):
-    """`d2lora inspect`: what is in an adapter or a warm start."""
+    """`d2lora inspect`: what an adapter or a warm start holds."""
 
     adapter: str
-    """Adapter or warm start to look into."""
+    """Adapter or warm start to inspect."""
     other: str | None = None
-    """Adapter to compare it with, such as the warm start that it began from."""
+    """Adapter to compare it with, such as the warm start that it was initialized from."""
     base: str | None = None
-    """Base to check the fingerprint of: `embedded`, a local folder or a hub id."""
+    """Base to compare the fingerprint with: `embedded`, a local folder or a hub id."""
     revision: str | None = None
     """Revision of a hub model. None: the hub's default."""
     gguf_file: str | None = None
     """The GGUF file to take as weights inside the base's folder or hub model."""
     data: tuple[str, ...] = ()
-    """Rows of a task: the loss of the base and of the adapter on the first 32 are told."""
+    """Rows of a task: report the loss of the base and of the adapter on the first 32."""
     fast: bool = True
-    """Take fast passes for it where they are equal to the plain ones."""
+    """Use the fast paths for it, where they compute the same."""
     plot: Path | None = None
-    """PNG to write: the spectrum of every layer."""
+    """PNG file to write: the spectrum of every layer."""
     out: Path | None = None
-    """JSON file to write with everything."""
+    """JSON file to write, with all numbers."""

@@ -1,4 +1,4 @@
-"""How long runs would take, guessed from a few steps and test rows measured here.
+"""How long runs would take, estimated from a few steps and test rows measured here.
 
 For a study of which nothing has run yet. What is measured is the study's own code: a few optimizer
 steps of each warm-up and task, one batch of answers of the base, a few rows of what forgetting is
@@ -25,7 +25,7 @@ from d2lora.study.jobs import Mixed, Scored, Trial, WarmUp
 from d2lora.study.plan import ArmPlan, StudyPlan
 from d2lora.study.recipes import adapt_settings
 from d2lora.study.store import Job, shared_base
-from d2lora.training.schedule import Plan, batch_size_of, passes
+from d2lora.training.schedule import StepSchedule, batch_size_of, passes
 
 N_STEPS = 4
 """Optimizer steps that are measured of each kind; the first, which is slow, does not count."""
@@ -46,10 +46,10 @@ class _Step(NamedTuple):
 
 
 class Calibration:
-    """Guesses seconds of runs; measures on first use, and only what is asked for."""
+    """Estimates the seconds of runs; measures on first use, and only what is needed."""
 
     def __init__(self, plan: StudyPlan, n_threads: int | None) -> None:
-        """Guess for a plan whose data are named by paths.
+        """Estimate for a plan whose data are named by paths.
 
         Args:
             plan: The plan.
@@ -62,7 +62,7 @@ class Calibration:
 
     @cached_property
     def _obstacle(self) -> str | None:
-        """What speaks against loading the base and data in a dry run."""
+        """The reason not to load the base and data in a dry run, or None."""
         from d2lora.adapters.base_files import base_folder
 
         tasks = self._plan.tasks.values()
@@ -84,13 +84,13 @@ class Calibration:
 
     @property
     def why_not(self) -> str | None:
-        """Why nothing can be guessed, or None."""
+        """Why nothing can be estimated, or None."""
         return self._obstacle or self._failed
 
     def seconds(self, job: Job) -> float | None:
-        """Return a run's guessed seconds; None where nothing can be measured.
+        """Return a run's estimated seconds; None where nothing can be measured.
 
-        Merging, mixing, random adapters and what is there count as nothing.
+        Merging, mixing, random adapters and existing warm starts count as nothing.
         """
         if self.why_not is not None:
             return None
@@ -176,11 +176,11 @@ class Calibration:
                 (TestSets(None, text, []), len(sets.general) / max(1, len(text))),
                 (TestSets(None, [], choices), len(sets.choices) / max(1, len(choices))),
             ):
-                began, began_cpu = time.perf_counter(), time.process_time()
+                started, started_cpu = time.perf_counter(), time.process_time()
                 measure(BASE, self._base, own, tests.changed(limit=few), Reporter(quiet=True))
-                elapsed = time.perf_counter() - began
+                elapsed = time.perf_counter() - started
                 if self._base.model.device.type == "cpu":
-                    elapsed = min(elapsed, time.process_time() - began_cpu)  # others' work, again
+                    elapsed = min(elapsed, time.process_time() - started_cpu)  # others' work, again
                 total += scale * elapsed
             self._scoring_s[task] = total
         return self._scoring_s[task]
@@ -196,7 +196,7 @@ def n_steps_of(settings: WarmupSettings | AdaptSettings) -> int:
     if n is None:
         n = len(read_task(settings.data, settings.task, skip_bad=True).rows)
     shown, _ = split_validation(range(n), settings.validation_fraction, settings.fold)
-    return Plan.of(len(shown), settings, 0).last_step
+    return StepSchedule.of(len(shown), settings, 0).last_step
 
 
 def n_rows_of(mixed: Mixed) -> int:

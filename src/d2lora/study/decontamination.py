@@ -1,7 +1,7 @@
-"""Training rows of a study that give one of its evaluation rows away are taken out.
+"""Training rows of a study that overlap with one of its evaluation rows are removed.
 
 Every row that a warm-up or a task may train on is compared with every evaluation file of the plan.
-Files that lose rows are written anew without them, and the plan names those; files that lose none
+Files that lose rows are written again without them, and the plan names those; files that lose none
 stay as they are, and with them the keys of their runs.
 """
 
@@ -27,7 +27,7 @@ FOLDER = "cleaned"
 
 @dataclass(frozen=True)
 class Removed:
-    """A training row that was taken out."""
+    """A training row that was removed."""
 
     row: Row
     leak: Leak
@@ -35,7 +35,7 @@ class Removed:
 
 @dataclass(frozen=True)
 class Check:
-    """What became of the training rows of a warm-up or a task."""
+    """The contamination check of a warm-up's or a task's training rows."""
 
     use: str
     """`warm-up NAME` or `task NAME`."""
@@ -47,14 +47,14 @@ class Check:
     def to_json(self) -> dict[str, Any]:
         """Return the numbers as plain values."""
         n_removed, first = len(self.removed), self.removed[0].leak if self.removed else None
-        told = None if first is None else f"{first.how} {place(first.file, first.line)}"
-        return {"use": self.use, "n_rows": self.n_rows, "n_removed": n_removed, "first": told}
+        leak = None if first is None else f"{first.how} {place(first.file, first.line)}"
+        return {"use": self.use, "n_rows": self.n_rows, "n_removed": n_removed, "first": leak}
 
 
 def decontaminated(
     plan: StudyPlan, store: Path, world: Path, say: Say | None = None, *, fetch: bool = True
 ) -> tuple[StudyPlan, list[Check]]:
-    """Take the rows out that give an evaluation row away.
+    """Remove the training rows that overlap with an evaluation row.
 
     Test rows and multiple-choice rows are compared by `keep_out_words` words in a row and whole
     questions. Rows of held-out general text mostly share the wording of the warm-up's, and rows of
@@ -65,7 +65,7 @@ def decontaminated(
         plan: The plan; its data are named by paths.
         store: Folder of the study's runs; what is left of a file is written to `cleaned/` in it.
         world: Folder of the small world's files.
-        say: Is told what training rows were read as.
+        say: Gets the formats of training rows.
         fetch: Read hub data sets, too. False: what is no file here goes unchecked.
 
     Returns:
@@ -98,8 +98,8 @@ def decontaminated(
     return StudyPlan(**values), checks
 
 
-def contamination_said(checks: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Say of every use, as given by `Check.to_json`, how many rows were taken out."""
+def contamination_lines(checks: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each use, as given by `Check.to_json`: how many rows were removed."""
     uses_by_fate: dict[str, list[str]] = {}
     for check in checks:
         n_rows, n_removed = check["n_rows"], check["n_removed"]
@@ -107,11 +107,11 @@ def contamination_said(checks: Iterable[Mapping[str, Any]]) -> list[str]:
             fate = "not checked against the evaluation files, as not all are here"
         elif n_removed:
             fate = (
-                f"{n_removed:,} of {n_rows:,} training rows give an evaluation row away and were "
-                f"taken out; the first {check['first']}"
+                f"{n_removed:,} of {n_rows:,} training rows overlap with an evaluation row and "
+                f"were removed; the first {check['first']}"
             )
         else:
-            fate = f"none of {n_rows:,} training rows gives an evaluation row away"
+            fate = f"none of {n_rows:,} training rows overlaps with an evaluation row"
         uses_by_fate.setdefault(fate, []).append(check["use"])
     return [f"{_together(uses)}: {fate}" for fate, uses in uses_by_fate.items()]
 
@@ -186,6 +186,6 @@ def _too_few(check: Check, wanted: int) -> list[str]:
     first = f"{leak.how} {place(leak.file, leak.line)}"
     return [
         f"{check.use}: {wanted:,} rows are asked for, but {left:,} of {check.n_rows:,} are left: "
-        f"the others give an evaluation row away (the first {first}). Where only the wording of a "
-        "template is the same, set keep_out_words: 0"
+        f"the others overlap with an evaluation row (the first {first}). Where only the wording "
+        "of a template is the same, set keep_out_words: 0"
     ]

@@ -1,6 +1,6 @@
 """Where jobs run: in this process, in a pool of processes, or on a Ray cluster.
 
-Each executor is a `submit` that returns a future; the study knows nothing else of it.
+Each executor is a `submit` that returns a future; the study knows nothing else about it.
 """
 
 import os
@@ -85,9 +85,9 @@ class _Processes:
         # Set before torch is loaded in the workers: two OpenMP teams on the same cores slow
         # each other.
         os.environ["OMP_NUM_THREADS"] = str(self._n_threads or 1)
-        pool = ProcessPoolExecutor(self._n_workers, context, _begin_worker, (gpus,))
+        pool = ProcessPoolExecutor(self._n_workers, context, _start_worker, (gpus,))
         for _ in range(self._n_workers):
-            pool.submit(_load)  # each begins a worker
+            pool.submit(_load)  # each starts a worker
         return pool
 
     def submit(self, job: Job) -> "Future[dict[str, Any]]":
@@ -112,7 +112,7 @@ def _gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _begin_worker(gpus: "Queue[str]") -> None:
+def _start_worker(gpus: "Queue[str]") -> None:
     """Give a worker its GPU, quiet libraries, and an end when its parent's comes."""
     gpu = gpus.get()
     if gpu:
@@ -122,7 +122,7 @@ def _begin_worker(gpus: "Queue[str]") -> None:
 
 
 def _load() -> None:
-    """Load what jobs need, which takes seconds, while the study still looks at its rows."""
+    """Load what jobs need, which takes seconds, while the study still checks its rows."""
     with loading():
         for module in ("adaptation", "evaluation"):
             import_module(f"d2lora.{module}")
@@ -141,8 +141,8 @@ def _ray(n_workers: int, address: str | None) -> Generator[Submit]:
     need_extra("ray", "--executor ray")
     import ray
 
-    begun = not ray.is_initialized()
-    if begun:
+    started = not ray.is_initialized()
+    if started:
         n_cpus = None if address else n_workers or n_cores()
         try:
             ray.init(address or "local", num_cpus=n_cpus, log_to_driver=False)
@@ -154,7 +154,7 @@ def _ray(n_workers: int, address: str | None) -> Generator[Submit]:
     try:
         yield lambda job: cast("Any", remote.remote(job)).future()
     finally:
-        if begun:
+        if started:
             ray.shutdown()
 
 

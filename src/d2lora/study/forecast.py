@@ -20,12 +20,12 @@ from d2lora.study.store import RESULT, Job
 _WORDS = {
     "WarmUp": "warm-ups", "Merged": "merged bases", "Norms": "random adapters",
     "Mixed": "mixed files", "Paired": "preference pairs",
-    "Trial": "trials", "Scored": "cells", "Ready": "warm starts there",
+    "Trial": "trials", "Scored": "cells", "Ready": "existing warm starts",
 }  # fmt: skip
 
 
 class _Assumed(Needs):
-    """Goes on as if every missing job were done, and keeps a list of them."""
+    """Assumes that every missing job is done, and keeps a list of them."""
 
     def __init__(self, plan: StudyPlan, store: Path) -> None:
         super().__init__(plan, store, keep_adapters=True)
@@ -60,14 +60,14 @@ class _Assumed(Needs):
 def forecast(
     plan: StudyPlan, store: Path, cells: Sequence[Cell], n_workers: int, n_threads: int | None
 ) -> tuple[list[Grid], str]:
-    """Return two tables and what is to be known of their times.
+    """Return two tables and a note on their times.
 
     What a search for a learning rate and a length tries beyond the plan's own is not known before;
     a run is taken to end after three quarters of its longest length.
 
     The tables are the cells of each arm, and the runs there and missing with their time. Times are
     those of runs of the same kind in the store, of the same task and size or the nearest size;
-    where there is none they are guessed from a few steps measured here. Runs at a time and the
+    where there is none they are estimated from a few steps measured here. Runs at a time and the
     threads of each are as `executors.layout` gives them.
     """
     needs = _Assumed(plan, store)
@@ -75,8 +75,8 @@ def forecast(
     done = {cell: job.result() is not None for cell, job in last.items()}
     for job in last.values():
         needs.need_all([job])
-    guess = Calibration(plan, n_threads)
-    runs, note = _runs(needs, _Seconds(_times(store), guess), n_workers)
+    calibration = Calibration(plan, n_threads)
+    runs, note = _runs(needs, _Seconds(_times(store), calibration), n_workers)
     return [_cells(cells, done), runs], note
 
 
@@ -101,31 +101,33 @@ def _times(store: Path) -> dict[tuple[str, str, int], list[float]]:
 
 
 class _Seconds:
-    """Estimates the seconds of runs, and keeps in mind whether any of them is a guess."""
+    """Estimates the seconds of runs, and whether they were calibrated here."""
 
-    def __init__(self, times: dict[tuple[str, str, int], list[float]], guess: Calibration) -> None:
-        self._times, self._guess = times, guess
+    def __init__(
+        self, times: dict[tuple[str, str, int], list[float]], calibration: Calibration
+    ) -> None:
+        self._times, self._calibration = times, calibration
 
     def of(self, jobs: Sequence[Job]) -> tuple[float | None, bool]:
-        """Return the seconds of all jobs (None: not known), and whether they are a guess."""
-        total, guessed = 0.0, False
+        """Return the seconds of all jobs (None: unknown), and whether they were calibrated here."""
+        total, calibrated = 0.0, False
         for job in jobs:
             seconds = self._like(job)
             if seconds is None:
-                seconds, guessed = self._guess.seconds(job), True
+                seconds, calibrated = self._calibration.seconds(job), True
             if seconds is None:
                 return None, False
             total += seconds
-        return total, guessed
+        return total, calibrated
 
-    def note(self, *, guessed: bool, unknown: bool) -> str:
-        """Say what the times are worth."""
+    def note(self, *, calibrated: bool, unknown: bool) -> str:
+        """Return a note on how the times were estimated."""
         if unknown:
-            why = self._guess.why_not
+            why = self._calibration.why_not
             return f"No time can be estimated until runs of each kind are done: {why}"
-        if guessed:
+        if calibrated:
             return (
-                f"about: a rough guess from {N_STEPS} steps and one batch of answers, measured "
+                f"about: a rough estimate from {N_STEPS} steps and one batch of answers, measured "
                 "here; once runs of each kind are done, their times are used"
             )
         return "Times are those of finished runs of the same kind"
@@ -149,20 +151,20 @@ def _runs(needs: _Assumed, seconds: _Seconds, n_workers: int) -> tuple[Grid, str
         missing = [job for job in needs.missing.values() if type(job).__name__ == kind]
         present = sum(type(job).__name__ == kind for job in needs.present.values())
         if missing or present:
-            total, guessed = seconds.of(missing)
-            kinds.append((total, guessed))
-            minutes = _minutes(total, n_workers, guessed=guessed)
+            total, calibrated = seconds.of(missing)
+            kinds.append((total, calibrated))
+            minutes = _minutes(total, n_workers, calibrated=calibrated)
             rows.append((word, str(present), str(len(missing)), minutes))
     unknown = any(total is None for total, _ in kinds)
-    guessed = any(guess for _, guess in kinds)
+    calibrated = any(calibration for _, calibration in kinds)
     total = None if unknown else sum(total or 0.0 for total, _ in kinds)
-    minutes = _minutes(total, n_workers, guessed=guessed)
+    minutes = _minutes(total, n_workers, calibrated=calibrated)
     rows.append(("all", str(len(needs.present)), str(len(needs.missing)), minutes))
     grid = Grid(
         f"Runs; minutes with {n_workers} at a time",
         ("what", "in the store", "to be run", "minutes"), rows,
     )  # fmt: skip
-    note = seconds.note(guessed=guessed, unknown=unknown)
+    note = seconds.note(calibrated=calibrated, unknown=unknown)
     if any(isinstance(job, Trial) for job in needs.missing.values()):
         note += (
             ". Not counted: trials beyond the plan's learning rates and steps, where the best lies "
@@ -171,7 +173,7 @@ def _runs(needs: _Assumed, seconds: _Seconds, n_workers: int) -> tuple[Grid, str
     return grid, note
 
 
-def _minutes(seconds: float | None, n_workers: int, *, guessed: bool) -> str:
+def _minutes(seconds: float | None, n_workers: int, *, calibrated: bool) -> str:
     if seconds is None:
         return "unknown"
-    return f"{'about ' if guessed else ''}{seconds / n_workers / 60:.1f}"
+    return f"{'about ' if calibrated else ''}{seconds / n_workers / 60:.1f}"

@@ -1,6 +1,6 @@
-"""The pieces of a study that are run: warm-ups, controls made of them, trials of rates, cells.
+"""The jobs of a study: warm-ups, controls made of them, trials of learning rates, cells.
 
-Only jobs of the last kind, `Scored`, can name test data: what is chosen before cannot look at it.
+Only jobs of the last kind, `Scored`, can name test data: so nothing is tuned on it.
 """
 
 import json
@@ -44,7 +44,7 @@ class WarmUp(Job):
         if not (self.path / DONE).exists():
             settings = self.settings.changed(out=self.path, resume=_can_resume(self.path))
             warm_up(settings, shared_base(settings))
-        return _told(self.path)
+        return _manifest_values(self.path)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Ready(Job):
 
     def run(self) -> dict[str, Any]:
         """Do it."""
-        return _told(self.path)
+        return _manifest_values(self.path)
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,12 @@ class Trial(Job):
     def run(self) -> dict[str, Any]:
         """Do it."""
         path = self.folder / "adapter"
-        told = _adapted(self.training, path)
+        values = _adapted(self.training, path)
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         curve = [[r["step"], r["validation_loss"]] for r in rows if "validation_loss" in r]
         shutil.rmtree(path)
-        return {**told, "learning_rate": self.training.learning_rate, "curve": curve}
+        return {**values, "learning_rate": self.training.learning_rate, "curve": curve}
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,8 @@ class Scored(Job):
         from d2lora.runtime.console import Reporter
 
         path = self.folder / "adapter" if self.training else self.adapter
-        told = _adapted(self.training, self.folder / "adapter") if self.training else {}
-        began = time.perf_counter()
+        values = _adapted(self.training, self.folder / "adapter") if self.training else {}
+        started = time.perf_counter()
         sets = TestSets.read(self.tests)
         if self.shots is not None:
             task = _with_shots(sets.task, self.shots)
@@ -237,7 +237,7 @@ class Scored(Job):
             for file in (self.folder / "adapter").glob("*.safetensors"):
                 file.unlink()
         return {
-            **told,
+            **values,
             "learning_rate": self.training.learning_rate if self.training else None,
             "adapter": None if path is None or not self.keep else str(path),
             "scores": {column: records[column].tolist() for column in columns},
@@ -245,7 +245,7 @@ class Scored(Job):
             "general_loss": measured.general_loss,
             "choices_right": None if measured.right is None else measured.right.tolist(),
             "n_output_tokens": sum(record["n_output_tokens"] for record in measured.records),
-            "evaluation_s": round(time.perf_counter() - began, 3),
+            "evaluation_s": round(time.perf_counter() - started, 3),
         }
 
 
@@ -255,11 +255,11 @@ def _adapted(settings: AdaptSettings, path: Path) -> dict[str, Any]:
     if not (path / DONE).exists():
         settings = settings.changed(out=path, resume=_can_resume(path))
         adapt(settings, shared_base(settings))
-    return _told(path)
+    return _manifest_values(path)
 
 
-def _told(adapter: Path) -> dict[str, Any]:
-    """Return what a finished run's manifest says that a study needs."""
+def _manifest_values(adapter: Path) -> dict[str, Any]:
+    """Return what a study needs of a finished run's manifest."""
     from d2lora.adapters.manifest import Manifest
 
     manifest = Manifest.read(adapter)

@@ -30,7 +30,7 @@ def write_mixture(
 
     Raises:
         SettingsError: If a phase has rows without a prompt, which are no conversation, or the
-            warm-up ends by tokens, which says nothing of rows.
+            length of the warm-up is set in tokens.
     """
     if general.max_tokens is not None:
         raise SettingsError("a warm-up that ends by max_tokens cannot be mixed with a task's rows")

@@ -3,7 +3,7 @@
 warm-up ─▶ (merged base | random adapter | mixed rows | pairs) ─▶ trials ─▶ the cell
 
 The learning rate and the length of a cell are chosen from trials on rows held out of its own n, for
-every seed anew, so that the noise of the choice is in the spread over seeds. The job that sees the
+every seed again, so that the noise of tuning is in the spread over seeds. The job that sees the
 test rows comes last and decides nothing.
 """
 
@@ -21,8 +21,8 @@ from d2lora.study.jobs import Merged, Mixed, Norms, Paired, Ready, Scored, Trial
 from d2lora.study.plan import NEEDS_WARM_UP, UNTRAINED, ArmPlan, StudyPlan
 from d2lora.study.recipes import adapt_settings, base_values, pairs_settings, warm_up_settings
 from d2lora.study.store import Job, content_of
-from d2lora.study.tuning import Candidate, Choice, Curve, Grid, mean_curve
-from d2lora.training.schedule import Plan
+from d2lora.study.tuning import Candidate, Curve, SearchGrid, Tuned, mean_curve
+from d2lora.training.schedule import StepSchedule
 
 CURVE_POINTS = 12
 """Validation losses in a trial's curve, at most, besides that of the untrained adapter."""
@@ -32,7 +32,7 @@ _LENGTHS = ("max_length", "overlong")
 """What holds for test rows as for training rows."""
 
 
-class Missing(Exception):  # noqa: N818  # no error: it says what to run next
+class Missing(Exception):  # noqa: N818  # not an error: what to run next
     """Jobs have to be run before a cell can go on."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
@@ -46,15 +46,15 @@ class CellFailedError(Exception):
 
 
 class Needs:
-    """Knows what is done and what has failed, and tells what a cell needs next."""
+    """Knows what is done and what has failed, and returns what a cell needs next."""
 
     def __init__(self, plan: StudyPlan, store: Path, *, keep_adapters: bool) -> None:
-        """Plan jobs in a store; the plan's files are named by paths that exist there."""
+        """Look for jobs in a store; the plan's files are named by paths that exist there."""
         self.plan, self.store, self.keep_adapters = plan, store, keep_adapters
         self.done: dict[str, dict[str, Any]] = {}
         self.failed: dict[str, str] = {}
         self._arms = {arm.name: arm for arm in plan.arms}
-        self._choices: dict[Cell, Choice] = {}
+        self._tuned: dict[Cell, Tuned] = {}
 
     def result(self, cell: Cell) -> dict[str, Any]:
         """Return a cell's result.
@@ -79,51 +79,51 @@ class Needs:
         if arm.kind == "few_shot":
             shots = adapt_settings(self.plan, arm, cell.task, cell.n, cell.seed, Path())
             return Scored(*place, tests, shots=shots)
-        choice = self.choice(cell)
-        whole = self._training(cell, warm_up, **self._recipe(cell, choice))
-        step = choice.stop_of(_n_steps(cell.n, whole))
+        tuned = self.tuned(cell)
+        whole = self._training(cell, warm_up, **self._recipe(cell, tuned))
+        step = tuned.stop_of(_n_steps(cell.n, whole))
         end: dict[str, Any] = {"stop_step": step} if step != 0 else {"max_steps": 0}
         return Scored(*place, tests, whole.changed(**end), keep=self.keep_adapters)
 
-    def choice(self, cell: Cell) -> Choice:
+    def tuned(self, cell: Cell) -> Tuned:
         """Return the learning rate and length of a cell: given, or those of the lowest loss.
 
         A candidate of which any fold failed, as one at which training diverges, is out.
         """
-        if cell not in self._choices:
+        if cell not in self._tuned:
             grid = self._grid(cell)
-            if len(grid.rates) == 1 and not grid.chooses_length:
-                self._choices[cell] = Choice(grid.rates[0])
+            if len(grid.learning_rates) == 1 and not grid.chooses_length:
+                self._tuned[cell] = Tuned(grid.learning_rates[0])
             else:
-                chosen = Choice.of(grid, self._searched(cell, grid))
+                chosen = Tuned.of(grid, self._searched(cell, grid))
                 if chosen is None:
                     trials = self.trials(cell).values()
                     reasons = (self.failed.get(job.key) for jobs in trials for job in jobs)
                     reason = next(filter(None, reasons), f"no row of n = {cell.n} can be held out")
                     raise CellFailedError(f"no learning rate could be used: {reason}")
-                self._choices[cell] = chosen
-        return self._choices[cell]
+                self._tuned[cell] = chosen
+        return self._tuned[cell]
 
     def trials(self, cell: Cell) -> dict[Candidate, list[Trial]]:
-        """Return the trials behind a finished choice, one job a fold; empty: none was needed."""
+        """Return the trials behind the tuned settings, one job a fold; empty: none was needed."""
         grid = self._grid(cell)
         if not self.tunes(cell):
             return {}
         return {c: self._trials(cell, grid, c) for c in self._searched(cell, grid)}
 
     def tunes(self, cell: Cell) -> bool:
-        """Say whether anything is chosen for a cell."""
+        """Say whether anything is tuned for a cell."""
         if cell.arm == BASE or self._arms[cell.arm].kind in UNTRAINED:
             return False
         grid = self._grid(cell)
-        return len(grid.rates) > 1 or grid.chooses_length
+        return len(grid.learning_rates) > 1 or grid.chooses_length
 
-    def _grid(self, cell: Cell) -> Grid:
-        given = self.plan.rate_of(cell.task, cell.arm, cell.n)
-        rates = self.plan.learning_rates if given is None else (given,)
-        return Grid(tuple(sorted(set(rates))), chooses_length=bool(self.plan.steps))
+    def _grid(self, cell: Cell) -> SearchGrid:
+        given = self.plan.learning_rate_of(cell.task, cell.arm, cell.n)
+        tried = self.plan.learning_rates if given is None else (given,)
+        return SearchGrid(tuple(sorted(set(tried))), chooses_length=bool(self.plan.steps))
 
-    def _searched(self, cell: Cell, grid: Grid) -> dict[Candidate, Curve | None]:
+    def _searched(self, cell: Cell, grid: SearchGrid) -> dict[Candidate, Curve | None]:
         """Return the curves of all that the search tries; raises as `result` until they are."""
         tried: dict[Candidate, Curve | None] = {}
         while new := grid.wanted(tried):
@@ -135,10 +135,10 @@ class Needs:
                 tried[candidate] = mean_curve(curves) if len(curves) == len(folds) else None
         return tried
 
-    def _trials(self, cell: Cell, grid: Grid, candidate: Candidate) -> list[Trial]:
-        arm, rate = self._arms[cell.arm], grid.rate(candidate.place)
+    def _trials(self, cell: Cell, grid: SearchGrid, candidate: Candidate) -> list[Trial]:
+        arm, learning_rate = self._arms[cell.arm], grid.learning_rate(candidate.place)
         warm_up = self._warm_up(arm, cell.seed) if arm.kind in NEEDS_WARM_UP else None
-        recipe = self._recipe(cell, Choice(rate, candidate.doublings))
+        recipe = self._recipe(cell, Tuned(learning_rate, candidate.doublings))
         n_folds = min(self.plan.folds, cell.n)
         parts: list[dict[str, Any]] = [{"fold": (fold, n_folds)} for fold in range(n_folds)]
         if n_folds == 1:
@@ -150,20 +150,21 @@ class Needs:
             every = max(1, math.ceil(n_steps / CURVE_POINTS))
             # What is read is the curve, so no weights are kept but for stopping early.
             training = training.changed(eval_every=every, keep_best=training.patience > 0)
-            label = f"{cell}, trial of {rate:g}, {n_steps} steps" + f", fold {number}" * bool(
-                number
+            label = (
+                f"{cell}, trial of {learning_rate:g}, {n_steps} steps"
+                + f", fold {number}" * bool(number)
             )
             trials.append(Trial(label, (cell.task, cell.n), self.store, training))
         return trials
 
-    def _recipe(self, cell: Cell, choice: Choice) -> dict[str, Any]:
-        """Return the settings of a choice, its schedule whole."""
+    def _recipe(self, cell: Cell, tuned: Tuned) -> dict[str, Any]:
+        """Return the settings of a learning rate and length, the schedule whole."""
         longest = self.plan.steps_of(cell.n)
-        length = {} if longest is None else {"max_steps": longest * 2**choice.doublings}
-        return {"learning_rate": choice.learning_rate, **length}
+        length = {} if longest is None else {"max_steps": longest * 2**tuned.doublings}
+        return {"learning_rate": tuned.learning_rate, **length}
 
     def _training(self, cell: Cell, warm_up: WarmUp | Ready | None, **values: Any) -> AdaptSettings:
-        """Return the settings of a cell's training: how each arm begins, and on what."""
+        """Return the settings of a cell's training: each arm's initialization and rows."""
         arm = self._arms[cell.arm]
         plain = adapt_settings(self.plan, arm, cell.task, cell.n, cell.seed, Path(), **values)
         if warm_up is None:
@@ -279,7 +280,7 @@ class Needs:
 def _n_steps(n: int, settings: AdaptSettings) -> int:
     """Return the optimizer steps of a run on n rows, validation rows among them."""
     shown, _ = split_validation(range(n), settings.validation_fraction, settings.fold)
-    return Plan.of(len(shown), settings, 0).n_steps
+    return StepSchedule.of(len(shown), settings, 0).n_steps
 
 
 def _learns_as_is(settings: PhaseSettings) -> bool:

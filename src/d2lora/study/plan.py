@@ -1,4 +1,4 @@
-"""What a study compares: tasks, sizes, seeds and arms, as a plan names them.
+"""The plan of a study: tasks, sizes, seeds and arms.
 
 A plan spans cells (arm x task x n x seed).
 """
@@ -36,14 +36,14 @@ writes them."""
 
 
 class TaskPlan(Settings):
-    """A scarce task: its rows, and the test rows that are opened once, at the end."""
+    """A scarce task: its rows, and the test rows, which are scored once, at the end."""
 
     data: tuple[str, ...]
     """Training rows, of which n are used."""
     test: tuple[str, ...]
     """Test rows."""
     title: str = ""
-    """Name in tables and pictures. Empty: the task's key."""
+    """Name in tables and charts. Empty: the task's key."""
     task: TaskName = "auto"
     """How rows are read and scored."""
     n_test: int | None = Field(default=None, ge=1)
@@ -75,15 +75,15 @@ class StudyPlan(BaseSettings):
     """What a study compares."""
 
     question: str = ""
-    """What the study asks, in words; the head of its report."""
+    """The study's question; the title of its report."""
     warm_up: dict[str, Any] = Field(default_factory=dict)
     """Settings of `warmup` that all warm-ups share."""
     warm_ups: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"general": {}})
     """Name -> settings of `warmup` for this one alone; or `path`, the folder of a warm start made
     before, which is used as it is."""
     warm_up_seeds: int = Field(default=1, ge=1)
-    """Warm-ups of each name: seed s of a cell begins from the one made with seed s mod this, with
-    its own rows, order and random weights."""
+    """Warm-ups of each name: seed s of a cell is initialized from the one made with seed s mod
+    this, with its own rows, order and random weights."""
     tasks: dict[str, TaskPlan]
     """Name -> task."""
     sizes: tuple[int, ...] = Field(default=(16, 64, 256), min_length=1)
@@ -95,33 +95,33 @@ class StudyPlan(BaseSettings):
     adapt: dict[str, Any] = Field(default_factory=dict)
     """Settings of `adapt` that all arms share."""
     steps: dict[int, int] = Field(default_factory=dict)
-    """n -> the longest training in optimizer steps; a size takes the nearest one's. Every cell ends
-    where its loss on held-out rows was lowest, and where that is at the end, twice the steps are
-    tried. Give these or `epochs`."""
+    """n -> the longest training in optimizer steps; a size takes the nearest one's. A cell stops where
+    its validation loss was lowest; where that is the end, twice the steps are tried. Give these
+    or `epochs`."""
     epochs: dict[int, float] = Field(default_factory=dict)
-    """n -> passes over the task's rows, a length that is not chosen; a size takes the nearest
+    """n -> passes over the task's rows, a fixed length; a size takes the nearest
     one's. Both empty: `adapt`'s length."""
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    """Learning rates tried for every cell on rows held out of its n: each seed chooses its own, the
-    one with the lowest validation loss. Where that lies at an edge, ones beyond are tried."""
+    """Learning rates tried for every cell on rows held out of its n; each seed takes that of the
+    lowest validation loss. Where that lies at an edge, ones beyond are tried."""
     validation_fraction: float = Field(default=0.25, gt=0, lt=1)
-    """Share of the n held out for the choice; the training that counts then sees all n."""
+    """Share of the n held out for tuning; the final training then uses all n."""
     folds: int = Field(default=1, ge=1)
-    """k > 1: choose by k-fold cross-validation within the n rows, so that each of them counts."""
+    """k > 1: tune by k-fold cross-validation within the n rows."""
     rates: dict[str, dict[str, dict[int, float]]] = Field(default_factory=dict)
-    """Task -> arm -> n -> a learning rate chosen before, the only one then tried."""
+    """Task -> arm -> n -> a learning rate tuned before; no other is then tried."""
     pairs: dict[str, Any] = Field(default_factory=dict)
     """Settings of `pairs`: where an objective learns preferences and the rows hold none, they are
-    made of the same rows, the worse completions sampled from what the training begins from."""
+    made of the same rows, the rejected completions sampled from the model before training."""
     shots: int = Field(default=4, ge=1)
     """Rows shown to the base in the arm `few_shot`, at most n."""
     general_text: tuple[str, ...] = ()
-    """Held-out general rows: the change of loss on them is forgetting."""
+    """Held-out general rows; forgetting is the change of loss on them."""
     choices: tuple[str, ...] = ()
-    """Multiple-choice rows: the change of accuracy on them is forgetting."""
+    """Multiple-choice rows; forgetting is the change of accuracy on them."""
     keep_out_words: int = Field(default=13, ge=0)
-    """Words in a row by which a training row gives a test or multiple-choice row away and is taken
-    out. 0: only the same question does."""
+    """Consecutive words shared with a test or multiple-choice row that make a training row
+    contaminated: it is removed. 0: only the same question does."""
 
     @field_validator("arms", mode="before")
     @classmethod
@@ -138,7 +138,7 @@ class StudyPlan(BaseSettings):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.steps and self.epochs:
-            raise ValueError("steps and epochs both say how long to train: give one")
+            raise ValueError("steps and epochs both set the length of training: give one")
         return self
 
     def epochs_of(self, n: int) -> float | None:
@@ -149,8 +149,8 @@ class StudyPlan(BaseSettings):
         """Return the longest training on n rows in steps: that of the nearest size, by ratio."""
         return _of_nearest(self.steps, n)
 
-    def rate_of(self, task: str, arm: str, n: int) -> float | None:
-        """Return the learning rate chosen before for the nearest size, by ratio."""
+    def learning_rate_of(self, task: str, arm: str, n: int) -> float | None:
+        """Return the learning rate tuned before for the nearest size, by ratio."""
         return _of_nearest(self.rates.get(task, {}).get(arm, {}), n)
 
     def ready(self, warm_up: str) -> Path | None:

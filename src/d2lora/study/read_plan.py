@@ -35,7 +35,7 @@ def read_plan(*sources: str, changes: Sequence[str] = ()) -> StudyPlan:
 
     Args:
         sources: YAML files or names of shipped plans; each is laid over those before it, so that
-            `rank real` asks the question of one about the tasks of the other.
+            `rank real` asks the question of one on the tasks of the other.
         changes: `name=value` texts that replace values of the file; values are YAML, and a dot
             leads into a mapping (`tasks.titles.n_test=50`).
 
@@ -142,7 +142,7 @@ def _faults_of_settings(plan: StudyPlan) -> list[str]:
     for place, values in places.items():
         faults += _forbidden(place, values, _FIXED_ADAPT)
         faults += [
-            f"{place}: `{name}` and the plan's `steps` both say how long to train; give one "
+            f"{place}: `{name}` and the plan's `steps` both set the length of training; give one "
             "(`steps: {}` for none)"
             for name in ("epochs", "max_steps")
             if plan.steps and name in values
@@ -157,7 +157,7 @@ def _faults_of_settings(plan: StudyPlan) -> list[str]:
 
 def _faults_of_path(name: str, values: Mapping[str, Any]) -> list[str]:
     faults = [
-        f"warm_ups.{name}: `{other}` beside `path`, which names a finished warm start"
+        f"warm_ups.{name}: leave out `{other}`, as `path` names a finished warm start"
         for other in values
         if other != "path"
     ]
@@ -167,7 +167,11 @@ def _faults_of_path(name: str, values: Mapping[str, Any]) -> list[str]:
 
 
 def _forbidden(place: str, values: Mapping[str, Any], fixed: set[str]) -> list[str]:
-    return [f"{place}: `{name}` is the study's own business" for name in values if name in fixed]
+    return [
+        f"{place}: `{name}` is set by the study itself; leave it out"
+        for name in values
+        if name in fixed
+    ]
 
 
 def _faults_of_names(plan: StudyPlan) -> list[str]:

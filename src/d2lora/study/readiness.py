@@ -48,7 +48,7 @@ def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> Non
 
     Args:
         plan: What is to run.
-        say: Is told what test rows were read as; of training rows `decontaminated` tells.
+        say: Gets the formats of test rows; those of training rows come from `decontaminated`.
         fetch: Ask the hub, too. False: what is not on this machine goes unchecked.
 
     Raises:
@@ -96,10 +96,10 @@ def _faults_of_warm_starts(plan: StudyPlan, *, fetch: bool) -> list[str]:
 
 
 def cut_short(plan: StudyPlan) -> list[str]:
-    """Say of every task how many rows its limits cut, and how many answers they cannot hold."""
+    """Return messages on the rows that each task's limits cut, and on answers beyond them."""
     base = BaseSettings(**base_values(plan))
     tokenizer = load_tokenizer(base)
-    told: list[str] = []
+    messages: list[str] = []
     for name, task in plan.tasks.items():
         own = {key: value for key, value in {**plan.adapt, **task.adapt}.items() if key in LIMITS}
         limits = EvaluateSettings(**dict(base), out=Path(), **own)
@@ -116,12 +116,12 @@ def cut_short(plan: StudyPlan) -> list[str]:
             over = [item.length - length for item in every(encoder.encode, rows.examples)]
             n_long, n_cut = sum(n > 0 for n in over), sum(n for n in over if n > 0)
             if n_long:
-                told.append(
+                messages.append(
                     f"tasks.{name}: {n_long:,} of {len(over):,} training rows are cut to "
                     f"{length:,} tokens, by {n_cut:,} tokens"
                 )
-        told += [f"tasks.{name}: {fault}" for fault in found if fault]
-    return told
+        messages += [f"tasks.{name}: {fault}" for fault in found if fault]
+    return messages
 
 
 def _with_world(plan: StudyPlan, folder: Path) -> StudyPlan:

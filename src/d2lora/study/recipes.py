@@ -1,4 +1,4 @@
-"""The settings of every run that a plan stands for."""
+"""The settings of every run of a plan."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from d2lora.study.plan import ArmPlan, StudyPlan
 
 
 def warm_up_settings(plan: StudyPlan, name: str, out: Path, seed: int = 0) -> WarmupSettings:
-    """Return the settings of one warm-up; those of other seeds begin from the settings' own."""
+    """Return the settings of one warm-up; the plan's seeds are added to its own."""
     own = listed_values({**plan.warm_up, **plan.warm_ups[name]})
     values: dict[str, Any] = {**base_values(plan), **own, "out": out, "quiet": True}
     settings = WarmupSettings(**_of_one_length(values))

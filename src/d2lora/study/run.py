@@ -1,9 +1,9 @@
-"""Run what is missing of a study: `d2lora study PLAN`.
+"""Run the missing cells of a study: `d2lora study PLAN`.
 
 study.json          the plan, the warm-ups, the learning rate and length chosen for each cell
 results.jsonl       one line per finished cell
 trials.jsonl        one line per trial of a learning rate
-removed_rows.jsonl  training rows that an evaluation row was found in, and why
+removed_rows.jsonl  training rows that overlap with an evaluation row, and why
 done.json           the marker of completion: every cell is there, and none has failed
 
 What is run lies in the store, so a killed study continues where it was, and a changed plan runs
@@ -25,7 +25,7 @@ from d2lora.runtime.grids import as_table
 from d2lora.runtime.run_folder import DONE, provenance, write_json, write_text
 from d2lora.settings import StudySettings
 from d2lora.study.cells import BASE, Cell, cells_of
-from d2lora.study.decontamination import Check, contamination_said, decontaminated
+from d2lora.study.decontamination import Check, contamination_lines, decontaminated
 from d2lora.study.executors import Submit, executor, layout
 from d2lora.study.forecast import forecast
 from d2lora.study.jobs import WarmUp
@@ -55,11 +55,11 @@ class Study:
             RunError: With the cells that failed, and why.
         """
         if self.failures:
-            told = listed([f"{cell}: {reason}" for cell, reason in self.failures.items()])
+            reasons = listed([f"{cell}: {reason}" for cell, reason in self.failures.items()])
             n_cells = len(self.results) + len(self.failures)
             raise RunError(
                 f"{self.path}: {len(self.failures)} of {n_cells} cells failed; what is finished is "
-                f"kept, and the next run does the others:\n{told}"
+                f"kept, and the next run retries the others:\n{reasons}"
             )
 
 
@@ -82,21 +82,21 @@ def _run_study(
 ) -> Study:
     check(plan, reporter.say)
     (out / DONE).unlink(missing_ok=True)  # of an earlier run
-    for said in cut_short(plan):
-        reporter.say(f"warning: {said}")
-    # Workers load their libraries while the rows are looked at.
+    for message in cut_short(plan):
+        reporter.say(f"warning: {message}")
+    # Workers load their libraries while the rows are checked.
     with executor(settings.executor, settings.workers, settings.address) as submit:
         plan, checks = decontaminated(plan, store, store / "world", reporter.say)
-        for said in contamination_said(c.to_json() for c in checks if c.removed):
-            reporter.say(f"contamination: {said}")
+        for line in contamination_lines(c.to_json() for c in checks if c.removed):
+            reporter.say(f"contamination: {line}")
         needs, cells = Needs(plan, store, keep_adapters=settings.keep_adapters), cells_of(plan)
         with reporter.bar("cells", len(cells)) as bar:
             run = _Run(needs, submit, bar, reporter)
             run.all(cells)
     results = [_row(needs, cell, run.finished[cell]) for cell in cells if cell in run.finished]
-    told = {str(cell): reason for cell, reason in run.failures.items()}
-    _write(out, plan, needs, cells, results, told, checks)
-    return Study(out, plan, results, told)
+    failures = {str(cell): reason for cell, reason in run.failures.items()}
+    _write(out, plan, needs, cells, results, failures, checks)
+    return Study(out, plan, results, failures)
 
 
 class _Run:
@@ -137,7 +137,7 @@ class _Run:
             self._start(job)
         failed = f", {len(self.failures)} failed" if self.failures else ""
         done = len(self.finished) + len(self.failures)
-        self._bar.update(done, f"{len(self._running)} runs under way or queued{failed}")
+        self._bar.update(done, f"{len(self._running)} jobs running or queued{failed}")
 
     def _start(self, job: Job) -> None:
         self._tries[job.key] = self._tries.get(job.key, 0) + 1
@@ -201,7 +201,7 @@ def _write(
 
 
 def _write_removed(path: Path, checks: Sequence[Check]) -> None:
-    """Write the rows that were taken out, each once; no file where there are none."""
+    """Write the rows that were removed, each once; no file where there are none."""
     faults = dict.fromkeys(one.leak.as_fault(one.row) for check in checks for one in check.removed)
     if faults:
         write_text(path, fault_lines(faults))
@@ -212,7 +212,7 @@ def _write_removed(path: Path, checks: Sequence[Check]) -> None:
 def _chosen(
     needs: Needs, cells: Sequence[Cell]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the trials, and what was chosen from them for each cell."""
+    """Return the trials, and what was tuned by them for each cell."""
     trials: list[dict[str, Any]] = []
     choices: list[dict[str, Any]] = []
     for cell in cells:
@@ -224,17 +224,17 @@ def _chosen(
             continue
         for job, fold in ((job, fold) for jobs in tried.values() for fold, job in enumerate(jobs)):
             result = needs.done.get(job.key, {"failed": needs.failed.get(job.key)})
-            told = {"learning_rate": job.training.learning_rate, "fold": fold, "key": job.key}
-            trials.append({**asdict(cell), **told, **_measured(result)})
+            trial = {"learning_rate": job.training.learning_rate, "fold": fold, "key": job.key}
+            trials.append({**asdict(cell), **trial, **_measured(result)})
         try:
-            choices.append({**asdict(cell), **asdict(needs.choice(cell))})
+            choices.append({**asdict(cell), **asdict(needs.tuned(cell))})
         except CellFailedError:
             continue
     return trials, choices
 
 
 def _warm_ups(needs: Needs) -> dict[str, Any]:
-    """Return what became of the warm-ups by name, those of further seeds beside the first."""
+    """Return the finished warm-ups by name, those of further seeds beside the first."""
     found: dict[str, Any] = {}
     for name in needs.plan.warm_ups:
         for seed in range(needs.plan.warm_up_seeds_of(name)):
@@ -243,8 +243,8 @@ def _warm_ups(needs: Needs) -> dict[str, Any]:
             except (CellFailedError, Missing):
                 continue
             if job.key in needs.done:
-                told = {"path": str(job.path), "key": job.key, **needs.done[job.key]}
-                found[f"{name}, seed {seed}" if seed else name] = told
+                warm_up = {"path": str(job.path), "key": job.key, **needs.done[job.key]}
+                found[f"{name}, seed {seed}" if seed else name] = warm_up
     return found
 
 
@@ -263,5 +263,5 @@ def dry_run(settings: StudySettings) -> None:
     for grid in grids:
         table_console().print(as_table(grid))
     table_console().print(note, highlight=False, markup=False)
-    for said in contamination_said(c.to_json() for c in checks):
-        table_console().print(f"contamination: {said}", highlight=False, markup=False)
+    for line in contamination_lines(c.to_json() for c in checks):
+        table_console().print(f"contamination: {line}", highlight=False, markup=False)

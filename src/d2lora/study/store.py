@@ -39,7 +39,7 @@ class Job(ABC):
     label: str
     """What it is, for people."""
     about: tuple[str, int]
-    """Task and n, or an empty name and the number of rows; by it times are estimated."""
+    """Task and n, or an empty name and the number of rows; times are estimated by it."""
     store: Path
     """Folder of all jobs."""
 
@@ -77,9 +77,9 @@ def perform(job: Job) -> dict[str, Any]:
         done = job.result()
         if done is not None:
             return done
-        began = time.perf_counter()
+        started = time.perf_counter()
         result = {"label": job.label, "about": [type(job).__name__, *job.about], **job.run()}
-        result["job_s"] = round(time.perf_counter() - began, 3)
+        result["job_s"] = round(time.perf_counter() - started, 3)
         write_json(job.folder / RESULT, result)
         return result
 
@@ -103,12 +103,11 @@ def _loaded(settings_yaml: str, stamp: tuple[Stamp, ...]) -> Any:
 def identity_of(settings: Settings) -> dict[str, Any]:
     """Return settings with contents in place of paths and without what decides nothing.
 
-    Values at their defaults are left out, so that a new setting leaves earlier results valid. Where
-    and in which dtype a base computes is told as it comes out: `device: auto` on a machine without
-    a GPU is `device: cpu`.
+    Defaults are left out, so that a new setting leaves earlier results valid. Device and
+    dtype are resolved first: `device: auto` on a machine without a GPU is `device: cpu`.
     """
-    told = settings.model_dump(mode="json", exclude_defaults=True)
-    values = {k: v for k, v in told.items() if k not in _FREE}
+    own = settings.model_dump(mode="json", exclude_defaults=True)
+    values = {k: v for k, v in own.items() if k not in _FREE}
     for name in _FILES & values.keys():
         values[name] = [content_of(path) for path in values[name] or ()]
     if isinstance(settings, BaseSettings):

@@ -31,22 +31,22 @@ class Candidate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What there is to choose from."""
+class SearchGrid:
+    """The learning rates and lengths to search."""
 
-    rates: tuple[float, ...]
+    learning_rates: tuple[float, ...]
     """Learning rates, ascending."""
     chooses_length: bool
     """Whether a run may end at any step that was validated. False: at its last."""
 
-    def rate(self, place: int) -> float:
+    def learning_rate(self, place: int) -> float:
         """Return a learning rate; beyond an end the ratio of the last two goes on."""
-        rates = self.rates
-        if 0 <= place < len(rates):
-            return rates[place]
-        end, inner, n = (rates[0], rates[1], -place)
+        learning_rates = self.learning_rates
+        if 0 <= place < len(learning_rates):
+            return learning_rates[place]
+        end, inner, n = (learning_rates[0], learning_rates[1], -place)
         if place > 0:
-            end, inner, n = rates[-1], rates[-2], place - len(rates) + 1
+            end, inner, n = learning_rates[-1], learning_rates[-2], place - len(learning_rates) + 1
         return float(f"{end * (end / inner) ** n:.3g}")
 
     def wanted(self, tried: Mapping[Candidate, Curve | None]) -> list[Candidate]:
@@ -56,7 +56,7 @@ class Grid:
             tried: Curves by candidate. None: it failed, as a run that diverges does.
         """
         if not tried:
-            return [Candidate(place, 0) for place in range(len(self.rates))]
+            return [Candidate(place, 0) for place in range(len(self.learning_rates))]
         best = self.best(tried)
         if best is None:
             return []
@@ -80,19 +80,20 @@ class Grid:
 
     def at_edge(self, candidate: Candidate) -> bool:
         """Say whether a candidate's learning rate is the last that may be tried."""
-        return len(self.rates) > 1 and candidate.place in (-BEYOND, len(self.rates) - 1 + BEYOND)
+        n = len(self.learning_rates)
+        return n > 1 and candidate.place in (-BEYOND, n - 1 + BEYOND)
 
     def _within(self, place: int) -> bool:
-        beyond = BEYOND if len(self.rates) > 1 else 0
-        return -beyond <= place < len(self.rates) + beyond
+        beyond = BEYOND if len(self.learning_rates) > 1 else 0
+        return -beyond <= place < len(self.learning_rates) + beyond
 
     def _ends_last(self, curve: Curve | None) -> bool:
         return self.chooses_length and curve is not None and self.end(curve)[0] == curve[-1][0]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The learning rate and length of a cell, and what they were chosen by."""
+class Tuned:
+    """The learning rate and length of a cell, and the curve that they were tuned by."""
 
     learning_rate: float
     doublings: int = 0
@@ -106,15 +107,15 @@ class Choice:
     """The step is the last that may be tried: more may be better."""
 
     @classmethod
-    def of(cls, grid: Grid, tried: Mapping[Candidate, Curve | None]) -> "Choice | None":
-        """Choose among what was tried; None where all failed."""
+    def of(cls, grid: SearchGrid, tried: Mapping[Candidate, Curve | None]) -> "Tuned | None":
+        """Take the best of what was tried; None where all failed."""
         best = grid.best(tried)
         curve = None if best is None else tried[best]
         if best is None or curve is None:
             return None
         step = grid.end(curve)[0] if grid.chooses_length else None
         return cls(
-            grid.rate(best.place),
+            grid.learning_rate(best.place),
             best.doublings,
             step,
             curve,

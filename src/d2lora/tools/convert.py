@@ -1,4 +1,4 @@
-"""An adapter made to fit: another rank or strength, mixed, in part, or folded into the base.
+"""Converting an adapter: another rank or strength, mixed, in part, or merged into the base.
 
     d2lora convert --adapter warm --rank 32 --out warm-32
     d2lora convert --adapter warm --mix warm2 warm3 --mix-weights 0.5 0.25 0.25 --out mixed
@@ -6,8 +6,8 @@
     d2lora convert --adapter adapter --merge --out model
 
 A higher rank leaves the function as it is, and the new directions train; a lower one is the best
-approximation, and what it keeps of each layer's energy is told. Alpha moves with the rank, so that
-the factor alpha / rank stays.
+approximation, and the share of each layer's energy that it keeps is reported. Alpha moves with the
+rank, so that the factor alpha / rank stays.
 """
 
 import json
@@ -62,8 +62,8 @@ def convert(settings: ConvertSettings) -> Conversion:
     """Change an adapter's rank or strength, or merge it into its base.
 
     Raises:
-        SettingsError: If nothing is asked for, or things that exclude each other.
-        ModelError: If the adapter cannot be converted, or the merge changes what it says.
+        SettingsError: If no conversion is asked for, or conflicting ones.
+        ModelError: If the adapter cannot be converted, or the merge changes its outputs.
         RunError: If `out` is taken.
     """
     asked = (settings.rank, settings.scale, settings.mix, settings.targets, settings.layers)
@@ -155,7 +155,7 @@ def randomise(folder: Path, out: Path, seed: int) -> None:
     """Write an adapter of random weights with an adapter's shape and norms.
 
     Each layer's A and B are Gaussian, with the Frobenius norms of the given adapter's: a control
-    that tells what a warm start learnt from how large it is.
+    that separates what a warm start learnt from its size.
     """
     generator = torch.Generator().manual_seed(seed)
     converted = tensors_of(Plain.read(folder).layers)
@@ -174,7 +174,7 @@ def randomise(folder: Path, out: Path, seed: int) -> None:
             "provenance": provenance(),
         }
         write_manifest(old_manifest.model_copy(update=update), temporary)
-        TrainedRows().write(temporary)  # random weights know no row
+        TrainedRows().write(temporary)  # random weights were trained on no row
         write_json(temporary / DONE, {"kind": old_manifest.kind, "cost": old_manifest.cost})
 
 
@@ -184,13 +184,13 @@ def _check_same_base(adapters: Sequence[Plain]) -> None:
     Raises:
         ModelError: If they were not.
     """
-    told = [a.folder for a in adapters if has_manifest(a.folder)]
-    manifests = [Manifest.read(folder) for folder in told]
-    for folder, manifest in zip(told[1:], manifests[1:], strict=True):
+    known = [a.folder for a in adapters if has_manifest(a.folder)]
+    manifests = [Manifest.read(folder) for folder in known]
+    for folder, manifest in zip(known[1:], manifests[1:], strict=True):
         manifest.check_base(manifests[0].base.fingerprint, manifests[0].base.id, folder)
         if manifest.chat_format != manifests[0].chat_format:
             raise ModelError(
-                f"{folder} was made with chat format {manifest.chat_format}, {told[0]} with "
+                f"{folder} was made with chat format {manifest.chat_format}, {known[0]} with "
                 f"{manifests[0].chat_format}; they cannot be mixed"
             )
 

@@ -1,4 +1,4 @@
-"""What is in an adapter: size and spectrum of each layer's update, origin, fit, advice.
+"""What an adapter holds: size and spectrum of each layer's update, origin, base, advice.
 
 d2lora inspect --adapter adapter --other warm --base ./my-model --plot spectrum.png
 """
@@ -68,14 +68,14 @@ class Inspection:
     layers: list[Layer]
     manifest: Manifest | None
     fits_base: bool | None
-    """Whether the base is the one that it was made on; None where that cannot be told."""
+    """Whether the base is the one that it was made on; None where that is not known."""
     advice: list[str]
     start: Start | None = None
     """How it and the base do on rows of a task, where one was named."""
 
 
 def inspect(settings: InspectSettings) -> Inspection:
-    """Look into an adapter or a warm start, beside another one where it is named.
+    """Inspect an adapter or a warm start, compared with another one where it is named.
 
     Raises:
         ModelError: If a folder is no LoRA adapter, or the two have no layer in common.
@@ -96,7 +96,7 @@ def inspect(settings: InspectSettings) -> Inspection:
     if files.beyond_factors:
         advice.append(
             f"Beside these layers it holds {some(files.beyond_factors)}, which the numbers do not "
-            "tell of."
+            "cover."
         )
     start = _on_task(settings, folder, manifest) if settings.data else None
     if start is not None and start.warning is not None:
@@ -170,7 +170,7 @@ def _layer(name: str, factors: Factors, other: Factors | None) -> Layer:
 
 
 def advice_on(layers: list[Layer], manifest: Manifest | None) -> list[str]:
-    """Return plain advice with its evidence; nothing where nothing stands out."""
+    """Return advice with its evidence; empty where nothing stands out."""
     advice: list[str] = []
     if all(layer.norm == 0 for layer in layers):
         return ["Every update is zero: the adapter changes nothing (untrained, or zero B)."]
@@ -179,7 +179,7 @@ def advice_on(layers: list[Layer], manifest: Manifest | None) -> list[str]:
     typical = statistics.median(layer.effective_rank for layer in layers)
     if needed <= rank // 2:
         advice.append(
-            f"Rank {rank} is more than the data used: rank {needed} keeps {ENERGY:.0%} of every "
+            f"Rank {rank} is more than needed: rank {needed} keeps {ENERGY:.0%} of every "
             f"layer's energy. `d2lora convert --rank {needed}` makes the adapter smaller."
         )
     if rank > 1 and typical > 0.9 * rank:
@@ -194,7 +194,7 @@ def advice_on(layers: list[Layer], manifest: Manifest | None) -> list[str]:
         if before is not None and after is not None and after >= before:
             advice.append(
                 f"Training did not lower the held-out loss ({before:.4f} before, {after:.4f} "
-                "after). Lower the learning rate, or look at the data."
+                "after). Lower the learning rate, or check the data."
             )
     return advice
 
@@ -226,7 +226,7 @@ def _shown(value: float | None) -> str:
 
 
 def _origin(found: Inspection) -> list[str]:
-    """Say what the manifest tells, and whether the base fits."""
+    """Return the manifest's contents in lines, and whether the base fits."""
     manifest = found.manifest
     if manifest is None:
         return ["no manifest: not made by d2lora, or copied without it"]
@@ -236,11 +236,11 @@ def _origin(found: Inspection) -> list[str]:
         f"{manifest.lora.alpha:g}, targets {' '.join(manifest.lora.targets)}"
     ]
     if manifest.before_training is not None:
-        told = {k: v for k, v in manifest.before_training.items() if k != "warning"}
-        lines.append(str(Start(**told)))
-    lines += [f"began from {a.path} (weights {a.fingerprint[:12]})" for a in manifest.lineage]
+        start = {k: v for k, v in manifest.before_training.items() if k != "warning"}
+        lines.append(str(Start(**start)))
+    lines += [f"initialized from {a.path} (weights {a.fingerprint[:12]})" for a in manifest.lineage]
     if found.fits_base is not None:
-        lines.append("the base fits" if found.fits_base else "the base has OTHER weights")
+        lines.append("the base fits" if found.fits_base else "the base has DIFFERENT weights")
     return lines
 
 
@@ -262,10 +262,10 @@ def command(settings: InspectSettings) -> None:
     with claimed(settings.out, "file"), claimed(settings.plot, "file", "--plot"):
         with torch.inference_mode():
             found = inspect(settings)
-        _tell(found, settings)
+        _show(found, settings)
 
 
-def _tell(found: Inspection, settings: InspectSettings) -> None:
+def _show(found: Inspection, settings: InspectSettings) -> None:
     console = table_console()
     console.print(layer_table(found))
     measured = [] if found.start is None else [str(found.start)]
@@ -274,6 +274,6 @@ def _tell(found: Inspection, settings: InspectSettings) -> None:
     if settings.plot is not None:
         values = {layer.name: layer.singular_values for layer in found.layers}
         spectra(values, f"Singular values of {found.path.name}", settings.plot)
-        console.print(f"picture: {settings.plot}", markup=False)
+        console.print(f"plot: {settings.plot}", markup=False)
     if settings.out is not None:
         write_json(settings.out, to_json(found))

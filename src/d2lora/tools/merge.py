@@ -26,14 +26,14 @@ def merge_into_base(settings: ConvertSettings, folder: Path) -> float:
         The largest difference of logits on probe tokens, of the model as it was written.
 
     Raises:
-        ModelError: If the adapter cannot be merged, or the merge changes what it says.
+        ModelError: If the adapter cannot be merged, or the merge changes its outputs.
     """
     base = load_base(settings)
     model = base.model
     if getattr(model, "is_quantized", False):
         raise ModelError(
-            f"{settings.base}: its weights are quantized, and a sum would be rounded to their few "
-            "values; merge into the base as it was before quantization"
+            f"{settings.base}: its weights are quantized, and merged ones would be rounded to the "
+            "same few values; merge into the base as it was before quantization"
         )
     check_fit(folder, base)
     adapted = attach_adapter(model, folder, trainable=False)

@@ -1,4 +1,4 @@
-"""Preference pairs of a task with gold answers: what the model gets wrong is the worse completion.
+"""Preference pairs of a task with gold answers: the model's wrong answers are rejected.
 
     d2lora pairs --data task.jsonl --adapter warm --out pairs
     d2lora adapt --data pairs/pairs.jsonl --objective dpo --init warm --out adapter
@@ -46,7 +46,7 @@ FILE = "pairs.jsonl"
 
 @dataclass(frozen=True)
 class PairsMade:
-    """What came of it."""
+    """The result."""
 
     path: Path
     n_prompts: int
@@ -57,7 +57,7 @@ class PairsMade:
     n_distinct_samples: int
     mean_sample_score: float
     fast_passes: list[str]
-    """The fast passes that sampling took, in words."""
+    """Names of the fast paths that sampling used."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def _make_pairs(settings: PairsSettings, base: Base | None) -> PairsMade:
     )
     if data.task.score not in SCORERS:
         raise DataError(
-            f"task {data.task.name} has no gold answer that a sample could be scored against; give "
-            "rows of gsm8k, titles or instruct"
+            f"task {data.task.name} has no gold answers to score samples against; give rows of "
+            "gsm8k, titles or instruct"
         )
     if settings.n is not None and settings.n > len(data.examples):
         raise DataError(f"{settings.n} rows are asked for, but the data has {len(data.examples)}")
@@ -134,15 +134,15 @@ def _sampled(
     data: TaskData,
     reporter: Reporter,
 ) -> tuple[list[list[_Sample]], list[str]]:
-    """Return the distinct samples of every prompt, scored, and the fast passes taken."""
+    """Return the distinct samples of every prompt, scored, and the fast paths used."""
     folder = Path(settings.adapter) if settings.adapter else None
     encoder = Encoder.of(base, chat_format_of(folder, settings.chat_format))
     prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
-    if told := prompts.report(settings.max_length):
-        reporter.say(told)
+    if message := prompts.report(settings.max_length):
+        reporter.say(message)
     places = [example.place for example in examples]
-    if told := check_room(prompts.ids, places, base.model, settings.max_new_tokens):
-        reporter.say(told)
+    if message := check_room(prompts.ids, places, base.model, settings.max_new_tokens):
+        reporter.say(message)
     repeated = [prompt for prompt in prompts.ids for _ in range(settings.samples)]
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
     texts: list[dict[str, None]] = [{} for _ in examples]

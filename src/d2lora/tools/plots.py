@@ -1,4 +1,4 @@
-"""Pictures of adapters: spectra."""
+"""Plots of adapters: spectra."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ def spectra(values: Mapping[str, Sequence[float]], title: str, path: Path) -> No
     """Draw the singular values of every layer, coloured by the kind of layer; save a PNG.
 
     Raises:
-        SettingsError: If what draws is not installed.
+        SettingsError: If the plotting library is not installed.
     """
     need_extra("report", "--plot")
     import altair as alt

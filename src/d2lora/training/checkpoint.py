@@ -61,7 +61,9 @@ def load(
     if {name for name in tensors if name.startswith("weight/")} != {
         f"weight/{name}" for name in parameters
     }:
-        raise RunError(f"{run_path}: the checkpoint is of another adapter shape; begin anew")
+        raise RunError(
+            f"{run_path}: the checkpoint has another adapter shape; remove the run and start again"
+        )
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(tensors[f"weight/{name}"])

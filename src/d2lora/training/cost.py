@@ -25,7 +25,7 @@ class Cost:
     peak_memory_bytes: int
     n_trainable_parameters: int
     n_prepass_tokens: int = 0
-    """Tokens run before training: by a reference policy, or for a data-driven beginning."""
+    """Tokens run before training: by a reference policy, or for a data-driven initialization."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the cost as plain values."""
@@ -33,7 +33,7 @@ class Cost:
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Begin the peak of memory anew with what is in use, so that it is that of one run.
+    """Reset the peak of memory to what is in use, so that it is that of one run.
 
     Linux resets the peak of a process where 5 is written to `clear_refs` (proc(5)). Elsewhere, and
     where that is forbidden, the peak stays that of the whole process.

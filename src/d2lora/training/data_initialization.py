@@ -1,4 +1,4 @@
-"""PEFT's initializations that look at training rows first: EVA, CorDA, LoRA-GA."""
+"""PEFT's data-driven initializations: EVA, CorDA, LoRA-GA."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -61,9 +61,9 @@ def _lora_ga(
     return attach(model, config, seed)
 
 
-LOOKS: dict[str, Callable[[PreTrainedModel, LoraConfig, Sequence[Batch], int], PeftModel]] = {
+DATA_DRIVEN: dict[str, Callable[[PreTrainedModel, LoraConfig, Sequence[Batch], int], PeftModel]] = {
     "eva": _eva,
     "corda": _corda,
     "lora_ga": _lora_ga,
 }
-"""How each puts its adapter on a base, whose own pass is run on the batches."""
+"""Each puts its adapter on a base, after running it on the batches."""

@@ -1,4 +1,4 @@
-"""Plain warnings about a warm start and a warm-up, each from numbers that are told with it.
+"""Warnings about a warm start and a warm-up, each with the numbers that it rests on.
 
 `losses_at_start` alone looks at a model; the warnings are functions of numbers.
 """
@@ -16,9 +16,9 @@ from d2lora.evaluation.stats import paired_difference
 from d2lora.scoring.scorer import TokenScorer, log_probabilities
 
 MOST_ROWS = 32
-"""Task rows that are looked at before training; more would cost what a small task costs."""
+"""Task rows that are measured before training; more would cost as much as a small task."""
 LEAST_ROWS = 4
-"""With fewer rows nothing is said of a difference."""
+"""With fewer rows there is no warning."""
 FEW_STEPS = 50
 """Optimizer steps below which a run is called short."""
 RISE = 0.02
@@ -30,7 +30,7 @@ class Start:
     """How the base and a warm start do on task rows before any training on them."""
 
     loss_base: float
-    """Mean over rows of the base's loss on the completion, in nats a token."""
+    """Mean over rows of the base's loss on the completion, in nats per token."""
     loss_warm_start: float
     low: float
     """Of the 95 % interval, over rows, of the warm start's loss less the base's."""
@@ -44,18 +44,18 @@ class Start:
             return None
         return (
             f"the warm start is worse than the base on this task before training (loss "
-            f"{self.loss_warm_start:.3f} against {self.loss_base:.3f} nats a token on "
+            f"{self.loss_warm_start:.3f} against {self.loss_base:.3f} nats per token on "
             f"{self.n_rows} rows, 95 % interval of the difference {self.low:+.3f} to "
             f"{self.high:+.3f}): what it learnt does not transfer. Compare with --init fresh; try "
-            "--init-scale 0.5, warm-up data that is nearer (d2lora select --for), or a warm-up at "
-            "a lower learning rate or of fewer epochs"
+            "--init-scale 0.5, warm-up data closer to the task (d2lora select --for), or a warm-up "
+            "with a lower learning rate or fewer epochs"
         )
 
     def __str__(self) -> str:
-        """Say the numbers in a line."""
+        """Return the numbers in a line."""
         return (
             f"before training, on {self.n_rows} task rows: loss {self.loss_base:.3f} (base), "
-            f"{self.loss_warm_start:.3f} (warm start) nats a token"
+            f"{self.loss_warm_start:.3f} (warm start) nats per token"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def too_short(n_steps: int) -> str | None:
     if not 0 < n_steps < FEW_STEPS:
         return None
     return (
-        f"{n_steps} optimizer step(s) hardly train an adapter: give --max-steps {FEW_STEPS} or "
+        f"{n_steps} optimizer step(s) barely train an adapter: give --max-steps {FEW_STEPS} or "
         "more, more --epochs or a smaller --batch-size"
     )
 

@@ -1,10 +1,10 @@
-"""How an adapter begins: fresh, by one of PEFT's initializations, or from a warm start.
+"""Initialization of an adapter: fresh, by one of PEFT's methods, or from a warm start.
 
 PEFT's own code makes every initialization. Some fold a part of the base's weights into the adapter
 (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); while such a run lasts the base is changed, afterwards its
 weights are what they were, bit for bit, and the adapter that is saved is the difference to its
-beginning, an ordinary adapter of twice the rank on the base as it was (PEFT's
-`path_initial_model_for_weight_conversion`). EVA, CorDA and LoRA-GA look at training rows first.
+initial weights, an ordinary adapter of twice the rank on the base as it was (PEFT's
+`path_initial_model_for_weight_conversion`). EVA, CorDA and LoRA-GA use training rows.
 """
 
 import time
@@ -25,14 +25,14 @@ from d2lora.adapters.base import Base, causal_model
 from d2lora.adapters.files import read_adapter_config
 from d2lora.adapters.lora import LoraShape, attach, check_targets, lora_config, target_layers
 from d2lora.adapters.manifest import Ancestor, save_adapter
-from d2lora.data.batches import Encoded, Item, Pair, collate, micro_batches
+from d2lora.data.batches import Encoded, Item, PreferencePair, collate, micro_batches
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError, SettingsError
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.extras import need_extra
 from d2lora.scoring.scorer import pass_tokens
 from d2lora.settings import FRESH, PhaseSettings
-from d2lora.training.data_initialization import LOOKS
+from d2lora.training.data_initialization import DATA_DRIVEN
 from d2lora.training.loftq import on_cpu
 
 _INITIAL = "initial"
@@ -42,12 +42,12 @@ _INEXACT = "loftq"
 
 @dataclass(frozen=True)
 class Initialization:
-    """What the manifest says of a beginning."""
+    """What the manifest says of an initialization."""
 
     name: str
     """`fresh`, `warm start` or a name of PEFT's."""
     n_samples: int = 0
-    """Training rows that were looked at."""
+    """Training rows that it used."""
     n_tokens: int = 0
     """Their tokens, run before training."""
     elapsed_s: float = 0.0
@@ -62,7 +62,7 @@ class Initialization:
 
 
 @dataclass(frozen=True)
-class Beginning:
+class InitializedAdapter:
     """An adapter on its base, ready to train."""
 
     model: PeftModel
@@ -70,7 +70,7 @@ class Beginning:
     about: Initialization
     lineage: tuple[Ancestor, ...] = ()
     initial: Path | None = None
-    """The adapter as it began, where the base was changed."""
+    """The adapter as it was initialized, where the base was changed."""
     weights: Mapping[str, Tensor] | None = None
     """The base's own weights, where it was changed."""
     trained: TrainedRows = field(default_factory=TrainedRows)
@@ -81,14 +81,14 @@ class Beginning:
         """Whether a part of the base's weights is in the adapter while it trains."""
         return self.weights is not None
 
-    def save(self, folder: Path) -> "Beginning":
+    def save(self, folder: Path) -> "InitializedAdapter":
         """Write the trained adapter, converted where the base was changed.
 
         Returns:
-            The beginning with the shape that was written, and what the conversion changed.
+            It with the shape that was written, and what the conversion changed.
 
         Raises:
-            ModelError: If a conversion that is exact changes what the model says.
+            ModelError: If a conversion that should be exact changes the model's outputs.
         """
         save_adapter(self.model, folder, initial=self.initial)
         if self.weights is None:
@@ -126,33 +126,33 @@ class Beginning:
         if largest > tolerance and self.about.name != _INEXACT:
             raise ModelError(
                 f"--init {self.about.name}: the adapter, made to fit the base as it was, changes "
-                f"logits by up to {largest:.3g}; the base's number format ({self.model.dtype}) is "
-                "too coarse for it; use --dtype float32"
+                f"logits by up to {largest:.3g}; the base's dtype ({self.model.dtype}) is too "
+                "coarse for it; use --dtype float32"
             )
         return largest
 
 
 @contextmanager
-def begin(
+def initialized(
     settings: PhaseSettings,
     base: Base,
     shape: LoraShape,
     seed: int,
     rows: Sequence[Item],
     reporter: Reporter,
-) -> Generator[Beginning]:
+) -> Generator[InitializedAdapter]:
     """Put a new adapter on a base for the length of the block.
 
     Args:
-        settings: Which initialization, and how many rows it looks at.
+        settings: Which initialization, and how many rows it uses.
         base: The base; afterwards it is as it was before, bit for bit, whatever happens.
         shape: Rank, alpha, dropout, targets.
         seed: Seed of what is random.
         rows: The training rows.
-        reporter: Where it is said.
+        reporter: Where messages go.
 
     Raises:
-        SettingsError: If the initialization cannot be had with these settings.
+        SettingsError: If the initialization does not work with these settings.
     """
     name, model = settings.init, base.model
     check_targets(model, shape.targets)
@@ -165,13 +165,13 @@ def begin(
             initial = Path(folder) / _INITIAL if kept else None
             if initial is not None:
                 save_adapter(attached, initial)
-            looked = f", after a look at {about.n_samples} rows" if about.n_samples else ""
+            sampled = f", from {about.n_samples} training rows" if about.n_samples else ""
             reporter.say(
-                f"begins from {'fresh' if name == FRESH else name} LoRA: rank {shape.rank}, alpha "
-                f"{shape.alpha:g}{looked}"
+                f"initialized as {'fresh' if name == FRESH else name} LoRA: rank {shape.rank}, "
+                f"alpha {shape.alpha:g}{sampled}"
             )
             own = None if kept is None else dict(kept)
-            yield Beginning(attached, shape, about, initial=initial, weights=own)
+            yield InitializedAdapter(attached, shape, about, initial=initial, weights=own)
     finally:
         if attached is not None:
             detach_adapter(attached)
@@ -185,7 +185,7 @@ def changes_base(name: str) -> bool:
 
 
 def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
-    """Check that an initialization can be had on a base.
+    """Check that an initialization works on a base.
 
     Raises:
         SettingsError: If not, with the reason.
@@ -213,7 +213,7 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
         most = least // 2 if name == "lora_ga" else least
         if shape.rank > most:
             raise SettingsError(
-                f"--init {name} takes a rank of at most {most} on this base, got {shape.rank}"
+                f"--init {name} supports ranks up to {most} on this base, got {shape.rank}"
             )
 
 
@@ -222,7 +222,7 @@ def _attach(
 ) -> tuple[PeftModel, Initialization]:
     name, model = settings.init, base.model
     config = lora_config(model, shape, name)
-    if name not in LOOKS:
+    if name not in DATA_DRIVEN:
         with on_cpu() if name == "loftq" and model.device.type == "cpu" else nullcontext():
             return attach(model, config, seed), Initialization(name)
     chosen = [_supervised(item) for item in rows[: settings.init_samples]]
@@ -230,18 +230,18 @@ def _attach(
     # PEFT's CorDA takes one row, without padding, at a time.
     groups = micro_batches(chosen, limit, 1 if name == "corda" else None)
     batches = [collate(group, base.pad_id).trimmed().to(model.device) for group in groups]
-    began = time.perf_counter()
+    started = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        attached = LOOKS[name](model, config, batches, seed)
+        attached = DATA_DRIVEN[name](model, config, batches, seed)
     n_tokens = sum(item.n_tokens for item in chosen)
-    elapsed_s = round(time.perf_counter() - began, 3)
+    elapsed_s = round(time.perf_counter() - started, 3)
     return attached, Initialization(name, len(chosen), n_tokens, elapsed_s)
 
 
 def _supervised(item: Item) -> Encoded:
-    """Return the row to look at; of a pair, the chosen completion's."""
-    if isinstance(item, Pair):
+    """Return the row to use; of a pair, the chosen completion's."""
+    if isinstance(item, PreferencePair):
         return item.chosen
     assert isinstance(item, Encoded)
     return item

@@ -44,7 +44,7 @@ def quantized(
 
 @contextmanager
 def on_cpu() -> Generator[None]:
-    """While it lasts PEFT's layers begin with `quantized` where LoftQ is asked for."""
+    """Let PEFT's layers use `quantized` for LoftQ inside the block."""
     theirs = layer.loftq_init
     layer.loftq_init = quantized
     try:

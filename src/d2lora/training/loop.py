@@ -1,8 +1,8 @@
 """The training loop, one for both phases.
 
-Arms of a comparison differ only in how the adapter begins: the optimizer, the schedule and the
-step count start anew here. A run is a pure function of its beginning, rows and seeds, and can be
-killed at any moment and resumed to the same result.
+Arms of a comparison differ only in the adapter's initialization: optimizer, schedule and step
+count start from zero here. A run is a pure function of its initialization, rows and seeds, and can
+be killed at any moment and resumed to the same result.
 """
 
 import math
@@ -29,7 +29,7 @@ from d2lora.training import checkpoint
 from d2lora.training.cost import Cost, TrainingFlops, peak_memory_bytes
 from d2lora.training.objectives import Objective
 from d2lora.training.progress import Best, Progress, as_logged, held_out, judge
-from d2lora.training.schedule import Plan, learning_rate
+from d2lora.training.schedule import StepSchedule, learning_rate_at
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def train(
         model: A causal language model with an adapter; changed in place.
         train_set: Examples to learn.
         valid_set: Examples for validation loss; may be empty.
-        objective: What is minimised.
+        objective: The loss.
         settings: The loop's settings.
         run: Where metrics and checkpoints go.
         reporter: Where progress is shown.
@@ -96,7 +96,7 @@ def train(
     alone = accelerator.num_processes == 1
     scorer = accelerator.prepare(TokenScorer(model, replays=alone))
     optimizer = adamw(model, settings)
-    plan = planned(train_set, settings, max_tokens)
+    schedule = planned(train_set, settings, max_tokens)
     causal = causal_model(model)
     state = _State(parameters, optimizer, TrainingFlops.of(causal, causal.config))
 
@@ -105,7 +105,7 @@ def train(
         limit = pass_tokens(device, settings.micro_batch_tokens)
         return held_out(scorer, valid_set, objective, limit, pad_id)
 
-    began = time.perf_counter()
+    started = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(settings, "dropout"))
         if resume and checkpoint.exists(run.path):
@@ -113,28 +113,28 @@ def train(
                 **checkpoint.load(run.path, parameters, optimizer, state.best.weights)
             )
             run.cut_log(state.progress.step)
-            reporter.say(f"resumed at step {state.progress.step} of {plan.last_step}")
+            reporter.say(f"resumed at step {state.progress.step} of {schedule.last_step}")
         elif valid_set:
             before = validate()
             state.progress.validation_before = state.progress.validation_last = before["loss"]
             run.log(step=0, **as_logged(before))
-        began -= state.progress.elapsed_s
+        started -= state.progress.elapsed_s
         progress = state.progress
         tokens_before, resumed_at = progress.n_tokens, time.perf_counter()
-        with reporter.bar("training", plan.last_step, progress.step) as bar:
-            while progress.step < plan.last_step and not progress.stopped:
-                items = [train_set[index] for index in plan.batch(progress.step)]
-                rate = learning_rate(progress.step, plan.n_steps, settings)
+        with reporter.bar("training", schedule.last_step, progress.step) as bar:
+            while progress.step < schedule.last_step and not progress.stopped:
+                items = [train_set[index] for index in schedule.batch(progress.step)]
+                lr = learning_rate_at(progress.step, schedule.n_steps, settings)
                 model.train()
                 measured, norm = _step(
-                    accelerator, scorer, items, objective, settings, state, rate, pad_id
+                    accelerator, scorer, items, objective, settings, state, lr, pad_id
                 )
-                progress.elapsed_s = time.perf_counter() - began
+                progress.elapsed_s = time.perf_counter() - started
                 run.log(
                     step=progress.step,
-                    epoch=round(progress.step / plan.steps_per_epoch, 4),
+                    epoch=round(progress.step / schedule.steps_per_epoch, 4),
                     **measured,
-                    learning_rate=rate,
+                    learning_rate=lr,
                     grad_norm=norm,
                     n_tokens=progress.n_tokens,
                     elapsed_s=round(progress.elapsed_s, 3),
@@ -142,7 +142,7 @@ def train(
                 speed = (progress.n_tokens - tokens_before) / (time.perf_counter() - resumed_at)
                 bar.update(progress.step, f"loss {measured['loss']:.3f}  {speed:,.0f} tokens/s")
                 if valid_set and _due(
-                    progress.step, settings.eval_every or plan.steps_per_epoch, plan
+                    progress.step, settings.eval_every or schedule.steps_per_epoch, schedule
                 ):
                     judge(validate(), progress, state.best, parameters, settings, run, reporter)
                 every = settings.checkpoint_every
@@ -156,12 +156,14 @@ def train(
     return Trained(progress, _cost(progress, parameters, device), kept, loss)
 
 
-def planned(train_set: Sequence[Item], settings: TrainSettings, max_tokens: int | None) -> Plan:
-    """Return the course of a run, which ends with the settings or with so many tokens."""
-    plan = Plan.of(len(train_set), settings, seed_of(settings, "order"))
+def planned(
+    train_set: Sequence[Item], settings: TrainSettings, max_tokens: int | None
+) -> StepSchedule:
+    """Return the steps of a run, which ends as the settings say or with so many tokens."""
+    schedule = StepSchedule.of(len(train_set), settings, seed_of(settings, "order"))
     if max_tokens is None:
-        return plan
-    return plan.until(max_tokens, [item.n_tokens for item in train_set])
+        return schedule
+    return schedule.until(max_tokens, [item.n_tokens for item in train_set])
 
 
 def _step(
@@ -171,7 +173,7 @@ def _step(
     objective: Objective[T],
     settings: TrainSettings,
     state: _State,
-    rate: float,
+    lr: float,
     pad_id: int,
 ) -> tuple[dict[str, float], float]:
     """Take one optimizer step; return the batch's loss and metrics, and its gradient's norm."""
@@ -203,7 +205,7 @@ def _step(
             f"--learning-rate (now {settings.learning_rate:g}), or use --dtype float32"
         )
     for group in state.optimizer.param_groups:
-        group["lr"] = rate * group.get("factor", 1.0)
+        group["lr"] = lr * group.get("factor", 1.0)
     state.optimizer.step()
     state.optimizer.zero_grad()
     progress.step += 1
@@ -215,8 +217,8 @@ def _step(
     return measured, norm
 
 
-def _due(step: int, every: int, plan: Plan) -> bool:
-    return step % every == 0 or step == plan.last_step
+def _due(step: int, every: int, schedule: StepSchedule) -> bool:
+    return step % every == 0 or step == schedule.last_step
 
 
 def _cost(progress: Progress, parameters: Mapping[str, nn.Parameter], device: torch.device) -> Cost:

@@ -1,4 +1,4 @@
-"""What is minimised. Both phases name an objective; the loop knows nothing else about it.
+"""Training objectives: a loss over a batch. The loop knows nothing else about them.
 
 SFT learns completions; DPO (Rafailov et al. 2023, arXiv 2305.18290) and ORPO (Hong, Lee, Thorne
 2024, arXiv 2403.07691) learn which of two is better. Names of settings and metrics are TRL's.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d2lora.data.batches import Encoded, Item, Pair, collate
+from d2lora.data.batches import Encoded, Item, PreferencePair, collate
 from d2lora.scoring.pairs import PairScorer
 from d2lora.scoring.scorer import device_of_scorer
 from d2lora.settings import DPOLoss, ObjectiveSettings
@@ -73,7 +73,11 @@ class DPO:
     scorer: PairScorer = field(default_factory=PairScorer)
 
     def share(
-        self, scorer: nn.Module, items: Sequence[Pair], batch: Sequence[Pair], pad_id: int
+        self,
+        scorer: nn.Module,
+        items: Sequence[PreferencePair],
+        batch: Sequence[PreferencePair],
+        pad_id: int,
     ) -> Share:
         """Return the items' part of the mean loss and of the rewards.
 
@@ -113,7 +117,11 @@ class ORPO:
     scorer: PairScorer = field(default_factory=PairScorer)
 
     def share(
-        self, scorer: nn.Module, items: Sequence[Pair], batch: Sequence[Pair], pad_id: int
+        self,
+        scorer: nn.Module,
+        items: Sequence[PreferencePair],
+        batch: Sequence[PreferencePair],
+        pad_id: int,
     ) -> Share:
         """Return the items' part of both terms, each with its own weight."""
         chosen_B, rejected_B = self.scorer(scorer, items, pad_id)
@@ -157,7 +165,7 @@ def objective_of(settings: ObjectiveSettings) -> Objective[Any]:
     return SFT()
 
 
-def _reference(items: Sequence[Pair]) -> Tensor:
+def _reference(items: Sequence[PreferencePair]) -> Tensor:
     values: list[tuple[float, float]] = []
     for pair in items:
         if pair.reference is None:
@@ -166,7 +174,7 @@ def _reference(items: Sequence[Pair]) -> Tensor:
     return torch.tensor(values)
 
 
-def _lengths(items: Sequence[Pair]) -> Tensor:
+def _lengths(items: Sequence[PreferencePair]) -> Tensor:
     return torch.tensor([(p.chosen.n_supervised, p.rejected.n_supervised) for p in items])
 
 

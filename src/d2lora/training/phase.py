@@ -1,4 +1,4 @@
-"""What warm-up and adaptation have in common: everything but how the adapter begins.
+"""What warm-up and adaptation have in common: everything but the adapter's initialization.
 
 base, rows, adapter -> train -> folder with adapter, manifest, card and marker of completion.
 """
@@ -29,7 +29,7 @@ from d2lora.settings import AdaptSettings, PhaseSettings, Reference, WarmupSetti
 from d2lora.training import checkpoint
 from d2lora.training.cost import reset_peak_memory
 from d2lora.training.diagnosis import Start, losses_at_start, overfitting, too_short
-from d2lora.training.initialization import Beginning
+from d2lora.training.initialization import InitializedAdapter
 from d2lora.training.loop import Trained, planned, train
 from d2lora.training.objectives import objective_of
 from d2lora.training.reference import ReferencePolicy, with_reference
@@ -39,13 +39,13 @@ from d2lora.training.rows import Rows
 def run_phase(
     settings: WarmupSettings | AdaptSettings,
     base: Base,
-    beginning: Beginning,
+    adapter: InitializedAdapter,
     rows: Rows,
     encoder: Encoder,
     run: RunFolder,
     reporter: Reporter,
 ) -> None:
-    """Train an adapter from its beginning, and write it with its manifest.
+    """Train an initialized adapter, and write it with its manifest.
 
     With several processes the first writes, after all have found the folder free.
     """
@@ -53,23 +53,23 @@ def run_phase(
     everyone = PartialState(cpu=base.model.device.type == "cpu")
     everyone.wait_for_everyone()
     if is_main_process():
-        run.begin(settings.to_yaml(), log=resumes)
+        run.start(settings.to_yaml(), log=resumes)
         _set_aside(rows.faults, run, reporter)
     everyone.wait_for_everyone()
     reset_peak_memory(base.model.device)
     max_tokens = settings.max_tokens if isinstance(settings, WarmupSettings) else None
-    with fast.enabled(beginning.model, when=settings.fast) as used:
-        start = _start(settings, base, beginning, rows, reporter)
+    with fast.enabled(adapter.model, when=settings.fast) as used:
+        start = _start(settings, base, adapter, rows, reporter)
         if start is not None and not resumes:
             run.log(step=0, loss_base=start.loss_base, loss_warm_start=start.loss_warm_start)
-        rows, n_scored_tokens = _scored(settings, base, beginning, rows, run, reporter, everyone)
+        rows, n_scored_tokens = _scored(settings, base, adapter, rows, run, reporter, everyone)
         warnings = [] if start is None or start.warning is None else [start.warning]
         short = too_short(planned(rows.train, settings, max_tokens).n_steps)
         if short is not None:
             reporter.say(f"warning: {short}")
             warnings.append(short)
         trained = train(
-            beginning.model,
+            adapter.model,
             rows.train,
             rows.valid,
             objective_of(settings),
@@ -80,16 +80,16 @@ def run_phase(
             resume=resumes,
             max_tokens=max_tokens,
         )
-    n_before = n_scored_tokens + beginning.about.n_tokens
+    n_before = n_scored_tokens + adapter.about.n_tokens
     trained = replace(trained, cost=replace(trained.cost, n_prepass_tokens=n_before))
     if isinstance(settings, WarmupSettings):
         warnings += _warmup_warnings(trained, settings, reporter)
     if is_main_process():
-        saved = _save_weights(beginning, run)
+        saved = _save_weights(adapter, run)
         manifest = _manifest(settings, base, saved, rows, encoder, trained, used, run)
-        told = None if start is None else start.to_json()
-        manifest = manifest.model_copy(update={"before_training": told, "warnings": warnings})
-        (beginning.trained | rows.trained).write(run.path)
+        before = None if start is None else start.to_json()
+        manifest = manifest.model_copy(update={"before_training": before, "warnings": warnings})
+        (adapter.trained | rows.trained).write(run.path)
         _finish(manifest, rows, str(base.model.device), run)
     everyone.wait_for_everyone()
     cost = trained.cost
@@ -102,19 +102,19 @@ def run_phase(
 def _scored(
     settings: WarmupSettings | AdaptSettings,
     base: Base,
-    beginning: Beginning,
+    adapter: InitializedAdapter,
     rows: Rows,
     run: RunFolder,
     reporter: Reporter,
     everyone: PartialState,
 ) -> tuple[Rows, int]:
     """Give pairs what DPO needs of them; return the rows and the tokens that were run for it."""
-    reference = reference_name(settings, beginning)
+    reference = reference_name(settings, adapter)
     if reference is None:
         return rows, 0
-    # Where a part of the base is in the adapter, the base is the adapter as it begins.
-    off = reference == "base" and not beginning.changes_base
-    policy = ReferencePolicy(reference, beginning.model, off, base.fingerprint)
+    # Where a part of the base is in the adapter, the base is the adapter before training.
+    off = reference == "base" and not adapter.changes_base
+    policy = ReferencePolicy(reference, adapter.model, off, base.fingerprint)
     pairs, n_tokens = with_reference(
         policy,
         [*rows.train, *rows.valid],
@@ -130,25 +130,25 @@ def _scored(
 
 
 def reference_name(
-    settings: WarmupSettings | AdaptSettings, beginning: Beginning
+    settings: WarmupSettings | AdaptSettings, adapter: InitializedAdapter
 ) -> Reference | None:
     """Return the reference policy that DPO is held to; None for other objectives."""
     if settings.objective != "dpo":
         return None
-    return settings.reference or ("warm_start" if beginning.lineage else "base")
+    return settings.reference or ("warm_start" if adapter.lineage else "base")
 
 
 def _start(
     settings: PhaseSettings,
     base: Base,
-    beginning: Beginning,
+    adapter: InitializedAdapter,
     rows: Rows,
     reporter: Reporter,
 ) -> Start | None:
-    """Tell how the base and the warm start do on the task; a fresh adapter is the base itself."""
-    if not beginning.lineage or settings.objective != "sft":
+    """Report the losses of the base and the warm start on the task; fresh LoRA equals the base."""
+    if not adapter.lineage or settings.objective != "sft":
         return None
-    start = losses_at_start(beginning.model, rows.train, base.pad_id)
+    start = losses_at_start(adapter.model, rows.train, base.pad_id)
     reporter.say(str(start))
     if start.warning is not None:
         reporter.say(f"warning: {start.warning}")
@@ -171,10 +171,10 @@ def _warmup_warnings(trained: Trained, settings: WarmupSettings, reporter: Repor
     return [warning]
 
 
-def _save_weights(beginning: Beginning, run: RunFolder) -> Beginning:
+def _save_weights(adapter: InitializedAdapter, run: RunFolder) -> InitializedAdapter:
     """Write the adapter's files into the run folder, each whole."""
     with new_folder(run.path / "adapter") as folder:
-        saved = beginning.save(folder)
+        saved = adapter.save(folder)
     for file in (run.path / "adapter").iterdir():
         file.replace(run.path / file.name)
     (run.path / "adapter").rmdir()
@@ -182,7 +182,7 @@ def _save_weights(beginning: Beginning, run: RunFolder) -> Beginning:
 
 
 def _finish(manifest: Manifest, rows: Rows, device: str, run: RunFolder) -> None:
-    """Write what says how the adapter came about, the marker of completion last."""
+    """Write manifest and provenance, and the marker of completion last."""
     write_manifest(manifest, run.path)
     origin = {**manifest.provenance, "device": device, "data": rows.sources}
     write_json(run.path / "provenance.json", origin)
@@ -193,7 +193,7 @@ def _finish(manifest: Manifest, rows: Rows, device: str, run: RunFolder) -> None
 def _manifest(
     settings: WarmupSettings | AdaptSettings,
     base: Base,
-    beginning: Beginning,
+    adapter: InitializedAdapter,
     rows: Rows,
     encoder: Encoder,
     trained: Trained,
@@ -205,9 +205,9 @@ def _manifest(
         kind="warm start" if isinstance(settings, WarmupSettings) else "adapter",
         base=base_record(base),
         objective=settings.objective,
-        reference=reference_name(settings, beginning),
+        reference=reference_name(settings, adapter),
         chat_format=encoder.format,
-        lora=LoraRecord.of(beginning.shape),
+        lora=LoraRecord.of(adapter.shape),
         data=[dict(source) for source in rows.sources],
         n_examples=len(rows.train) + (0 if settings.validation_data else len(rows.valid)),
         selection=rows.selection,
@@ -216,8 +216,8 @@ def _manifest(
         validation_loss_before=trained.progress.validation_before,
         validation_loss_after=trained.validation_after,
         kept_step=trained.kept_step,
-        lineage=list(beginning.lineage),
-        initialization=beginning.about.to_json(),
+        lineage=list(adapter.lineage),
+        initialization=adapter.about.to_json(),
         adapter_fingerprint=fingerprint_of_adapter(run.path),
         provenance=provenance(),
         kept_out=rows.kept_out,
@@ -228,4 +228,4 @@ def _manifest(
 def _set_aside(faults: Sequence[Fault], run: RunFolder, reporter: Reporter) -> None:
     if faults:
         write_text(run.path / "bad_rows.jsonl", fault_lines(faults))
-        reporter.say(f"set aside {len(faults)} bad row(s) in {run.path / 'bad_rows.jsonl'}")
+        reporter.say(f"wrote {len(faults)} bad row(s) to {run.path / 'bad_rows.jsonl'}")

@@ -95,4 +95,4 @@ def judge(
     progress.n_worse += 1
     if settings.patience and progress.n_worse >= settings.patience:
         progress.stopped = True
-        reporter.say(f"stopped early; the best was at step {progress.best_step}")
+        reporter.say(f"stopped early; the validation loss was lowest at step {progress.best_step}")

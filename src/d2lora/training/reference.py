@@ -1,6 +1,6 @@
 """The reference policy of DPO: its log-probabilities, computed once and kept in the run folder.
 
-The reference is the base (the adapter switched off) or the adapter as it begins, so no second
+The reference is the base (the adapter switched off) or the adapter before training, so no second
 model is held. A resumed run reads what the first one wrote.
 """
 
@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 
-from d2lora.data.batches import Pair
+from d2lora.data.batches import PreferencePair
 from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import read_json, write_json
@@ -32,7 +32,7 @@ class ReferencePolicy:
 
     Attributes:
         name: What it is called in the manifest.
-        model: The model, with the adapter as it begins.
+        model: The model, with the adapter before training.
         switched_off: Whether the adapter is switched off for it.
         fingerprint: Of the base's weights.
     """
@@ -42,7 +42,7 @@ class ReferencePolicy:
     switched_off: bool
     fingerprint: str
 
-    def key(self, pairs: Sequence[Pair]) -> str:
+    def key(self, pairs: Sequence[PreferencePair]) -> str:
         """Return what the log-probabilities depend on: policy, where it computes, token ids."""
         digest = hashlib.sha256()
         where = f"{self.model.dtype} {self.model.device.type} {torch.__version__}"
@@ -59,7 +59,7 @@ class ReferencePolicy:
 
 
 def log_probabilities_of(
-    policy: ReferencePolicy, pairs: Sequence[Pair], pad_id: int, max_tokens: int = 0
+    policy: ReferencePolicy, pairs: Sequence[PreferencePair], pad_id: int, max_tokens: int = 0
 ) -> list[tuple[float, float]]:
     """Return the summed log-probabilities of both completions of each pair, in nats."""
     off = policy.model.disable_adapter() if policy.switched_off else nullcontext()
@@ -70,21 +70,21 @@ def log_probabilities_of(
 
 def with_reference(
     policy: ReferencePolicy,
-    pairs: Sequence[Pair],
+    pairs: Sequence[PreferencePair],
     folder: Path,
     reporter: Reporter,
     *,
     pad_id: int,
     max_tokens: int = 0,
     process: tuple[int, int] = (0, 1),
-) -> tuple[list[Pair], int]:
+) -> tuple[list[PreferencePair], int]:
     """Give pairs their log-probabilities under the reference policy.
 
     Args:
         policy: The reference policy.
         pairs: Training and validation pairs.
         folder: The run folder, where they are kept.
-        reporter: Where it is said.
+        reporter: Where messages go.
         pad_id: Token id for padding.
         max_tokens: Padded tokens of a forward pass; 0: what suits the device.
         process: Number of this process, and of all; each scores its share.

@@ -1,4 +1,4 @@
-"""The rows of a phase: read, without leaks, chosen, encoded and split."""
+"""The rows of a phase: read, decontaminated, subsampled, encoded and split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,13 +22,13 @@ class Rows:
     """Encoded training and validation rows, and where they come from."""
 
     train: list[Any]
-    """`Encoded` to learn, or `Pair` where an objective learns preferences."""
+    """`Encoded` to learn, or `PreferencePair` where an objective learns preferences."""
     valid: list[Any]
     sources: list[dict[str, object]]
     selection: str
     faults: list[Fault]
     kept_out: dict[str, object] | None = None
-    """Evaluation files that were checked, and how many rows were taken out."""
+    """Evaluation files that were checked, and how many rows were removed."""
     trained: TrainedRows = field(default_factory=TrainedRows)
     """The training rows' digests."""
 
@@ -36,9 +36,9 @@ class Rows:
 def prepare_rows(
     settings: PhaseSettings, n: int | None, encoder: Encoder, reporter: Reporter
 ) -> Rows:
-    """Read, choose, encode and split the rows of a phase.
+    """Read, subsample, encode and split the rows of a phase.
 
-    Rows that give an evaluation file away are taken out first. Subsets of one seed nest, and the
+    Rows that overlap with an evaluation file are removed first. Subsets of one seed nest, and the
     validation rows are part of the n.
 
     Raises:
@@ -73,7 +73,7 @@ def prepare_rows(
         _report(more.report(settings.max_length), reporter)
         valid = more.items
     total = len(data.examples)
-    selection = "all rows" if len(chosen) == total else f"a seeded choice of {total:,}"
+    selection = "all rows" if len(chosen) == total else f"a seeded subset of {total:,}"
     origins = [origin for name in settings.data if (origin := selection_behind(name))]
     selection = "; ".join([selection, *origins])
     reporter.say(
@@ -88,7 +88,7 @@ def prepare_rows(
 def _without_leaks(
     settings: PhaseSettings, data: TaskData, reporter: Reporter
 ) -> tuple[TaskData, dict[str, object] | None]:
-    """Take out the rows that give an evaluation file away; say how many, and which.
+    """Remove the rows that overlap with an evaluation file; report how many, and the first.
 
     Validation rows mostly share the wording of training rows, so there only the same question
     counts.
@@ -106,17 +106,17 @@ def _without_leaks(
     n = len(data.rows)
     record: dict[str, object] = {"files": files, "n_checked": n, "n_removed": len(leaks)}
     if not leaks:
-        reporter.say(f"contamination: none of {n:,} rows is in {' '.join(files)}")
+        reporter.say(f"contamination: none of {n:,} rows overlaps with {' '.join(files)}")
         return data, record
     found = [leaks[index] for index in sorted(leaks)]
     reporter.say(
-        f"contamination: took out {len(leaks):,} of {n:,} rows, the first as it "
+        f"contamination: removed {len(leaks):,} of {n:,} rows; the first "
         f"{found[0].how} {place(found[0].file, found[0].line)}"
     )
     if not kept:
         raise DataError(
-            f"every row of {' '.join(settings.data)} is in {' '.join(files)}; train on other "
-            "rows. Where only the wording of a template is the same, set --keep-out-words 0"
+            f"every row of {' '.join(settings.data)} overlaps with {' '.join(files)}; train on "
+            "other rows. Where only the wording of a template is the same, set --keep-out-words 0"
         )
     faults = [leak.as_fault(data.rows[leak.index]) for leak in found]
     left = replace(

@@ -15,8 +15,8 @@ LEAST_STEPS = 100
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The course of a run, known before it begins, so that it can be resumed at any step."""
+class StepSchedule:
+    """The optimizer steps of a run, known before it starts, so that any of them can be resumed."""
 
     n_rows: int
     batch_size: int
@@ -27,7 +27,7 @@ class Plan:
     """Step to end after; None: the schedule's last."""
 
     @classmethod
-    def of(cls, n_rows: int, settings: TrainSettings, order_seed: int) -> "Plan":
+    def of(cls, n_rows: int, settings: TrainSettings, order_seed: int) -> "StepSchedule":
         """Lay out the steps for a number of training rows."""
         batch_size = min(batch_size_of(n_rows, settings), n_rows)
         steps_per_epoch = math.ceil(n_rows / batch_size)
@@ -38,8 +38,8 @@ class Plan:
             steps = max(LEAST_STEPS, EPOCHS * steps_per_epoch)
         return cls(n_rows, batch_size, steps, order_seed, settings.stop_step)
 
-    def until(self, n_tokens: int, tokens_of_rows: Sequence[int]) -> "Plan":
-        """Return this plan with as many steps as it takes to see `n_tokens`."""
+    def until(self, n_tokens: int, tokens_of_rows: Sequence[int]) -> "StepSchedule":
+        """Return this schedule with as many steps as it takes to see `n_tokens`."""
         seen = step = 0
         while seen < n_tokens:
             seen += sum(tokens_of_rows[row] for row in self.batch(step))
@@ -71,8 +71,8 @@ class Plan:
         """Return the rows of optimizer step `step` (from 0): one seeded shuffle per pass."""
         epoch, position = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng((self.order_seed, epoch)).permutation(self.n_rows)
-        begin = position * self.batch_size
-        return order[begin : begin + self.batch_size].tolist()
+        start = position * self.batch_size
+        return order[start : start + self.batch_size].tolist()
 
 
 def batch_size_of(n_rows: int, settings: TrainSettings) -> int:
@@ -89,16 +89,16 @@ def passes(n_rows: int, settings: TrainSettings) -> float:
     """Return how often a run shows each of its rows."""
     if settings.epochs is not None and settings.stop_step is None:
         return settings.epochs
-    plan = Plan.of(max(1, n_rows), settings, 0)
-    whole, more = divmod(plan.last_step, plan.steps_per_epoch)
-    return whole + min(1.0, more * plan.batch_size / plan.n_rows)
+    schedule = StepSchedule.of(max(1, n_rows), settings, 0)
+    whole, more = divmod(schedule.last_step, schedule.steps_per_epoch)
+    return whole + min(1.0, more * schedule.batch_size / schedule.n_rows)
 
 
-def learning_rate(step: int, n_steps: int, settings: TrainSettings) -> float:
+def learning_rate_at(step: int, n_steps: int, settings: TrainSettings) -> float:
     """Return the learning rate of optimizer step `step` (from 0) out of `n_steps`.
 
     Rises linearly over the warm-up steps, then falls to zero linearly or along half a cosine. No
-    step has rate zero: with 12 steps to take, none is given away.
+    step has learning rate zero, so none of a few is wasted.
     """
     n_warmup = math.ceil(settings.warmup_fraction * n_steps)
     if step < n_warmup:

@@ -88,11 +88,11 @@ function browse({ texts, tasks, sizes, arms }) {
     const box = element("div");
     const head = element("h4", title);
     if (score !== undefined) head.append(element("span", score, "score"));
-    box.append(head, element("p", text === "" ? "(nothing)" : text));
+    box.append(head, element("p", text === "" ? "(empty)" : text));
     return box;
   }
 
-  function said(score) {
+  function scoreText(score) {
     if (!task().graded) return score ? "right" : "wrong";
     return `${task().score} ${(100 * score).toFixed(1)}`;
   }
@@ -121,8 +121,8 @@ function browse({ texts, tasks, sizes, arms }) {
       const sides = element("div", undefined, "sides");
       sides.append(
         side("Target", texts[targets[i]]),
-        side(`A: ${a.arm}`, texts[a.outputs[i]], said(a.scores[i])),
-        side(`B: ${b.arm}`, texts[b.outputs[i]], said(b.scores[i])),
+        side(`A: ${a.arm}`, texts[a.outputs[i]], scoreText(a.scores[i])),
+        side(`B: ${b.arm}`, texts[b.outputs[i]], scoreText(b.scores[i])),
       );
       box.append(element("h3", `Row ${i + 1}`), element("p", texts[prompts[i]]), sides);
       return box;
