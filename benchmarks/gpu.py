@@ -7,8 +7,8 @@ which take turns as processes of their own. TRL is measured at its defaults, wit
 checkpointing, and, where liger-kernel is installed, with its kernels besides; packing, which
 changes what a batch is and needs another attention to keep rows apart, is left out. d2lora is
 measured without recorded passes (`d2lora.fast.cuda_graphs`) as well. The first steps, in which
-libraries load their kernels, are reported apart: their time stands in a column of its own. Fraction of
-the floor as in floor.py: 4 N FLOPs a token, the head at supervised positions, over the matrix
+libraries load their kernels, are reported apart, in a column of their own. Fraction of the floor
+as in floor.py: 4 N FLOPs a token, the head at supervised positions, over the matrix
 products' rate at these shapes. Several adapters in one batch over one base are those of stacked.py;
 their tokens count together. Takes less than 10 minutes; prints its table last.
 `--device cpu --size small` tries it out without a GPU.

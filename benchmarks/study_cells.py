@@ -5,8 +5,8 @@
 A cell trains a fresh adapter on 16 or 32 rows of GSM8K or of titles, six seeds each, at a fixed
 rate on the embedded base. `d2lora study` runs with as many workers as cores, start-up included, and
 scores every cell besides on a few test rows, which `trl sft` does not. With fewer `--trl-runs` the
-first cells of every kind are run and the time of all 24 is estimated from their mean. Prints a Markdown
-table, and what d2lora's time went into.
+first cells of every kind are run and the time of all 24 is estimated from their mean. Prints a
+Markdown table, and what d2lora's time went into.
 """
 
 import json

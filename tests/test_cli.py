@@ -214,7 +214,7 @@ def test_a_finished_run_is_not_overwritten_and_an_unfinished_one_asks_for_resume
     assert main(words.split()) == 2
     assert "continue it with --resume" in capsys.readouterr().err
     assert main([*words.split(), "--resume", "--learning-rate", "1"]) == 2
-    assert "begun with other settings (learning_rate)" in capsys.readouterr().err
+    assert "started with other settings (learning_rate)" in capsys.readouterr().err
     assert main([*words.split(), "--resume"]) == 0
 
 

@@ -139,7 +139,7 @@ def test_adapt_takes_test_rows_out_and_says_so(
     aside = read_rows(tmp_path / "a" / "bad_rows.jsonl")
     assert [row["line"] for row in aside] == [1, 2, 3]
     assert "asks the same question as" in aside[0]["reason"]
-    assert "took out 3 of 40 rows" in capsys.readouterr().err
+    assert "removed 3 of 40 rows" in capsys.readouterr().err
 
 
 def test_training_only_on_test_rows_is_refused(tmp_path: Path, tiny_base: str, titles: str) -> None:

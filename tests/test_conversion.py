@@ -120,7 +120,7 @@ def test_a_scale_multiplies_the_update(tmp_path: Path, warm_start: WarmStart) ->
         torch.testing.assert_close(halved[name], value * (0.5 if "lora_B" in name else 1.0))
 
 
-def test_an_init_scale_weakens_the_beginning(
+def test_an_init_scale_weakens_the_warm_start(
     tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart
 ) -> None:
     adapter = adapt(
@@ -129,9 +129,9 @@ def test_an_init_scale_weakens_the_beginning(
             max_steps=0, out=tmp_path / "a", quiet=True,
         )
     )  # fmt: skip
-    began = load_file(warm_start.path / "adapter_model.safetensors")
+    initial = load_file(warm_start.path / "adapter_model.safetensors")
     for name, value in load_file(adapter.path / "adapter_model.safetensors").items():
-        torch.testing.assert_close(value, began[name] * (0.25 if "lora_B" in name else 1.0))
+        torch.testing.assert_close(value, initial[name] * (0.25 if "lora_B" in name else 1.0))
     with pytest.raises(SettingsError, match="--init-scale"):
         adapt(
             AdaptSettings(

@@ -256,7 +256,7 @@ def test_csv_is_read_with_its_quotes_and_its_faults_where_they_begin(tmp_path: P
     path.write_text('prompt,completion\na,"b" c\nd\n"e\n",f\ng,"h\ni,j\n')
     with pytest.raises(DataError) as caught:
         read_task([str(path)])
-    assert "3 bad row(s); mend them" in str(caught.value)
+    assert "3 bad row(s); fix them" in str(caught.value)
     for line in ("line 2: not CSV", "line 3: expected 2 .* found 1", "line 6: a quote that opens"):
         assert re.search(rf"rows\.csv, {line}", str(caught.value))
 

@@ -65,7 +65,7 @@ def test_an_adapter_says_on_a_fresh_base_what_was_trained_and_the_shared_base_is
 
 
 @pytest.mark.parametrize("init", CHANGING + KEEPING)
-def test_every_initialization_begins_as_the_base(
+def test_every_initialization_computes_what_the_base_does(
     tmp_path: Path, tiny_base: str, problems: str, init: str
 ) -> None:
     fresh = run(tmp_path / "f", tiny_base, problems, max_steps=1)
@@ -76,7 +76,7 @@ def test_every_initialization_begins_as_the_base(
 
 
 @pytest.mark.parametrize("init", [*CHANGING, "eva", "gaussian"])
-def test_beginnings_differ_and_repeat(
+def test_initializations_differ_and_repeat(
     tmp_path: Path, tiny_base: str, problems: str, init: str
 ) -> None:
     first = run(tmp_path / "1", tiny_base, problems, init=init)
@@ -113,7 +113,7 @@ def test_a_run_that_fails_leaves_the_base_as_it_was(
         assert_untouched(loaded, before)
 
 
-def test_a_warm_up_begins_by_an_initialization_and_serves_a_task(
+def test_a_warm_up_takes_an_initialization_and_serves_a_task(
     tmp_path: Path, tiny_base: str, general: str, problems: str
 ) -> None:
     warm = warm_up(
@@ -202,8 +202,8 @@ def test_loftq_without_bitsandbytes_says_what_to_install(
         run(tmp_path / "a", tiny_base, problems, init="loftq")
 
 
-def test_a_warm_up_takes_no_folder_as_its_beginning(general: str, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="a warm-up begins anew"):
+def test_a_warm_up_takes_no_folder_as_its_initialization(general: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="a warm-up starts from a new adapter"):
         WarmupSettings(data=(general,), out=tmp_path, init="warm")
 
 

@@ -48,7 +48,7 @@ def test_a_space_overlaps_itself_and_not_its_complement() -> None:
     assert subspace_overlap(first, Factors(first.a, torch.zeros(30, 4).double())) == 0
 
 
-def test_an_adapter_is_compared_with_the_warm_start_it_began_from(
+def test_an_adapter_is_compared_with_the_warm_start_it_was_initialized_from(
     tmp_path: Path, tiny_base: str, other_base: str, problems: str, warm_start: WarmStart
 ) -> None:
     adapter = adapt(

@@ -58,7 +58,7 @@ def test_peft_s_layers_begin_with_it(tiny_base: str) -> None:
         assert torch.equal(found, wanted)
 
 
-def test_an_adapter_begun_by_loftq_learns_and_leaves_the_base_as_it_was(
+def test_an_adapter_initialized_by_loftq_learns_and_leaves_the_base_as_it_was(
     tmp_path: Path, tiny_base: str, problems: str
 ) -> None:
     loaded: Base = load_base(BaseSettings(base=tiny_base, device="cpu"))

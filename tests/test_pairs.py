@@ -47,7 +47,7 @@ def test_a_prompt_without_a_worse_sample_gives_no_pair(samples: tuple[str, ...])
     assert pair(*samples) is None
 
 
-def test_pairs_are_made_anew_alike_and_train(
+def test_pairs_are_made_again_alike_and_train(
     tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart
 ) -> None:
     adapter = str(warm_start.path)

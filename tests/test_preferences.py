@@ -316,9 +316,9 @@ def test_contradictions_of_objective_and_rows_name_the_fix(
         run(tmp_path / "1", tiny_base, problems)
     with pytest.raises(SettingsError, match="label_smoothing is a setting of --objective dpo"):
         run(tmp_path / "2", tiny_base, preferences, objective="orpo", label_smoothing=0.1)
-    with pytest.raises(SettingsError, match=r"begins from no warm start"):
+    with pytest.raises(SettingsError, match=r"not initialized from a warm start"):
         run(tmp_path / "3", tiny_base, preferences, reference="warm_start")
-    with pytest.raises(SettingsError, match="begins from no warm start; use base"):
+    with pytest.raises(SettingsError, match="has no warm start as reference; use base"):
         WarmupSettings(
             data=(preferences,), out=tmp_path, objective="dpo", reference="warm_start"
         )  # fmt: skip

@@ -129,7 +129,7 @@ def test_every_shipped_plan_is_whole(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", shipped())
-def test_every_shipped_plan_can_be_foretold(
+def test_every_shipped_plan_can_be_estimated(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["study", name, "--dry-run", "--out", str(tmp_path / "study")]
@@ -197,7 +197,7 @@ def test_a_killed_study_goes_on_to_the_results_of_an_uninterrupted_one(
     assert outcome(resumed) == outcome(whole)
 
 
-def test_a_study_killed_inside_of_its_warm_up_can_be_foretold_and_resumed(
+def test_a_study_killed_inside_of_its_warm_up_can_be_estimated_and_resumed(
     tmp_path: Path, plan: dict[str, Any]
 ) -> None:
     asked = settings(tmp_path, plan)
@@ -329,7 +329,7 @@ def test_a_cell_whose_lowest_loss_is_the_untrained_one_is_the_initialization_its
     assert read_findings(study.path).levels[1].learning_rates == (1e-30,)
 
 
-def test_seeds_begin_from_warm_ups_of_their_own_where_the_plan_says_so(
+def test_seeds_are_initialized_from_their_own_warm_ups_where_the_plan_says_so(
     tmp_path: Path, plan: dict[str, Any]
 ) -> None:
     plan |= {"learning_rates": [0.01], "sizes": [4], "seeds": 3, "warm_up_seeds": 2}
@@ -367,7 +367,7 @@ def test_a_warm_start_that_is_there_is_used_as_it_is_and_known_by_its_weights(
     new = runs_in(tmp_path / "store") - before
     kinds = [json.loads((tmp_path / "store" / key / "result.json").read_text())["about"][0]
              for key in new]  # fmt: skip
-    assert sorted(kinds) == ["Ready", "Scored"], "what begins from it, and nothing else"
+    assert sorted(kinds) == ["Ready", "Scored"], "what is initialized from it, and nothing else"
 
 
 def test_a_warm_start_that_cannot_be_used_stops_a_study_before_it_runs(
@@ -462,7 +462,7 @@ def test_training_rows_that_are_test_rows_are_taken_out_and_told_and_the_study_r
     assert [(Path(row["file"]), row["line"]) for row in removed] == [
         (tmp_path / "pool.jsonl", len(pool) + 1), (Path(titles), 4), (Path(titles), 31)
     ]  # fmt: skip
-    assert "task titles: 2 of 40 training rows give an evaluation row away" in (
+    assert "task titles: 2 of 40 training rows overlap with an evaluation row" in (
         capsys.readouterr().err.replace("\n", " ")
     )
     findings = read_findings(study.path)
@@ -470,7 +470,7 @@ def test_training_rows_that_are_test_rows_are_taken_out_and_told_and_the_study_r
         ("warm-up general", len(pool) + 1, 1), ("task titles", 40, 2)
     ]  # fmt: skip
     text = visible(write_report(findings).read_text("utf-8"))
-    assert "Task titles: 2 of 40 training rows give an evaluation row away" in text
+    assert "Task titles: 2 of 40 training rows overlap with an evaluation row" in text
     assert run_study(settings(tmp_path, plan)).plan == study.plan
 
 
@@ -479,8 +479,8 @@ def test_uses_of_one_fate_are_told_together() -> None:
     fates = {"warm-up a": 0, "warm-up b": 0, "task c": 0, "task d": 2}
     checks = [{"use": u, "n_rows": 1000, "n_removed": n, "first": first} for u, n in fates.items()]
     assert contamination_said([*checks, {"use": "task e", "n_rows": None, "n_removed": 0}]) == [
-        "warm-ups a, b; task c: none of 1,000 training rows gives an evaluation row away",
-        "task d: 2 of 1,000 training rows give an evaluation row away and were taken out; the "
+        "warm-ups a, b; task c: none of 1,000 training rows overlaps with an evaluation row",
+        "task d: 2 of 1,000 training rows overlap with an evaluation row and were removed; the "
         "first is in a.jsonl, line 3",
         "task e: not checked against the evaluation files, as not all are here",
     ]
@@ -556,7 +556,7 @@ def test_what_becomes_of_long_rows_holds_for_training_and_for_test_rows(
 def test_an_objective_of_preferences_learns_from_pairs_of_the_same_rows(
     tmp_path: Path, plan: dict[str, Any]
 ) -> None:
-    """Pairs are sampled from what each training begins from, and made once."""
+    """Pairs are sampled from what each training is initialized from, and made once."""
     plan["warm_ups"] = {"sft": {}, "dpo": {"objective": "dpo"}}
     plan["arms"] = [
         {"kind": "fresh", "name": "fresh", "adapt": {"objective": "orpo"}},
@@ -676,13 +676,13 @@ def test_findings_pair_arms_by_seed_and_item_and_speak_plainly(tmp_path: Path) -
     assert level.general_loss_change.tolist() == [0.25, 0.25]
 
 
-def foretold(said: str, what: str) -> list[str]:
+def estimated(said: str, what: str) -> list[str]:
     """Return a row of the table of runs: in the store, to be run, minutes."""
     line = next(line for line in said.splitlines() if line.startswith(f"│ {what}"))
     return [part.strip() for part in line.split("│")][2:5]
 
 
-def test_a_dry_run_guesses_roughly_where_nothing_has_run_and_leaves_no_run(
+def test_a_dry_run_estimates_roughly_where_nothing_has_run_and_leaves_no_run(
     tmp_path: Path, plan: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan["arms"] = ["fresh", "warm", "longer", "mixed", "merged", "few_shot"]
@@ -691,44 +691,46 @@ def test_a_dry_run_guesses_roughly_where_nothing_has_run_and_leaves_no_run(
     assert main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     for what in ("warm-ups", "trials", "cells", "all"):
-        *_, minutes = foretold(said, what)
+        *_, minutes = estimated(said, what)
         assert minutes.startswith("about")
-    assert "a rough guess from 4 steps" in said
+    assert "a rough estimate from 4 steps" in said
     assert not runs_in(tmp_path / "store")
     assert main([*words, "--dry-run", "--set", "base=who/knows"]) == 0
     said = capsys.readouterr().out
-    assert foretold(said, "all")[2] == "unknown"
+    assert estimated(said, "all")[2] == "unknown"
     assert "the base who/knows is not on this machine" in said
 
 
-def test_a_guess_knows_how_much_more_work_a_longer_run_is(
+def test_an_estimate_knows_how_much_more_work_a_longer_run_is(
     tmp_path: Path, plan: dict[str, Any]
 ) -> None:
     checked = read_plan(*settings(tmp_path, plan).plan)
     needs = Needs(checked, tmp_path / "store", keep_adapters=True)
-    guess = Calibration(checked, n_threads=1)
+    calibration = Calibration(checked, n_threads=1)
     short = needs.warm_up("general")
     long = replace(short, settings=short.settings.changed(max_steps=400))
-    first, second = guess.seconds(short), guess.seconds(long)
+    first, second = calibration.seconds(short), calibration.seconds(long)
     assert first is not None
     assert first > 0
     assert second == pytest.approx(100 * first)
     budget = {"max_steps": None, "max_tokens": 10_000}
     some, more = (
-        guess.seconds(replace(short, settings=short.settings.changed(**{**budget, **changes})))
+        calibration.seconds(
+            replace(short, settings=short.settings.changed(**{**budget, **changes}))
+        )
         for changes in ({}, {"max_tokens": 30_000})
     )
     assert some is not None
     assert more == pytest.approx(3 * some)
 
 
-def test_a_dry_run_foretells_from_what_has_run(
+def test_a_dry_run_estimates_from_what_has_run(
     tmp_path: Path, plan: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = settings(tmp_path, plan)
     run_study(given)
     words = ["study", *given.plan, "--out", str(given.out), "--store", str(tmp_path / "store")]
     assert main([*words, "--dry-run", "--set", "seeds=3"]) == 0
-    present, missing, minutes = foretold(capsys.readouterr().out, "cells")
+    present, missing, minutes = estimated(capsys.readouterr().out, "cells")
     assert (present, missing) == ("9", "4")
     assert 0 <= float(minutes) < 5

@@ -184,7 +184,7 @@ def test_only_lora_weights_move_and_the_base_keeps_every_bit(
     assert len(trained) == layers * 7 * 2
 
 
-def test_adaptation_begins_at_the_warm_start_s_weights(
+def test_adaptation_starts_at_the_warm_start_s_weights(
     tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart
 ) -> None:
     untrained = run(
@@ -393,7 +393,7 @@ def test_two_processes_train_the_adapter_of_one_and_write_it_once(
     assert_same(weights(alone), weights(both), tolerance=1e-4)
     lines = [read_rows(a.path / "metrics.jsonl") for a in (alone, both)]
     assert [row["step"] for row in lines[0]] == [row["step"] for row in lines[1]]
-    assert done.stderr.count("begins from fresh LoRA") == 1
+    assert done.stderr.count("initialized as fresh LoRA") == 1
 
 
 def test_a_run_says_where_it_comes_from(warm_start: WarmStart, general: str) -> None:

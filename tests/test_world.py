@@ -41,7 +41,7 @@ def test_no_row_stands_in_two_splits_whatever_the_seed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["general", "problems", "titles"])
-def test_no_row_comes_twice_and_fewer_rows_are_a_beginning_of_more(name: str) -> None:
+def test_no_row_comes_twice_and_fewer_rows_are_a_prefix_of_more(name: str) -> None:
     make, field = MAKERS[name]
     rows = make("train", 800)
     assert len({row[field] for row in rows}) == len(rows) == 800

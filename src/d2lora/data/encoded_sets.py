@@ -106,7 +106,7 @@ def answers_beyond(
     if not n_long:
         return None
     return (
-        f"{n_long:,} of {len(lengths):,} gold answers, EOS included, are longer than max_new_tokens "
+        f"{n_long:,} of {len(lengths):,} gold answers with EOS are longer than max_new_tokens "
         f"{max_new_tokens:,} (the longest: {longest:,}), so no output can match them; raise it"
     )
 

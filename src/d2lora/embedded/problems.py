@@ -350,7 +350,7 @@ def _distracted(chance: Chance, story: Story) -> Story:
 def word_problem_rows(split: Split, n: int, seed: int = 0) -> list[dict[str, str]]:
     """Return n word problems of a split, fields `question` and `answer` as in GSM8K.
 
-    Fewer rows of the same seed are a beginning of more; no question stands in two splits.
+    Fewer rows of the same seed are a prefix of more; no question stands in two splits.
     """
     chance = chance_for("word problems", split, seed)
 

@@ -345,7 +345,7 @@ def general_rows(
     """Return n general exchanges of a split: `prompt`, `completion` and the skill as `source`.
 
     Skills take turns; one with few distinct prompts drops out when they are spent. Fewer rows
-    of the same seed are a beginning of more; no prompt stands in two splits.
+    of the same seed are a prefix of more; no prompt stands in two splits.
     """
     chance = chance_for("general", split, seed)
     left, seen, rows = list(skills), set[str](), list[dict[str, str]]()

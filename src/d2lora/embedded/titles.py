@@ -124,7 +124,7 @@ ABSTRACTS: tuple[Callable[[Chance], Abstract], ...] = (new_method, comparison, e
 def title_rows(split: Split, n: int, seed: int = 0) -> list[dict[str, str]]:
     """Return n abstracts of a split with their titles, fields `text` and `title`.
 
-    Fewer rows of the same seed are a beginning of more; no text stands in two splits.
+    Fewer rows of the same seed are a prefix of more; no text stands in two splits.
     """
     chance = chance_for("titles", split, seed)
     rows: list[dict[str, str]] = []

@@ -95,9 +95,9 @@ class StudyPlan(BaseSettings):
     adapt: dict[str, Any] = Field(default_factory=dict)
     """Settings of `adapt` that all arms share."""
     steps: dict[int, int] = Field(default_factory=dict)
-    """n -> the longest training in optimizer steps; a size takes the nearest one's. A cell stops where
-    its validation loss was lowest; where that is the end, twice the steps are tried. Give these
-    or `epochs`."""
+    """n -> the longest training in optimizer steps; a size takes the nearest one's. A cell stops at
+    its lowest validation loss; where that is the end, twice the steps are tried. Give these or
+    `epochs`."""
     epochs: dict[int, float] = Field(default_factory=dict)
     """n -> passes over the task's rows, a fixed length; a size takes the nearest
     one's. Both empty: `adapt`'s length."""
