@@ -35,7 +35,7 @@ class PhaseSettings(
     orthogonal, pissa, pissa_niter_N, olora, eva, corda, loftq, lora_ga. Those that change the base
     are converted when saved, to an ordinary adapter of twice the rank."""
     init_samples: int = Field(default=64, ge=1)
-    """At most so many training rows are used by eva, corda and lora_ga."""
+    """Maximum number of training rows that eva, corda and lora_ga use."""
     validation_data: tuple[str, ...] = ()
     """Held-out rows for validation loss, instead of validation_fraction."""
     resume: bool = False
@@ -88,7 +88,7 @@ class WarmupSettings(PhaseSettings):
 
 
 class AdaptSettings(PhaseSettings):
-    """`d2lora adapt`: base + scarce task data + init -> adapter."""
+    """`d2lora adapt`: base + scarce task data + initialization -> adapter."""
 
     init: str = FRESH
     """Initialization of the adapter: the folder of a warm start, `fresh` (random A, zero B) or one

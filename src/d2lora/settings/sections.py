@@ -44,9 +44,9 @@ class BaseSettings(Settings):
     threads: int = Field(default=0, ge=0)
     """CPU threads. 0: as torch decides."""
     fast: bool = True
-    """Use the fast paths where they compute the same as transformers and PEFT: layers, norms, gated
-    units and the head; rows without padding and a Llama's decoding on a CPU, CUDA graphs on a GPU;
-    prompts shared by completions; adapters merged for scoring."""
+    """Whether to use the fast paths, where they compute the same as transformers and PEFT: layers,
+    norms, gated units and the head; rows without padding and a Llama's decoding on a CPU, CUDA
+    graphs on a GPU; prompts shared by completions; adapters merged for scoring."""
 
     @field_validator("device")
     @classmethod
@@ -66,7 +66,7 @@ class FormatSettings(Settings):
     """template: the tokenizer's chat template; plain: `User: ...` / `Assistant: ...`; auto: the
     template where there is one. None: that of the warm start or adapter, else auto."""
     max_length: int = Field(default=1024, ge=8)
-    """Longest example, in tokens, prompt and completion together."""
+    """Maximum length of an example in tokens, prompt and completion together."""
     overlong: Overlong = "error"
     """What to do with longer examples: error, drop or truncate (cut the middle of the longest
     field, in test prompts too; instructions stay whole). How many is reported."""
@@ -89,15 +89,15 @@ class HygieneSettings(KeepOutSettings):
     """What is removed from a pool before rows are selected from it."""
 
     max_length: int = Field(default=1024, ge=8)
-    """Longest row, in the base's tokens, prompt and answer together."""
+    """Maximum length of a row in the base's tokens, prompt and answer together."""
     near_duplicates: float = Field(default=0.8, gt=0, le=1)
     """Jaccard similarity of 5-word shingles from which rows with the same answer are duplicates.
     1: only exact duplicates are."""
     languages: tuple[str, ...] = ()
     """ISO 639-1 codes to keep, as in `en de`. Empty: all. Short texts are often misdetected."""
     source_cap: int | None = Field(default=None, ge=1)
-    """Most rows from one source (field `source`, else the file), a seeded random subset. None: no
-    limit."""
+    """Maximum number of rows from one source (field `source`, else the file), a seeded random
+    subset. None: no limit."""
 
 
 class LoraSettings(Settings):
@@ -110,7 +110,7 @@ class LoraSettings(Settings):
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout on the adapter's input, probability. Default 0."""
     targets: tuple[str, ...] | None = None
-    """Module names that get an adapter, as in `q_proj v_proj`, or `all-linear` (default)."""
+    """Names of modules that get an adapter, as in `q_proj v_proj`, or `all-linear` (default)."""
     rslora: bool = False
     """Scale the update by alpha / sqrt(rank): rank-stabilized LoRA. A warm start sets its own."""
     dora: bool = False
@@ -134,10 +134,11 @@ class TrainSettings(Settings):
     """Examples per optimizer step, over all devices. None: 4, from 64 training rows on 8, from 256
     on 16."""
     micro_batch_tokens: int = Field(default=0, ge=0)
-    """Most tokens, padding included, in one forward pass; a batch is split into as many as needed
-    (gradient accumulation). The result does not depend on it. 0: 1024 on a CPU, 8192 elsewhere."""
+    """Maximum number of tokens, padding included, in one forward pass; a batch is split into as many
+    passes as needed (gradient accumulation). The result does not depend on it. 0: 1024 on a CPU,
+    8192 elsewhere."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Most examples in one forward pass. None: limited by micro_batch_tokens alone."""
+    """Maximum number of examples in one forward pass. None: micro_batch_tokens is the limit."""
     lora_plus_ratio: float = Field(default=1.0, gt=0)
     """LoRA+: learning rate of B as a multiple of A's."""
     schedule: Schedule = "linear"
@@ -160,7 +161,8 @@ class TrainSettings(Settings):
     patience: int = Field(default=0, ge=0)
     """Early stopping after so many validations without a lower loss. 0: off."""
     keep_best: bool = True
-    """With validation rows, keep the weights of the lowest validation loss instead of the last."""
+    """Whether to keep the weights of the lowest validation loss, where there are validation rows,
+    instead of the last."""
     checkpoint_every: int = Field(default=0, ge=0)
     """Optimizer steps between checkpoints that a killed run resumes from. 0: off."""
     seed: int = Field(default=0, ge=0)
@@ -227,6 +229,6 @@ class GenerationSettings(Settings):
     """Greedy or sampled decoding."""
 
     max_new_tokens: int = Field(default=256, ge=1)
-    """Most tokens to generate per prompt."""
+    """Maximum number of tokens to generate per prompt."""
     batch_size: int = Field(default=64, ge=1)
     """Prompts decoded together."""

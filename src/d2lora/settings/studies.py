@@ -14,7 +14,7 @@ class StudySettings(Settings):
     positional: ClassVar[str | None] = "plan"
     settings_file: ClassVar[bool] = False
     plan: tuple[str, ...] = Field(min_length=1)
-    """Plan: a YAML file, or the name of a shipped one. Of several, later override earlier."""
+    """Plan: a YAML file, or the name of a shipped one. A later plan overrides an earlier one."""
     out: Path | None = None
     """Folder of the study. None: studies/NAME, after the plan."""
     store: Path | None = None
@@ -28,11 +28,11 @@ class StudySettings(Settings):
     address: str | None = None
     """Ray cluster to join, as in `ray://host:10001` or `auto`. None: start one on this machine."""
     keep_adapters: bool = True
-    """Keep the adapters of all cells."""
+    """Whether to keep the adapters of all cells."""
     dry_run: bool = False
     """List the cells, what is already done and the estimated time left; run nothing."""
     report: bool = True
-    """Write the report at the end."""
+    """Whether to write the report at the end."""
     quiet: bool = False
     """No progress bar and no messages."""
 

@@ -39,7 +39,7 @@ class SelectSettings(BaseSettings, HygieneSettings):
     relevance: float = Field(default=0.5, ge=0, le=1)
     """mixture: 0 covers the pool, 1 takes the rows most similar to the task."""
     feature_tokens: int = Field(default=256, ge=8)
-    """Tokens of a row used for its hidden states, loss or gradient, at most."""
+    """Maximum number of tokens of a row used for its hidden states, loss or gradient."""
     gradient_steps: int = Field(default=100, ge=1)
     """gradient: optimizer steps, of 16 rows, of its preliminary warm-up."""
     gradient_width: int = Field(default=4096, ge=64)
@@ -135,7 +135,7 @@ class ConvertSettings(BaseSettings):
     mix: tuple[str, ...] = ()
     """Further adapters of the same base to mix with this one."""
     mix_weights: tuple[float, ...] = ()
-    """Weight of each adapter, this one first. Empty: equal, with sum 1."""
+    """Weight of each adapter, this one first. Empty: equal weights that sum to 1."""
     mix_method: Literal["cat", "average"] = "cat"
     """cat: exact, the ranks add up (--rank R truncates them); average: averages A and B, of equal
     shapes, which is not the average of the updates."""
@@ -144,7 +144,7 @@ class ConvertSettings(BaseSettings):
     layers: tuple[int, ...] | None = None
     """Keep these layers only, by number."""
     merge: bool = False
-    """Fold the adapter into the base and write a plain model folder."""
+    """Merge the adapter into the base and write a plain model folder."""
     seed: int = Field(default=0, ge=0)
     """Seed of A in new directions, and of the tokens that a merge is checked on."""
 
@@ -175,7 +175,7 @@ class InspectSettings(Settings):
     data: tuple[str, ...] = ()
     """Rows of a task: report the loss of the base and of the adapter on the first 32."""
     fast: bool = True
-    """Use the fast paths for it, where they compute the same."""
+    """Whether to use the fast paths for it, where they compute the same."""
     plot: Path | None = None
     """PNG file to write: the spectrum of every layer."""
     out: Path | None = None

@@ -34,11 +34,11 @@ class WarmUp(Job):
         return self.folder / "warm-start"
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the result."""
+        """Return the warm-up's settings, by content."""
         return identity_of(self.settings)
 
     def run(self) -> dict[str, Any]:
-        """Do it."""
+        """Make the warm start, or resume a killed warm-up."""
         from d2lora.warmup import warm_up
 
         if not (self.path / DONE).exists():
@@ -55,11 +55,11 @@ class Ready(Job):
     """The warm start."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the result."""
+        """Return the adapter, by content."""
         return {"adapter": adapter_content(self.path)}
 
     def run(self) -> dict[str, Any]:
-        """Do it."""
+        """Return the values of its manifest."""
         return _manifest_values(self.path)
 
 
@@ -76,11 +76,11 @@ class Merged(Job):
         return self.folder / "model"
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the result."""
+        """Return the base, by content, and the warm-up's key."""
         return {"base": identity_of(self.base), "warm_up": self.warm_up.key}
 
     def run(self) -> dict[str, Any]:
-        """Do it."""
+        """Merge the warm start into a copy of the base."""
         from d2lora.tools.convert import convert
 
         shutil.rmtree(self.path, ignore_errors=True)
@@ -102,11 +102,11 @@ class Norms(Job):
         return self.folder / "random"
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the result."""
+        """Return the warm-up's key and the seed."""
         return {"warm_up": self.warm_up.key, "seed": self.seed}
 
     def run(self) -> dict[str, Any]:
-        """Do it."""
+        """Write the random adapter."""
         from d2lora.tools.convert import randomise
 
         shutil.rmtree(self.path, ignore_errors=True)
@@ -132,11 +132,11 @@ class Mixed(Job):
         return self.folder / "valid.jsonl"
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the result."""
+        """Return the settings of both phases, by content."""
         return {"general": identity_of(self.general), "training": identity_of(self.training)}
 
     def run(self) -> dict[str, Any]:
-        """Do it."""
+        """Write the mixed rows."""
         from d2lora.study.mixture import write_mixture
 
         return write_mixture(self.general, self.training, self.path, self.held_out)
@@ -154,11 +154,11 @@ class Paired(Job):
         return self.folder / "pairs" / "pairs.jsonl"
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the result."""
+        """Return the settings, by content."""
         return identity_of(self.settings)
 
     def run(self) -> dict[str, Any]:
-        """Do it."""
+        """Sample the pairs."""
         from d2lora.tools.pairs import make_pairs
 
         shutil.rmtree(self.path.parent, ignore_errors=True)
@@ -174,11 +174,11 @@ class Trial(Job):
     training: AdaptSettings
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the result."""
+        """Return the training's settings, by content."""
         return identity_of(self.training)
 
     def run(self) -> dict[str, Any]:
-        """Do it."""
+        """Train on the fold's rows; return the validation curve."""
         path = self.folder / "adapter"
         values = _adapted(self.training, path)
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -202,7 +202,7 @@ class Scored(Job):
     """Keep the trained adapter."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the result."""
+        """Return tests, training, adapter and examples, by content."""
         return {
             "tests": identity_of(self.tests),
             "training": None if self.training is None else identity_of(self.training),
@@ -211,7 +211,7 @@ class Scored(Job):
         }
 
     def run(self) -> dict[str, Any]:
-        """Do it."""
+        """Train where there is something to train, and score the test rows once."""
         import pandas as pd
 
         from d2lora.evaluation.measure import BASE, TestSets, measure

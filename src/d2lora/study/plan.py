@@ -49,7 +49,7 @@ class TaskPlan(Settings):
     n_test: int | None = Field(default=None, ge=1)
     """Score only the first test rows. None: all."""
     max_new_tokens: int = Field(default=256, ge=1)
-    """Most tokens of an answer."""
+    """Maximum number of tokens of an answer."""
     adapt: dict[str, Any] = Field(default_factory=dict)
     """Settings of `adapt` for this task alone."""
 
@@ -114,7 +114,7 @@ class StudyPlan(BaseSettings):
     """Settings of `pairs`: where an objective learns preferences and the rows hold none, they are
     made of the same rows, the rejected completions sampled from the model before training."""
     shots: int = Field(default=4, ge=1)
-    """Rows shown to the base in the arm `few_shot`, at most n."""
+    """Rows in the prompt of the arm `few_shot`, at most n."""
     general_text: tuple[str, ...] = ()
     """Held-out general rows; forgetting is the change of loss on them."""
     choices: tuple[str, ...] = ()

@@ -37,7 +37,7 @@ class Job(ABC):
     """Something to run once; heavy imports happen in `run`, in the worker."""
 
     label: str
-    """What it is, for people."""
+    """Name for messages."""
     about: tuple[str, int]
     """Task and n, or an empty name and the number of rows; times are estimated by it."""
     store: Path
@@ -45,7 +45,7 @@ class Job(ABC):
 
     @cached_property
     def key(self) -> str:
-        """The hash of what decides the result; names the folder."""
+        """The hash of all that determines the result; names the folder."""
         kind = type(self).__name__
         identity = {"format": FORMAT, "kind": kind, "versions": versions(), **self.identity()}
         text = json.dumps(identity, sort_keys=True, default=str)
@@ -53,16 +53,16 @@ class Job(ABC):
 
     @property
     def folder(self) -> Path:
-        """Where it writes."""
+        """Folder of its files."""
         return self.store / self.key
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Return what decides the result."""
+        """Return all that determines the result; it is hashed into the key."""
 
     @abstractmethod
     def run(self) -> dict[str, Any]:
-        """Do it; return the result as plain values."""
+        """Run the job; return the result as plain values."""
 
     def result(self) -> dict[str, Any] | None:
         """Return the result of an earlier run, or None."""
@@ -101,7 +101,7 @@ def _loaded(settings_yaml: str, stamp: tuple[Stamp, ...]) -> Any:
 
 
 def identity_of(settings: Settings) -> dict[str, Any]:
-    """Return settings with contents in place of paths and without what decides nothing.
+    """Return settings with contents in place of paths, without those that change no result.
 
     Defaults are left out, so that a new setting leaves earlier results valid. Device and
     dtype are resolved first: `device: auto` on a machine without a GPU is `device: cpu`.
