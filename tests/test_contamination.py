@@ -77,7 +77,7 @@ def test_a_short_question_is_found_alone_in_a_prompt_or_inside_a_text(tmp_path: 
     )
     found = contaminated_rows(rows, test)
     assert [(leak.index, leak.line) for leak in found] == [(0, 1), (1, 1), (2, 2)]
-    assert found[1].how == "shares 11 words in a row with"
+    assert found[1].how == "shares 11 consecutive words with"
 
 
 def test_a_sign_between_numbers_makes_another_question(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def n_embedded(model: nn.Module) -> int:
 
 
 def unknown_token(token: int, tokenizer: PreTrainedTokenizerBase, n_rows: int) -> str:
-    """Say that a tokenizer makes a token for which an embedding has no row."""
+    """Return a message on a token for which an embedding has no row."""
     return (
         f"the tokenizer makes token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but the "
         f"base's embedding ends with {n_rows - 1}: the tokenizer is another model's, or "

@@ -55,7 +55,7 @@ def _loaded_files(folder: Path) -> list[Path]:
 
 
 def unreadable(path: Path, otherwise: str) -> str:
-    """Say why a file is not what its name says: it is a pointer of Git LFS, or what is given."""
+    """Return why a file cannot be read: it is a Git LFS pointer, else the given reason."""
     with path.open("rb") as file:
         pointer = file.read(64).startswith(b"version https://git-lfs")
     fetch = "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"

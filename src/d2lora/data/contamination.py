@@ -1,6 +1,6 @@
 """Contamination: rows of training data that overlap with evaluation data.
 
-A training row is contaminated where it shares n words in a row (13, as in Brown et al. 2020,
+A training row is contaminated where it shares n consecutive words (13, as in Brown et al. 2020,
 arXiv 2005.14165, appendix C) with an evaluation row, asks the same question, or holds a whole
 question that is itself shorter than n words. What more than ten evaluation rows have in common is
 the wording of a template and counts for nothing; there it is what more than ten training documents
@@ -23,14 +23,14 @@ from d2lora.data.tasks import read_choice_question, read_prompt, task_of
 from d2lora.errors import DataError, listed
 
 N_WORDS = 13
-"""Words in a row that no two texts share by chance."""
+"""Consecutive words that no two texts share by chance."""
 COMMON = 10
 """What more evaluation rows than this share is a template."""
 SHORTEST_INSIDE = 8
 """A question of fewer words is compared with whole prompts only."""
 
-# Between numbers the sign alone distinguishes one calculation from another.
-_SIGN = re.compile(r"(?<=\d)\s*([-+*/^<>=×÷−])\s*(?=\d)")
+# Between numbers the operator alone distinguishes one calculation from another.
+_OPERATOR = re.compile(r"(?<=\d)\s*([-+*/^<>=×÷−])\s*(?=\d)")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Leak:
 
 @dataclass(frozen=True)
 class _Item:
-    """An evaluation row in words."""
+    """An evaluation row, hashed word by word."""
 
     file: str
     line: int
@@ -74,7 +74,7 @@ class Guard:
 
         Args:
             files: Evaluation files or hub data sets.
-            n_words: Words in a row that make a leak. 0: only the same question counts.
+            n_words: Consecutive shared words that make a leak. 0: only the same question counts.
 
         Raises:
             DataError: If a file cannot be read or holds rows without a prompt or text.
@@ -126,7 +126,7 @@ class Guard:
             places[places == len(known)] = 0
             hits = np.flatnonzero(known[places] == mine)
             if len(hits):
-                how = f"shares {length} words in a row with"
+                how = f"shares {length} consecutive words with"
                 return self._leak(index, owners[places[hits[0]]], how)
         return None
 
@@ -156,13 +156,13 @@ def _without_common(pairs: Iterable[tuple[int, int]]) -> dict[int, int]:
 
 
 def _digest(question: str) -> int:
-    """Return a hash of a question's words and of the signs between its numbers."""
+    """Return a hash of a question's words and of the operators between its numbers."""
     return xxhash.xxh3_64_intdigest(word_hashes(normalized(question)).tobytes())
 
 
 def normalized(text: str) -> list[str]:
-    """Return a text's words and the signs between its numbers: what makes two texts the same."""
-    return [*words(text), *_SIGN.findall(text)]
+    """Return a text's words and the operators between its numbers, which identify it."""
+    return [*words(text), *_OPERATOR.findall(text)]
 
 
 def _items(name: str) -> Iterator[_Item]:

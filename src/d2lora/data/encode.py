@@ -154,7 +154,7 @@ class Encoder:
         return self._shield.marked(plain_prompt(prompt))
 
     def _unshown(self, prompt: Sequence[Message]) -> str | None:
-        """Say which turn of a tool the chat format leaves out; None where it shows all."""
+        """Return a message on a tool's turn that the chat format leaves out; else None."""
         for place, turn in enumerate(prompt):
             if not turn.of_tools:
                 continue

@@ -16,7 +16,7 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class EncodedSet(Generic[T]):
-    """Examples within the length limit, and what became of the others."""
+    """Examples within the length limit, and counts of those dropped or cut."""
 
     items: list[T]
     kept: list[int]

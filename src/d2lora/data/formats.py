@@ -97,7 +97,7 @@ def beside(row: Fields, turns: Sequence[Message], inputs: Sequence[str] = ()) ->
 
 
 def _after_system(row: Fields, turns: Sequence[Message]) -> Prompt:
-    """Put the system turn of a field of its own before the others."""
+    """Put the system turn of a separate field before the others."""
     for name in SYSTEM:
         if system := _optional(row, name):
             if turns[0].role != "system":
@@ -153,7 +153,7 @@ def learnt(turn: Message) -> str:
     """
     if turn.of_tools:
         raise BadRowError(
-            "the last turn calls a tool, and only an answer in words can be learnt; end the "
+            "the last turn calls a tool, and only a text answer can be learnt; end the "
             "conversation with such an answer"
         )
     return turn.content

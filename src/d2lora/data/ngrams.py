@@ -30,7 +30,7 @@ def word_hashes(words_: list[str]) -> Hashes:
 
 
 def gram_hashes(hashes: Hashes, n: int) -> Hashes:
-    """Return a hash of every n words in a row, shape (words - n + 1,), or (0,) for fewer words."""
+    """Return a hash of each word n-gram, shape (words - n + 1,), or (0,) for fewer words."""
     count = len(hashes) - n + 1
     if count <= 0:
         return np.empty(0, dtype=np.uint64)

@@ -68,7 +68,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Row:
-    """A raw row, and where it begins."""
+    """A raw row, and where it starts."""
 
     values: dict[str, Any]
     file: str
@@ -77,7 +77,7 @@ class Row:
 
     @property
     def place(self) -> str:
-        """Where it stands, in words."""
+        """Its file and line, for messages."""
         return place(self.file, self.line)
 
 
@@ -95,7 +95,7 @@ class Fault:
 
 
 def place(file: str, line: int) -> str:
-    """Return where a row stands, in words."""
+    """Return a row's file and line, for messages."""
     return f"{file}, {'line' if Path(file).suffix in _LINED else 'row'} {line}"
 
 

@@ -50,7 +50,7 @@ def is_local(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Stream:
-    """The rows and faults of one source, one after the other, to be gone through once."""
+    """The rows and faults of one source, as an iterator to use once."""
 
     name: str
     items: Iterator[Row | Fault]

@@ -90,7 +90,7 @@ def _turn_put(example: Example, place: int, before: str, after: str) -> Callable
 
 def _without_middle(text: str, spans: Sequence[Span], n_cut: int) -> str:
     """Return a text without some `n_cut` of its tokens, but never without all."""
-    pieces = list(dict.fromkeys(spans))  # tokens of one sign have one span
+    pieces = list(dict.fromkeys(spans))  # tokens of one character have one span
     most = max(1, len(pieces) * (len(spans) - n_cut) // len(spans))
     for n_kept in range(most, 0, -1):
         end = pieces[(n_kept + 1) // 2 - 1][1]
@@ -104,6 +104,6 @@ def _without_middle(text: str, spans: Sequence[Span], n_cut: int) -> str:
 
 def _joined(head: str, gone: str, tail: str) -> str:
     """Join what is left of a text; what stood apart is kept apart by a space."""
-    if tail and any(sign.isspace() for sign in head[-1] + gone + tail[0]):
+    if tail and any(character.isspace() for character in head[-1] + gone + tail[0]):
         return f"{head.rstrip()} {tail.lstrip()}"
     return head + tail

@@ -26,10 +26,10 @@ _ASCII_WORDS, _ASCII_PIECES = re.compile(r"[^\W_]+"), re.compile(r"\w+|[^\w\s]+"
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of a text as they stand, without signs."""
+    """Return the words of a text as they stand, without punctuation."""
     return (_ASCII_WORDS if text.isascii() else _WORDS).findall(text)
 
 
 def pieces_of(text: str) -> list[str]:
-    """Return words, `_` being a letter of them, and the runs of signs between."""
+    """Return words, `_` being a letter of them, and the runs of punctuation between."""
     return (_ASCII_PIECES if text.isascii() else _PIECES).findall(text)

@@ -235,7 +235,7 @@ class _PlainSteps:
 
 @contextmanager
 def _side_by_side(n_workers: int) -> Generator[Callable[..., Iterator[Any]]]:
-    """Give a `map` over Python threads that share torch's threads among them.
+    """Yield a `map` over Python threads that share torch's threads among them.
 
     Operations on a few rows do not fill several cores; batches of their own do.
     """

@@ -150,7 +150,7 @@ class LlamaSteps:
         self._hidden_B11C: Tensor | None = None
         if padding_BC.any():
             hidden_BC = torch.zeros(padding_BC.shape).masked_fill_(padding_BC, -torch.inf)
-            # What the mask hides has to be a number all the same.
+            # What the mask hides still has to be a number.
             self._hidden_B11C = hidden_BC[:, None, None]
             self._cache_L2BKEC[..., : self._column] = 0
         order = sorted(range(n_rows), key=lambda row: lengths[row])

@@ -47,7 +47,7 @@ class Chart:
 
 
 class Palette:
-    """Gives an arm the same colour and shape in every chart."""
+    """The colour and shape of each arm, the same in every chart."""
 
     def __init__(self, arms: Sequence[str]) -> None:
         """Deal colours out to arms, in order."""

@@ -60,11 +60,11 @@ def headline(findings: Findings) -> list[str]:
             continue
         if not parts:
             where = "" if len(own) == 1 else f" in any of {len(own)} comparisons"
-            sentences.append(f"{subject} shows no difference{where}.")
+            sentences.append(f"{subject} shows no significant difference{where}.")
             continue
         rest = ""
         if unseen:
-            rest = f"; no difference was seen {_places(findings, unseen)}"
+            rest = f"; no significant difference {_places(findings, unseen)}"
         sentences.append(f"{subject} {' and '.join(parts)}{rest}.")
     return sentences
 

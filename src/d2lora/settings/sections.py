@@ -134,7 +134,7 @@ class TrainSettings(Settings):
     """Examples per optimizer step, over all devices. None: 4, from 64 training rows on 8, from 256
     on 16."""
     micro_batch_tokens: int = Field(default=0, ge=0)
-    """Maximum number of tokens, padding included, in one forward pass; a batch is split into as many
+    """Maximum number of tokens, padding included, of a forward pass; a batch is split into as many
     passes as needed (gradient accumulation). The result does not depend on it. 0: 1024 on a CPU,
     8192 elsewhere."""
     micro_batch_size: int | None = Field(default=None, ge=1)

@@ -56,7 +56,7 @@ def decontaminated(
 ) -> tuple[StudyPlan, list[Check]]:
     """Remove the training rows that overlap with an evaluation row.
 
-    Test rows and multiple-choice rows are compared by `keep_out_words` words in a row and whole
+    Test rows and multiple-choice rows are compared by `keep_out_words` consecutive words and whole
     questions. Rows of held-out general text mostly share the wording of the warm-up's, and rows of
     the small world are made of the same templates and kept apart by the hash of their text; so
     there only the same question counts.

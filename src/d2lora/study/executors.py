@@ -113,7 +113,7 @@ def _gpus() -> list[str]:
 
 
 def _start_worker(gpus: "Queue[str]") -> None:
-    """Give a worker its GPU, quiet libraries, and an end when its parent's comes."""
+    """Set up a worker: its GPU, quiet libraries, and an end with its parent."""
     gpu = gpus.get()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu

@@ -204,7 +204,7 @@ class Needs:
     def _with_pairs(
         self, cell: Cell, plain: AdaptSettings, warm_up: WarmUp | Ready | None
     ) -> AdaptSettings:
-        """Put pairs of the n rows in the place of the rows where preferences are to be learnt."""
+        """Replace the n rows by preference pairs made of them, where the objective needs pairs."""
         if _learns_as_is(plain):
             return plain
         adapter = warm_up.path if warm_up and plain.init == str(warm_up.path) else None
@@ -222,7 +222,7 @@ class Needs:
         return job
 
     def warm_up(self, name: str, seed: int = 0) -> WarmUp | Ready:
-        """Return the job that makes a warm start, or takes one that is there."""
+        """Return the job that makes a warm start, or uses an existing one."""
         ready = self.plan.ready(name)
         if ready is not None:
             return Ready(f"warm-up {name}", ("", 0), self.store, ready)

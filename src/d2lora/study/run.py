@@ -4,7 +4,7 @@ study.json          the plan, the warm-ups, the learning rate and length chosen 
 results.jsonl       one line per finished cell
 trials.jsonl        one line per trial of a learning rate
 removed_rows.jsonl  training rows that overlap with an evaluation row, and why
-done.json           the marker of completion: every cell is there, and none has failed
+done.json           the marker of completion: every cell is finished, and none has failed
 
 What is run lies in the store, so a killed study continues where it was, and a changed plan runs
 only what is new.
@@ -49,7 +49,7 @@ class Study:
     """Cell -> reason."""
 
     def check(self) -> None:
-        """Check that every cell is there.
+        """Check that every cell is finished.
 
         Raises:
             RunError: With the cells that failed, and why.

@@ -64,7 +64,7 @@ def merge_into_base(settings: ConvertSettings, folder: Path) -> float:
 
 
 def _untie(model: PeftModel) -> None:
-    """Give layers that the adapter changes weights of their own where others share them.
+    """Untie the weights of layers that the adapter changes and others share.
 
     So an embedding stays as it is beside a head that changes; PEFT then unties the configuration.
     """

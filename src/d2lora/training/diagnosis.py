@@ -39,7 +39,7 @@ class Start:
 
     @property
     def warning(self) -> str | None:
-        """Say that the warm start is worse than the base, where the rows show it."""
+        """A warning that the warm start is worse than the base; None where rows do not show it."""
         if self.n_rows < LEAST_ROWS or self.low <= 0:
             return None
         return (
@@ -82,7 +82,7 @@ def _row_losses(scorer: TokenScorer, items: Sequence[Encoded], pad_id: int) -> A
 
 
 def too_short(n_steps: int) -> str | None:
-    """Say that a run is short; None where it is long enough, or trains nothing."""
+    """Return a warning on a short run; None where it is long enough, or trains nothing."""
     if not 0 < n_steps < FEW_STEPS:
         return None
     return (
@@ -100,7 +100,7 @@ def overfitting(
     *,
     kept: bool = True,
 ) -> str | None:
-    """Say that a warm-up's held-out general loss rose, or never fell; None where it is sound.
+    """Return a warning where a warm-up's held-out general loss rose or never fell; else None.
 
     Args:
         before: Held-out loss before the first step.

@@ -255,7 +255,7 @@ def _take_weights(model: PreTrainedModel, shape: LoraShape) -> dict[str, Tensor]
 
 
 def _swap(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give layers other weights, adapters on them or not; return those that they had."""
+    """Set layers' weights, with or without adapters; return those that they had."""
     inner = causal_model(model)
     had: dict[str, Tensor] = {}
     for name, weight in weights.items():

@@ -108,7 +108,7 @@ def _scored(
     reporter: Reporter,
     everyone: PartialState,
 ) -> tuple[Rows, int]:
-    """Give pairs what DPO needs of them; return the rows and the tokens that were run for it."""
+    """Add DPO's reference log-probabilities to pairs; return the rows and the tokens run for it."""
     reference = reference_name(settings, adapter)
     if reference is None:
         return rows, 0

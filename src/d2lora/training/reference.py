@@ -78,7 +78,7 @@ def with_reference(
     max_tokens: int = 0,
     process: tuple[int, int] = (0, 1),
 ) -> tuple[list[PreferencePair], int]:
-    """Give pairs their log-probabilities under the reference policy.
+    """Add to pairs their log-probabilities under the reference policy.
 
     Args:
         policy: The reference policy.
