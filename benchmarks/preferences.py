@@ -19,7 +19,7 @@ from typing import Any
 
 from common import SHARED, head, medians, parser_of, row, taking_turns, worker
 
-BATCH, RANK, RATE = 8, 16, 1e-4
+BATCH, RANK, LEARNING_RATE = 8, 16, 1e-4
 SIDES = ("d2lora", "d2lora, prompts twice", "trl")
 
 
@@ -64,7 +64,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     settings = AdaptSettings(
         base=args.base, data=(str(args.data),), out=Path("unused"), objective="dpo", rank=RANK,
-        max_steps=args.steps, batch_size=BATCH, learning_rate=RATE, warmup_fraction=0.0, quiet=True,
+        max_steps=args.steps, batch_size=BATCH, learning_rate=LEARNING_RATE, warmup_fraction=0.0, quiet=True,
     )  # fmt: skip
     base = load_base(settings)
     encoder = Encoder.of(base, None)
@@ -146,7 +146,7 @@ def trl_s(model: Any, tokenizer: Any, rows: list[dict[str, str]], steps: int) ->
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder, report_to=[], use_cpu=True, bf16=False, logging_steps=1,
-            disable_tqdm=True, save_strategy="no", max_steps=steps, learning_rate=RATE,
+            disable_tqdm=True, save_strategy="no", max_steps=steps, learning_rate=LEARNING_RATE,
             per_device_train_batch_size=BATCH, lr_scheduler_type="linear",
             gradient_checkpointing=False, precompute_ref_log_probs=True,
         )  # fmt: skip

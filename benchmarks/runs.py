@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from common import console_script, environment, ran
-from sides import BATCH, RANK, RATE
+from sides import BATCH, LEARNING_RATE, RANK
 
 if TYPE_CHECKING:
     from d2lora.data.rows import Example
@@ -48,7 +48,7 @@ def adapt(data: Path, out: Path, threads: int, base: str = "embedded", **more: o
     """Return the command of a `d2lora adapt` run; `more` are settings of it."""
     settings = {
         "base": base, "data": data, "out": out, "rank": RANK, "batch-size": BATCH,
-        "learning-rate": RATE, "warmup-fraction": 0.0, "epochs": 3, "device": "cpu",
+        "learning-rate": LEARNING_RATE, "warmup-fraction": 0.0, "epochs": 3, "device": "cpu",
         "threads": threads, **more,
     }  # fmt: skip
     return [console_script("d2lora"), "adapt", *_options(settings), "--quiet"]
@@ -62,7 +62,7 @@ def sft(data: Path, out: Path, base: str = "embedded", **more: object) -> list[s
         "model_name_or_path": base_folder(base), "dataset_name": data, "output_dir": out,
         "use_peft": True, "lora_r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": 0.0,
         "lora_target_modules": "all-linear", "per_device_train_batch_size": BATCH,
-        "learning_rate": RATE, "lr_scheduler_type": "linear", "num_train_epochs": 3,
+        "learning_rate": LEARNING_RATE, "lr_scheduler_type": "linear", "num_train_epochs": 3,
         "dtype": "float32", "bf16": False, "use_cpu": True, "seed": 0, "eval_strategy": "no",
         "save_strategy": "no", "report_to": "none", "logging_steps": 1, "disable_tqdm": True,
         **more,

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-BATCH, RANK, RATE = 8, 16, 1e-3
+BATCH, RANK, LEARNING_RATE = 8, 16, 1e-3
 
 
 def settings_of(base: str, data: Path, steps: int, threads: int, **more: Any) -> Any:
@@ -22,7 +22,7 @@ def settings_of(base: str, data: Path, steps: int, threads: int, **more: Any) ->
     torch.set_num_threads(threads)
     values: dict[str, Any] = {
         "base": base, "data": (str(data),), "out": Path("unused"), "max_steps": steps,
-        "batch_size": BATCH, "rank": RANK, "learning_rate": RATE, "schedule": "linear",
+        "batch_size": BATCH, "rank": RANK, "learning_rate": LEARNING_RATE, "schedule": "linear",
         "warmup_fraction": 0.0, "threads": threads, "device": "cpu", "quiet": True, **more,
     }  # fmt: skip
     return AdaptSettings(**values)

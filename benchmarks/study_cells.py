@@ -68,7 +68,7 @@ def study(data: Path, folder: Path, workers: int) -> tuple[float, dict[str, floa
         "question": "How fast are small cells?", "seeds": SEEDS, "sizes": list(SIZES),
         "tasks": tasks, "arms": ["fresh"], "epochs": {16: EPOCHS},
         "general_text": [], "choices": [],
-        "rates": {task: {"fresh": dict.fromkeys(SIZES, runs.RATE)} for task in TASKS},
+        "rates": {task: {"fresh": dict.fromkeys(SIZES, runs.LEARNING_RATE)} for task in TASKS},
         "adapt": {
             "batch_size": runs.BATCH, "rank": runs.RANK, "warmup_fraction": 0.0,
             "schedule": "linear",

@@ -191,8 +191,8 @@ ODD_ROWS = (
     ('{"prompt": "p", "completion": "c", "\\ud800": 1}', r"`\\ud800` holds"),
     (f'{{"prompt": "p", "completion": "c", "id": {DIGITS}}}', "integer of thousands of digits"),
     (f'{{"prompt": "p", "completion": "c", "ids": [[-{DIGITS}]]}}', "thousands of digits"),
-    ('{"prompt": "p", "completion": "c", "prompt": "q"}', "`prompt` stands more than once"),
-    ('{"messages": [{"role": "user", "role": "x"}]}', "`role` stands more than once"),
+    ('{"prompt": "p", "completion": "c", "prompt": "q"}', "`prompt` appears more than once"),
+    ('{"messages": [{"role": "user", "role": "x"}]}', "`role` appears more than once"),
     ('{"prompt": "p", "completion": "c", "score": -Infinity}', "-Infinity is not JSON"),
 )
 
@@ -284,7 +284,7 @@ def test_a_hub_data_set_with_a_script_is_not_run(
     script.parent.mkdir(parents=True)
     script.write_text("raise SystemExit\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"owner/name:train: .*no code of the hub is run"):
+    with pytest.raises(DataError, match=r"owner/name:train: .*d2lora runs no code from the hub"):
         read_task(["owner/name:train"])
 
 

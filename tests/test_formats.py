@@ -270,7 +270,7 @@ def test_tool_calls_reach_a_template_that_shows_them(
     [
         (NO_CALLS, "turn 2 calls a tool, and the base's chat template leaves that out"),
         (NO_TOOL, "turn 3 is a tool's, and the base's chat template leaves that out"),
-        (None, "turn 2 calls a tool, which the plain chat format cannot show"),
+        (None, "turn 2 calls a tool, which the plain chat format cannot express"),
     ],
 )
 def test_a_format_without_tools_makes_a_row_with_tools_a_bad_one(

@@ -17,7 +17,7 @@ from d2lora import SettingsError, TrainingError, WarmStart, WarmStartError, Warm
 from d2lora.adapters.base import Base, load_base
 from d2lora.settings import BaseSettings
 from d2lora.training import phase
-from d2lora.training.data_initialization import LOOKS
+from d2lora.training.data_initialization import DATA_DRIVEN
 from d2lora.training.initialization import InitializedAdapter
 from support import dies_at_step, read_rows, write_rows
 
@@ -182,13 +182,13 @@ def test_corda_sees_no_padding(
     tmp_path: Path, tiny_base: str, problems: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
-    look = LOOKS["corda"]
+    look = DATA_DRIVEN["corda"]
 
     def listening(model: Any, config: Any, batches: Any, seed: int) -> Any:
         seen.extend(batch.mask_BT for batch in batches)
         return look(model, config, batches, seed)
 
-    monkeypatch.setitem(LOOKS, "corda", listening)
+    monkeypatch.setitem(DATA_DRIVEN, "corda", listening)
     run(tmp_path / "a", tiny_base, problems, init="corda")
     assert len({mask.shape[1] for mask in seen}) > 1
     assert all(mask.all() for mask in seen)

@@ -131,8 +131,8 @@ def test_the_page_says_the_known_numbers(known: Path) -> None:
     assert ">25.0<" in text
     assert "takes" in text
     assert "with 2 seeds" in text
-    assert "with 40 test rows." in text
-    assert "4 of 4 chosen learning rates are the last that may be tried" in text
+    assert "with 40 test rows" in text
+    assert "4 of 4 tuned learning rates are at the edge of the search" in text
     assert "learning rate (2)" in text
     assert "0.01 (2)" in text
     assert "Pooled over 1 task and 2 sizes: warm helps against fresh (+50.0 points" in text
@@ -198,7 +198,7 @@ def test_arms_that_answer_alike_are_not_made_to_differ(
     ]
     path = study(tmp_path, fresh=fresh, warm=warm, seeds=1, loss=None, curves=False)
     text = visible(write_report(read_findings(path)).read_text("utf-8"))
-    assert "warm was run with one seed, which gives no verdict" in text
+    assert "warm was run with one seed, which allows no verdict" in text
     assert "cannot be estimated" in text
     assert "Forgetting was not measured" in text
     assert "There are no learning curves" in text

@@ -26,7 +26,7 @@ from d2lora.report.write import write_report
 from d2lora.settings import StudySettings
 from d2lora.study.calibration import Calibration
 from d2lora.study.cells import Cell
-from d2lora.study.decontamination import contamination_said, decontaminated
+from d2lora.study.decontamination import contamination_lines, decontaminated
 from d2lora.study.jobs import Scored, Trial
 from d2lora.study.mixture import write_mixture
 from d2lora.study.needs import Needs
@@ -478,7 +478,7 @@ def test_uses_of_one_fate_are_told_together() -> None:
     first = "is in a.jsonl, line 3"
     fates = {"warm-up a": 0, "warm-up b": 0, "task c": 0, "task d": 2}
     checks = [{"use": u, "n_rows": 1000, "n_removed": n, "first": first} for u, n in fates.items()]
-    assert contamination_said([*checks, {"use": "task e", "n_rows": None, "n_removed": 0}]) == [
+    assert contamination_lines([*checks, {"use": "task e", "n_rows": None, "n_removed": 0}]) == [
         "warm-ups a, b; task c: none of 1,000 training rows overlaps with an evaluation row",
         "task d: 2 of 1,000 training rows overlap with an evaluation row and were removed; the "
         "first is in a.jsonl, line 3",
