@@ -1,6 +1,6 @@
 # make demo and make test are all that a newcomer needs; both set the environment up first.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint docs wheel bench clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV := .venv
@@ -16,7 +16,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned dependencies (some minutes the first time)"
 	@$(PIP) torch==2.13.0
-	@$(PIP) --editable .
+	@$(PIP) --editable '.[report,select]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
@@ -47,7 +47,14 @@ lint: $(VENV)/.dev  ## style, types, import order, dependencies, spelling
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 	$(BIN)/deptry src
-	$(BIN)/codespell src tests docs scripts benchmarks README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell src tests docs examples scripts benchmarks README.md CHANGELOG.md CONTRIBUTING.md
+
+docs: $(VENV)/.dev  ## the documentation as a site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+
+wheel: $(VENV)/.dev  ## wheel and source distribution, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
 
 # Sizes and rounds are those that end within 15 minutes on 2 cores; the programs' own are larger.
 bench: $(VENV)/.bench  ## benchmarks side by side with TRL, transformers and lm-eval, a quarter of an hour

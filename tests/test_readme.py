@@ -1,4 +1,4 @@
-"""What the README tells a stranger to type works as written."""
+"""What the README and the documentation tell a stranger to type works as written."""
 
 import re
 import shlex
@@ -12,51 +12,82 @@ from d2lora.commands import COMMANDS
 from d2lora.embedded import general_rows, title_rows
 from support import REPOSITORY, write_rows
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+README, QUICKSTART = (REPOSITORY / name for name in ("README.md", "docs/quickstart.md"))
+HOW_TO = REPOSITORY / "docs" / "how-to"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
 
 
-def shell_lines() -> list[str]:
-    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [line.split("  #")[0].strip() for line in joined.splitlines() if line.strip()]
+def shell_lines(page: Path) -> list[str]:
+    joined = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    lines = (line.split("  #")[0].split("   #")[0] for line in joined.splitlines())
+    return [line.strip() for line in lines if line.strip()]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands of d2lora on a page but for the demo, without what the shell does with them."""
+    words = [shlex.split(line.split(" > ")[0]) for line in shell_lines(page)]
+    return [line[1:] for line in words if line[0] == "d2lora" and line[1] != "demo"]
 
 
 @pytest.fixture
 def own_files(tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files that a reader of the README is told to have."""
+    """The files that a reader is told to have."""
     (tmp_path / "my-model").symlink_to(tiny_base)
     write_rows(tmp_path / "general.jsonl", general_rows("train", 60))
     write_rows(tmp_path / "held-out.jsonl", general_rows("valid", 10))
     write_rows(tmp_path / "task.jsonl", title_rows("train", 70))
     write_rows(tmp_path / "test.jsonl", title_rows("test", 4))
-    (plan,) = blocks("yaml")
-    (tmp_path / "study.yaml").write_text(plan)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_every_d2lora_command_of_the_readme_runs(
-    own_files: Path, capsys: pytest.CaptureFixture[str]
+def run_all(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, *_ = blocks(page, "yaml")
+    Path("study.yaml").write_text(plan, encoding="utf-8")
+    for words in commands(page):
+        try:
+            code = main(words)
+        except SystemExit as done:  # as completions end
+            code = done.code
+        assert code == 0, f"{words}\n{capsys.readouterr().err}"
+
+
+def run_python(page: Path) -> None:
+    for code in blocks(page, "python"):
+        exec(compile(code, str(page), "exec"), {})  # noqa: S102
+
+
+@pytest.mark.parametrize("page", [README, QUICKSTART], ids=["README", "quickstart"])
+def test_every_command_of_the_page_runs_and_its_python_too(
+    page: Path, own_files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [line for line in shell_lines() if line.startswith("d2lora ")]
-    used = {shlex.split(line)[1] for line in lines}
-    assert used - {"--help"} == COMMANDS.keys() - {"demo"}
-    for line in lines:
-        assert main(shlex.split(line)[1:]) == 0, f"{line}\n{capsys.readouterr().err}"
+    run_all(page, capsys)
+    assert (own_files / "adapter" / "adapter_model.safetensors").is_file()
+    if page == QUICKSTART:  # the how-to pages go on from there
+        run_python(HOW_TO / "metric.md")
+        run_python(HOW_TO / "serving.md")
+        for words in commands(HOW_TO / "serving.md"):
+            assert main(words) == 0, words
+    for folder in ("warm", "adapter"):
+        (own_files / folder).rename(own_files / f"{folder}-of-the-commands")
+    run_python(page)
     assert (own_files / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_the_python_of_the_readme_runs(own_files: Path) -> None:
-    (code,) = blocks("python")
-    exec(compile(code, "README.md", "exec"), {})  # noqa: S102
-    assert (own_files / "adapter").is_dir()
+def test_every_command_is_shown() -> None:
+    shown = {words[0] for page in (README, QUICKSTART) for words in commands(page)}
+    assert shown == COMMANDS.keys() - {"demo"}
+
+
+def test_the_readme_is_read_in_a_minute() -> None:
+    assert len(README.read_text("utf-8").splitlines()) <= 120
 
 
 def test_make_knows_every_target_that_the_readme_names() -> None:
-    targets = {line.split()[1] for line in shell_lines() if line.startswith("make ")}
+    targets = {line.split()[1] for line in shell_lines(README) if line.startswith("make ")}
     assert {"demo", "test"} <= targets
     for target in sorted(targets):
         done = subprocess.run(
@@ -65,6 +96,11 @@ def test_make_knows_every_target_that_the_readme_names() -> None:
         assert done.returncode == 0
 
 
-def test_files_that_the_readme_points_to_are_there() -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert link.startswith("http") or (REPOSITORY / link).exists(), link
+def test_files_that_pages_point_to_are_there() -> None:
+    for page in (README, *sorted((REPOSITORY / "docs").rglob("*.md"))):
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+            assert link.startswith("http") or (page.parent / link).exists() or link in MADE, link
+
+
+MADE = {"reference/cli.md"}
+"""Pages that exist in the site alone."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from d2lora.evaluation.evaluate import evaluate
     from d2lora.evaluation.generate import generate
     from d2lora.evaluation.scores import Evaluation
+    from d2lora.report.analysis import read_findings
     from d2lora.selection.select import Selection, select
     from d2lora.settings import (
         AdaptSettings,
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
         InspectSettings,
         PairsSettings,
         SelectSettings,
+        StudySettings,
         WarmupSettings,
     )
+    from d2lora.study.run import Study, run_study
     from d2lora.tools.convert import Conversion, convert
     from d2lora.tools.inspect import Inspection, inspect
     from d2lora.tools.pairs import PairsMade, make_pairs
@@ -71,6 +74,10 @@ _HOMES = {
     "GenerateSettings": "settings",
     "Selection": "selection.select",
     "SelectSettings": "settings",
+    "Study": "study.run",
+    "StudySettings": "settings",
+    "read_findings": "report.analysis",
+    "run_study": "study.run",
     "select": "selection.select",
     "WarmupSettings": "settings",
     "WarmStart": "warmstart",
@@ -96,6 +103,8 @@ __all__ = [
     "SelectSettings",
     "Selection",
     "SettingsError",
+    "Study",
+    "StudySettings",
     "TrainingError",
     "WarmStart",
     "WarmStartError",
@@ -106,6 +115,8 @@ __all__ = [
     "generate",
     "inspect",
     "make_pairs",
+    "read_findings",
+    "run_study",
     "select",
     "warm_up",
 ]

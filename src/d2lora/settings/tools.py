@@ -32,7 +32,8 @@ class SelectSettings(BaseSettings, HygieneSettings):
     out: Path = Path("selection")
     """Folder to write: data.jsonl, reasons.jsonl, rejected.jsonl, the data card."""
     method: SelectMethod = "auto"
-    """Selection method, see docs/selection.md. auto: dsir with a task, else stratified."""
+    """How to choose; docs/how-to/warm-up-rows.md explains. auto: dsir with a task, else
+    stratified."""
     embedding: str = "base"
     """Embedding for diverse, similar and mixture: `base` (the base's hidden states), `words` (no
     model, for large pools) or the name of a sentence-transformers model."""
