@@ -64,7 +64,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     settings = AdaptSettings(
         base=args.base, data=(str(args.data),), out=Path("unused"), objective="dpo", rank=RANK,
-        max_steps=args.steps, batch_size=BATCH, learning_rate=LEARNING_RATE, warmup_fraction=0.0, quiet=True,
+        max_steps=args.steps, batch_size=BATCH, learning_rate=LEARNING_RATE, warmup_fraction=0.0,
+        quiet=True,
     )  # fmt: skip
     base = load_base(settings)
     encoder = Encoder.of(base, None)

@@ -303,7 +303,7 @@ def test_asking_for_more_rows_than_are_clean_is_told(
 
 
 def test_a_pool_of_test_rows_leaves_nothing(tmp_path: Path, tiny_base: str, pool: str) -> None:
-    with pytest.raises(DataError, match="hygiene left no row"):
+    with pytest.raises(DataError, match="no row of the pool passed hygiene"):
         select(settings(tmp_path, tiny_base, pool, keep_out=(pool,)))
 
 
@@ -369,7 +369,7 @@ def test_a_warm_up_says_how_its_rows_were_chosen(
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"select": "random"}, "needs -m"), ({"for_task": ("x",)}, "add --select")],
+    [({"select": "random"}, "needs -m"), ({"for_task": ("x",)}, "add one, as in --select")],
 )
 def test_half_a_choice_in_warmup_is_an_error(
     tmp_path: Path, tiny_base: str, general: str, values: dict[str, Any], message: str

@@ -75,7 +75,7 @@ def test_a_plan_tells_all_its_faults_at_once_with_the_nearest_names(
     text = str(error.value)
     for part in (
         "Did you mean `learning_rate`?",
-        "`out` is the study's own business",
+        "`out` is set by the study itself",
         "Did you mean `schedule`?",
         "no warm-up `genral`. Did you mean `general`?",
         "kind `init`, and it alone, needs `init`",
@@ -89,9 +89,9 @@ def test_a_plan_says_once_how_long_to_train(tmp_path: Path) -> None:
     assert not read_plan("quick").steps
     assert read_plan("scarcity", changes=["epochs={16: 3}"]).steps == {}
     assert read_plan("quick", changes=["steps.16=40"]).epochs == {}
-    with pytest.raises(SettingsError, match="steps and epochs both say how long"):
+    with pytest.raises(SettingsError, match="steps and epochs both set the length"):
         read_plan("scarcity", changes=["epochs={16: 3}", "steps={16: 40}"])
-    with pytest.raises(SettingsError, match=r"adapt: `max_steps` and the plan's `steps` both say"):
+    with pytest.raises(SettingsError, match=r"adapt: `max_steps` and the plan's `steps` both set"):
         read_plan("scarcity", changes=["adapt.max_steps=3"])
     plan = tmp_path / "plan.yaml"
     plan.write_text("adapt: {max_steps: 3}\nsteps: {}\n")
