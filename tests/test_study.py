@@ -664,9 +664,9 @@ def test_findings_pair_arms_by_seed_and_item_and_speak_plainly(tmp_path: Path) -
     assert none.p_value == 1
     pooled, first, second = findings.verdicts()
     assert pooled.startswith(
-        "Pooled over 1 task and 2 sizes: warm helps against fresh (+25.0 points"
+        "Pooled over 1 task and 2 sizes: warm helps compared with fresh (+25.0 points"
     )
-    assert first.startswith("Word problems, n = 16: warm helps against fresh (+50.0 points")
+    assert first.startswith("Word problems, n = 16: warm helps compared with fresh (+50.0 points")
     assert "no difference seen" in second
     by_n = {e.n: e.equals for e in findings.efficiency if e.arm == "warm"}
     assert by_n == pytest.approx({16: 64, 64: 64})
