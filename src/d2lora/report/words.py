@@ -99,8 +99,8 @@ def power_line(comparisons: Sequence[Comparison]) -> str:
     seeds = _needed([power.n_seeds for _, power in known], "seeds")
     n_items, n_seeds = known[0][0].n_items, known[0][0].n_seeds
     return (
-        f"To detect a difference of 1 point with 80 % power: with {_count(n_seeds, 'seed')}, {rows}; "
-        f"with {n_items:,} test rows, {seeds}."
+        "To detect a difference of 1 point with 80 % power: with "
+        f"{_count(n_seeds, 'seed')}, {rows}; with {n_items:,} test rows, {seeds}."
     )
 
 
