@@ -303,7 +303,7 @@ def test_asking_for_more_rows_than_are_clean_is_told(
 
 
 def test_a_pool_of_test_rows_leaves_nothing(tmp_path: Path, tiny_base: str, pool: str) -> None:
-    with pytest.raises(DataError, match="no row of the pool passed hygiene"):
+    with pytest.raises(DataError, match="no row of the pool is left"):
         select(settings(tmp_path, tiny_base, pool, keep_out=(pool,)))
 
 

@@ -114,7 +114,7 @@ def test_rows_that_are_missing_stop_a_study_before_it_runs(
     given = settings(tmp_path, plan)
     with pytest.raises(DataError) as error:
         run_study(given)
-    too_few = "tasks.titles: n = 1000 is asked for, but it has 40 rows"
+    too_few = "tasks.titles: n = 1000 is requested, but it has 40 rows"
     assert "tasks.more: nowhere.jsonl" in str(error.value)
     assert too_few in str(error.value)
     assert main(["study", *given.plan, "--out", str(given.out), "--dry-run"]) == 2
@@ -513,7 +513,7 @@ def test_the_small_world_loses_no_row_to_its_templates_and_other_files_do(tmp_pa
 
 def test_a_study_that_is_left_too_few_rows_says_why(tmp_path: Path, plan: dict[str, Any]) -> None:
     plan["tasks"]["titles"]["test"] = plan["tasks"]["titles"]["data"]
-    with pytest.raises(DataError, match=r"task titles: 8 rows are asked for, but 0 of 40 are left"):
+    with pytest.raises(DataError, match=r"task titles: 8 rows are requested, but 0 of 40 are left"):
         run_study(settings(tmp_path, plan))
 
 
