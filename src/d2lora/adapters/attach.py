@@ -41,7 +41,7 @@ def attach_adapter(
     adapters frozen by default (peft#282).
 
     Raises:
-        ModelError: If it is not a LoRA adapter or does not fit the model, which is then as it was; or
+        ModelError: If it is not a LoRA adapter or does not fit the model, which is then unchanged; or
             a trainable one holds more than LoRA weights.
     """
     files = AdapterFiles.read(folder)
