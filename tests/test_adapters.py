@@ -414,7 +414,7 @@ def test_an_adapter_of_more_than_lora_weights_is_no_warm_start(
         ({"task_type": "SEQ_CLS"}, "`task_type` must be CAUSAL_LM, found 'SEQ_CLS'"),
         ({"init_lora_weights": "pissa"}, "made with --init pissa and never converted"),
         ({"layer_replication": [[0, 1]]}, "`layer_replication` repeats layers of the base"),
-        ({"use_newest": True}, "`use_newest`: True is not known to the PEFT that is installed"),
+        ({"use_newest": True}, "`use_newest`: True is not known to the installed PEFT"),
         ({"target_modules": ["nowhere"]}, "does not fit the base: Target modules .*nowhere"),
         ({"target_modules": ["norm"]}, "does not fit the base: Target module .*Norm"),
     ],
@@ -536,10 +536,10 @@ def test_all_linear_takes_the_layers_of_gpt2_and_trains_them(
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (r".*\.q_proj", r"no module `\.\*\\\.q_proj`.*Targets are names, no patterns"),
-        ("q_.*", r"no module `q_\.\*`\. Targets are names, no patterns"),
-        ("self_attn", "`self_attn` is no linear layer but a LlamaAttention"),
-        ("norm", "`norm` is no linear layer but a LlamaRMSNorm"),
+        (r".*\.q_proj", r"no module `\.\*\\\.q_proj`.*Targets are names, not patterns"),
+        ("q_.*", r"no module `q_\.\*`\. Targets are names, not patterns"),
+        ("self_attn", "`self_attn` is a LlamaAttention, not a linear layer"),
+        ("norm", "`norm` is a LlamaRMSNorm, not a linear layer"),
     ],
 )
 def test_a_target_that_is_no_name_of_layers_is_refused(

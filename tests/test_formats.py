@@ -201,7 +201,7 @@ def test_text_beside_a_label_is_no_document_unless_that_is_asked_for(
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'"),
         ({"messages": [{"role": "user", "content": {"a": 1}}]}, "found dict"),
         ({"messages": [{"role": "user", "content": []}]}, "not empty"),
-        ({"messages": BOTH, "system": "Another."}, "not that of `system`"),
+        ({"messages": BOTH, "system": "Another."}, "differs from `system`"),
         ({"messages": TOOL_TURNS[:2]}, "the last turn calls a tool"),
         ({"messages": [{**ASKS, "tool_calls": [CALL]}]}, "of an assistant's turn"),
         ({"messages": [ASKS, {"role": "assistant", "tool_calls": [3]}]}, "must have a `name`"),

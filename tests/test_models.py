@@ -42,7 +42,7 @@ def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch: pytest.Monke
         raise LocalEntryNotFoundError("the hub cannot be reached")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(ModelError, match="no local folder of this name, and the hub gave none"):
+    with pytest.raises(ModelError, match="no such local folder, and the hub has no such model"):
         base_folder("owner/name")
 
 

@@ -129,13 +129,13 @@ def test_the_page_says_the_known_numbers(known: Path) -> None:
     assert "+50.0 points" in text
     assert ">75.0<" in text
     assert ">25.0<" in text
-    assert "takes" in text
+    assert "with 80 % power" in text
     assert "with 2 seeds" in text
     assert "with 40 test rows" in text
     assert "4 of 4 tuned learning rates are at the edge of the search" in text
     assert "learning rate (2)" in text
     assert "0.01 (2)" in text
-    assert "Pooled over 1 task and 2 sizes: warm helps against fresh (+50.0 points" in text
+    assert "Pooled over 1 task and 2 sizes: warm helps compared with fresh (+50.0 points" in text
     assert '<td class="num">0.67</td>' in text, "warm has fresh's lowest loss at 5.3 of 8 steps"
     assert "1.250" in text
 

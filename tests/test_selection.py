@@ -303,7 +303,7 @@ def test_asking_for_more_rows_than_are_clean_is_told(
 
 
 def test_a_pool_of_test_rows_leaves_nothing(tmp_path: Path, tiny_base: str, pool: str) -> None:
-    with pytest.raises(DataError, match="hygiene left no row"):
+    with pytest.raises(DataError, match="no row of the pool is left"):
         select(settings(tmp_path, tiny_base, pool, keep_out=(pool,)))
 
 
@@ -327,7 +327,7 @@ def test_an_embedding_that_the_method_would_not_look_at_is_an_error(
     tmp_path: Path, tiny_base: str, pool: str, titles: str
 ) -> None:
     asked = settings(tmp_path, tiny_base, pool, for_task=(titles,), embedding="words")
-    with pytest.raises(SettingsError, match=r"dsir does not look at it.*similar or mixture"):
+    with pytest.raises(SettingsError, match=r"dsir does not use it.*similar or mixture"):
         select(asked)
     assert not asked.out.exists()
     select(asked.changed(method="mixture"))
@@ -356,20 +356,20 @@ def test_a_warm_up_says_how_its_rows_were_chosen(
     apart = warm_up(
         WarmupSettings(**common, data=(str(chosen.data),), out=tmp_path / "apart")
     )  # fmt: skip
-    assert "8 rows chosen by dsir" in apart.manifest.selection
+    assert "8 rows selected by dsir" in apart.manifest.selection
     at_once = warm_up(
         WarmupSettings(
             **common, data=(pool,), m=8, select="stratified", out=tmp_path / "at-once",
         )
     )  # fmt: skip
-    assert "8 rows chosen by stratified" in at_once.manifest.selection
+    assert "8 rows selected by stratified" in at_once.manifest.selection
     assert at_once.manifest.data[0]["rows"] == 8
     assert (tmp_path / "at-once" / "selection" / "README.md").is_file()
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"select": "random"}, "needs -m"), ({"for_task": ("x",)}, "add --select")],
+    [({"select": "random"}, "needs -m"), ({"for_task": ("x",)}, "add one, as in --select")],
 )
 def test_half_a_choice_in_warmup_is_an_error(
     tmp_path: Path, tiny_base: str, general: str, values: dict[str, Any], message: str

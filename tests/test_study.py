@@ -75,7 +75,7 @@ def test_a_plan_tells_all_its_faults_at_once_with_the_nearest_names(
     text = str(error.value)
     for part in (
         "Did you mean `learning_rate`?",
-        "`out` is the study's own business",
+        "`out` is set by the study itself",
         "Did you mean `schedule`?",
         "no warm-up `genral`. Did you mean `general`?",
         "kind `init`, and it alone, needs `init`",
@@ -89,9 +89,9 @@ def test_a_plan_says_once_how_long_to_train(tmp_path: Path) -> None:
     assert not read_plan("quick").steps
     assert read_plan("scarcity", changes=["epochs={16: 3}"]).steps == {}
     assert read_plan("quick", changes=["steps.16=40"]).epochs == {}
-    with pytest.raises(SettingsError, match="steps and epochs both say how long"):
+    with pytest.raises(SettingsError, match="steps and epochs both set the length"):
         read_plan("scarcity", changes=["epochs={16: 3}", "steps={16: 40}"])
-    with pytest.raises(SettingsError, match=r"adapt: `max_steps` and the plan's `steps` both say"):
+    with pytest.raises(SettingsError, match=r"adapt: `max_steps` and the plan's `steps` both set"):
         read_plan("scarcity", changes=["adapt.max_steps=3"])
     plan = tmp_path / "plan.yaml"
     plan.write_text("adapt: {max_steps: 3}\nsteps: {}\n")
@@ -114,7 +114,7 @@ def test_rows_that_are_missing_stop_a_study_before_it_runs(
     given = settings(tmp_path, plan)
     with pytest.raises(DataError) as error:
         run_study(given)
-    too_few = "tasks.titles: n = 1000 is asked for, but it has 40 rows"
+    too_few = "tasks.titles: n = 1000 is requested, but it has 40 rows"
     assert "tasks.more: nowhere.jsonl" in str(error.value)
     assert too_few in str(error.value)
     assert main(["study", *given.plan, "--out", str(given.out), "--dry-run"]) == 2
@@ -513,7 +513,7 @@ def test_the_small_world_loses_no_row_to_its_templates_and_other_files_do(tmp_pa
 
 def test_a_study_that_is_left_too_few_rows_says_why(tmp_path: Path, plan: dict[str, Any]) -> None:
     plan["tasks"]["titles"]["test"] = plan["tasks"]["titles"]["data"]
-    with pytest.raises(DataError, match=r"task titles: 8 rows are asked for, but 0 of 40 are left"):
+    with pytest.raises(DataError, match=r"task titles: 8 rows are requested, but 0 of 40 are left"):
         run_study(settings(tmp_path, plan))
 
 
@@ -664,9 +664,9 @@ def test_findings_pair_arms_by_seed_and_item_and_speak_plainly(tmp_path: Path) -
     assert none.p_value == 1
     pooled, first, second = findings.verdicts()
     assert pooled.startswith(
-        "Pooled over 1 task and 2 sizes: warm helps against fresh (+25.0 points"
+        "Pooled over 1 task and 2 sizes: warm helps compared with fresh (+25.0 points"
     )
-    assert first.startswith("Word problems, n = 16: warm helps against fresh (+50.0 points")
+    assert first.startswith("Word problems, n = 16: warm helps compared with fresh (+50.0 points")
     assert "no difference seen" in second
     by_n = {e.n: e.equals for e in findings.efficiency if e.arm == "warm"}
     assert by_n == pytest.approx({16: 64, 64: 64})

@@ -154,7 +154,7 @@ def test_a_run_cannot_stop_beyond_its_schedule(
     ],
 )
 def test_a_run_has_one_length(lengths: dict[str, int]) -> None:
-    with pytest.raises(SettingsError, match="both say how long to train: give one"):
+    with pytest.raises(SettingsError, match="both set the length of training: give one"):
         WarmupSettings(data=("a",), out=Path("w"), **lengths)
 
 

@@ -4,7 +4,7 @@
     ├── SettingsError   (ValueError)    a setting is unknown, out of range or contradicts another
     ├── DataError       (ValueError)    a data file cannot be used; every fault is listed at once
     ├── ModelError      (ValueError)    a base or an adapter cannot be loaded or does not fit
-    │   └── WarmStartError              a folder is no warm start, or not one for this base
+    │   └── WarmStartError              a folder is not a warm start, or not one for this base
     ├── TrainingError   (RuntimeError)  training cannot start or has gone wrong
     └── RunError        (RuntimeError)  a run folder is in use, incomplete or of other settings
 
@@ -33,7 +33,7 @@ class ModelError(D2LoraError, ValueError):
 
 
 class WarmStartError(ModelError):
-    """A folder is no warm start, or not one for this base or these settings."""
+    """A folder is not a warm start, or not one for this base or these settings."""
 
 
 class TrainingError(D2LoraError, RuntimeError):

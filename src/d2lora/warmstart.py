@@ -47,7 +47,7 @@ class WarmStart(Adapter):
                 raise WarmStartError(
                     f"{folder}: the warm-up is unfinished; continue it with d2lora warmup --resume"
                 )
-            raise WarmStartError(f"{folder}: no warm start: it has no warm_start.json")
+            raise WarmStartError(f"{folder}: not a warm start: it has no warm_start.json")
         try:
             read_adapter_config(folder)
         except ModelError as error:

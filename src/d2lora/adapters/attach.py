@@ -41,7 +41,7 @@ def attach_adapter(
     adapters frozen by default (peft#282).
 
     Raises:
-        ModelError: If it is no LoRA adapter or does not fit the model, which is then as it was; or
+        ModelError: If it is not a LoRA adapter or does not fit the model, which is then unchanged; or
             a trainable one holds more than LoRA weights.
     """
     files = AdapterFiles.read(folder)
@@ -66,7 +66,7 @@ def attached(model: PreTrainedModel, folder: Path) -> Generator[PeftModel]:
     the adapter: whole modules (`modules_to_save`), biases, embeddings.
 
     Raises:
-        ModelError: If it is no LoRA adapter or does not fit the model.
+        ModelError: If it is not a LoRA adapter or does not fit the model.
     """
     files = AdapterFiles.read(folder)
     before, digest = _Before(model, files), fingerprint_in_memory(model)

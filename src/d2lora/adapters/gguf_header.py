@@ -37,7 +37,7 @@ def read_header(path: Path) -> GgufHeader:
     """Read and check the header of a GGUF file.
 
     Raises:
-        ModelError: If it is no GGUF file, of a version that is not known, cut off, or says what
+        ModelError: If it is not a GGUF file, of a version that is not known, cut off, or says what
             cannot be.
     """
     with path.open("rb") as file:
@@ -112,7 +112,7 @@ class _Reader:
             if begin + tensor.n_bytes > self._size:
                 raise ModelError(
                     f"{self._path}: cut off: tensor {tensor.name!r:.80} should end at byte "
-                    f"{begin + tensor.n_bytes:,}, the file has {self._size:,}; get it again"
+                    f"{begin + tensor.n_bytes:,}, the file has {self._size:,}; download it again"
                 )
             for offset in range(0, tensor.n_bytes, max(_PIECE_BYTES, tensor.n_bytes // _PIECES)):
                 self._file.seek(begin + offset)
@@ -122,7 +122,7 @@ class _Reader:
     def _number(self, layout: str) -> int:
         raw = self._file.read(struct.calcsize(layout))
         if len(raw) < struct.calcsize(layout):
-            raise ModelError(f"{self._path}: cut off inside its header; get it again")
+            raise ModelError(f"{self._path}: cut off inside its header; download it again")
         return struct.unpack(layout, raw)[0]
 
     def _text(self) -> str:
@@ -154,7 +154,7 @@ class _Reader:
         if n_bytes > self._size - self._file.tell():
             raise ModelError(
                 f"{self._path}: its header announces {what}, which the file cannot hold: it is cut "
-                "off or damaged; get it again"
+                "off or damaged; download it again"
             )
 
 

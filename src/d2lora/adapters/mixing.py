@@ -34,7 +34,7 @@ class Plain:
         """Read an adapter.
 
         Raises:
-            ModelError: If its layers have different ranks, or are no plain LoRA.
+            ModelError: If its layers have different ranks, or are not plain LoRA.
         """
         files = AdapterFiles.read(folder)
         config, layers = files.config, files.layers

@@ -50,7 +50,7 @@ class Leak:
         return f"contaminated: {self.how} {place(self.file, self.line)}"
 
     def as_fault(self, row: Row) -> Fault:
-        """Return the training row as one that is set aside."""
+        """Return the training row as a bad row, with the reason."""
         return Fault(row.file, row.line, self.reason, json.dumps(row.values, default=str))
 
 

@@ -106,8 +106,9 @@ def answers_beyond(
     if not n_long:
         return None
     return (
-        f"{n_long:,} of {len(lengths):,} gold answers with EOS are longer than max_new_tokens "
-        f"{max_new_tokens:,} (the longest: {longest:,}), so no output can match them; raise it"
+        f"{n_long:,} of {len(lengths):,} gold answers are longer than max_new_tokens "
+        f"{max_new_tokens:,}, EOS included (longest {longest:,}), so no output can match them; "
+        "raise it"
     )
 
 

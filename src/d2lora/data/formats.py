@@ -103,7 +103,7 @@ def _after_system(row: Fields, turns: Sequence[Message]) -> Prompt:
             if turns[0].role != "system":
                 return (Message("system", system), *turns)
             if turns[0].content != system:
-                raise BadRowError(f"the turns have a system turn that is not that of `{name}`")
+                raise BadRowError(f"the system turn differs from `{name}`")
     return tuple(turns)
 
 

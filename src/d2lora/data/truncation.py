@@ -39,7 +39,7 @@ def fitted(
         spans: Where each token of a text starts and ends.
 
     Raises:
-        DataError: If what is no field is longer than the limit by itself.
+        DataError: If what is not a field is longer than the limit by itself.
     """
     while (excess := length(example) - max_length) > 0:
         fields = [(field, spans(field.text)) for field in _fields(example)]

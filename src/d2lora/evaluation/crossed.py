@@ -20,7 +20,7 @@ ROUNDING = 1e-12
 
 
 def verdict_of(low: float, high: float) -> str:
-    """Return the verdict of a 95 % interval of a difference."""
+    """Return the verdict of a 95 % CI of a difference."""
     if low > 0:
         return "helps"
     return "hurts" if high < 0 else NOTHING_SEEN
@@ -70,7 +70,7 @@ class Spread:
 
     @property
     def margin(self) -> float:
-        """Half the 95 % interval of the mean."""
+        """Half the 95 % CI of the mean."""
         from scipy import stats
 
         quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / 2, self.freedom)
@@ -113,7 +113,7 @@ class Pooled:
 
     mean: float
     interval: tuple[float, float] | None
-    """95 % interval over items and seeds; None with one seed."""
+    """95 % CI over items and seeds; None with one seed."""
     p_value: float | None
     """Two-sided, against 0; None with one seed."""
     n_cells: int

@@ -120,7 +120,7 @@ def _examples(settings: GenerateSettings) -> list[Example]:
             raise SettingsError("--prompt is empty")
         try:
             settings.prompt.encode()
-        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+        except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
             raise SettingsError("--prompt is not UTF-8 text; put it into a file") from None
         return [Example(user(settings.prompt), "", place="--prompt")]
     assert settings.prompts is not None

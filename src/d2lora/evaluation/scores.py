@@ -52,7 +52,7 @@ def _plain(values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def scores_of_adapters(evaluation: Evaluation) -> Table:
     """Return the scores in percent, with intervals, as a table for the terminal."""
     columns = list(next(iter(evaluation.scores.values())))
-    table = Table(title="scores, % (95 % interval)")
+    table = Table(title="scores, % (95 % CI)")
     table.add_column("adapter", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right")

@@ -22,7 +22,7 @@ N_RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval."""
+    """A mean with its 95 % CI."""
 
     mean: float
     low: float
@@ -36,10 +36,10 @@ class Difference:
 
     mean: float
     low: float
-    """Of the 95 % interval over items alone, with these seeds."""
+    """Of the 95 % CI over items alone, with these seeds."""
     high: float
     over_seeds: tuple[float, float] | None
-    """95 % interval over items and seeds; None with one seed."""
+    """95 % CI over items and seeds; None with one seed."""
     seed_sd: float | None
     """Standard deviation of the difference over seeds; None with one seed."""
     by_seed: tuple[float, ...]
@@ -72,7 +72,7 @@ class Difference:
 
 
 def mean_interval(scores: Array, seed: int = 0) -> Interval:
-    """Return the mean of scores of independent items with a 95 % interval.
+    """Return the mean of scores of independent items with a 95 % CI.
 
     Right-or-wrong scores take Wilson's interval, which stays honest where all are right or all
     wrong; others the percentile bootstrap over items.

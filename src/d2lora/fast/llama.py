@@ -61,7 +61,7 @@ class Llama:
     @classmethod
     @torch.inference_mode()
     def of(cls, model: PreTrainedModel) -> "Llama | None":
-        """Lay a model out; None where it is no plain float32 Llama on a CPU.
+        """Lay a model out; None where it is not a plain float32 Llama on a CPU.
 
         Adapters have to be merged. The weights are copied.
         """

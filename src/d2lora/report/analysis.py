@@ -38,10 +38,10 @@ def read_findings(path: Path) -> Findings:
     """Read a study's folder and compute its findings.
 
     Raises:
-        RunError: If it is no study, or no cell of it is finished.
+        RunError: If it is not a study, or no cell of it is finished.
     """
     if not (path / "study.json").is_file():
-        raise RunError(f"{path}: no study: it has no study.json; run d2lora study first")
+        raise RunError(f"{path}: not a study: it has no study.json; run d2lora study first")
     study = read_json(path / "study.json")
     plan = StudyPlan(**study["plan"])
     rows = _lines(path / "results.jsonl")

@@ -280,7 +280,7 @@ class Findings:
 def _verdict_text(verdict: str, arm: str, against: str) -> str:
     if verdict in (NOTHING_SEEN, NO_VERDICT):
         return f"{verdict} between {arm} and {against}"
-    return f"{arm} {verdict} against {against}"
+    return f"{arm} {verdict} compared with {against}"
 
 
 def references(plan: StudyPlan) -> dict[str, str]:

@@ -32,7 +32,7 @@ def score_table(findings: Findings, task: str) -> Grid:
         "n",
         "arm",
         f"{findings.score_name(task)}, %",
-        "95 % interval",
+        "95 % CI",
         "SD of seeds",
         "difference",
         CI,
@@ -58,7 +58,7 @@ def chart_score_grid(findings: Findings, levels: Sequence[Level], title: str) ->
         for v in sorted(levels, key=lambda v: v.n)
     ]
     score = f"{findings.score_name(levels[0].task)}, %"
-    return Grid(title, ("n", "arm", score, "95 % interval", "each seed"), rows)
+    return Grid(title, ("n", "arm", score, "95 % CI", "each seed"), rows)
 
 
 def difference_grid(comparisons: Iterable[Comparison], title: str) -> Grid:

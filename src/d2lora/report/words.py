@@ -99,8 +99,8 @@ def power_line(comparisons: Sequence[Comparison]) -> str:
     seeds = _needed([power.n_seeds for _, power in known], "seeds")
     n_items, n_seeds = known[0][0].n_items, known[0][0].n_seeds
     return (
-        f"To detect a difference of 1 point with 80 % power takes {rows} with "
-        f"{_count(n_seeds, 'seed')}, or {seeds} with {n_items:,} test rows."
+        "To detect a difference of 1 point with 80 % power: with "
+        f"{_count(n_seeds, 'seed')}, {rows}; with {n_items:,} test rows, {seeds}."
     )
 
 
@@ -167,7 +167,7 @@ def _range(values: Sequence[int]) -> str:
 def _needed(numbers: Sequence[float], what: str) -> str:
     enough = [int(value) for value in numbers if math.isfinite(value)]
     if not enough:
-        return f"more than any number of {what}"
+        return f"no number of {what} is enough"
     if len(enough) == len(numbers):
         return f"{_range(enough)} {what}"
-    return f"{_range(enough)} {what} at some sizes and more than any number at others"
+    return f"{_range(enough)} {what} at some sizes, and no number is enough at others"

@@ -107,7 +107,7 @@ class SentenceEncoder:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise SettingsError(
-                f"--embedding {name}: no such sentence-transformers model: {reason}; or take "
+                f"--embedding {name}: no such sentence-transformers model: {reason}; or use "
                 "`base` or `words`"
             ) from None
         self.width = int(self._model.get_sentence_embedding_dimension())

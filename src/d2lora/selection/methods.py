@@ -234,7 +234,7 @@ def choose(method: str, features: Features, request: Request) -> list[Pick]:
     """
     if request.m > features.n_pool:
         raise SettingsError(
-            f"-m {request.m:,}: only {features.n_pool:,} rows of the pool are left; ask for fewer"
+            f"-m {request.m:,}: only {features.n_pool:,} rows are left in the pool; ask for fewer"
         )
     picks = METHODS[method](features, request)
     assert len({pick.index for pick in picks}) == request.m == len(picks)

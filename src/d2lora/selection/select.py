@@ -69,7 +69,7 @@ def _select(settings: SelectSettings, method: str) -> Selection:
     cleaned = clean(pool, settings, encoder, seed, reporter)
     reporter.say(cleaned.report())
     if not cleaned.kept:
-        raise DataError(f"no row of the pool passed hygiene: {cleaned.report()}")
+        raise DataError(f"no row of the pool is left; {cleaned.report()}")
     features = PoolFeatures(settings, pool, cleaned.kept, tasks, reporter)
     request = Request(settings.m, stream_seed(settings.seed, "select"), settings.relevance)
     picks = choose(method, features, request)

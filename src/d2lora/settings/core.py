@@ -17,7 +17,7 @@ class Settings(BaseModel):
     aliases: ClassVar[dict[str, str]] = {}
     """Short forms of options on the command line."""
     positional: ClassVar[str | None] = None
-    """Field that words before the options belong to, where they are no settings file."""
+    """Field that words before the options belong to, where they are not a settings file."""
     settings_file: ClassVar[bool] = True
     """Whether the first word may be a settings file."""
 

@@ -66,7 +66,7 @@ def decontaminated(
         store: Folder of the study's runs; what is left of a file is written to `cleaned/` in it.
         world: Folder of the small world's files.
         say: Gets the formats of training rows.
-        fetch: Read hub data sets, too. False: what is no file here goes unchecked.
+        fetch: Read hub data sets, too. False: what is not a file here goes unchecked.
 
     Returns:
         The plan with the cleaned files in place, and what was checked.
@@ -185,7 +185,7 @@ def _too_few(check: Check, wanted: int) -> list[str]:
     leak = check.removed[0].leak
     first = f"{leak.how} {place(leak.file, leak.line)}"
     return [
-        f"{check.use}: {wanted:,} rows are asked for, but {left:,} of {check.n_rows:,} are left: "
+        f"{check.use}: {wanted:,} rows are requested, but {left:,} of {check.n_rows:,} are left: "
         f"the others overlap with an evaluation row (the first {first}). Where only the wording "
         "of a template is the same, set keep_out_words: 0"
     ]

@@ -29,7 +29,7 @@ def write_mixture(
         held_out: File for the task's validation rows; written if there are any.
 
     Raises:
-        SettingsError: If a phase has rows without a prompt, which are no conversation, or the
+        SettingsError: If a phase has rows without a prompt, which are not conversations, or the
             length of the warm-up is set in tokens.
     """
     if general.max_tokens is not None:

@@ -72,7 +72,7 @@ def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> Non
             continue
         if rows < max(plan.sizes):
             faults.append(
-                f"tasks.{name}: n = {max(plan.sizes)} is asked for, but it has {rows} rows"
+                f"tasks.{name}: n = {max(plan.sizes)} is requested, but it has {rows} rows"
             )
     if faults:
         raise DataError(f"the study cannot run:\n{listed(faults)}")

@@ -149,7 +149,7 @@ class _Run:
             self._start(job)
             return
         if error is not None and not isinstance(error, Exception):
-            raise error  # an interrupt is no failure of a job
+            raise error  # an interrupt is not a failure of a job
         if error is None:
             self._needs.done[job.key] = future.result()
         else:

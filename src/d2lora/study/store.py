@@ -134,7 +134,7 @@ def adapter_content(folder: Path) -> str:
 
 
 def content_of(name: str) -> str:
-    """Return the SHA-256 of a file; of what is no file here, as a hub data set, the name."""
+    """Return the SHA-256 of a file; of what is not a file here, as a hub data set, the name."""
     path = Path(name)
     return _sha256(stamp_of(path)) if path.is_file() else name
 

@@ -78,7 +78,7 @@ def inspect(settings: InspectSettings) -> Inspection:
     """Inspect an adapter or a warm start, compared with another one where it is named.
 
     Raises:
-        ModelError: If a folder is no LoRA adapter, or the two have no layer in common.
+        ModelError: If a folder is not a LoRA adapter, or the two have no layer in common.
     """
     folder = Path(settings.adapter)
     files = AdapterFiles.read(folder)

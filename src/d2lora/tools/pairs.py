@@ -92,7 +92,7 @@ def _make_pairs(settings: PairsSettings, base: Base | None) -> PairsMade:
             "gsm8k, titles or instruct"
         )
     if settings.n is not None and settings.n > len(data.examples):
-        raise DataError(f"{settings.n} rows are asked for, but the data has {len(data.examples)}")
+        raise DataError(f"{settings.n} rows are requested, but the data has {len(data.examples)}")
     order = nested_order(len(data.examples), stream_seed(settings.seed, "subset"))
     examples = [data.examples[index] for index in order[: settings.n]]
     base = base or load_base(settings)
@@ -172,7 +172,7 @@ def _pair(
     )
     as_good = [sample for sample in samples if sample.score >= gold.score]
     chosen = as_good[0] if best_sample and as_good else gold
-    # An empty answer is no completion to learn from.
+    # An empty answer is not a completion to learn from.
     worse = [s for s in samples if s.score < chosen.score and s.text.strip()]
     if not worse:
         return None

@@ -33,7 +33,7 @@ class Start:
     """Mean over rows of the base's loss on the completion, in nats per token."""
     loss_warm_start: float
     low: float
-    """Of the 95 % interval, over rows, of the warm start's loss less the base's."""
+    """Of the 95 % CI, over rows, of the warm start's loss less the base's."""
     high: float
     n_rows: int
 
@@ -45,7 +45,7 @@ class Start:
         return (
             f"the warm start is worse than the base on this task before training (loss "
             f"{self.loss_warm_start:.3f} against {self.loss_base:.3f} nats per token on "
-            f"{self.n_rows} rows, 95 % interval of the difference {self.low:+.3f} to "
+            f"{self.n_rows} rows, 95 % CI of the difference {self.low:+.3f} to "
             f"{self.high:+.3f}): what it learnt does not transfer. Compare with --init fresh; try "
             "--init-scale 0.5, warm-up data closer to the task (d2lora select --for), or a warm-up "
             "with a lower learning rate or fewer epochs"

@@ -54,7 +54,7 @@ def prepare_rows(
     _check_objective(settings, data, reporter)
     data, kept_out = _without_leaks(settings, data, reporter)
     if n is not None and n > len(data.examples):
-        raise DataError(f"{n} rows are asked for, but the data has {len(data.examples)}")
+        raise DataError(f"{n} rows are requested, but the data has {len(data.examples)}")
     chosen = nested_order(len(data.examples), seed_of(settings, "subset"))[:n]
     examples = [data.examples[index] for index in chosen]
     encoded = _encoded(settings, encoder, examples)
