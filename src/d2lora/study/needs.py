@@ -22,7 +22,7 @@ from d2lora.study.plan import NEEDS_WARM_UP, UNTRAINED, ArmPlan, StudyPlan
 from d2lora.study.recipes import adapt_settings, base_values, pairs_settings, warm_up_settings
 from d2lora.study.store import Job, content_of
 from d2lora.study.tuning import Candidate, Curve, SearchGrid, Tuned, mean_curve
-from d2lora.training.schedule import StepSchedule
+from d2lora.training.schedule import StepSchedule, batch_size_of
 
 CURVE_POINTS = 12
 """Validation losses in a trial's curve, at most, besides that of the untrained adapter."""
@@ -185,11 +185,12 @@ class Needs:
                 assert isinstance(warm_up, WarmUp), "checked with the plan"
                 place = (cell.task, cell.n)
                 mixed = Mixed(f"{cell}, rows", place, self.store, warm_up.settings, plain)
-                self._need(mixed)
+                n_rows = self._need(mixed)["n_rows"]
                 holds_out = plain.validation_fraction or plain.fold
                 changes = {
                     "data": (str(mixed.path),), "task": "instruct", "n": None, "fold": None,
-                    "epochs": 1.0, "max_steps": None, "validation_fraction": 0.0,
+                    "epochs": None, "max_steps": math.ceil(n_rows / batch_size_of(n_rows, plain)),
+                    "validation_fraction": 0.0,
                     "validation_data": (str(mixed.held_out),) if holds_out else (),
                 }  # fmt: skip
             case "norms":
