@@ -1,4 +1,4 @@
-"""What the site is made of beside docs/: the command line, and files that lie elsewhere."""
+"""What the site is made of beside the pages in docs/: command line, files that lie elsewhere."""
 
 import re
 from pathlib import Path
