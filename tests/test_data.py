@@ -266,7 +266,7 @@ def test_columns_without_a_name_are_named_by_their_place(tmp_path: Path) -> None
     pd.DataFrame(ROWS).to_csv(path)
     said: list[str] = []
     read_task([str(path)], say=said.append)
-    assert said == [f"{path}: rows read: 3 as prompt/completion; not used: `column 1`"]
+    assert said == [f"{path}: rows by format: 3 prompt/completion; not used: `column 1`"]
 
 
 def test_a_parquet_column_named_twice_is_refused(tmp_path: Path) -> None:

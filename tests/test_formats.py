@@ -109,7 +109,7 @@ def test_every_format_of_a_conversation_reads_the_same_and_is_reported_once(
     for example in data.examples:
         assert shown(example.prompt) == [SYSTEM, USER, FIRST, NEXT]
         assert example.completion == "July."
-    assert said == [f"rows read: 2 as {name}"]
+    assert said == [f"rows by format: 2 {name}"]
     assert list(read_pool([str(tmp_path / "rows.jsonl")]).examples) == data.examples
 
 
@@ -143,16 +143,16 @@ def test_fields_that_are_not_used_are_named_once_a_source(tmp_path: Path) -> Non
     ]
     _, said = read(tmp_path, *rows)
     unused = "`category`, `id`, `messages[].weight`"
-    assert said == [f"rows read: 2 as Dolly, 1 as messages; not used: {unused}"]
+    assert said == [f"rows by format: 2 Dolly, 1 messages; not used: {unused}"]
     _, said = read(tmp_path, {"text": "t", "title": "T", "label": 1})
-    assert said == ["rows read: 1 as text/title; not used: `label`"]
+    assert said == ["rows by format: 1 text/title; not used: `label`"]
     _, said = read(tmp_path, {"text": "t", "url": "u"})
-    assert said == ["rows read: 1 as documents; not used: `url`"]
+    assert said == ["rows by format: 1 documents; not used: `url`"]
     choice = {"prompt": "p", "choices": ["a", "b"], "answer": 0, "subject": "s"}
     told: list[str] = []
     read_choice_questions([write_rows(tmp_path / "c.jsonl", [choice, choice])], told.append)
-    assert [line.partition("rows read: ")[2] for line in told] == [
-        "2 as multiple choice; not used: `subject`"
+    assert [line.partition("rows by format: ")[2] for line in told] == [
+        "2 multiple choice; not used: `subject`"
     ]
 
 
@@ -166,9 +166,9 @@ def test_commands_say_what_they_read(
     evaluate(EvaluateSettings(**common, data=(data,), out=tmp_path / "e", max_new_tokens=2))
     generate(GenerateSettings(**common, prompts=data, max_new_tokens=2))
     said = capsys.readouterr().err.split("\n")
-    read_as = f"{data}: rows read: 4 as ShareGPT; not used: `id`"
-    prompts = f"{data}: rows read: 4 as prompts in `conversations`; not used: `id`"
-    assert [line for line in said if "rows read" in line] == [read_as, read_as, prompts]
+    read_as = f"{data}: rows by format: 4 ShareGPT; not used: `id`"
+    prompts = f"{data}: rows by format: 4 prompts in `conversations`; not used: `id`"
+    assert [line for line in said if "rows by format" in line] == [read_as, read_as, prompts]
 
 
 @pytest.mark.parametrize("label", ["label", "Label", "summary", "answer", "output"])

@@ -41,8 +41,8 @@ def attach_adapter(
     adapters frozen by default (peft#282).
 
     Raises:
-        ModelError: If it is not a LoRA adapter or does not fit the model, which is then unchanged;
-            or a trainable one holds more than LoRA weights.
+        ModelError: If it is not a LoRA adapter or does not fit the model, then unchanged; or a
+            trainable one holds more than LoRA weights.
     """
     files = AdapterFiles.read(folder)
     if dropout is not None:

@@ -253,10 +253,10 @@ class FormatsSeen:
         """Report it in one line, where rows were read."""
         if say is None or not self._formats:
             return
-        read = ", ".join(f"{n:,} as {name}" for name, n in self._formats.items())
+        rows = ", ".join(f"{n:,} {name}" for name, n in self._formats.items())
         beside = f" with {_named(self._beside)}" if self._beside else ""
         unused = f"; not used: {_named(self._unused)}" if self._unused else ""
-        say(f"{self._source}: rows read: {read}{beside}{unused}")
+        say(f"{self._source}: rows by format: {rows}{beside}{unused}")
 
 
 def _named(fields: Iterable[str]) -> str:
