@@ -58,6 +58,7 @@ def run_python(page: Path) -> None:
         exec(compile(code, str(page), "exec"), {})  # noqa: S102
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_and_the_quickstart_runs(
     own_files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
