@@ -38,7 +38,7 @@ def command_line() -> str:
     ]
     for name, command in COMMANDS.items():
         kind = command.kind
-        parts.append(f"\n## d2lora {name}\n\n{command.says[0].upper()}{command.says[1:]}.\n")
+        parts.append(f"\n## d2lora {name}\n\n{command.summary[0].upper()}{command.summary[1:]}.\n")
         parts.append("\n| setting | values | default | meaning |\n|---|---|---|---|\n")
         parts += [f"| {' | '.join(row)} |\n" for row in settings_of(kind)]
     return "".join(parts)
