@@ -44,6 +44,12 @@ class RunError(D2LoraError, RuntimeError):
     """A run folder is in use, incomplete or belongs to other settings."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean `x`?" for the nearest known name, or an empty string."""
     nearest = get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from d2lora.adapters.files import PREFIX, AdapterFiles, some
-from d2lora.errors import ModelError, listed
+from d2lora.errors import ModelError, first_line, listed
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> 
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ModelError):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ModelError(f"{files.folder}: the adapter does not fit the base: {reason}") from None
     assert isinstance(on_base, PeftModel)
     if not trainable:

@@ -26,7 +26,7 @@ from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.files import ADAPTER_CONFIG
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.adapters.gguf import quantization_of
-from d2lora.errors import ModelError
+from d2lora.errors import ModelError, first_line
 from d2lora.settings import BaseSettings
 
 
@@ -92,7 +92,7 @@ def load_base(settings: BaseSettings) -> Base:
             folder, dtype=dtype_of(settings.dtype, device), use_safetensors=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ModelError(f"{settings.base}: not a causal language model: {reason}") from None
     model.requires_grad_(False)
     nn.Module.to(model, device).eval()
@@ -120,7 +120,7 @@ def load_tokenizer(settings: BaseSettings) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ModelError(f"{settings.base}: not a causal language model: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise ModelError(

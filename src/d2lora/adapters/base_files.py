@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 
 from d2lora.adapters.gguf import converted_gguf
-from d2lora.errors import ModelError
+from d2lora.errors import ModelError, first_line
 
 EMBEDDED = "embedded"
 SMOLLM2 = "smollm2"
@@ -75,7 +75,7 @@ def _from_hub(name: str, revision: str | None, gguf_file: str | None, *, fetch: 
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ModelError(
             f"{name}: no such local folder, and the hub has no such model: {reason}"
         ) from None

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from d2lora.adapters.factors import Factors
 from d2lora.adapters.fingerprints import unreadable
-from d2lora.errors import ModelError, listed
+from d2lora.errors import ModelError, first_line, listed
+from d2lora.settings import changes_base
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
-_CHANGES_BASE = {"olora", "corda", "lora_ga", "loftq"}
 _UNSUPPORTED = {
     "layer_replication": "repeats layers of the base",
     "kasa_config": "changes the base's weights",
@@ -120,7 +120,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
             warnings.simplefilter("ignore")
             config = LoraConfig(**{key: value for key, value in values.items() if key in known})
     except (TypeError, ValueError, ImportError) as error:
-        raise ModelError(f"{path}: {_first_line(error)}") from None
+        raise ModelError(f"{path}: {first_line(error)}") from None
     config.init_lora_weights = True  # what is read replaces any initialization
     return config
 
@@ -152,7 +152,7 @@ def _faults(values: dict[str, Any], known: set[str]) -> list[str]:
     if values.get("task_type") not in (None, "CAUSAL_LM"):
         faults.append(f"`task_type` must be CAUSAL_LM, found {values['task_type']!r}")
     init = str(values.get("init_lora_weights"))
-    if init.startswith("pissa") or init in _CHANGES_BASE:
+    if changes_base(init):
         faults.append(
             f"it was made with --init {init} and never converted: it belongs to a base whose "
             "weights were changed. Save it with PEFT's path_initial_model_for_weight_conversion, "
@@ -192,7 +192,3 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if endless:
         raise ModelError(f"{path}: weights that are not finite: {some(endless)}")
     return weights
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from d2lora.adapters.gguf_header import GgufHeader, read_header
-from d2lora.errors import ModelError
+from d2lora.errors import ModelError, first_line
 from d2lora.runtime.extras import need_extra
 from d2lora.runtime.run_folder import cache_folder, new_folder, read_json, write_json
 
@@ -61,7 +61,7 @@ def _convert(path: Path, header: GgufHeader, folder: Path) -> None:
             **place,
         )
     except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(
             f"{path}: transformers cannot read this GGUF file (architecture "
             f"`{header.architecture}`): {reason}; give --base the same model as safetensors"

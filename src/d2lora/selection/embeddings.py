@@ -19,7 +19,7 @@ from d2lora.adapters.base import Base, causal_model
 from d2lora.data.batches import collate, micro_batches
 from d2lora.data.encode import Encoder
 from d2lora.data.rows import Example
-from d2lora.errors import SettingsError
+from d2lora.errors import SettingsError, first_line
 from d2lora.runtime.extras import need_extra
 from d2lora.scoring.scorer import pass_tokens, within_positions
 from d2lora.selection.cache import Array, unit_rows
@@ -105,7 +105,7 @@ class SentenceEncoder:
                 model_kwargs={"use_safetensors": True},
             )  # fmt: skip
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise SettingsError(
                 f"--embedding {name}: no such sentence-transformers model: {reason}; or use "
                 "`base` or `words`"

@@ -20,6 +20,7 @@ from d2lora.settings.sections import (
     Reference,
     TaskName,
     TrainSettings,
+    changes_base,
     is_named_init,
 )
 from d2lora.settings.studies import DemoSettings, ReportSettings, StudySettings
@@ -60,5 +61,6 @@ __all__ = [
     "TaskName",
     "TrainSettings",
     "WarmupSettings",
+    "changes_base",
     "is_named_init",
 ]

@@ -28,6 +28,11 @@ def is_named_init(name: str) -> bool:
     return name == FRESH or name in PEFT_INITS or re.fullmatch(r"pissa_niter_\d+", name) is not None
 
 
+def changes_base(name: str) -> bool:
+    """Say whether an initialization folds a part of the base's weights into the adapter."""
+    return name.startswith("pissa") or name in {"olora", "corda", "lora_ga", "loftq"}
+
+
 class BaseSettings(Settings):
     """Which base model, and where and how it computes."""
 

@@ -31,7 +31,7 @@ from d2lora.errors import ModelError, SettingsError
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.extras import need_extra
 from d2lora.scoring.scorer import pass_tokens
-from d2lora.settings import FRESH, PhaseSettings
+from d2lora.settings import FRESH, PhaseSettings, changes_base
 from d2lora.training.data_initialization import DATA_DRIVEN
 from d2lora.training.loftq import on_cpu
 
@@ -177,11 +177,6 @@ def initialized(
             detach_adapter(attached)
         if kept is not None:
             _swap(model, kept)
-
-
-def changes_base(name: str) -> bool:
-    """Say whether an initialization folds a part of the base's weights into the adapter."""
-    return name.startswith("pissa") or name in {"olora", "corda", "lora_ga", "loftq"}
 
 
 def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
