@@ -98,7 +98,7 @@ MISTAKES = {
         "adapt --base {base} --data {data} --out {out} --init nowhere", r"nowhere: no such folder"
     ),
     "a folder that is no warm start": (
-        "adapt --base {base} --data {data} --out {out} --init {base}", r"no warm start"
+        "adapt --base {base} --data {data} --out {out} --init {base}", r"not a warm start"
     ),
     "a warm start of another base": (
         "adapt --base {other} --data {data} --out {out} --init {warm}", r"has other weights"
