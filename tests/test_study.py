@@ -382,7 +382,7 @@ def test_a_warm_start_that_cannot_be_used_stops_a_study_before_it_runs(
     plan |= {"warm_ups": {"mine": {"path": 3, "m": 5}}, "arms": ["fresh", "mixed"]}
     with pytest.raises(SettingsError) as error:
         run_study(settings(tmp_path, plan))
-    for part in ("`m` beside `path`", "expected a folder, got 3", "rows cannot be mixed"):
+    for part in ("leave out `m`", "expected a folder, got 3", "rows cannot be mixed"):
         assert part in str(error.value)
 
 
