@@ -9,8 +9,7 @@ changes what a batch is and needs another attention to keep rows apart, is left 
 measured without recorded passes (`d2lora.fast.cuda_graphs`) as well. The first steps, in which
 libraries load their kernels, are reported apart, in a column of their own. Fraction of the floor
 as in floor.py: 4 N FLOPs a token, the head at supervised positions, over the matrix
-products' rate at these shapes. Several adapters in one batch over one base are those of stacked.py;
-their tokens count together. Takes less than 10 minutes; prints its table last.
+products' rate at these shapes. Takes less than 10 minutes; prints its table last.
 `--device cpu --size small` tries it out without a GPU.
 """
 
@@ -23,8 +22,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from stacked import stacked
 
 from common import SHAPES, base_of, head, medians, parser_of, row, taking_turns, worker
 from floor import against_floor
@@ -47,8 +44,6 @@ SIDES: dict[str, Callable[..., dict[str, Any]]] = {
         trl_s, gradient_checkpointing=False, use_liger_kernel=True
     ),
     "trl defaults": trl_s,
-    "1 adapter in a batch": partial(stacked, k=1),
-    **{f"{k} adapters in a batch": partial(stacked, k=k) for k in (2, 4, 8)},
 }
 
 

@@ -220,7 +220,6 @@ def test_the_gpu_benchmark_runs_at_a_small_size_on_a_cpu_with_equal_losses(probl
     script = Path(__file__).parents[1] / "scripts" / "gpu_bench"
     words = "--size small --device cpu --dtype float32 --rounds 1 --threads 1".split()
     sides = ["d2lora", "d2lora, not recorded", "trl, no checkpointing", "trl defaults"]
-    sides += ["1 adapter in a batch", *(f"{k} adapters in a batch" for k in (2, 4, 8))]
     words += ["--steps", "4", "--warm-steps", "2", "--sides", *sides]
     done = subprocess.run(
         [script, *words, "--data", problems], capture_output=True, text=True, check=True,

@@ -162,11 +162,11 @@ def test_dpo_from_pissa_is_held_to_the_base_as_it_was(
     ("changes", "fault"),
     [
         ({"init": "orthogonal", "rank": 3}, "even rank, got 3"),
-        ({"init": "pissa", "rank": 33}, "rank of at most 16"),
-        ({"init": "lora_ga", "rank": 9}, "rank of at most 8"),
+        ({"init": "pissa", "rank": 33}, "ranks up to 16"),
+        ({"init": "lora_ga", "rank": 9}, "ranks up to 8"),
         ({"init": "pissa", "dora": True}, "cannot be converted back"),
-        ({"init": "pissa", "init_scale": 0.5}, "--init pissa is none"),
-        ({"init": "pissa", "objective": "dpo", "reference": "warm_start"}, "no warm start"),
+        ({"init": "pissa", "init_scale": 0.5}, "--init pissa is not one"),
+        ({"init": "pissa", "objective": "dpo", "reference": "warm_start"}, "not initialized from a warm start"),
         ({"init": "pisa"}, "Did you mean `pissa`"),
     ],
 )
@@ -197,7 +197,7 @@ def test_corda_sees_no_padding(
 def test_loftq_without_bitsandbytes_says_what_to_install(
     tmp_path: Path, tiny_base: str, problems: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2lora.training.initialization.find_spec", {}.get)
+    monkeypatch.setattr("d2lora.runtime.extras.find_spec", {}.get)
     with pytest.raises(SettingsError, match=r"pip install 'd2lora\[loftq\]'"):
         run(tmp_path / "a", tiny_base, problems, init="loftq")
 
