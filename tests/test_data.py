@@ -304,10 +304,8 @@ def test_choices_are_checked(tmp_path: Path) -> None:
     ]
     with pytest.raises(DataError, match="3 bad row"):
         read_choice_questions([write_rows(tmp_path / "c.jsonl", rows)])
-    assert read_choice_questions([write_rows(tmp_path / "c.jsonl", rows[:1])])[0].choices == (
-        "a",
-        "b",
-    )
+    data = read_choice_questions([write_rows(tmp_path / "c.jsonl", rows[:1])])
+    assert data.questions[0].choices == ("a", "b")
 
 
 @given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 2**32))
@@ -346,4 +344,5 @@ def test_the_public_data_sets_are_read_whole(name: str, rows: int, task: str) ->
 
 @needs_shared_data
 def test_the_public_choices_are_read_whole() -> None:
-    assert len(read_choice_questions([str(SHARED / "forgetting" / "test.jsonl")])) == 573
+    data = read_choice_questions([str(SHARED / "forgetting" / "test.jsonl")])
+    assert len(data.questions) == 573

@@ -150,7 +150,7 @@ def test_fields_that_are_not_used_are_named_once_a_source(tmp_path: Path) -> Non
     assert said == ["rows by format: 1 documents; not used: `url`"]
     choice = {"prompt": "p", "choices": ["a", "b"], "answer": 0, "subject": "s"}
     told: list[str] = []
-    read_choice_questions([write_rows(tmp_path / "c.jsonl", [choice, choice])], told.append)
+    read_choice_questions([write_rows(tmp_path / "c.jsonl", [choice, choice])], say=told.append)
     assert [line.partition("rows by format: ")[2] for line in told] == [
         "2 multiple choice; not used: `subject`"
     ]

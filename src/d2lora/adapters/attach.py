@@ -118,11 +118,12 @@ def _check_names(model: nn.Module, files: AdapterFiles) -> None:
         if name in places and weight.shape != places[name].shape
     ]
     faults = [
-        f"{len(names)} weights {what}: {some(names)}"
+        f"{what} ({len(names)}): {some(names)}"
         for what, names in (
-            ("that the base has no place for", unexpected),
-            ("are missing", missing),
-            ("are of another shape", misshapen),
+            ("weights without a place in the base", unexpected),
+            ("missing weights", missing),
+            ("weights of another shape", misshapen),
+            ("`modules_to_save` without a module in the base", _unknown_modules(model, files)),
         )
         if names
     ]
@@ -131,6 +132,13 @@ def _check_names(model: nn.Module, files: AdapterFiles) -> None:
             f"{files.folder}: the adapter does not fit the base:\n{listed(faults)}\n"
             "Give the base that it was made on"
         )
+
+
+def _unknown_modules(model: nn.Module, files: AdapterFiles) -> list[str]:
+    """Return the `modules_to_save` that name no module, by its end as in PEFT."""
+    names = [name for name, _ in model.named_modules()]
+    wanted = files.config.modules_to_save or []
+    return [one for one in wanted if not any(name.endswith(one) for name in names)]
 
 
 class _Before:

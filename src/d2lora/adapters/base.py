@@ -192,7 +192,11 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
 
 def n_embedded(model: nn.Module) -> int:
     """Return how many tokens a model's embedding has rows for."""
-    return len(causal_model(model).get_input_embeddings().get_parameter("weight"))
+    embedding: Any = causal_model(model).get_input_embeddings()
+    while isinstance(embedding, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        is_layer = isinstance(embedding, BaseTunerLayer)
+        embedding = embedding.get_base_layer() if is_layer else embedding.original_module
+    return len(embedding.weight)
 
 
 def unknown_token(token: int, tokenizer: PreTrainedTokenizerBase, n_rows: int) -> str:

@@ -5,7 +5,10 @@ adapter_model.safetensors   its weights; the names start with `base_model.model.
 """
 
 import json
+import math
+import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +28,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+_FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
 _UNSUPPORTED = {
     "layer_replication": "repeats layers of the base",
@@ -142,13 +146,16 @@ def _faults(values: dict[str, Any], known: set[str]) -> list[str]:
     rank, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
     if not isinstance(rank, int) or rank < 1:
         faults.append(f"`r` must be a whole number of at least 1, found {rank!r}")
-    if not isinstance(alpha, int | float):
+    if not _is_number(alpha):
         faults.append(f"`lora_alpha` must be a number, found {alpha!r}")
-    named = isinstance(targets, str) or (
-        isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    )
-    if not (named or (targets is None and values.get("target_parameters"))):
+    if not (_are_names(targets) or (targets is None and values.get("target_parameters"))):
         faults.append(f"`target_modules` must be names or a pattern, found {targets!r}")
+    faults += _faults_of_types(values)
+    faults += [
+        f"`{key}` is not a pattern: {error}"
+        for key in ("target_modules", "exclude_modules", "layers_pattern")
+        if isinstance(values.get(key), str) and (error := _pattern_error(values[key]))
+    ]
     if values.get("task_type") not in (None, "CAUSAL_LM"):
         faults.append(f"`task_type` must be CAUSAL_LM, found {values['task_type']!r}")
     init = str(values.get("init_lora_weights"))
@@ -169,6 +176,59 @@ def _faults(values: dict[str, Any], known: set[str]) -> list[str]:
     return faults
 
 
+def _faults_of_types(values: dict[str, Any]) -> list[str]:
+    """Return which settings are of a type that PEFT would stumble over, or take for off."""
+    names = ("exclude_modules", "layers_pattern", "modules_to_save", "target_parameters")
+    kinds: list[tuple[str, str, Callable[[Any], bool]]] = [
+        *((name, "names", _are_names) for name in names),
+        ("rank_pattern", "an object of names and ranks", lambda v: _is_pattern(v, 1)),
+        ("alpha_pattern", "an object of names and numbers", lambda v: _is_pattern(v, None)),
+        ("lora_dropout", "a number", _is_number),
+        ("layers_to_transform", "layer numbers", _are_numbers),
+        ("bias", "none, all or lora_only", lambda v: v in ("none", "all", "lora_only")),
+    ]
+    return [
+        f"`{name}` must be {kind}, found {values[name]!r}"
+        for name, kind, fits in kinds
+        if values.get(name) is not None and not fits(values[name])
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_numbers(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return all(type(number) is int for number in numbers)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
+    )
+
+
+def _is_pattern(value: Any, least: int | None) -> bool:
+    """Say whether a value maps patterns to numbers: whole ones of at least `least`, if given."""
+    return (
+        isinstance(value, dict)
+        and all(
+            _is_number(v) and (least is None or (isinstance(v, int) and v >= least))
+            for v in value.values()
+        )
+        and not any(map(_pattern_error, value))
+    )
+
+
+def _pattern_error(text: str) -> str | None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        return str(error)
+    return None
+
+
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights = load_file(path)
@@ -187,6 +247,13 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: {len(odd)} of {len(weights)} weights have names that PEFT would not find: "
             f"{some(odd)}. They were saved from a wrapped model (torch.compile, FSDP): unwrap it "
             f"before saving, or rename them; each must start with `{PREFIX}`"
+        )
+    whole = sorted(name for name, weight in weights.items() if weight.dtype not in _FLOATS)
+    if whole:
+        kind = str(weights[whole[0]].dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{path}: {some(whole)} is of {kind}: a quantized adapter; save it in float32, "
+            "bfloat16 or float16"
         )
     endless = sorted(name for name, weight in weights.items() if not torch.isfinite(weight).all())
     if endless:

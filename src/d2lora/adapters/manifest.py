@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from d2lora.adapters.base import Base
 from d2lora.adapters.base_files import EMBEDDED, SMOLLM2, SMOLLM2_HUB_ID
-from d2lora.adapters.files import ADAPTER_WEIGHTS
+from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.adapters.lora import LoraShape
 from d2lora.errors import ModelError, WarmStartError
 from d2lora.runtime.run_folder import read_json, sha256_of, write_json, write_text
@@ -168,14 +169,33 @@ def has_manifest(folder: Path) -> bool:
     return any((folder / name).is_file() for name in MANIFESTS.values())
 
 
-def check_fit(folder: Path, base: Base) -> None:
-    """Check that an adapter, where it says what it was made on, was made on this base.
+def check_fit(folder: Path, base: Base) -> str | None:
+    """Check that an adapter, where its manifest says what it was made on, was made on this base.
+
+    Returns:
+        A warning where PEFT's configuration alone names a base, and another; else None.
 
     Raises:
         ModelError: If it was made on another.
     """
     if has_manifest(folder):
         Manifest.read(folder).check_base(base.fingerprint, base.name, folder)
+        return None
+    named = read_adapter_config(folder).base_model_name_or_path
+    if not named or _is_named(base, named):
+        return None
+    return (
+        f"warning: {folder} was made on {named} by its {ADAPTER_CONFIG}, and has no manifest to "
+        f"compare with; its scores mean nothing if {base.name} is another model"
+    )
+
+
+def _is_named(base: Base, name: str) -> bool:
+    """Say whether a name, a path or a hub id, may well mean a base."""
+    if (Path(name) / "config.json").is_file():
+        return fingerprint_of(Path(name)) == base.fingerprint
+    known = {base.name, hub_id_of(base.name), str(base.folder)}
+    return Path(name).name.lower() in {Path(other).name.lower() for other in known}
 
 
 def ancestor_of(folder: Path, manifest: Manifest) -> Ancestor:
@@ -228,10 +248,14 @@ def base_record(base: Base) -> BaseRecord:
     )
 
 
+def hub_id_of(base: str) -> str:
+    """Return the hub id of a base's short name; another name as it is."""
+    return {EMBEDDED: "d2lora/embedded", SMOLLM2: SMOLLM2_HUB_ID}.get(base, base)
+
+
 def card(manifest: Manifest) -> str:
     """Return the model card, in Markdown with the hub's metadata."""
     base, lora, cost = manifest.base, manifest.lora, manifest.cost
-    hub_id = {EMBEDDED: "d2lora/embedded", SMOLLM2: SMOLLM2_HUB_ID}.get(base.id, base.id)
     rows: dict[str, Any] = {
         "base": f"`{base.id}`" + (f" at {base.revision}" if base.revision else ""),
         "base fingerprint": f"`{base.fingerprint}`",
@@ -250,7 +274,7 @@ def card(manifest: Manifest) -> str:
     data = "\n".join(
         f"- `{d['file']}`, {d['rows']:,} rows, sha256 `{d['sha256']}`" for d in manifest.data
     )
-    return CARD.format(kind=manifest.kind, base=hub_id, table=table, data=data)
+    return CARD.format(kind=manifest.kind, base=hub_id_of(base.id), table=table, data=data)
 
 
 def _objective(manifest: Manifest) -> str:

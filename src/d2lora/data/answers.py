@@ -9,7 +9,8 @@ flexible  the last number, as "flexible-extract" of lm-evaluation-harness (lm_ev
 
 Behind `#### ` a number is read to its end, where these would stop inside of it: 1/3 is not 1,
 12:30 is not 12, and 1e3, 2 1/2, 1 000 and −42 (any minus and any digits of Unicode) are numbers,
-too. Where the target is such a number, an output's last number is read to its end as well.
+too. Where the target is written as such a number, an output's last number is read to its end as
+well.
 """
 
 import re
@@ -21,7 +22,7 @@ _STRICT = re.compile(rf"#### (?P<head>-?(?:{_GROUPS}|[0-9.,]+)){_REST}")
 _LAST = r"[$0-9.,]{2,}|[0-9]+"
 _FLEXIBLE = re.compile(rf"(?P<head>-?(?:{_LAST}))(?P<rest>)")
 _FLEXIBLE_WHOLE = re.compile(rf"(?P<head>-?(?:{_GROUPS}|{_LAST})){_REST}")
-_PLAIN = re.compile(r"-?[0-9.]+")
+_PLAIN = re.compile(r"-?[0-9.,]+")
 _COMMAS = r"[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}"
 _TARGET = re.compile(
     rf"#### (?P<head>-?(?:{_GROUPS}|(?:{_COMMAS}|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)){_REST}\s*\Z"
@@ -47,16 +48,17 @@ def strict_answer(text: str) -> str | None:
     return _value(found) if found else None
 
 
-def flexible_answer(text: str, wanted: str | None = None) -> str | None:
+def flexible_answer(text: str, target: str = "") -> str | None:
     """Return the last number of a text; None where there is none.
 
     Args:
         text: An output.
-        wanted: What it is compared with; a number of a kind that lm-evaluation-harness does not
-            read is looked for whole.
+        target: What it is compared with. Where it ends in a number of a kind that
+            lm-evaluation-harness does not read, such numbers are looked for whole.
     """
-    plain = _plain(text)
-    pattern = _FLEXIBLE if wanted is None or _PLAIN.fullmatch(wanted) else _FLEXIBLE_WHOLE
+    plain, wanted = _plain(text), _TARGET.search(_plain(target))
+    is_plain = wanted is None or _PLAIN.fullmatch(wanted["head"] + (wanted["rest"] or ""))
+    pattern = _FLEXIBLE if is_plain else _FLEXIBLE_WHOLE
     numbers = list(pattern.finditer(plain))
     if not numbers:
         return None

@@ -3,12 +3,14 @@
 Shapes: B rows, T tokens of the longest, P predicted tokens in the whole batch.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,6 +178,16 @@ class Branches(NamedTuple):
     def to(self, device: torch.device) -> "Branches":
         """Return the batch on a device."""
         return Branches(*(tensor.to(device) for tensor in self))
+
+
+def digest_of(items: Sequence[Encoded | PreferencePair]) -> str:
+    """Return a fingerprint of rows in their order: SHA-256 of their ids and prompts' lengths."""
+    digest = hashlib.sha256()
+    for item in items:
+        rows = (item.chosen, item.rejected) if isinstance(item, PreferencePair) else (item,)
+        for row in rows:
+            digest.update(np.array((row.n_prompt, len(row.ids), *row.ids)).tobytes())
+    return digest.hexdigest()
 
 
 def collate(items: Sequence[Encoded], pad_id: int) -> Batch:

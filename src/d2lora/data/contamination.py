@@ -7,7 +7,6 @@ the wording of a template and counts for nothing; there it is what more than ten
 have in common, which a small set of task rows cannot show.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ class Leak:
 
     def as_fault(self, row: Row) -> Fault:
         """Return the training row as a bad row, with the reason."""
-        return Fault(row.file, row.line, self.reason, json.dumps(row.values, default=str))
+        return row.fault(self.reason)
 
 
 @dataclass(frozen=True)

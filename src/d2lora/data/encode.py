@@ -5,15 +5,14 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from d2lora.adapters.base import Base, n_embedded, n_positions, unknown_token
 from d2lora.data.batches import Encoded, PreferencePair
 from d2lora.data.rows import BadRowError, Example, Message
-from d2lora.data.special_tokens import Shield
+from d2lora.data.special_tokens import OF_TEMPLATES, Shield, markers_of
 from d2lora.data.truncation import Span, fitted
 from d2lora.errors import DataError, ModelError, SettingsError
 
@@ -147,13 +146,33 @@ class Encoder:
         Raises:
             DataError: If the chat template refuses the turns, or does not show one.
         """
-        if fault := self._unshown(prompt):
+        if fault := self._unshown_tool(prompt) or self._unshown(prompt):
             raise DataError(fault)
         if self.format == "template" and prompt:
             return self._templated(prompt, completing=True)
         return self._shield.marked(plain_prompt(prompt))
 
     def _unshown(self, prompt: Sequence[Message]) -> str | None:
+        """Return a message on a turn that the template leaves out; else None.
+
+        That depends on the roles, so it is looked at once for each order of them.
+        """
+        roles = tuple(turn.role for turn in prompt)
+        if self.format == "plain" or not prompt or roles in self._shown:
+            return None
+        shown = self._templated(prompt, completing=True)
+        for place, turn in enumerate(prompt):
+            other = replace(turn, content=f"{turn.content} and more")
+            changed = (*prompt[:place], other, *prompt[place + 1 :])
+            if not turn.of_tools and self._templated(changed, completing=True) == shown:
+                return (
+                    f"turn {place + 1}, the {turn.role}'s, is left out by {self._template}; put "
+                    "its text into a turn that the template shows, or use --chat-format plain"
+                )
+        self._shown.add(roles)
+        return None
+
+    def _unshown_tool(self, prompt: Sequence[Message]) -> str | None:
         """Return a message on a tool's turn that the chat format leaves out; else None."""
         for place, turn in enumerate(prompt):
             if not turn.of_tools:
@@ -193,22 +212,48 @@ class Encoder:
         return PreferencePair(self._encode(example), self._encode(other))
 
     def _templated(self, messages: Sequence[Message], *, completing: bool = False) -> str:
-        """Return turns as the template writes them, special tokens of data marked."""
-        turns = [self._shield.marked(turn.to_dict()) for turn in messages]
+        """Return turns as the template writes them, special tokens of data marked.
+
+        Raises:
+            DataError: If it refuses them, or does more with a text than to copy it, so that the
+                marks in it are lost.
+        """
+        turns = [turn.to_dict() for turn in messages]
+        marked = self._shield.marked(turns)
+        text = self._rendered(marked, completing=completing)
+        if marked != turns and (
+            self._shield.unmarked(text) != self._rendered(turns, completing=completing)
+        ):
+            raise DataError(
+                f"the row holds the string of a special token ({self._shield.first(turns)}), and "
+                f"{self._template} rewrites texts, so the string cannot be kept as text; "
+                "remove it, or use --chat-format plain"
+            )
+        return text
+
+    def _rendered(self, turns: Sequence[dict[str, Any]], *, completing: bool) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=completing
+                list(turns), tokenize=False, add_generation_prompt=completing
             )
-        except (TemplateError, TypeError) as error:
-            name = self.tokenizer.name_or_path or "the base"
-            reason = self._shield.unmarked(str(error))
-            raise DataError(f"the chat template of {name} refuses the turns: {reason}") from None
+        except OF_TEMPLATES as error:
+            reason = self._shield.unmarked(str(error)) or type(error).__name__
+            raise DataError(f"{self._template} refuses the turns: {reason}") from None
         assert isinstance(text, str)
         return text
+
+    @property
+    def _template(self) -> str:
+        return f"the chat template of {self.tokenizer.name_or_path or 'the base'}"
 
     def _templated_completion(self, example: Example) -> list[int]:
         prompt = self._templated(example.prompt, completing=True)
         whole = self._templated((*example.prompt, Message("assistant", example.completion)))
+        if ("assistant",) not in self._shown:
+            other = Message("assistant", f"{example.completion} and more")
+            if self._templated((*example.prompt, other)) == whole:
+                raise DataError(f"the answer is left out by {self._template}; use another one")
+            self._shown.add(("assistant",))
         if not whole.startswith(prompt):
             where = f"{example.place}: " if example.place else ""
             raise SettingsError(
@@ -242,8 +287,13 @@ class Encoder:
         return encoding["offset_mapping"]
 
     @cached_property
+    def _shown(self) -> set[tuple[str, ...]]:
+        """Orders of roles of which the template shows every turn; of an answer `assistant`."""
+        return set()
+
+    @cached_property
     def _shield(self) -> Shield:
-        return Shield(self.tokenizer)
+        return Shield(self.tokenizer, markers_of(self.tokenizer))
 
 
 @contextmanager

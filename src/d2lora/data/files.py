@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from d2lora.data.json_rows import read_json, read_json_lines
-from d2lora.data.rows import Fault, Row, repeated
+from d2lora.data.rows import Fault, Row, kind_of, repeated
 from d2lora.errors import DataError
 
 _PARQUET_ROWS = 4096
@@ -28,18 +28,24 @@ def file_items(path: Path) -> Iterator[Row | Fault]:
         with path.open("rb") as file:
             if file.read(len(_LFS)) == _LFS:
                 raise DataError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull`")
-        yield from READERS[path.suffix](path)
+        yield from READERS[kind_of(path)](path)
 
 
 def text_lines(path: Path) -> Iterator[str]:
     r"""Read the lines of a text file, which end at \n or \r\n and nowhere else.
 
     Raises:
-        DataError: If it cannot be read or is not UTF-8.
+        DataError: If it cannot be read, is not UTF-8, or has line ends of another kind.
     """
     with _readable(path), path.open(encoding="utf-8-sig", newline="\n") as file:
-        for line in file:
-            yield line.removesuffix("\n").removesuffix("\r")
+        for number, line in enumerate(file, 1):
+            text = line.removesuffix("\n").removesuffix("\r")
+            if number == 1 and "\r" in text:
+                raise DataError(
+                    f"{path}, line 1: a carriage return without a newline; write line ends as LF "
+                    r"or CRLF, as in `tr '\r' '\n'`"
+                )
+            yield text
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What every kind of row is made of: turns, examples, and fields that must be text."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -80,6 +81,10 @@ class Row:
         """Its file and line, for messages."""
         return place(self.file, self.line)
 
+    def fault(self, reason: object) -> "Fault":
+        """Return the row as one that cannot be used."""
+        return Fault(self.file, self.line, str(reason), json.dumps(self.values, default=str))
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -94,9 +99,14 @@ class Fault:
         return f"{place(self.file, self.line)}: {self.reason}"
 
 
+def kind_of(path: Path) -> str:
+    """Return a file's suffix, `.JSONL` as `.jsonl`."""
+    return path.suffix.lower()
+
+
 def place(file: str, line: int) -> str:
     """Return a row's file and line, for messages."""
-    return f"{file}, {'line' if Path(file).suffix in _LINED else 'row'} {line}"
+    return f"{file}, {'line' if kind_of(Path(file)) in _LINED else 'row'} {line}"
 
 
 class BadRowError(ValueError):

@@ -7,6 +7,7 @@ stands; `tasks` gives them meaning.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,19 @@ from typing import Any
 import numpy as np
 
 from d2lora.data.files import READERS, file_items
-from d2lora.data.rows import Fault, Row
+from d2lora.data.rows import Fault, Row, kind_of, repeated
 from d2lora.errors import DataError
-from d2lora.runtime.run_folder import read_json, sha256_of
+from d2lora.runtime.run_folder import read_json, sha256_of, write_text
 
+BAD_ROWS = "bad_rows.jsonl"
 SELECTED, SELECTION_CARD = "data.jsonl", "card.json"
 """What `d2lora select` writes: the chosen rows and how they were chosen."""
+
+
+def write_bad_rows(faults: Sequence[Fault], folder: Path) -> None:
+    """Write bad rows that were skipped into a folder; no file where there are none."""
+    if faults:
+        write_text(folder / BAD_ROWS, fault_lines(faults))
 
 
 def fault_lines(faults: Iterable[Fault]) -> str:
@@ -45,7 +53,24 @@ class Source:
 
 def is_local(name: str) -> bool:
     """Say whether a source is a file that is here, which is read without asking a hub."""
-    return Path(name).suffix in READERS and Path(name).is_file()
+    return kind_of(Path(name)) in READERS and Path(name).is_file()
+
+
+def is_remote(name: str) -> bool:
+    """Say whether a source is a hub data set: it is no file, and does not look like one."""
+    path = Path(name)
+    return kind_of(path) not in READERS and not path.exists() and _of_hub(name)
+
+
+def check_different(names: Iterable[str]) -> None:
+    """Check that no source is named twice, be it by another path: its rows would count twice.
+
+    Raises:
+        DataError: If one is.
+    """
+    paths = [os.path.realpath(name) if is_local(name) else name for name in names]
+    if twice := repeated(paths):
+        raise DataError(f"{twice} is given more than once, so its rows would count twice")
 
 
 @dataclass(frozen=True)
@@ -83,7 +108,7 @@ def stream_source(name: str) -> Stream:
             only shows in reading is raised there.
     """
     path = Path(name)
-    if path.suffix in READERS:
+    if kind_of(path) in READERS:
         if not path.is_file():
             raise DataError(f"{name}: no such file")
         return Stream(str(path), _some(name, file_items(path)), lambda: sha256_of(path))
@@ -103,10 +128,15 @@ def _some(name: str, items: Iterable[Row | Fault]) -> Iterator[Row | Fault]:
         raise DataError(f"{name}: the file holds no rows")
 
 
+def _of_hub(name: str) -> bool:
+    parts = name.partition(":")[0].split("/")
+    return len(parts) in (2, 3) and all(parts) and not name.startswith((".", "/"))
+
+
 def _hub_items(name: str, digested: Callable[[bytes], None]) -> Iterator[Row]:
     repository, _, split = name.partition(":")
     parts = repository.split("/")
-    if len(parts) not in (2, 3) or not all(parts) or name.startswith((".", "/")):
+    if not _of_hub(name):
         raise DataError(
             f"{name}: no such file, and not a hub data set (`owner/name:split` or "
             "`owner/name/config:split`)"

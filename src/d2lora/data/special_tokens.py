@@ -5,31 +5,57 @@ is marked before a chat template sees it; what the template then adds is special
 is not. The ids of all other texts are the tokenizer's own.
 """
 
-import copy
+import json
 import re
 from functools import cached_property
 from typing import Any
 from uuid import uuid4
 
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from d2lora.errors import DataError
+
+OF_TEMPLATES = (
+    TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+    ValueError,
+)  # fmt: skip
+"""What a template that does not take its turns may raise: Jinja's errors, and Python's within."""
+_TURNS = [{"role": role, "content": "."} for role in ("user", "assistant", "user")]
 
 
 class Shield:
     """A tokenizer that separates special tokens from the same strings in data."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Learn the special tokens of a tokenizer."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, markers: str = "") -> None:
+        """Learn the special tokens of a tokenizer.
+
+        Args:
+            tokenizer: The tokenizer.
+            markers: A text of a chat template's own. Tokens that were added to the vocabulary and
+                stand in it mark turns, whether the tokenizer calls them special or not.
+        """
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self._ids = {token.content: index for index, token in added.items() if token.special}
         self._ids |= zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        self._markers = {
+            index
+            for index, token in added.items()
+            if token.content not in self._ids and token.content.strip() and token.content in markers
+        }
+        self._ids |= {added[index].content: index for index in self._markers}
         self._strings = {index: token for token, index in self._ids.items()}
         longest_first = sorted(filter(None, self._ids), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._mark = str(uuid4().int)  # no data holds it, and no template changes its case
         self._marked = re.compile(rf"{self._mark}-0-(\d+);")
+
+    def first(self, value: Any) -> str:
+        """Return the first string of a special token in data."""
+        found = self._special.search(json.dumps(value, ensure_ascii=False))
+        return found[0] if found else ""
 
     def holds_special(self, text: str) -> bool:
         """Say whether a text holds the string of a special token."""
@@ -91,7 +117,11 @@ class Shield:
                 "the row holds the string of a special token, which a tokenizer without a Rust "
                 "core would read as that token; remove such rows"
             )
-        twin = copy.deepcopy(self._tokenizer.backend_tokenizer)
+        core = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        for token in core["added_tokens"]:
+            if token["id"] in self._markers:
+                token["content"] = self._sign(2, token["id"])
+        twin = Tokenizer.from_str(json.dumps(core))
         twin.no_padding()
         twin.no_truncation()
         twin.encode_special_tokens = True
@@ -109,5 +139,22 @@ class Shield:
 
     @cached_property
     def _stands_for(self) -> dict[int, int]:
-        known = {index: self._twin.token_to_id(self._sign(1, index)) for index in self._strings}
+        """Ids of the twin, and the tokenizer's own for them."""
+        names = {index: self._sign(1, index) for index in self._strings}
+        # A marker's new name may move the ids of the tokens added after it.
+        added = self._tokenizer.added_tokens_decoder.items()
+        names |= {index: token.content for index, token in added if index not in self._strings}
+        known = {index: self._twin.token_to_id(name) for index, name in names.items()}
         return {own: index for index, own in known.items() if own is not None}
+
+
+def markers_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what a chat template writes around turns; nothing where it takes no such turns."""
+    if tokenizer.chat_template is None:
+        return ""
+    try:
+        text = tokenizer.apply_chat_template(_TURNS, tokenize=False)
+    except OF_TEMPLATES:
+        return ""
+    assert isinstance(text, str)
+    return text

@@ -4,7 +4,6 @@ A task is named, or detected from the fields of its rows. The prompts are fixed 
 here because a score without its prompt cannot be compared (lm-evaluation-harness#2034).
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from d2lora.data.formats import (
 )
 from d2lora.data.preferences import read_preference
 from d2lora.data.rows import BadRowError, Example, Fault, place, text_field, user
-from d2lora.data.sources import Row, read_source, stream_source
+from d2lora.data.sources import Row, check_different, read_source, stream_source
 from d2lora.errors import DataError, listed
 
 Score = Literal["exact_match", "rouge", "loss", "preference"]
@@ -74,6 +73,11 @@ def read_instruction(row: Mapping[str, Any]) -> Example:
     known = format_of(FORMATS, row)
     if not isinstance(known, Conversation):
         raise BadRowError(missing(row))
+    if str(row.get("label")).lower() == "false":
+        raise BadRowError(
+            "`label` is false: as in KTO, this answer is one to avoid; leave such rows out, or "
+            "pair them with better answers as `chosen` and `rejected`"
+        )
     return known.read(row)
 
 
@@ -103,7 +107,8 @@ TASKS = {
 }
 _LABELS = frozenset(
     "label labels label_text label_name class target targets sentiment intent summary answer "
-    "answers output response completion translation".split()
+    "answers output response completion translation category stars rating score polarity topic "
+    "emotion".split()
 )
 """Fields that are labels where they stand beside `text`."""
 
@@ -177,10 +182,11 @@ class Reading:
             check: Raises `BadRowError` for an example that cannot be used.
 
         Raises:
-            DataError: If there are no names.
+            DataError: If there are no names, or one is given twice.
         """
         if not names:
             raise DataError("no data: give --data one or more files or hub data sets")
+        check_different(names)
         self._names, self._task_name, self._say, self._check = names, task_name, say, check
         self.task: Task | None = None
         self.sources: list[dict[str, Any]] = []
@@ -207,8 +213,7 @@ class Reading:
                     if self._check is not None:
                         self._check(example)
                 except BadRowError as error:
-                    text = json.dumps(item.values, default=str)
-                    self.faults.append(Fault(item.file, item.line, str(error), text))
+                    self.faults.append(item.fault(error))
                 else:
                     new = seen.add(self.task.formats, item.values)
                     if self.task.name == "text" and self._task_name == "auto":
@@ -263,27 +268,44 @@ def read_task(
 _CHOICE = Format("multiple choice", ("prompt", "choices", "answer"), ("benchmark",))
 
 
-def read_choice_questions(names: Sequence[str], say: Say | None = None) -> list[ChoiceQuestion]:
+@dataclass(frozen=True)
+class ChoiceData:
+    """Multiple-choice questions and their raw rows, the sources' manifest and the bad rows."""
+
+    questions: list[ChoiceQuestion]
+    rows: list[Row]
+    sources: list[dict[str, Any]]
+    faults: list[Fault]
+
+
+def read_choice_questions(
+    names: Sequence[str], *, skip_bad: bool = False, say: Say | None = None
+) -> ChoiceData:
     """Read multiple-choice questions; `say` gets a message on fields not used.
 
     Raises:
         DataError: As `read_task`.
     """
+    check_different(names)
     choices: list[ChoiceQuestion] = []
+    rows: list[Row] = []
+    sources: list[dict[str, Any]] = []
     faults: list[Fault] = []
     for source in map(read_source, names):
         faults += source.faults
+        sources.append(source.manifest())
         seen = FormatsSeen(source.name)
         for row in source.rows:
             try:
                 choices.append(read_choice_question(row.values))
             except BadRowError as error:
-                faults.append(Fault(row.file, row.line, str(error), ""))
+                faults.append(row.fault(error))
             else:
+                rows.append(row)
                 seen.add((_CHOICE,), row.values)
         seen.report(say)
-    _check_faults(faults, len(choices), skip_bad=False)
-    return choices
+    _check_faults(faults, len(choices), skip_bad=skip_bad)
+    return ChoiceData(choices, rows, sources, faults)
 
 
 def _refuse_labels(name: str, fields: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """base + adapters + task -> per-example records, scores with intervals, forgetting.
 
 records.parquet, records.jsonl   one row per adapter and test row
+bad_rows.jsonl                   bad rows that were skipped
 summary.json                     scores, paired differences, forgetting, fast paths used
 done.json                        the marker of completion
 """
@@ -15,8 +16,11 @@ import pandas as pd
 
 from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.files import AdapterFiles
+from d2lora.adapters.manifest import check_fit
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import answers_beyond
+from d2lora.data.rows import Fault
+from d2lora.data.sources import BAD_ROWS, write_bad_rows
 from d2lora.data.tasks import TaskData
 from d2lora.data.trained_rows import TrainedRows, places
 from d2lora.errors import SettingsError
@@ -58,10 +62,15 @@ def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation
 def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str]) -> Evaluation:
     reporter = Reporter(quiet=settings.quiet)
     sets = TestSets.read(settings, reporter.say)
+    if sets.faults:
+        reporter.say(f"skipped {len(sets.faults)} bad row(s): {settings.out / BAD_ROWS}")
     for name in names:
         if name != BASE:  # all of them before the first is measured
             AdapterFiles.read(Path(name))
     base = base or load_base(settings)
+    for name in names:
+        if name != BASE and (warning := check_fit(Path(name), base)):
+            reporter.say(warning)
     check_rows(names, base, sets, settings)
     trained_on = _trained_on(names, base, sets, reporter)
     _check_lengths(sets.task, base, settings, reporter)
@@ -73,7 +82,7 @@ def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str
         measured[name] = measure(name, base, own, settings, reporter)
     evaluation = _evaluated(measured, sets.task, list(settings.adapters) or [BASE])
     evaluation = replace(evaluation, trained_on=trained_on)
-    _write(evaluation, settings)
+    _write(evaluation, sets.faults, settings)
     return evaluation
 
 
@@ -153,13 +162,14 @@ def _forgetting(raw: Measured, base: Measured | None) -> Forgetting:
     return Forgetting(raw.general_loss, loss_change, accuracy, accuracy_change)
 
 
-def _write(evaluation: Evaluation, settings: EvaluateSettings) -> None:
+def _write(evaluation: Evaluation, faults: Sequence[Fault], settings: EvaluateSettings) -> None:
     with new_folder(settings.out.resolve()) as folder:  # behind a symbolic link, which stays
         if len(evaluation.records):
             evaluation.records.to_parquet(folder / "records.parquet", index=False)
             rows = evaluation.records.to_dict(orient="records")
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_text(folder / "records.jsonl", lines)
+        write_bad_rows(faults, folder)
         write_text(folder / SETTINGS, settings.to_yaml())
         write_json(folder / "provenance.json", provenance())
         write_json(folder / "summary.json", evaluation.summary())

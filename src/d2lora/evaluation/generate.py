@@ -16,7 +16,7 @@ from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_prompts
 from d2lora.data.files import text_lines
-from d2lora.data.rows import Example, user
+from d2lora.data.rows import Example, kind_of, user
 from d2lora.data.tasks import read_task
 from d2lora.errors import DataError, SettingsError
 from d2lora.evaluation.decoding import Decoder, Sampling, check_room
@@ -96,8 +96,9 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     prompts = encode_prompts(encoder, examples, *lengths_of(adapter)).ids
     places = [example.place for example in examples]
     warning = check_room(prompts, places, base.model, settings.max_new_tokens)
-    if warning is not None:
-        Reporter().say(warning)
+    for message in (warning, check_fit(adapter, base) if adapter else None):
+        if message is not None:
+            Reporter().say(message)
     with adapted(base, adapter, fast_when=settings.fast) as (model, _):
         decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
         outputs = dict(decoder.complete(prompts))
@@ -125,7 +126,7 @@ def _examples(settings: GenerateSettings) -> list[Example]:
         return [Example(user(settings.prompt), "", place="--prompt")]
     assert settings.prompts is not None
     path = Path(settings.prompts)
-    if path.suffix == ".txt":
+    if kind_of(path) == ".txt":
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         numbered = [(n, line) for n, line in enumerate(text_lines(path), 1) if line.strip()]

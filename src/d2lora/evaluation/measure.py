@@ -12,9 +12,15 @@ from d2lora.adapters.base import Base
 from d2lora.data.batches import Question
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_all, encode_pairs, encode_prompts, every
-from d2lora.data.rows import Example, Message
-from d2lora.data.sources import read_source
-from d2lora.data.tasks import ChoiceQuestion, Say, TaskData, read_choice_questions, read_task
+from d2lora.data.rows import Example, Fault, Message
+from d2lora.data.tasks import (
+    ChoiceData,
+    ChoiceQuestion,
+    Say,
+    TaskData,
+    read_choice_questions,
+    read_task,
+)
 from d2lora.data.trained_rows import TestRow
 from d2lora.errors import DataError, listed
 from d2lora.evaluation.decoding import Decoder, check_room
@@ -42,6 +48,8 @@ class TestSets:
     """Generate from prompts as they are, whatever the length limit."""
     rows: list[TestRow] = field(default_factory=list[TestRow])
     """All of them with their places, as they are in the files."""
+    faults: list[Fault] = field(default_factory=list[Fault])
+    """Bad rows that were skipped."""
 
     @classmethod
     def read(cls, settings: EvaluateSettings, say: Say | None = None) -> "TestSets":
@@ -50,37 +58,53 @@ class TestSets:
         Raises:
             DataError: If rows are bad, or the task has no scored output.
         """
-        task = read_task(settings.data, settings.task, say=say) if settings.data else None
+        skip_bad = settings.skip_bad_rows
+        task = general = choices = None
+        if settings.data:
+            task = read_task(settings.data, settings.task, skip_bad=skip_bad, say=say)
         if task is not None and task.task.score not in MAIN_SCORE:
             raise DataError(
                 f"task {task.task.name} has no answers to score; give the rows as --general-text"
             )
-        general = read_task(settings.general_text, say=say) if settings.general_text else None
-        choices = read_choice_questions(settings.choices, say) if settings.choices else []
+        if settings.general_text:
+            general = read_task(settings.general_text, skip_bad=skip_bad, say=say)
+        if settings.choices:
+            choices = read_choice_questions(settings.choices, skip_bad=skip_bad, say=say)
         rows = [
             *_placed("task", task, settings.limit),
             *_placed("general_text", general, None),
-            *_placed_choices(settings.choices, choices),
+            *_placed_choices(choices),
         ]
-        return cls(task, list(general.examples) if general else [], choices, rows=rows)
+        return cls(
+            task,
+            list(general.examples) if general else [],
+            choices.questions if choices else [],
+            rows=rows,
+            faults=[fault for data in (task, general, choices) if data for fault in data.faults],
+        )
 
 
 def _placed(use: str, data: TaskData | None, limit: int | None) -> list[TestRow]:
     if data is None:
         return []
-    digests = {str(source["file"]): str(source["sha256"]) for source in data.sources}
+    digests = _digests(data)
     pairs = zip(data.rows[:limit], data.examples[:limit], strict=True)
-    return [TestRow(use, r.file, r.line, e.text, digests.get(r.file, "")) for r, e in pairs]
+    return [TestRow(use, r.file, r.line, e.text, digests[r.file]) for r, e in pairs]
 
 
-def _placed_choices(names: Sequence[str], choices: Sequence[ChoiceQuestion]) -> list[TestRow]:
+def _placed_choices(data: ChoiceData | None) -> list[TestRow]:
     """Return the test rows of questions, each with its right answer."""
-    sources = [read_source(name) for name in names]
-    rows = [(row, source.sha256) for source in sources for row in source.rows]
+    if data is None:
+        return []
+    digests = _digests(data)
     return [
-        TestRow("choices", r.file, r.line, f"{c.prompt}\n{c.choices[c.answer]}", sha256)
-        for (r, sha256), c in zip(rows, choices, strict=True)
+        TestRow("choices", r.file, r.line, f"{q.prompt}\n{q.choices[q.answer]}", digests[r.file])
+        for r, q in zip(data.rows, data.questions, strict=True)
     ]
+
+
+def _digests(data: TaskData | ChoiceData) -> dict[str, str]:
+    return {str(source["file"]): str(source["sha256"]) for source in data.sources}
 
 
 @dataclass(frozen=True)

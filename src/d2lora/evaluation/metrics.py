@@ -16,7 +16,7 @@ Scores = dict[str, float]
 def exact_match(output: str, target: str) -> Scores:
     """Score a worked solution by its final number, strictly (`#### N`) and flexibly."""
     wanted = target_answer(target)
-    strict, flexible = strict_answer(output), flexible_answer(output, wanted)
+    strict, flexible = strict_answer(output), flexible_answer(output, target)
     return {
         "exact_match": float(strict is not None and strict == wanted),
         "exact_match_flexible": float(flexible is not None and flexible == wanted),

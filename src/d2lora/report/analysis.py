@@ -4,6 +4,7 @@ study folder ─▶ levels (arm x task x n) ─▶ comparisons, convergence, dat
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,9 @@ def _convergence(chosen: Sequence[dict[str, Any]], against: dict[str, str]) -> l
     curves: dict[tuple[str, str, int], dict[int, Curve]] = {}
     for one in chosen:
         place = (one["task"], one["arm"], one["n"])
-        curves.setdefault(place, {})[one["seed"]] = [(float(s), v) for s, v in one["curve"]]
+        finite = [(float(s), v) for s, v in one["curve"] if v is not None and math.isfinite(v)]
+        if finite:
+            curves.setdefault(place, {})[one["seed"]] = finite
     found: list[Convergence] = []
     for (task, arm, n), own in curves.items():
         references = curves.get((task, against.get(arm, ""), n), {})
@@ -251,7 +254,8 @@ def _saved(convergence: Sequence[Convergence], levels: Sequence[Level]) -> float
     """Return the mean saving over tasks and seeds; None where nothing was measured.
 
     It is what the reference takes to its lowest validation loss, less what the arm takes to the
-    same, and may be negative. An arm that does not reach it counts with its whole run.
+    same, and may be negative. An arm that does not reach it counts with its whole run, and with no
+    fewer steps than the reference takes: a run that ends early has saved nothing.
     """
     levels_at = {(v.task, v.arm, v.n): v for v in levels}
     saved: list[float] = []
@@ -260,7 +264,8 @@ def _saved(convergence: Sequence[Convergence], levels: Sequence[Level]) -> float
         if own is None or reference is None:
             continue
         for seed in c.seeds:
-            steps = seed.whole if seed.steps is None else seed.steps
+            never = max(seed.whole, seed.reference_steps)
+            steps = never if seed.steps is None else seed.steps
             of_reference = seed.reference_steps * reference.flops_per_step
             saved.append(of_reference - steps * own.flops_per_step)
     return float(np.mean(saved)) if saved else None

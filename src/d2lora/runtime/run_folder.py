@@ -22,12 +22,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from d2lora.errors import RunError
 from d2lora.runtime.claims import claimed, is_main_process, target_of
 
 DONE = "done.json"
 SETTINGS = "settings.yaml"
 METRICS = "metrics.jsonl"
+_FREE = {"out", "resume", "quiet", "threads", "checkpoint_every"}
+"""Settings that a resumed run may change: how it is shown or reached, not what comes out."""
 Stamp = tuple[str, int, int, int]
 LIBRARIES = ("d2lora", "torch", "transformers", "peft", "accelerate", "tokenizers", "datasets")
 
@@ -184,14 +188,17 @@ class RunFolder:
         write_text(self.path / SETTINGS, settings_yaml)
 
     def _check_same(self, settings_yaml: str) -> None:
-        old = _comparable((self.path / SETTINGS).read_text(encoding="utf-8"))
-        new = _comparable(settings_yaml)
-        changed = sorted({line.split(":")[0] for line in old ^ new if line[:1].isalpha()})
-        if old != new:
-            names = ", ".join(changed) or "a list"
+        old, new = _settings_of(self.path / SETTINGS), yaml.safe_load(settings_yaml)
+        if lacking := sorted(new.keys() - old.keys()):
             raise RunError(
-                f"{self.path} was started with other settings ({names}); a resumed run keeps them. "
-                "Restore them, or start again in another --out"
+                f"{self.path / SETTINGS}: it lacks {', '.join(lacking)}: it was edited or cut off, "
+                "or written by another version of d2lora. Start again in another --out"
+            )
+        names = sorted((new.keys() | old.keys()) - _FREE)
+        if changed := [name for name in names if old.get(name) != new.get(name)]:
+            raise RunError(
+                f"{self.path} was started with other settings ({', '.join(changed)}); a resumed "
+                "run keeps them. Restore them, or start again in another --out"
             )
 
     def log(self, **values: Any) -> None:
@@ -255,10 +262,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _comparable(settings_yaml: str) -> set[str]:
-    """Lines of settings that decide the result; how it is shown or reached does not."""
-    free = ("out:", "resume:", "quiet:", "threads:", "checkpoint_every:")
-    return {line for line in settings_yaml.splitlines() if not line.startswith(free)}
+def _settings_of(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    if not isinstance(values, dict):
+        raise RunError(
+            f"{path}: it is damaged, so the run cannot be resumed; start again elsewhere"
+        )
+    return values
 
 
 def _present(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from d2lora.errors import SettingsError, did_you_mean, listed
 from d2lora.settings import Settings
+from d2lora.settings.yaml_text import parse_yaml
 
 
 def read_settings_file(kind: type[Settings], path: Path) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def read_settings_file(kind: type[Settings], path: Path) -> dict[str, Any]:
         SettingsError: If it cannot be read, or has unknown names or wrong values; all at once.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: cannot read the settings file: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -56,8 +56,7 @@ class BaseSettings(Settings):
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
-        kind = device.split(":", maxsplit=1)[0]
-        if kind not in {"auto", "cpu", "cuda", "mps"}:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device, re.ASCII):
             raise ValueError(f"expected auto, cpu, cuda, cuda:N or mps, found {device!r}")
         return device
 

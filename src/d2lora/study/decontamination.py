@@ -15,7 +15,7 @@ from typing import Any
 
 from d2lora.data.contamination import Guard, Leak, leaks_of
 from d2lora.data.rows import place
-from d2lora.data.sources import Row, is_local, read_source
+from d2lora.data.sources import Row, is_remote, read_source
 from d2lora.data.tasks import Say, read_task
 from d2lora.errors import DataError, listed
 from d2lora.runtime.run_folder import write_text
@@ -143,7 +143,7 @@ class _Cleaner:
     def cleaned(self, use: str, data: tuple[str, ...], task: str) -> tuple[tuple[str, ...], Check]:
         """Return the files to train on, and what was found in them."""
         files = (*data, *self._tests, *self._general)
-        if not self._fetch and not all(is_local(name) for name in files):
+        if not self._fetch and any(map(is_remote, files)):
             return data, Check(use, None, ())
         found = [self._cleaned(name, task) for name in data]
         kept = tuple(name for name, _, _ in found if name is not None)

@@ -6,7 +6,13 @@ Each executor is a `submit` that returns a future; the study knows nothing else 
 import os
 import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import (
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import Queue, get_context, parent_process
@@ -65,6 +71,7 @@ def executor(kind: str, n_workers: int, address: str | None) -> Generator[Submit
         pool = _Processes(*layout(kind, n_workers))
         try:
             yield pool.submit
+            pool.started()
         finally:
             pool.close()
 
@@ -86,9 +93,12 @@ class _Processes:
         # each other.
         os.environ["OMP_NUM_THREADS"] = str(self._n_threads or 1)
         pool = ProcessPoolExecutor(self._n_workers, context, _start_worker, (gpus,))
-        for _ in range(self._n_workers):
-            pool.submit(_load)  # each starts a worker
+        self._starting = [pool.submit(_load) for _ in range(self._n_workers)]
         return pool
+
+    def started(self) -> None:
+        """Wait until the workers are there: one that starts without its parent complains."""
+        wait(self._starting)
 
     def submit(self, job: Job) -> "Future[dict[str, Any]]":
         try:

@@ -135,6 +135,20 @@ class StudyPlan(BaseSettings):
     def _one_file(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("sizes", "learning_rates")
+    @classmethod
+    def _different(cls, values: tuple[V, ...]) -> tuple[V, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("each may be given once: a copy would count as a finding of its own")
+        return values
+
+    @field_validator("sizes")
+    @classmethod
+    def _positive(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if min(sizes) < 1:
+            raise ValueError("sizes must be at least 1")
+        return sizes
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.steps and self.epochs:

@@ -5,6 +5,7 @@ It is checked whole before anything runs, down to the settings of every warm-up 
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ import yaml
 
 from d2lora.errors import SettingsError, did_you_mean, listed
 from d2lora.settings import AdaptSettings, PairsSettings
+from d2lora.settings.yaml_text import parse_yaml
 from d2lora.study.plan import KINDS, NEEDS_WARM_UP, ArmPlan, Kind, StudyPlan
 from d2lora.study.recipes import listed_values, warm_up_settings
 
@@ -90,7 +92,7 @@ def _read(source: str) -> dict[str, Any]:
         except UnicodeDecodeError as error:
             raise SettingsError(f"{source}: not UTF-8 text: {error}") from None
     try:
-        values = yaml.safe_load(text)
+        values = parse_yaml(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"{source}: not a YAML file: {error}") from None
     if not isinstance(values, dict):
@@ -109,7 +111,7 @@ def _change(values: dict[str, Any], change: str) -> None:
         if not isinstance(inner, dict):
             raise SettingsError(f"--set {change}: `{part}` is not a mapping")
     try:
-        inner[last] = yaml.safe_load(text)
+        inner[last] = parse_yaml(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"--set {change}: not a YAML value: {error}") from None
 
@@ -201,6 +203,11 @@ def _faults_of_names(plan: StudyPlan) -> list[str]:
     faults += [
         f"two arms are called `{name}`; give each a `name`"
         for name in sorted({name for name in [*names, "base"] if [*names, "base"].count(name) > 1})
+    ]
+    faults += [
+        f"tasks {first} and {second} are the same, so one would count twice; remove one"
+        for (first, one), (second, other) in combinations(plan.tasks.items(), 2)
+        if one.changed(title="") == other.changed(title="")
     ]
     for task, by_arm in plan.rates.items():
         if task not in plan.tasks:

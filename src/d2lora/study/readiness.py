@@ -9,7 +9,7 @@ from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.encoded_sets import answers_beyond, encode_prompts, every
-from d2lora.data.sources import is_local
+from d2lora.data.sources import is_remote
 from d2lora.data.tasks import Say, read_task
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, ModelError, RunError, listed
@@ -62,7 +62,7 @@ def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> Non
             faults.append(str(error))
     faults += _faults_of_warm_starts(plan, fetch=fetch)
     for name, task in plan.tasks.items():
-        if not fetch and not all(map(is_local, (*task.data, *task.test))):
+        if not fetch and any(map(is_remote, (*task.data, *task.test))):
             continue
         try:
             rows = len(read_task(task.data, task.task).examples)

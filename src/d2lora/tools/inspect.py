@@ -116,7 +116,8 @@ def _on_task(settings: InspectSettings, folder: Path, manifest: Manifest | None)
     base = load_base(
         BaseSettings(base=name, revision=settings.revision, gguf_file=settings.gguf_file)
     )
-    check_fit(folder, base)
+    if warning := check_fit(folder, base):
+        Reporter().say(warning)
     encoder = Encoder.of(base, manifest.chat_format if manifest else None)
     examples = read_task(settings.data, say=Reporter().say).examples[:MOST_ROWS]
     items = encode_all(encoder, examples, LONGEST, "truncate").items

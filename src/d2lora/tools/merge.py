@@ -14,6 +14,7 @@ from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.manifest import check_fit
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError
+from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import DONE, new_folder, write_json
 from d2lora.settings import ConvertSettings
 
@@ -35,7 +36,8 @@ def merge_into_base(settings: ConvertSettings, folder: Path) -> float:
             f"{settings.base}: its weights are quantized, and merged ones would be rounded to the "
             "same few values; merge into the base as it was before quantization"
         )
-    check_fit(folder, base)
+    if warning := check_fit(folder, base):
+        Reporter().say(warning)
     adapted = attach_adapter(model, folder, trainable=False)
     generator = torch.Generator().manual_seed(settings.seed)
     ids = torch.randint(len(base.tokenizer), (4, 64), generator=generator).to(model.device)

@@ -23,7 +23,7 @@ from d2lora.adapters.manifest import base_record
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_prompts
 from d2lora.data.rows import Example
-from d2lora.data.sources import nested_order
+from d2lora.data.sources import BAD_ROWS, nested_order, write_bad_rows
 from d2lora.data.tasks import TaskData, read_task
 from d2lora.errors import DataError
 from d2lora.evaluation.decoding import Decoder, Sampling, check_room
@@ -118,7 +118,9 @@ def _make_pairs(settings: PairsSettings, base: Base | None) -> PairsMade:
         mean_sample_score=sum(sample.score for sample in every) / len(every),
         fast_passes=fast_passes,
     )
-    _write(settings, base, data.sources, rows, made)
+    _write(settings, base, data, rows, made)
+    if data.faults:
+        reporter.say(f"skipped {len(data.faults)} bad row(s): {settings.out / BAD_ROWS}")
     reporter.say(
         f"{made.n_pairs:,} pairs of {made.n_prompts:,} prompts (mean {MAIN_SCORE[data.task.score]} "
         f"of {made.n_distinct_samples:,} distinct samples: {made.mean_sample_score:.3f}); written "
@@ -191,15 +193,16 @@ def _pair(
 def _write(
     settings: PairsSettings,
     base: Base,
-    sources: Sequence[dict[str, Any]],
+    data: TaskData,
     rows: Sequence[dict[str, Any]],
     made: PairsMade,
 ) -> None:
     with new_folder(settings.out) as folder:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(folder / FILE, lines)
+        write_bad_rows(data.faults, folder)
         write_text(folder / SETTINGS, settings.to_yaml())
-        origin = {**provenance(), "base": base_record(base).model_dump(), "data": list(sources)}
+        origin = {**provenance(), "base": base_record(base).model_dump(), "data": data.sources}
         write_json(folder / "provenance.json", origin)
         write_json(folder / "summary.json", {**asdict(made), "path": FILE})
         RunFolder(folder).finish({"kind": "pairs", "n_pairs": made.n_pairs})

@@ -1,26 +1,27 @@
 """The state of a run on disk: safetensors and JSON, never pickle, never half-written."""
 
-import json
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from d2lora.errors import RunError
-from d2lora.runtime.run_folder import new_folder, restore, write_json
+from d2lora.errors import RunError, first_line
+from d2lora.runtime.run_folder import new_folder, read_json, restore, write_json
 
 FOLDER = "checkpoint"
+STATE, PROGRESS = "state.safetensors", "progress.json"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def exists(run_path: Path) -> bool:
     """Say whether a run has a checkpoint, be it one that was being replaced."""
     restore(run_path / FOLDER)
-    return (run_path / FOLDER / "progress.json").is_file()
+    return (run_path / FOLDER / PROGRESS).is_file()
 
 
 def save(
@@ -42,8 +43,8 @@ def save(
     tensors |= {f"best/{name}": value for name, value in best.items()}
     whole = {name: value.cpu().contiguous() for name, value in tensors.items()}
     with new_folder(run_path / FOLDER) as folder:
-        save_file(whole, folder / "state.safetensors")
-        write_json(folder / "progress.json", dict(progress))
+        save_file(whole, folder / STATE)
+        write_json(folder / PROGRESS, dict(progress))
 
 
 def load(
@@ -55,12 +56,13 @@ def load(
     """Restore what `save` wrote, in place; return the progress.
 
     Raises:
-        RunError: If the checkpoint is of another adapter shape.
+        RunError: If the checkpoint is damaged, or of another adapter shape.
     """
-    tensors = load_file(run_path / FOLDER / "state.safetensors")
-    if {name for name in tensors if name.startswith("weight/")} != {
-        f"weight/{name}" for name in parameters
-    }:
+    tensors, progress = _tensors(run_path), read_json(run_path / FOLDER / PROGRESS)
+    if not isinstance(progress, dict) or "step" not in progress:
+        raise RunError(f"{run_path / FOLDER / PROGRESS}: it is damaged; {_again(run_path)}")
+    shapes = {name: weight.shape for name, weight in tensors.items() if name.startswith("weight/")}
+    if shapes != {f"weight/{name}": parameter.shape for name, parameter in parameters.items()}:
         raise RunError(
             f"{run_path}: the checkpoint has another adapter shape; remove the run and start again"
         )
@@ -81,12 +83,24 @@ def load(
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
-    return json.loads((run_path / FOLDER / "progress.json").read_text(encoding="utf-8"))
+    return progress
+
+
+def _tensors(run_path: Path) -> dict[str, Tensor]:
+    path = run_path / FOLDER / STATE
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path}: it is damaged ({first_line(error)}); {_again(run_path)}") from None
+
+
+def _again(run_path: Path) -> str:
+    return f"remove {run_path / FOLDER}, and --resume starts the run from its beginning"
 
 
 def moments(run_path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Return Adam's two moments of each parameter in a run's checkpoint; zeros without gradient."""
-    tensors = load_file(run_path / FOLDER / "state.safetensors")
+    tensors = _tensors(run_path)
     weights = {n.removeprefix("weight/"): w for n, w in tensors.items() if n.startswith("weight/")}
     return {
         name: (

@@ -4,8 +4,9 @@ base, rows, adapter -> train -> folder with adapter, manifest, card and marker o
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from accelerate import PartialState
 
@@ -19,12 +20,14 @@ from d2lora.adapters.manifest import (
     fingerprint_of_adapter,
     write_manifest,
 )
+from d2lora.data.batches import digest_of
 from d2lora.data.encode import Encoder
 from d2lora.data.rows import Fault
-from d2lora.data.sources import fault_lines
+from d2lora.data.sources import BAD_ROWS, write_bad_rows
+from d2lora.errors import RunError
 from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
-from d2lora.runtime.run_folder import RunFolder, new_folder, provenance, write_json, write_text
+from d2lora.runtime.run_folder import RunFolder, new_folder, provenance, read_json, write_json
 from d2lora.settings import AdaptSettings, PhaseSettings, Reference, WarmupSettings
 from d2lora.training import checkpoint
 from d2lora.training.cost import reset_peak_memory
@@ -52,8 +55,17 @@ def run_phase(
     resumes = settings.resume and checkpoint.exists(run.path)
     everyone = PartialState(cpu=base.model.device.type == "cpu")
     everyone.wait_for_everyone()
+    inputs = {
+        "base": base.fingerprint,
+        "initialization": [ancestor.fingerprint for ancestor in adapter.lineage],
+        "rows": digest_of([*rows.train, *rows.valid]),
+    }
+    if resumes:
+        _check_inputs(inputs, run)
+    everyone.wait_for_everyone()
     if is_main_process():
         run.start(settings.to_yaml(), log=resumes)
+        write_json(run.path / "provenance.json", {**provenance(), "inputs": inputs})
         _set_aside(rows.faults, run, reporter)
     everyone.wait_for_everyone()
     reset_peak_memory(base.model.device)
@@ -65,9 +77,10 @@ def run_phase(
         rows, n_scored_tokens = _scored(settings, base, adapter, rows, run, reporter, everyone)
         warnings = [] if start is None or start.warning is None else [start.warning]
         short = too_short(planned(rows.train, settings, max_tokens).n_steps)
-        if short is not None:
-            reporter.say(f"warning: {short}")
-            warnings.append(short)
+        for warning in (short, _unheeded(settings, rows)):
+            if warning is not None:
+                reporter.say(f"warning: {warning}")
+                warnings.append(warning)
         trained = train(
             adapter.model,
             rows.train,
@@ -97,6 +110,21 @@ def run_phase(
         f"written to {run.path} ({cost.n_steps:,} steps, {cost.n_tokens:,} tokens, "
         f"{cost.elapsed_s:.0f} s)"
     )
+
+
+def _check_inputs(inputs: Mapping[str, Any], run: RunFolder) -> None:
+    """Check that a run is resumed on what it was started on.
+
+    Raises:
+        RunError: If not: half of it would be learnt from other rows, or on another base.
+    """
+    before = read_json(run.path / "provenance.json").get("inputs", {})
+    if changed := [name for name, value in inputs.items() if before.get(name) != value]:
+        raise RunError(
+            f"{run.path}: {' and '.join(changed)} changed since the run was started (files that "
+            "were edited, or another tokenizer or chat template). Restore what was there, or start "
+            "again in another --out"
+        )
 
 
 def _scored(
@@ -155,6 +183,21 @@ def _start(
     return start
 
 
+def _unheeded(settings: PhaseSettings, rows: Rows) -> str | None:
+    """Return a warning on settings that do nothing without validation rows."""
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("patience", "eval_every")
+        if getattr(settings, name)
+    ]
+    if rows.valid or not given:
+        return None
+    return (
+        f"{' and '.join(given)} without effect: there are no validation rows; give "
+        "--validation-fraction or --validation-data"
+    )
+
+
 def _warmup_warnings(trained: Trained, settings: WarmupSettings, reporter: Reporter) -> list[str]:
     progress = trained.progress
     warning = overfitting(
@@ -184,7 +227,8 @@ def _save_weights(adapter: InitializedAdapter, run: RunFolder) -> InitializedAda
 def _finish(manifest: Manifest, rows: Rows, device: str, run: RunFolder) -> None:
     """Write manifest and provenance, and the marker of completion last."""
     write_manifest(manifest, run.path)
-    origin = {**manifest.provenance, "device": device, "data": rows.sources}
+    inputs = read_json(run.path / "provenance.json")["inputs"]
+    origin = {**manifest.provenance, "device": device, "data": rows.sources, "inputs": inputs}
     write_json(run.path / "provenance.json", origin)
     run.finish({"kind": manifest.kind, "cost": manifest.cost})
     shutil.rmtree(run.path / checkpoint.FOLDER, ignore_errors=True)
@@ -226,6 +270,6 @@ def _manifest(
 
 
 def _set_aside(faults: Sequence[Fault], run: RunFolder, reporter: Reporter) -> None:
+    write_bad_rows(faults, run.path)
     if faults:
-        write_text(run.path / "bad_rows.jsonl", fault_lines(faults))
-        reporter.say(f"wrote {len(faults)} bad row(s) to {run.path / 'bad_rows.jsonl'}")
+        reporter.say(f"skipped {len(faults)} bad row(s): {run.path / BAD_ROWS}")
