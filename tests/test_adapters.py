@@ -1,6 +1,7 @@
 """Adapters of every kind say what unmerged PEFT says, and leave the base as it was."""
 
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -38,10 +39,12 @@ from d2lora.adapters.attach import attach_adapter, fingerprint_in_memory
 from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.lora import linear_names
 from d2lora.cli import main
+from d2lora.data.encode import Encoder
+from d2lora.data.rows import Example
 from d2lora.embedded import text_rows
 from d2lora.evaluation.decoding import Decoder
-from d2lora.evaluation.generate import adapted
-from d2lora.settings import BaseSettings
+from d2lora.evaluation.generate import adapted, generate
+from d2lora.settings import BaseSettings, GenerateSettings
 from d2lora.tools.inspect import inspect
 from support import write_rows
 
@@ -323,6 +326,10 @@ UNFIT: dict[str, tuple[Any, str]] = {
         lambda n, v: (n, v[:, :-1].contiguous() if "0.mlp.up_proj.lora_A" in n else v),
         r"of another shape \(1\): \S+up_proj\.lora_A\.weight \(4, 31\) instead of \(4, 32\)",
     ),
+    "rounded to 8 bits": (
+        lambda n, v: (n, (100 * v).to(torch.int8) if "0.mlp.up_proj.lora_A" in n else v),
+        r"up_proj\.lora_A\.weight is of int8: a quantized adapter",
+    ),
     "infinite": (
         lambda n, v: (n, v * torch.inf if "0.mlp.up_proj.lora_A" in n else v),
         r"weights that are not finite: \S+up_proj\.lora_A\.weight",
@@ -417,6 +424,17 @@ def test_an_adapter_of_more_than_lora_weights_is_no_warm_start(
         ({"use_newest": True}, "`use_newest`: True is not known to the installed PEFT"),
         ({"target_modules": ["nowhere"]}, "does not fit the base: Target modules .*nowhere"),
         ({"target_modules": ["norm"]}, "does not fit the base: Target module .*Norm"),
+        ({"target_modules": "("}, "`target_modules` is not a pattern: missing \\)"),
+        ({"exclude_modules": "("}, "`exclude_modules` is not a pattern"),
+        ({"rank_pattern": 5}, "`rank_pattern` must be an object of names and ranks, found 5"),
+        ({"rank_pattern": {"q_proj": 0}}, "`rank_pattern` must be an object"),
+        ({"alpha_pattern": {"(": 2}}, "`alpha_pattern` must be an object"),
+        ({"lora_alpha": math.nan}, "`lora_alpha` must be a number, found nan"),
+        ({"lora_dropout": "x"}, "`lora_dropout` must be a number"),
+        ({"layers_to_transform": "x"}, "`layers_to_transform` must be layer numbers, found 'x'"),
+        ({"modules_to_save": ["nope"]}, "`modules_to_save` without a module .*: nope"),
+        ({"modules_to_save": 3}, "`modules_to_save` must be names, found 3"),
+        ({"bias": "some"}, "`bias` must be none, all or lora_only, found 'some'"),
     ],
 )  # fmt: skip
 def test_a_configuration_that_cannot_be_used_is_refused_with_the_reason(
@@ -567,3 +585,46 @@ def test_an_adapter_trained_on_a_tied_head_scores_as_in_peft(
     )  # fmt: skip
     assert_untouched(base, before)
     check_says_the_same_and_leaves_no_trace(tied_base, adapter.path)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_an_adapter_of_new_tokens_is_evaluated_as_peft_has_it(
+    tmp_path: Path, tiny_base: str, tied_base: str, *, tied: bool
+) -> None:
+    name = tied_base if tied else tiny_base
+    adapter = make_adapter(name, tmp_path / "a", **LLAMA_ADAPTERS["tokens"])
+    base, text = loaded(name), text_rows("valid", 4)
+    found = evaluate(
+        EvaluateSettings(
+            base=name, adapters=(str(adapter),), out=tmp_path / "e", quiet=True,
+            general_text=(write_rows(tmp_path / "t.jsonl", text),),
+        )
+    )  # fmt: skip
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(name), str(adapter))
+    total, n_tokens = 0.0, 0
+    for row in text:
+        ids = torch.tensor([Encoder.of(base, None).encode(Example((), row["text"])).ids])
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=ids).loss
+        total += float(loss) * (ids.shape[1] - 1)
+        n_tokens += ids.shape[1] - 1
+    loss = found.forgetting[str(adapter)].general_loss
+    assert loss == pytest.approx(total / n_tokens, rel=1e-4)
+    (row,) = generate(
+        GenerateSettings(base=name, adapter=str(adapter), prompt="Hi", max_new_tokens=4)
+    )
+    assert isinstance(row["output"], str)
+
+
+def test_an_adapter_that_names_another_base_is_warned_of(
+    tmp_path: Path, tiny_base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(tiny_base, tmp_path / "a", target_modules=["q_proj"])
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    words = ["generate", "--base", tiny_base, "--adapter", str(adapter), "--prompt", "x"]
+    words += ["--max-new-tokens", "1"]
+    for named, warned in ((tiny_base, False), ("owner/another-model", True), (None, False)):
+        path.write_text(json.dumps({**config, "base_model_name_or_path": named}))
+        assert main(words) == 0
+        assert (f"was made on {named}" in capsys.readouterr().err) == warned

@@ -160,3 +160,23 @@ def test_rows_of_the_validation_data_are_not_trained_on(
     )  # fmt: skip
     assert adapt(settings).manifest.n_examples == 35
     assert len(read_task([titles]).examples) == 40
+
+
+def test_the_words_of_an_instruction_do_not_make_short_rows_alike(tmp_path: Path) -> None:
+    asked = "Which of the intents does this message to our bank have?"
+    messages = [
+        f"{start} my {thing} {end}"
+        for start in ("where is", "i lost", "please block")
+        for thing in ("card", "pin", "cheque book", "last transfer")
+        for end in ("now", "since monday", "again")
+    ]
+    rows = [{"prompt": f"{asked}\n\n{text}", "completion": text.split()[-1]} for text in messages]
+    own = "i want to know why the machine in your branch on main street kept it"
+    planted = {"prompt": f"{asked}\n\n{own}", "completion": "atm"}
+    guard = Guard([write_rows(tmp_path / "test.jsonl", [*rows[::2], planted])])
+    train = read_task([write_rows(tmp_path / "train.jsonl", [*rows[1::2], rows[2]])]).examples
+    (leak,) = guard.leaks(train)
+    assert (leak.index, leak.how) == (len(train) - 1, "asks the same question as")
+    other = {"prompt": f"So {own}, tell me", "completion": "atm"}
+    (leak,) = guard.leaks(read_task([write_rows(tmp_path / "more.jsonl", [other])]).examples)
+    assert leak.how == "shares 13 consecutive words with"

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from d2lora.data.files import text_lines
 from d2lora.data.rows import Message, Row
 from d2lora.data.sources import nested_order, read_source, split_validation
 from d2lora.data.tasks import read_choice_questions, read_task
@@ -346,3 +347,42 @@ def test_the_public_data_sets_are_read_whole(name: str, rows: int, task: str) ->
 def test_the_public_choices_are_read_whole() -> None:
     data = read_choice_questions([str(SHARED / "forgetting" / "test.jsonl")])
     assert len(data.questions) == 573
+
+
+def test_a_suffix_in_capitals_is_the_same_kind_of_file(tmp_path: Path) -> None:
+    path = tmp_path / "ROWS.JSONL"
+    write_rows(path, [*ROWS, {"prompt": "p"}])
+    with pytest.raises(DataError, match=r"ROWS\.JSONL, line 4: field `completion`"):
+        read_task([str(path)])
+
+
+def test_a_file_given_twice_is_refused_whatever_its_path(tmp_path: Path) -> None:
+    name = write_rows(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "b.jsonl").symlink_to(name)
+    for again in (name, str(tmp_path / "b.jsonl")):
+        with pytest.raises(DataError, match="given more than once"):
+            read_task([name, again])
+        with pytest.raises(DataError, match="given more than once"):
+            read_choice_questions([name, again])
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "txt"])
+def test_line_ends_of_carriage_returns_alone_are_an_error(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(b"prompt\tcompletion\ra\tb\rc\td\r")
+    with pytest.raises(DataError, match="line 1: a carriage return without a newline"):
+        list(text_lines(path))
+
+
+def test_an_answer_that_is_labelled_as_bad_is_not_learnt(tmp_path: Path) -> None:
+    rows = [{**row, "label": index != 1} for index, row in enumerate(ROWS)]
+    with pytest.raises(DataError, match="line 2: `label` is false: as in KTO"):
+        read_task([write_rows(tmp_path / "d.jsonl", rows)])
+
+
+@pytest.mark.parametrize("field", ["stars", "category", "score", "label"])
+def test_texts_with_labels_are_not_documents_unless_named_so(tmp_path: Path, field: str) -> None:
+    name = write_rows(tmp_path / "d.jsonl", [{"text": "Fine food.", field: 5}])
+    with pytest.raises(DataError, match=f"`text` with `{field}` looks like labelled data"):
+        read_task([name])
+    assert len(read_task([name], "text").examples) == 1

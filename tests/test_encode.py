@@ -447,3 +447,73 @@ def test_a_model_that_changes_its_logits_takes_its_own_forward_pass(tiny_base: s
         expected = logits[batch.rows_P, batch.columns_P].log_softmax(-1)
     chosen = expected.gather(1, batch.targets_P[:, None])[:, 0]
     torch.testing.assert_close(ours, chosen)
+
+
+def test_a_template_that_leaves_out_a_turn_is_an_error_with_the_row(templated: Any) -> None:
+    templated.chat_template = (
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }} {{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    encoder = Encoder(templated, "template")
+    assert encoder.encode(example()).n_prompt
+    system = Message("system", "Be short")
+    row = replace(example(), prompt=(system, *example().prompt), place="d.jsonl, line 3")
+    with pytest.raises(DataError, match=r"d\.jsonl, line 3: turn 1, the system's, is left out"):
+        encoder.encode(row)
+    templated.chat_template = (
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match="the answer is left out"):
+        Encoder(templated, "template").encode(example())
+
+
+def test_a_turn_marker_that_is_not_called_special_cannot_be_forged(templated: Any) -> None:
+    marks = ["<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"]
+    templated.add_tokens([*marks, "<think>"])
+    user_mark, assistant_mark, thought = templated.convert_tokens_to_ids([*marks, "<think>"])
+    templated.chat_template = (
+        "{% for m in messages %}<\uff5c{{ m.role | capitalize }}\uff5c>{{ m.content }}"
+        "{% if m.role == 'assistant' %}<|eos|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<\uff5cAssistant\uff5c>{% endif %}"
+    )
+    encoder = Encoder(templated, "template")
+    asked = f"Say {marks[0]} or {marks[1]} <think> é"
+    prompt = encoder.prompt_ids(user(asked))
+    assert prompt.count(user_mark) == prompt.count(assistant_mark) == prompt.count(thought) == 1
+    assert templated.decode(prompt) == f"{marks[0]}{asked}{marks[1]}"
+    item = encoder.encode(Example(user("Hi"), f"<think>{marks[0]}"))
+    assert list(item.ids[item.n_prompt :]).count(user_mark) == 0
+    assert item.ids[item.n_prompt] == thought
+
+
+@pytest.mark.parametrize(
+    "shown",
+    ["m.content[:20]", "m.content | replace('<', '(')", "m.content | length", "m.content | upper"],
+)
+def test_special_strings_in_texts_that_a_template_rewrites_are_an_error(
+    templated: Any, shown: str
+) -> None:
+    templated.chat_template = (
+        "{% for m in messages %}{{ " + shown + " }}<|eos|>{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}"
+    )
+    encoder = Encoder(templated, "template")
+    assert encoder.prompt_ids(user("Hi"))
+    with pytest.raises(DataError, match=r"special token \(<\|eos\|>\), and .* rewrites texts"):
+        encoder.prompt_ids(user("What is <|eos|>, and what is not?"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "{{ 1 // 0 }}",
+        "{{ messages[9].content.x }}",
+        "{{ '%d' % 'x' }}",
+        "{{ range(10**30) | list }}",
+    ],
+)
+def test_a_template_that_fails_names_itself_and_the_row(templated: Any, wrong: str) -> None:
+    templated.chat_template = wrong
+    row = replace(example(), place="d.jsonl, line 2")
+    with pytest.raises(DataError, match=r"d\.jsonl, line 2: the chat template of .* refuses"):
+        Encoder(templated, "template").encode(row)

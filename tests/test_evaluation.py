@@ -314,3 +314,21 @@ def test_an_evaluation_without_anything_to_evaluate_on_is_refused(
 def test_a_loaded_model_knows_its_fingerprint(tiny_base: str) -> None:
     base = load_base(BaseSettings(base=tiny_base, device="cpu"))
     assert fingerprint_of_model(base.model) == base.fingerprint
+
+
+def test_bad_test_rows_are_skipped_where_that_is_asked_for_and_kept_aside(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    (tmp_path / "d.jsonl").write_text(Path(problems).read_text() + '{"question": 1}\nno row\n')
+    text = write_rows(tmp_path / "t.jsonl", [*text_rows("valid", 2), {"text": 3}])
+    choice = write_rows(tmp_path / "c.jsonl", [*choice_rows("valid", 2), {"prompt": "p"}])
+    given: dict[str, Any] = {
+        "base": tiny_base, "data": (str(tmp_path / "d.jsonl"),), "general_text": (text,),
+        "choices": (choice,), "limit": 4, "max_new_tokens": 2, "quiet": True,
+    }  # fmt: skip
+    with pytest.raises(DataError, match=r"2 bad row.*--skip-bad-rows"):
+        evaluate(EvaluateSettings(**given, out=tmp_path / "e"))
+    found = evaluate(EvaluateSettings(**given, out=tmp_path / "e", skip_bad_rows=True))
+    assert len(found.records) == 4
+    aside = [row["file"] for row in read_rows(tmp_path / "e" / "bad_rows.jsonl")]
+    assert [Path(name).name for name in aside] == ["d.jsonl", "d.jsonl", "t.jsonl", "c.jsonl"]

@@ -203,3 +203,10 @@ def test_rouge_agrees_with_known_values() -> None:
     assert scores["rouge2"] == pytest.approx(3 / 5)
     assert scores["rougeL"] == pytest.approx(5 / 6)
     assert rouge("sorting apples", "sorted apple")["rouge1"] == 1  # stemmed
+
+
+@pytest.mark.parametrize("gap", [" ", "\u00a0", "\u2009", "\u202f"])
+def test_a_target_in_groups_is_looked_for_in_groups(gap: str) -> None:
+    scores = exact_match(f"He has 1{gap}000.", "#### 1 000")
+    assert scores == {"exact_match": 0.0, "exact_match_flexible": 1.0}
+    assert exact_match(f"He has 2{gap}000.", "#### 1 000")["exact_match_flexible"] == 0

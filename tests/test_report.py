@@ -416,3 +416,22 @@ def test_a_browser_opens_searches_and_filters_the_page(known: Path) -> None:
             assert asked == [url]
             page.close()
         browser.close()
+
+
+def test_an_arm_that_stops_early_without_getting_there_has_saved_nothing(tmp_path: Path) -> None:
+    path = study(tmp_path)
+    curve_of(path, "fresh", [[0, 3.0], [100, 1.0]])
+    curve_of(path, "warm", [[0, 2.0], [5, 1.5]])
+    cost = next(c for c in read_findings(path).costs if c.arm == "warm" and c.n == 16)
+    assert cost.flops_saved_per_task == 0
+    assert cost.break_even_tasks == math.inf
+
+
+def test_points_of_a_curve_that_are_not_numbers_are_left_out(tmp_path: Path) -> None:
+    path = study(tmp_path)
+    curve_of(path, "fresh", [[0, math.nan], [4, 1.0], [8, math.inf]])
+    curve_of(path, "warm", [[0, 2.0], [2, 1.0], [8, math.nan]])
+    findings = read_findings(path)
+    cost = next(c for c in findings.costs if c.arm == "warm" and c.n == 16)
+    assert cost.flops_saved_per_task == pytest.approx(2 * COST["flops"] / COST["n_steps"])
+    assert [c.ratio for c in findings.convergence] == [0.5]

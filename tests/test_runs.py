@@ -1,6 +1,7 @@
 """Outputs: one writer at a time, known to be writable, written whole, found after any death."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from d2lora.runtime.run_folder import (
 )
 from d2lora.settings import BaseSettings, TrainSettings
 from d2lora.training import checkpoint
-from support import dies_at_step, read_rows
+from support import dies_at_step, read_rows, write_rows
 
 FOLDERS = {
     "warmup": "--base nowhere --data {general}",
@@ -352,3 +353,71 @@ def test_training_and_pools_need_nothing_that_only_unix_has(
 def test_files_have_the_same_bytes_everywhere(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"text": "é"})
     assert (tmp_path / "a.json").read_bytes() == '{\n  "text": "é"\n}\n'.encode()
+
+
+def test_a_run_is_resumed_on_the_rows_and_the_warm_start_that_it_began_with(
+    tmp_path: Path, tiny_base: str, problems: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = read_rows(Path(problems))
+    data, out = write_rows(tmp_path / "d.jsonl", rows), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(dies_at_step(patch, 3)):
+        run(out, tiny_base, data, checkpoint_every=2)
+    edited = [{**rows[0], "answer": rows[0]["answer"].replace("#### ", "#### 1")}, *rows[1:]]
+    write_rows(tmp_path / "d.jsonl", edited)
+    with pytest.raises(RunError, match="rows changed since the run was started"):
+        run(out, tiny_base, data, checkpoint_every=2, resume=True)
+    write_rows(tmp_path / "d.jsonl", rows)
+    assert_same(run(tmp_path / "whole", tiny_base, data), run(out, tiny_base, data, resume=True))
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "progress.json"])
+def test_a_damaged_checkpoint_is_an_error_that_says_how_to_go_on(
+    tmp_path: Path, tiny_base: str, problems: str, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(dies_at_step(patch, 3)):
+        run(out, tiny_base, problems, checkpoint_every=2)
+    path = out / checkpoint.FOLDER / file
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(RunError, match=file):
+        run(out, tiny_base, problems, resume=True)
+    shutil.rmtree(out / checkpoint.FOLDER)
+    assert_same(
+        run(tmp_path / "whole", tiny_base, problems), run(out, tiny_base, problems, resume=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda text: "".join(text.splitlines(keepends=True)[:9]),
+            "it lacks .*: it was edited or cut off",
+        ),
+        (lambda _: "", "it is damaged"),
+        (lambda _: "\x00[", "it is damaged"),
+        (lambda text: text.replace("rank: 4", "rank: 5"), r"other settings \(rank\)"),
+    ],
+)
+def test_settings_that_are_damaged_are_not_called_others(
+    tmp_path: Path, tiny_base: str, problems: str, monkeypatch: pytest.MonkeyPatch,
+    damage: Any, message: str,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(dies_at_step(patch, 1)):
+        run(out, tiny_base, problems)
+    path = out / "settings.yaml"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(RunError, match=message):
+        run(out, tiny_base, problems, resume=True)
+
+
+def test_settings_of_validation_without_validation_rows_are_warned_of(
+    tmp_path: Path, tiny_base: str, problems: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = run(tmp_path / "a", tiny_base, problems, patience=2, eval_every=3, quiet=False)
+    (warning,) = [w for w in done.manifest.warnings if "without effect" in w]
+    assert warning.startswith("--patience and --eval-every")
+    assert warning in " ".join(capsys.readouterr().err.split())
+    held = run(tmp_path / "b", tiny_base, problems, patience=2, validation_fraction=0.2)
+    assert not [w for w in held.manifest.warnings if "without effect" in w]

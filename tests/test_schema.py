@@ -2,6 +2,7 @@
 
 import json
 from importlib import resources
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -9,7 +10,11 @@ import yaml
 
 from d2lora.cli import main
 from d2lora.commands import COMMANDS
+from d2lora.errors import SettingsError
 from d2lora.schema import schema_of
+from d2lora.settings import AdaptSettings, BaseSettings
+from d2lora.settings.file import read_settings_file
+from d2lora.study.read_plan import read_plan
 
 
 @pytest.mark.parametrize("name", ["plan", *COMMANDS])
@@ -44,3 +49,23 @@ def test_the_command_prints_a_schema_and_names_what_it_does_not_know(
     assert json.loads(capsys.readouterr().out) == schema_of("adapt")
     assert main(["schema", "adpt"]) == 2
     assert "Did you mean `adapt`?" in capsys.readouterr().err
+
+
+def test_a_name_given_twice_in_yaml_is_an_error_with_both_lines(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("data: a.jsonl\nlearning_rate: 0.1\nlearning_rate: 0.2\n")
+    with pytest.raises(
+        SettingsError, match="`learning_rate` is given twice, in line 2 and in line 3"
+    ):
+        read_settings_file(AdaptSettings, path)
+    path.write_text("tasks:\n  a: {test: x, test: y}\n")
+    with pytest.raises(SettingsError, match="`test` is given twice"):
+        read_plan(str(path))
+    path.write_text("tasks: &t\n  a: {data: [x], test: [y]}\nadapt: {<<: {rank: 4}, rank: 8}\n")
+    assert read_plan(str(path)).adapt["rank"] == 8
+
+
+@pytest.mark.parametrize("device", ["cuda:x", "cuda:", "cpu:0", "gpu", "mps:1"])
+def test_a_device_that_is_none_is_refused(device: str) -> None:
+    with pytest.raises(SettingsError, match="expected auto, cpu, cuda"):
+        BaseSettings(device=device)

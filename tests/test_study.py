@@ -98,6 +98,15 @@ def test_a_plan_says_once_how_long_to_train(tmp_path: Path) -> None:
     assert read_plan(str(plan)).adapt["max_steps"] == 3
 
 
+def test_copies_of_sizes_rates_and_tasks_are_refused(plan: dict[str, Any], tmp_path: Path) -> None:
+    for copied in ({"sizes": [4, 4]}, {"learning_rates": [0.1, 0.1]}):
+        with pytest.raises(SettingsError, match="each may be given once"):
+            run_study(settings(tmp_path, plan | copied))
+    twin = {**plan["tasks"]["titles"], "title": "Again"}
+    with pytest.raises(SettingsError, match="tasks titles and again are the same"):
+        run_study(settings(tmp_path, plan | {"tasks": {**plan["tasks"], "again": twin}}))
+
+
 @pytest.mark.parametrize("change", ["sizs=[4]", "tasks.titles.n_tst=3", "seeds", "seeds.a=1"])
 def test_a_wrong_change_of_a_plan_is_an_error(
     tmp_path: Path, plan: dict[str, Any], change: str
@@ -118,7 +127,9 @@ def test_rows_that_are_missing_stop_a_study_before_it_runs(
     assert "tasks.more: nowhere.jsonl" in str(error.value)
     assert too_few in str(error.value)
     assert main(["study", *given.plan, "--out", str(given.out), "--dry-run"]) == 2
-    assert too_few in " ".join(capsys.readouterr().err.split())
+    told = " ".join(capsys.readouterr().err.split())
+    assert too_few in told
+    assert "tasks.more: nowhere.jsonl: no such file" in told
     assert not (tmp_path / "study").exists()
 
 

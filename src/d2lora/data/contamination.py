@@ -2,9 +2,10 @@
 
 A training row is contaminated where it shares n consecutive words (13, as in Brown et al. 2020,
 arXiv 2005.14165, appendix C) with an evaluation row, asks the same question, or holds a whole
-question that is itself shorter than n words. What more than ten evaluation rows have in common is
-the wording of a template and counts for nothing; there it is what more than ten training documents
-have in common, which a small set of task rows cannot show.
+question that is itself shorter than n words. Words that more than ten evaluation rows have in
+common, five in a row, are the wording of a template: of what is shared, at least eight others are
+needed. In the paper it is what more than ten training documents have in common, which a small set
+of task rows cannot show.
 """
 
 import re
@@ -26,7 +27,9 @@ N_WORDS = 13
 COMMON = 10
 """What more evaluation rows than this share is a template."""
 SHORTEST_INSIDE = 8
-"""A question of fewer words is compared with whole prompts only."""
+"""A question of fewer words is compared with whole prompts only, the words of templates apart."""
+TEMPLATE_WORDS = 5
+"""Words in a row that more than `COMMON` rows share by a template alone."""
 
 # Between numbers the operator alone distinguishes one calculation from another.
 _OPERATOR = re.compile(r"(?<=\d)\s*([-+*/^<>=×÷−])\s*(?=\d)")
@@ -84,6 +87,7 @@ class Guard:
         self._questions = _without_common(
             (item.asked, number) for number, item in enumerate(self._items) if len(item.question)
         )  # fmt: skip
+        self._template = _common_grams(item.whole for item in self._items)
         # Hashes of each length in order, with the evaluation row that each stands for.
         self._grams: dict[int, tuple[Hashes, list[int]]] = {}
         for length in range(min(SHORTEST_INSIDE, n_words), n_words + 1) if n_words else ():
@@ -98,10 +102,20 @@ class Guard:
         """Return hash and row of the n-grams, or of the questions of just a shorter length."""
         for number, item in enumerate(self._items):
             if length == self.n_words:
-                for value in set(gram_hashes(item.whole, length).tolist()):
+                for value in set(self._telling(item.whole, length).tolist()):
                     yield value, number
             elif len(item.question) == length:
-                yield int(gram_hashes(item.question, length)[0]), number
+                for value in self._telling(item.question, length).tolist():
+                    yield value, number
+
+    def _telling(self, hashes: Hashes, length: int) -> Hashes:
+        """Return the n-grams of a row that have enough words which are not a template's."""
+        own = np.ones(len(hashes), dtype=np.int64)
+        for begin in np.flatnonzero(np.isin(gram_hashes(hashes, TEMPLATE_WORDS), self._template)):
+            own[begin : begin + TEMPLATE_WORDS] = 0
+        up_to = np.concatenate([[0], np.cumsum(own)])
+        n_own = up_to[length:] - up_to[:-length]
+        return gram_hashes(hashes, length)[n_own >= min(length, SHORTEST_INSIDE)]
 
     def leaks(self, examples: Iterable[Example]) -> Iterator[Leak]:
         """Find the examples that overlap with an evaluation row, one leak each."""
@@ -137,6 +151,15 @@ class Guard:
 def leaks_of(guards: Iterable[Guard], examples: Sequence[Example]) -> dict[int, Leak]:
     """Return what any guard finds, by the index of the training row."""
     return {leak.index: leak for guard in guards for leak in guard.leaks(examples)}
+
+
+def _common_grams(rows: Iterable[Hashes]) -> Hashes:
+    """Return the short n-grams that more than `COMMON` rows have."""
+    own = [np.unique(gram_hashes(row, TEMPLATE_WORDS)) for row in rows]
+    if not own:
+        return np.empty(0, dtype=np.uint64)
+    grams, counts = np.unique(np.concatenate(own), return_counts=True)
+    return grams[counts > COMMON]
 
 
 def _without_common(pairs: Iterable[tuple[int, int]]) -> dict[int, int]:
