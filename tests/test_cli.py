@@ -188,7 +188,7 @@ def test_bad_rows_can_be_set_aside(case: Case, capsys: pytest.CaptureFixture[str
     assert main(words.split()) == 0
     (aside,) = read_rows(Path(case.out) / "bad_rows.jsonl")
     assert (aside["line"], aside["row"]) == (9, "{broken")
-    assert "wrote 1 bad row(s) to" in capsys.readouterr().err
+    assert "skipped 1 bad row: " in capsys.readouterr().err
 
 
 def test_options_win_over_the_settings_file_and_the_resolved_settings_are_kept(case: Case) -> None:

@@ -131,7 +131,7 @@ def test_all_bad_rows_are_named_at_once_with_file_and_line(tmp_path: Path) -> No
     with pytest.raises(DataError) as caught:
         read_task([str(path)])
     message = str(caught.value)
-    assert "8 bad row(s)" in message
+    assert "8 bad rows" in message
     for line in (2, 3, 5, 6, 7, 8, 9, 10):
         assert f"rows.jsonl, line {line}:" in message
     assert "column 2" in message
@@ -257,7 +257,7 @@ def test_csv_is_read_with_its_quotes_and_its_faults_where_they_begin(tmp_path: P
     path.write_text('prompt,completion\na,"b" c\nd\n"e\n",f\ng,"h\ni,j\n')
     with pytest.raises(DataError) as caught:
         read_task([str(path)])
-    assert "3 bad row(s); fix them" in str(caught.value)
+    assert "3 bad rows; fix them" in str(caught.value)
     for line in ("line 2: not CSV", "line 3: expected 2 .* found 1", "line 6: a quote that opens"):
         assert re.search(rf"rows\.csv, {line}", str(caught.value))
 

@@ -89,7 +89,7 @@ def test_a_short_run_warns_before_it_trains_and_in_its_manifest(
         validation_fraction=0.2,
     )
     (told,) = adapt(settings).manifest.warnings
-    assert told.startswith("8 optimizer step(s) barely train an adapter: give --max-steps 50")
+    assert told.startswith("8 optimizer steps barely train an adapter: give --max-steps 50")
     said = capsys.readouterr().err
     assert said.index(f"warning: {told}") < said.index("step 8:")
 

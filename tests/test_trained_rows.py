@@ -58,7 +58,7 @@ def test_rows_that_a_warm_start_was_trained_on_are_told_by_file_and_number(
     )
     said = capsys.readouterr().err
     for folder in (warm_start.path, adapter):
-        assert f"{folder} was trained on 2 row(s) of {mixed_text} (2, 5)" in said
+        assert f"{folder} was trained on 2 rows of {mixed_text} (2, 5)" in said
         assert found.trained_on[str(folder)] == {"general_text": 2}
     assert found.trained_on["base"] == {"general_text": 0}
     assert json.loads((tmp_path / "e" / "summary.json").read_text())["trained_on"] == (
@@ -75,7 +75,7 @@ def test_test_rows_that_a_task_was_trained_on_are_told_and_those_of_validation_a
     )
     found = evaluated(tmp_path / "e", tiny_base, adapter, data=(problems,))
     assert found.trained_on == {str(adapter): {"task": 8}}
-    assert f"8 row(s) of {problems} (" in capsys.readouterr().err
+    assert f"8 rows of {problems} (" in capsys.readouterr().err
     few = evaluated(tmp_path / "few", tiny_base, adapter, data=(problems,), limit=12)
     trained = TrainedRows.read(adapter).among(
         [row for row in rows_of(tmp_path, problems) if row.line <= 12]

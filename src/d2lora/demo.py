@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from d2lora.errors import RunError
+from d2lora.errors import RunError, counted
 from d2lora.report.analysis import read_findings
 from d2lora.report.findings import Findings
 from d2lora.report.summary import show
@@ -39,7 +39,7 @@ def _demo(settings: DemoSettings, out: Path) -> Findings:
     write_json(out / MARKER, provenance())
     reporter.say(
         "d2lora demo: one warm-up on general data, then every task from it and from fresh LoRA "
-        f"at n = {', '.join(map(str, settings.sizes))}, {settings.seeds} seeds each; "
+        f"at n = {', '.join(map(str, settings.sizes))}, {counted(settings.seeds, 'seed')} each; "
         f"written to {out}"
     )
     study = run_study(

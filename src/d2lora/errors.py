@@ -56,6 +56,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean `{nearest[0]}`?" if nearest else ""
 
 
+def counted(n: int, thing: str) -> str:
+    """Return how many things there are, as in `1 row` and `1,250 rows`."""
+    return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
+
+
 def listed(faults: Sequence[str], *, shown: int = 20) -> str:
     """Join faults one a line, saying how many are left out beyond the first `shown`."""
     lines = [f"  - {fault}" for fault in faults[:shown]]

@@ -26,7 +26,7 @@ from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.files import ADAPTER_CONFIG
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.adapters.gguf import quantization_of
-from d2lora.errors import ModelError, first_line
+from d2lora.errors import ModelError, counted, first_line
 from d2lora.settings import BaseSettings
 
 
@@ -151,7 +151,9 @@ def device_of(name: str) -> torch.device:
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
     n_cuda = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= n_cuda:
-        raise ModelError(f"--device {name}: torch sees {n_cuda} CUDA device(s); use --device cpu")
+        raise ModelError(
+            f"--device {name}: torch sees {counted(n_cuda, 'CUDA device')}; use --device cpu"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ModelError("--device mps: torch sees no MPS device; use --device cpu")
     return device

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from d2lora.errors import ModelError
+from d2lora.errors import ModelError, counted
 
 _CHUNKS, _CHUNK_BYTES = 16, 4096
 
@@ -50,7 +50,9 @@ def _loaded_files(folder: Path) -> list[Path]:
         raise ModelError(f"{index}: {unreadable(index, 'not an index of weights')}") from None
     missing = sorted(name for name in shards if not (folder / name).is_file())
     if missing:
-        raise ModelError(f"{folder}: {len(missing)} file(s) of weights missing: {missing[0]}, ...")
+        raise ModelError(
+            f"{folder}: {counted(len(missing), 'file')} of weights missing: {missing[0]}, ..."
+        )
     return [folder / name for name in sorted(shards)]
 
 

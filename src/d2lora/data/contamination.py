@@ -20,7 +20,7 @@ from d2lora.data.ngrams import Hashes, gram_hashes, word_hashes, words
 from d2lora.data.rows import BadRowError, Example, Fault, place
 from d2lora.data.sources import Row, read_source
 from d2lora.data.tasks import read_choice_question, read_prompt, task_of
-from d2lora.errors import DataError, listed
+from d2lora.errors import DataError, counted, listed
 
 N_WORDS = 13
 """Consecutive words that no two texts share by chance."""
@@ -202,7 +202,8 @@ def _items(name: str) -> Iterator[_Item]:
         items.append(_Item(row.file, row.line, _digest(asked), question, whole))
     if faults:
         raise DataError(
-            f"{name}: {len(faults)} row(s) cannot be checked for contamination:\n{listed(faults)}"
+            f"{name}: {counted(len(faults), 'row')} cannot be checked for contamination:\n"
+            f"{listed(faults)}"
         )
     yield from items
 

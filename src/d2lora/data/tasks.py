@@ -23,7 +23,7 @@ from d2lora.data.formats import (
 from d2lora.data.preferences import read_preference
 from d2lora.data.rows import BadRowError, Example, Fault, place, text_field, user
 from d2lora.data.sources import Row, check_different, read_source, stream_source
-from d2lora.errors import DataError, listed
+from d2lora.errors import DataError, counted, listed
 
 Score = Literal["exact_match", "rouge", "loss", "preference"]
 
@@ -322,5 +322,5 @@ def _check_faults(faults: Sequence[Fault], n_good: int, *, skip_bad: bool) -> No
     if faults and not (skip_bad and n_good):
         advice = "fix them, or skip them with --skip-bad-rows" if n_good else "none is good"
         raise DataError(
-            f"{len(faults)} bad row(s); {advice}:\n{listed([str(fault) for fault in faults])}"
+            f"{counted(len(faults), 'bad row')}; {advice}:\n{listed([*map(str, faults)])}"
         )

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from d2lora.adapters.manifest import Manifest, has_manifest
 from d2lora.data.contamination import normalized
 from d2lora.data.rows import Example
-from d2lora.errors import ModelError
+from d2lora.errors import ModelError, counted
 from d2lora.runtime.run_folder import write_text
 
 FILE = "trained_rows.json"
@@ -91,7 +91,7 @@ def places(rows: Iterable[TestRow], shown: int = 8) -> list[str]:
     for row in rows:
         by_file.setdefault(row.file, []).append(row.line)
     return [
-        f"{len(lines):,} row(s) of {file} ({', '.join(map(str, lines[:shown]))}"
+        f"{counted(len(lines), 'row')} of {file} ({', '.join(map(str, lines[:shown]))}"
         f"{', ...' if len(lines) > shown else ''})"
         for file, lines in by_file.items()
     ]

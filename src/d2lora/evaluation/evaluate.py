@@ -23,7 +23,7 @@ from d2lora.data.rows import Fault
 from d2lora.data.sources import BAD_ROWS, write_bad_rows
 from d2lora.data.tasks import TaskData
 from d2lora.data.trained_rows import TrainedRows, places
-from d2lora.errors import SettingsError
+from d2lora.errors import SettingsError, counted
 from d2lora.evaluation.measure import BASE, Measured, TestSets, check_rows, measure
 from d2lora.evaluation.metrics import SCORERS, columns_of
 from d2lora.evaluation.scores import Evaluation, Forgetting, forgetting_table, scores_of_adapters
@@ -63,7 +63,7 @@ def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str
     reporter = Reporter(quiet=settings.quiet)
     sets = TestSets.read(settings, reporter.say)
     if sets.faults:
-        reporter.say(f"skipped {len(sets.faults)} bad row(s): {settings.out / BAD_ROWS}")
+        reporter.say(f"skipped {counted(len(sets.faults), 'bad row')}: {settings.out / BAD_ROWS}")
     for name in names:
         if name != BASE:  # all of them before the first is measured
             AdapterFiles.read(Path(name))

@@ -4,6 +4,7 @@ from typing import Any
 
 import altair as alt
 
+from d2lora.errors import counted
 from d2lora.report.canvas import Chart, Palette, Rows, chart_of, rows_of
 from d2lora.report.compared import differences, scores
 from d2lora.report.findings import Convergence, Findings, signed
@@ -126,6 +127,6 @@ def _reached(c: Convergence) -> str:
     if c.ratio is None:
         return (
             f"{c.arm} reaches the lowest loss of {c.against} with {c.n_reached} of "
-            f"{len(c.seeds)} seeds."
+            f"{counted(len(c.seeds), 'seed')}."
         )
     return f"{c.arm} reaches the lowest loss of {c.against} in {c.ratio:.2f} times its steps."

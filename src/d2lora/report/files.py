@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 
+from d2lora.errors import counted
 from d2lora.report import words
 from d2lora.report.findings import Findings
 from d2lora.report.summary import cost_grid, pooled_grid, task_grid
@@ -82,5 +83,5 @@ def summary_text(findings: Findings) -> str:
     ]
     failed = [f"- failed: {cell}: {reason}" for cell, reason in findings.failures.items()]
     versions = ", ".join(f"{k} {v}" for k, v in made.get("versions", {}).items())
-    end = f"{plan.seeds} seeds, base {plan.base}, {made.get('date')}, {versions}."
+    end = f"{counted(plan.seeds, 'seed')}, base {plan.base}, {made.get('date')}, {versions}."
     return "\n".join([*lines, *tables, *failed, end, ""])

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from d2lora.errors import counted
 from d2lora.report.findings import CI, Comparison, Findings, Level, range_text, signed
 from d2lora.runtime.grids import NONE, Grid
 from d2lora.runtime.run_folder import sha256_of
@@ -91,7 +92,7 @@ def efficiency_table(findings: Findings) -> Grid:
         c = steps.get((e.task, e.arm, e.n))
         reached = NONE
         if c is not None:
-            reached = f"{c.n_reached} of {len(c.seeds)} seeds reach it"
+            reached = f"{c.n_reached} of {counted(len(c.seeds), 'seed')} reach it"
             reached = reached if c.ratio is None else f"{c.ratio:.2f}"
         rows.append((str(e.n), findings.title(e.task), e.arm, e.against, equals, reached))
     columns = (

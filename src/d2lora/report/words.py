@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from d2lora.errors import counted
 from d2lora.evaluation.crossed import NO_VERDICT, NOTHING_SEEN
 from d2lora.report.findings import Comparison, Findings
 from d2lora.study.decontamination import contamination_lines
@@ -100,7 +101,7 @@ def power_line(comparisons: Sequence[Comparison]) -> str:
     n_items, n_seeds = known[0][0].n_items, known[0][0].n_seeds
     return (
         "To detect a difference of 1 point with 80 % power: with "
-        f"{_count(n_seeds, 'seed')}, {rows}; with {n_items:,} test rows, {seeds}."
+        f"{counted(n_seeds, 'seed')}, {rows}; with {n_items:,} test rows, {seeds}."
     )
 
 
@@ -109,7 +110,7 @@ def cautions(findings: Findings) -> list[str]:
     found_cautions: list[str] = []
     if findings.failures:
         found_cautions.append(
-            f"{_count(len(findings.failures), 'cell')} failed and is missing here."
+            f"{counted(len(findings.failures), 'cell')} failed and is missing here."
         )
         if len(findings.failures) > 1:
             found_cautions[-1] = f"{len(findings.failures)} cells failed and are missing here."
@@ -153,10 +154,6 @@ def _places(findings: Findings, comparisons: Sequence[Comparison]) -> str:
 
 def _joined(sizes: Sequence[int]) -> str:
     return ", ".join(f"{n:,}" for n in sorted(sizes))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _range(values: Sequence[int]) -> str:

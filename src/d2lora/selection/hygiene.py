@@ -21,7 +21,7 @@ from d2lora.data.ngrams import gram_hashes, word_hashes, words
 from d2lora.data.rows import Example, place
 from d2lora.data.sources import nested_order
 from d2lora.data.tasks import TaskData
-from d2lora.errors import DataError, SettingsError
+from d2lora.errors import DataError, SettingsError, counted
 from d2lora.runtime.console import Reporter
 from d2lora.selection.duplicates import Duplicates
 from d2lora.settings import HygieneSettings
@@ -80,7 +80,9 @@ class Cleaned:
         """Return a one-line report."""
         by_step = ", ".join(f"{step} {n:,}" for step, n in self.counts.items() if n) or "none"
         n_rejected = sum(self.counts.values())
-        return f"hygiene: {len(self.kept):,} rows kept, {n_rejected:,} rejected ({by_step})"
+        return (
+            f"hygiene: {counted(len(self.kept), 'row')} kept, {n_rejected:,} rejected ({by_step})"
+        )
 
 
 def clean(

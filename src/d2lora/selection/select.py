@@ -18,7 +18,7 @@ from d2lora.adapters.base import load_tokenizer
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.sources import SELECTED, SELECTION_CARD
 from d2lora.data.tasks import TaskData, read_task
-from d2lora.errors import DataError, SettingsError
+from d2lora.errors import DataError, SettingsError, counted
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.extras import need_extra
 from d2lora.runtime.run_folder import DONE, SETTINGS, RunFolder, new_folder, provenance, write_json
@@ -78,7 +78,8 @@ def _select(settings: SelectSettings, method: str) -> Selection:
     card = datacard.measure(settings, method, pool, task, cleaned, chosen, encoder)
     _write(settings, pool, cleaned, picks, card)
     reporter.say(
-        f"{method}: {len(picks):,} rows written to {settings.out / SELECTED}; {_measures(card)}"
+        f"{method}: {counted(len(picks), 'row')} written to {settings.out / SELECTED}; "
+        f"{_measures(card)}"
     )
     return Selection(settings.out, card)
 

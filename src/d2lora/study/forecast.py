@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from d2lora.data.sources import is_local
+from d2lora.errors import counted
 from d2lora.runtime.grids import Grid
 from d2lora.runtime.run_folder import read_json
 from d2lora.study.calibration import N_STEPS, Calibration, n_rows_of, n_steps_of
@@ -87,7 +88,7 @@ def _cells(cells: Sequence[Cell], done: dict[Cell, bool]) -> Grid:
         (task, str(n) if n else "-", arm, str(count), str(there[task, n, arm]))
         for (task, n, arm), count in sorted(groups.items())
     ]
-    return Grid(f"{len(cells)} cells", ("task", "n", "arm", "cells", "done"), rows)
+    return Grid(counted(len(cells), "cell"), ("task", "n", "arm", "cells", "done"), rows)
 
 
 def _times(store: Path) -> dict[tuple[str, str, int], list[float]]:

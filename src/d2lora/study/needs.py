@@ -15,6 +15,7 @@ from typing import Any
 
 from d2lora.data.sources import split_validation
 from d2lora.data.tasks import read_task
+from d2lora.errors import counted
 from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, PhaseSettings
 from d2lora.study.cells import BASE, Cell
 from d2lora.study.jobs import Merged, Mixed, Norms, Paired, Ready, Scored, Trial, WarmUp
@@ -151,7 +152,7 @@ class Needs:
             # What is read is the curve, so no weights are kept but for stopping early.
             training = training.changed(eval_every=every, keep_best=training.patience > 0)
             label = (
-                f"{cell}, trial of {learning_rate:g}, {n_steps} steps"
+                f"{cell}, trial of {learning_rate:g}, {counted(n_steps, 'step')}"
                 + f", fold {number}" * bool(number)
             )
             trials.append(Trial(label, (cell.task, cell.n), self.store, training))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.data.sources import fault_lines
-from d2lora.errors import D2LoraError, RunError, listed
+from d2lora.errors import D2LoraError, RunError, counted, listed
 from d2lora.runtime.claims import claimed
 from d2lora.runtime.console import Bar, Reporter, table_console
 from d2lora.runtime.grids import as_table
@@ -137,7 +137,7 @@ class _Run:
             self._start(job)
         failed = f", {len(self.failures)} failed" if self.failures else ""
         done = len(self.finished) + len(self.failures)
-        self._bar.update(done, f"{len(self._running)} jobs running or queued{failed}")
+        self._bar.update(done, f"{counted(len(self._running), 'job')} running or queued{failed}")
 
     def _start(self, job: Job) -> None:
         self._tries[job.key] = self._tries.get(job.key, 0) + 1

@@ -33,7 +33,7 @@ from d2lora.adapters.manifest import (
 )
 from d2lora.adapters.mixing import Plain, averaged, concatenated, part, tensors_of
 from d2lora.data.trained_rows import TrainedRows
-from d2lora.errors import ModelError, SettingsError
+from d2lora.errors import ModelError, SettingsError, counted
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import (
     DONE,
@@ -83,7 +83,8 @@ def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:
     weights = settings.mix_weights or tuple(1 / len(adapters) for _ in adapters)
     if len(weights) != len(adapters):
         raise SettingsError(
-            f"--mix-weights: {len(adapters)} adapters are mixed, got {len(weights)} weight(s)"
+            f"--mix-weights: {len(adapters)} adapters are mixed, got "
+            f"{counted(len(weights), 'weight')}"
         )
     _check_same_base(adapters)
     config = adapters[0].config

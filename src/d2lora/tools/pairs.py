@@ -25,7 +25,7 @@ from d2lora.data.encoded_sets import encode_prompts
 from d2lora.data.rows import Example
 from d2lora.data.sources import BAD_ROWS, nested_order, write_bad_rows
 from d2lora.data.tasks import TaskData, read_task
-from d2lora.errors import DataError
+from d2lora.errors import DataError, counted
 from d2lora.evaluation.decoding import Decoder, Sampling, check_room
 from d2lora.evaluation.generate import adapted, chat_format_of, decode
 from d2lora.evaluation.metrics import MAIN_SCORE, SCORERS
@@ -120,11 +120,11 @@ def _make_pairs(settings: PairsSettings, base: Base | None) -> PairsMade:
     )
     _write(settings, base, data, rows, made)
     if data.faults:
-        reporter.say(f"skipped {len(data.faults)} bad row(s): {settings.out / BAD_ROWS}")
+        reporter.say(f"skipped {counted(len(data.faults), 'bad row')}: {settings.out / BAD_ROWS}")
     reporter.say(
-        f"{made.n_pairs:,} pairs of {made.n_prompts:,} prompts (mean {MAIN_SCORE[data.task.score]} "
-        f"of {made.n_distinct_samples:,} distinct samples: {made.mean_sample_score:.3f}); written "
-        f"to {made.path}"
+        f"{counted(made.n_pairs, 'pair')} of {counted(made.n_prompts, 'prompt')} "
+        f"(mean {MAIN_SCORE[data.task.score]} of {made.n_distinct_samples:,} distinct samples: "
+        f"{made.mean_sample_score:.3f}); written to {made.path}"
     )
     return made
 

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 
 from d2lora.data.batches import Encoded
+from d2lora.errors import counted
 from d2lora.evaluation.stats import paired_difference
 from d2lora.scoring.scorer import TokenScorer, log_probabilities
 
@@ -86,8 +87,8 @@ def too_short(n_steps: int) -> str | None:
     if not 0 < n_steps < FEW_STEPS:
         return None
     return (
-        f"{n_steps} optimizer step(s) barely train an adapter: give --max-steps {FEW_STEPS} or "
-        "more, more --epochs or a smaller --batch-size"
+        f"{counted(n_steps, 'optimizer step')} barely train an adapter: give --max-steps "
+        f"{FEW_STEPS} or more, more --epochs or a smaller --batch-size"
     )
 
 

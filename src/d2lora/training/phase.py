@@ -24,7 +24,7 @@ from d2lora.data.batches import digest_of
 from d2lora.data.encode import Encoder
 from d2lora.data.rows import Fault
 from d2lora.data.sources import BAD_ROWS, write_bad_rows
-from d2lora.errors import RunError
+from d2lora.errors import RunError, counted
 from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import RunFolder, new_folder, provenance, read_json, write_json
@@ -107,7 +107,7 @@ def run_phase(
     everyone.wait_for_everyone()
     cost = trained.cost
     reporter.say(
-        f"written to {run.path} ({cost.n_steps:,} steps, {cost.n_tokens:,} tokens, "
+        f"written to {run.path} ({counted(cost.n_steps, 'step')}, {cost.n_tokens:,} tokens, "
         f"{cost.elapsed_s:.0f} s)"
     )
 
@@ -272,4 +272,4 @@ def _manifest(
 def _set_aside(faults: Sequence[Fault], run: RunFolder, reporter: Reporter) -> None:
     write_bad_rows(faults, run.path)
     if faults:
-        reporter.say(f"skipped {len(faults)} bad row(s): {run.path / BAD_ROWS}")
+        reporter.say(f"skipped {counted(len(faults), 'bad row')}: {run.path / BAD_ROWS}")

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 
 from d2lora.data.batches import PreferencePair
+from d2lora.errors import counted
 from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import read_json, write_json
@@ -98,7 +99,9 @@ def with_reference(
         values = kept["log_probabilities"]
     else:
         rank, world = process
-        reporter.say(f"reference policy: {policy.name}; scoring {len(pairs):,} pairs with it")
+        reporter.say(
+            f"reference policy: {policy.name}; scoring {counted(len(pairs), 'pair')} with it"
+        )
         mine = log_probabilities_of(policy, pairs[rank::world], pad_id, max_tokens)
         numbered = list(zip(range(rank, len(pairs), world), mine, strict=True))
         values = [value for _, value in sorted(gather_object(numbered))]
