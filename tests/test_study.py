@@ -103,7 +103,7 @@ def test_copies_of_sizes_rates_and_tasks_are_refused(plan: dict[str, Any], tmp_p
         with pytest.raises(SettingsError, match="each may be given once"):
             run_study(settings(tmp_path, plan | copied))
     twin = {**plan["tasks"]["titles"], "title": "Again"}
-    with pytest.raises(SettingsError, match="tasks titles and again are the same"):
+    with pytest.raises(SettingsError, match="tasks again and titles are the same"):
         run_study(settings(tmp_path, plan | {"tasks": {**plan["tasks"], "again": twin}}))
 
 

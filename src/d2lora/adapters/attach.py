@@ -84,6 +84,7 @@ def detach_adapter(model: PeftModel) -> PreTrainedModel:
 
 def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> PeftModel:
     files.config.inference_mode = not trainable
+    files.config.base_model_name_or_path = None  # else PEFT warns of each base that was moved
     try:
         with peft_warnings_ignored():
             on_base = get_peft_model(model, files.config)
