@@ -440,6 +440,8 @@ def test_a_study_killed_twice_from_outside_leaves_no_worker_and_resumes(
         for row in whole.results
     ]
     assert again == first
+    done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr, "workers that start after the study has ended"
 
 
 def wait_until(true: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
