@@ -30,6 +30,7 @@ from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError, SettingsError
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.extras import need_extra
+from d2lora.runtime.rounding import tolerance
 from d2lora.scoring.scorer import pass_tokens
 from d2lora.settings import FRESH, PhaseSettings, changes_base
 from d2lora.training.data_initialization import DATA_DRIVEN
@@ -121,9 +122,8 @@ class InitializedAdapter:
             self.model.set_adapter("default")
             self.model.delete_adapter("converted")
         largest = float((trained - converted).abs().max())
-        single = trained.dtype == self.model.dtype
-        tolerance = (1e-2 if single else 0.5) * max(1.0, float(trained.abs().max()))
-        if largest > tolerance and self.about.name != _INEXACT:
+        allowed = tolerance(self.model.dtype, rewritten=True) * max(1.0, float(trained.abs().max()))
+        if largest > allowed and self.about.name != _INEXACT:
             raise ModelError(
                 f"--init {self.about.name}: the adapter, made to fit the base as it was, changes "
                 f"logits by up to {largest:.3g}; the base's dtype ({self.model.dtype}) is too "
