@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2lora.evaluation.crossed import NO_VERDICT, NOTHING_SEEN, Pooled, Power
+from d2lora.evaluation.metrics import MAIN_SCORE
 from d2lora.evaluation.stats import Difference, Interval
 from d2lora.study.plan import StudyPlan
 
 Array = NDArray[np.float64]
 CI = "95 % CI over items and seeds"
-MAIN_SCORES = {"exact_match": "exact match", "rougeL": "ROUGE-L", "accuracy": "accuracy"}
-"""Main scores, the first that a task has is taken, and their names."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +245,8 @@ class Findings:
 
     def score_name(self, task: str) -> str:
         """Return the main score's display name."""
-        return MAIN_SCORES.get(self.score_of[task], self.score_of[task])
+        column = self.score_of[task]
+        return next((s.title for s in MAIN_SCORE.values() if s.column == column), column)
 
     def not_compared(self) -> list[tuple[str, str, str, int]]:
         """Return (task, arm, reference, n) where both were measured, but with unequal seeds."""
