@@ -27,12 +27,13 @@ from d2lora.settings import StudySettings
 from d2lora.study.calibration import Calibration
 from d2lora.study.cells import Cell
 from d2lora.study.decontamination import contamination_lines, decontaminated
-from d2lora.study.jobs import Scored, Trial
+from d2lora.study.jobs import Scored, Trial, WarmUp
 from d2lora.study.mixture import write_mixture
 from d2lora.study.needs import Needs
 from d2lora.study.plan import KINDS, StudyPlan
 from d2lora.study.read_plan import read_plan, shipped
 from d2lora.study.run import Study, run_study
+from d2lora.study.steps import Missing, reached
 from d2lora.study.store import Job, perform
 from d2lora.tools.convert import randomise
 from support import read_rows, small_plan, visible, write_rows
@@ -404,12 +405,14 @@ def test_only_the_last_job_of_a_cell_knows_the_test_rows(
     study = run_study(settings(tmp_path, plan))
     needs = Needs(study.plan, tmp_path / "store", keep_adapters=True)
     cell = Cell("warm", "titles", 4, 1)
-    trials = [trial for folds in needs.trials(cell).values() for trial in folds]
+    tried = reached(needs.trials(cell))
+    assert not isinstance(tried, Missing)
+    trials = [trial for folds in tried.values() for trial in folds]
     assert len(trials) >= 2
     for trial in trials:
         assert isinstance(trial, Trial)
         assert test not in str(trial)
-    last = needs.last_job(cell)
+    last = reached(needs.last_job(cell))
     assert isinstance(last, Scored)
     assert test in str(last)
 
@@ -718,7 +721,8 @@ def test_an_estimate_knows_how_much_more_work_a_longer_run_is(
     checked = read_plan(*settings(tmp_path, plan).plan)
     needs = Needs(checked, tmp_path / "store", keep_adapters=True)
     calibration = Calibration(checked, n_threads=1)
-    short = needs.warm_up("general")
+    short = reached(needs.warm_up("general"))
+    assert isinstance(short, WarmUp)
     long = replace(short, settings=short.settings.changed(max_steps=400))
     first, second = calibration.seconds(short), calibration.seconds(long)
     assert first is not None
