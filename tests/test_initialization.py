@@ -202,6 +202,14 @@ def test_loftq_without_bitsandbytes_says_what_to_install(
         run(tmp_path / "a", tiny_base, problems, init="loftq")
 
 
+def test_loftq_on_a_cpu_is_an_error_that_says_what_it_needs(
+    tmp_path: Path, tiny_base: str, problems: str, loaded: Base
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    with pytest.raises(SettingsError, match="needs CUDA"):
+        run(tmp_path / "a", tiny_base, problems, loaded, init="loftq")
+
+
 def test_a_warm_up_takes_no_folder_as_its_initialization(general: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="a warm-up starts from a new adapter"):
         WarmupSettings(data=(general,), out=tmp_path, init="warm")

@@ -62,8 +62,7 @@ class Clusters:
         pool = [f"{words[kind]} {words[kind]} number{i}" for i, kind in enumerate(self.kinds)]
         return pool, [words[-1]] * len(self._task)
 
-    def embeddings(self, name: str | None = None) -> tuple[Any, Any]:
-        assert name in (None, "base")
+    def embeddings(self) -> tuple[Any, Any]:
         return self._pool, self._task
 
     gradients = embeddings
@@ -89,7 +88,7 @@ def test_another_seed_gives_another_choice(method: str) -> None:
     assert picks(method) != picks(method, seed=1)
 
 
-@pytest.mark.parametrize("method", ["similar", "representation", "dsir", "gradient"])
+@pytest.mark.parametrize("method", ["similar", "dsir", "gradient"])
 def test_methods_that_see_the_task_choose_its_kind(method: str) -> None:
     kinds = Clusters().kinds[[pick.index for pick in picks(method)]]
     assert (kinds == N_KINDS - 1).mean() >= 0.9
@@ -126,7 +125,7 @@ def test_perplexity_leaves_out_the_easiest_and_the_hardest() -> None:
     assert {pick.index for pick in picks("perplexity", 60)} == set(range(20, 80))
 
 
-@pytest.mark.parametrize("method", ["similar", "dsir", "gradient", "mixture", "representation"])
+@pytest.mark.parametrize("method", ["similar", "dsir", "gradient", "mixture"])
 def test_a_method_that_needs_a_task_says_so(method: str) -> None:
     with pytest.raises(SettingsError, match="--for"):
         picks(method, 3, Clusters(n_task=0))

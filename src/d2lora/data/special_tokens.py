@@ -57,10 +57,6 @@ class Shield:
         found = self._special.search(json.dumps(value, ensure_ascii=False))
         return found[0] if found else ""
 
-    def holds_special(self, text: str) -> bool:
-        """Say whether a text holds the string of a special token."""
-        return self._special.search(text) is not None
-
     def marked(self, value: Any) -> Any:
         """Return data, a text or lists and dictionaries of them, with a mark for each string."""
         if isinstance(value, str):
