@@ -12,7 +12,6 @@ from typing import Any
 from uuid import uuid4
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from d2lora.errors import DataError
@@ -113,11 +112,12 @@ class Shield:
                 "the row holds the string of a special token, which a tokenizer without a Rust "
                 "core would read as that token; remove such rows"
             )
-        core = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        backend = self._tokenizer.backend_tokenizer
+        core = json.loads(backend.to_str())
         for token in core["added_tokens"]:
             if token["id"] in self._markers:
                 token["content"] = self._sign(2, token["id"])
-        twin = Tokenizer.from_str(json.dumps(core))
+        twin = type(backend).from_str(json.dumps(core))
         twin.no_padding()
         twin.no_truncation()
         twin.encode_special_tokens = True
