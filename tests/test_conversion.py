@@ -1,4 +1,4 @@
-"""An adapter made to fit keeps its function, and what it loses is told."""
+"""An adapter made to fit keeps its function, and what it loses is reported."""
 
 import hashlib
 from pathlib import Path
@@ -157,11 +157,11 @@ def test_a_merged_model_loads_alone_and_says_the_same_tokens(
         AutoModelForCausalLM.from_pretrained(tiny_base), str(warm_start.path)
     )
     merged = AutoModelForCausalLM.from_pretrained(done.path)
-    said = [
+    printed = [
         model.generate(input_ids=ids, max_new_tokens=20, do_sample=False).tolist()
         for model in (adapted, merged)
     ]
-    assert said[0] == said[1]
+    assert printed[0] == printed[1]
     assert before == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 

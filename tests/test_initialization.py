@@ -170,7 +170,7 @@ def test_dpo_from_pissa_is_held_to_the_base_as_it_was(
         ({"init": "pisa"}, "Did you mean `pissa`"),
     ],
 )
-def test_what_an_initialization_cannot_do_is_told(
+def test_what_an_initialization_cannot_do_is_reported(
     tmp_path: Path, tiny_base: str, problems: str, changes: dict[str, Any], fault: str
 ) -> None:
     with pytest.raises((SettingsError, WarmStartError), match=fault):

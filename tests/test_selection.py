@@ -264,7 +264,7 @@ def test_select_writes_chosen_rows_reasons_and_a_card(
     assert read_rows(again.data) == rows
 
 
-def test_the_method_is_told_from_whether_there_is_a_task(
+def test_the_method_follows_from_whether_there_is_a_task(
     tmp_path: Path, tiny_base: str, pool: str, titles: str
 ) -> None:
     asked = settings(tmp_path, tiny_base, pool)
@@ -293,7 +293,7 @@ def test_texts_of_rows_stay_inside_their_fence(tmp_path: Path, tiny_base: str) -
     assert after.index("# A heading") < after.index("\n````")
 
 
-def test_asking_for_more_rows_than_are_clean_is_told(
+def test_asking_for_more_rows_than_are_clean_is_reported(
     tmp_path: Path, tiny_base: str, pool: str
 ) -> None:
     with pytest.raises(SettingsError, match=r"only \d+ rows are left"):

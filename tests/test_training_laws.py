@@ -360,7 +360,7 @@ def test_a_frozen_adapter_is_an_error_before_the_first_step(tmp_path: Path, tiny
         )  # fmt: skip
 
 
-def test_the_manifest_tells_what_was_done(warm_start: WarmStart, general: str) -> None:
+def test_the_manifest_records_what_was_done(warm_start: WarmStart, general: str) -> None:
     manifest = json.loads((warm_start.path / "warm_start.json").read_text())
     assert manifest["data"][0]["file"] == general
     assert manifest["data"][0]["rows"] == 60
