@@ -1,4 +1,4 @@
-"""Which formats of conversations are known, what is read of them, and what is reported of the rest."""
+"""Which formats of conversations are known, what is read of them, and what is reported beside."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rows near the end of what a base takes: each gets its own room, and what does not fit is reported."""
+"""Rows near the end of what a base takes: each has its own room, what does not fit is reported."""
 
 import shutil
 from pathlib import Path

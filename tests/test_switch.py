@@ -1,4 +1,4 @@
-"""One door to the fast passes: what is behind it, what it leaves as it was, and what is recorded."""
+"""One door to the fast paths: what is behind it, what it leaves as it was, what is recorded."""
 
 import json
 import subprocess
