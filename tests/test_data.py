@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from d2lora.data.choices import read_choice_questions
 from d2lora.data.files import text_lines
 from d2lora.data.rows import Message, Row
 from d2lora.data.sources import nested_order, read_source, split_validation
-from d2lora.data.tasks import read_choice_questions, read_task
+from d2lora.data.tasks import read_task
 from d2lora.errors import DataError
 from d2lora.selection.pool import read_pool
 from d2lora.settings.seeds import stream_seed

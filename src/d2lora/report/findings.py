@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from d2lora.evaluation.crossed import NO_VERDICT, NOTHING_SEEN, Pooled, Power
 from d2lora.evaluation.metrics import MAIN_SCORE
 from d2lora.evaluation.stats import Difference, Interval
+from d2lora.report.numbers import CI, p_text, range_text, signed
 from d2lora.study.plan import StudyPlan
 
 Array = NDArray[np.float64]
-CI = "95 % CI over items and seeds"
 
 
 @dataclass(frozen=True)
@@ -288,21 +288,3 @@ def references(plan: StudyPlan) -> dict[str, str]:
     first = plan.arms[0].name
     wanted = {arm.name: arm.against or first for arm in plan.arms}
     return {arm: other for arm, other in wanted.items() if arm != other}
-
-
-def signed(value: float, digits: int = 1) -> str:
-    """Return a number with its sign, with a true minus, and never -0."""
-    text = f"{value:+.{digits}f}"
-    if float(text) == 0:
-        return text[1:]
-    return text.replace("-", "−")
-
-
-def range_text(low: float, high: float) -> str:
-    """Return an interval in points."""
-    return f"{signed(100 * low)} to {signed(100 * high)}"
-
-
-def p_text(p: float) -> str:
-    """Return a p-value, a tiny one as a bound."""
-    return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"

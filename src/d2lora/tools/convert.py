@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from d2lora.adapters.card import write_manifest
 from d2lora.adapters.factors import Factors, extend, truncate
 from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from d2lora.adapters.manifest import (
@@ -28,7 +29,6 @@ from d2lora.adapters.manifest import (
     ancestor_of,
     fingerprint_of_adapter,
     has_manifest,
-    write_manifest,
 )
 from d2lora.adapters.mixing import Plain, averaged, concatenated, tensors_of
 from d2lora.data.trained_rows import TrainedRows

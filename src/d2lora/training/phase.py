@@ -12,13 +12,13 @@ from accelerate import PartialState
 
 from d2lora import fast
 from d2lora.adapters.base import Base
+from d2lora.adapters.card import write_manifest
 from d2lora.adapters.manifest import (
     FORMAT_VERSION,
     LoraRecord,
     Manifest,
     base_record,
     fingerprint_of_adapter,
-    write_manifest,
 )
 from d2lora.data.batches import digest_of
 from d2lora.data.encode import Encoder
