@@ -110,14 +110,12 @@ def ours(base: Any, model: Any, pairs: Any, settings: Any, *, share: bool) -> di
     items = [replace(pair, reference=value) for pair, value in zip(pairs, scored, strict=True)]
     in_order = type("InOrder", (loop.StepSchedule,), {"batch": _batch_in_order})
     loop.StepSchedule = in_order  # pyright: ignore[reportPrivateImportUsage]
-    objective = DPO()
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
         run.start("")
         with fast.enabled(model, when=settings.fast):
-            loop.train(
-                model, items, [], objective, settings, run, Reporter(quiet=True), pad_id=base.pad_id
-            )
+            lesson = loop.Lesson(items, [], DPO(), base.pad_id)
+            loop.train(model, lesson, settings, run, Reporter(quiet=True))
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
     elapsed_s = rows[-1]["elapsed_s"] - rows[0]["elapsed_s"]
     return {"step_s": elapsed_s / (len(rows) - 1), "losses": [row["loss"] for row in rows]}

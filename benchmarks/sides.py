@@ -59,7 +59,7 @@ def ours(settings: Any, n_warm: int = 1) -> dict[str, Any]:
         run.start("")
         say = Reporter(quiet=True)
         with fast.enabled(model, when=settings.fast):
-            loop.train(model, items, [], SFT(), settings, run, say, pad_id=base.pad_id)
+            loop.train(model, loop.Lesson(items, [], SFT(), base.pad_id), settings, run, say)
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
     ends = [row["elapsed_s"] for row in rows]
     return _result(settings, items, ends, [row["loss"] for row in rows], n_warm)

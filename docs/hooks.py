@@ -10,7 +10,7 @@ from d2lora.commands import COMMANDS
 from d2lora.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-ELSEWHERE = ("benchmarks/README.md", "benchmarks/history.md", "CHANGELOG.md")
+ELSEWHERE = ("benchmarks/README.md", "CHANGELOG.md")
 
 
 def on_files(files: Files, config: Any) -> Files:

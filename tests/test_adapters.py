@@ -180,10 +180,10 @@ def test_tokens_are_those_of_unmerged_peft_where_not_all_can_be_folded(
         model = AutoModelForCausalLM.from_pretrained(tied_base, dtype=torch.float32)
         peft = PeftModel.from_pretrained(model, str(adapter)).eval()
     base, ids = loaded(tied_base), PROBE[:, :12]
-    said = peft.generate(
+    printed = peft.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
     )
-    expected = [token for token in said[0, 12:].tolist() if token != base.eos_id]
+    expected = [token for token in printed[0, 12:].tolist() if token != base.eos_id]
     with adapted(base, adapter, fast_when=True) as (on_base, _):
         assert dict(Decoder(on_base, base, 12, 1).complete([ids[0].tolist()])) == {0: expected}
 
@@ -502,9 +502,9 @@ def test_a_damaged_adapter_is_refused_before_the_first_is_measured(
     text = write_rows(tmp_path / "text.jsonl", text_rows("valid", 2))
     line = ["evaluate", "--base", tiny_base, "--adapters", "base", str(damaged)]
     assert main([*line, "--general-text", text, "--out", str(tmp_path / "e")]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert "evaluating" not in said
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "evaluating" not in printed
 
 
 def test_a_damaged_base_is_named_with_what_it_is(tmp_path: Path, tiny_base: str) -> None:

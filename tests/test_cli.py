@@ -171,11 +171,11 @@ def test_a_mistake_gives_one_clear_error_and_exit_code_2(
         code: object = main(line.split())
     except SystemExit as stopped:  # tyro ends the process itself
         code = stopped.code
-    said = capsys.readouterr()
-    text = re.sub(r"[│╭╮╰╯─]|\s+", " ", said.err + said.out)
+    printed = capsys.readouterr()
+    text = re.sub(r"[│╭╮╰╯─]|\s+", " ", printed.err + printed.out)
     text = re.sub(r" +", " ", text)
     assert code == 2
-    assert re.search(message, said.err + said.out) or re.search(message, text)
+    assert re.search(message, printed.err + printed.out) or re.search(message, text)
     assert "Traceback" not in text
     assert not Path(case.out).exists()
 

@@ -120,7 +120,7 @@ def test_scripts_without_spaces_count_signs(tmp_path: Path) -> None:
     assert contaminated_rows(pool(tmp_path, {"prompt": f"请说:{text}", "response": "a"}), test)
 
 
-def test_an_evaluation_row_without_a_prompt_is_told_with_its_line(tmp_path: Path) -> None:
+def test_an_evaluation_row_without_a_prompt_is_reported_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"(?s)test.jsonl, line 1: no prompt and no text.*`label`"):
         Guard(evaluation(tmp_path, {"label": "x"}))
 

@@ -1,4 +1,4 @@
-"""An adapter made to fit keeps its function, and what it loses is told."""
+"""An adapter made to fit keeps its function, and what it loses is reported."""
 
 import hashlib
 from pathlib import Path
@@ -157,11 +157,11 @@ def test_a_merged_model_loads_alone_and_says_the_same_tokens(
         AutoModelForCausalLM.from_pretrained(tiny_base), str(warm_start.path)
     )
     merged = AutoModelForCausalLM.from_pretrained(done.path)
-    said = [
+    printed = [
         model.generate(input_ids=ids, max_new_tokens=20, do_sample=False).tolist()
         for model in (adapted, merged)
     ]
-    assert said[0] == said[1]
+    assert printed[0] == printed[1]
     assert before == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
@@ -249,30 +249,3 @@ def test_adapters_of_different_bases_are_not_mixed(
                 adapter=str(warm_start.path), mix=(str(foreign),), out=tmp_path / "x"
             )
         )  # fmt: skip
-
-
-def test_a_part_of_a_warm_start_keeps_its_layers_as_they_are_and_trains(
-    tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart
-) -> None:
-    path = convert(
-        ConvertSettings(
-            adapter=str(warm_start.path), targets=("q_proj", "v_proj"), layers=(1,),
-            out=tmp_path / "part",
-        )
-    ).path  # fmt: skip
-    before, after = updates(warm_start.path), updates(path)
-    assert after.keys() == {
-        n for n in before if ".layers.1." in n and n.endswith(("q_proj", "v_proj"))
-    }
-    for name, value in after.items():
-        assert torch.equal(value, before[name])
-    adapter = adapt(
-        AdaptSettings(
-            base=tiny_base, data=(problems,), init=str(path), out=tmp_path / "a", max_steps=2,
-            quiet=True,
-        )
-    )  # fmt: skip
-    assert updates(adapter.path).keys() == after.keys()
-    for option, faulty in ({"targets": ("w_proj",)}, "w_proj"), ({"layers": (7,)}, "7"):
-        with pytest.raises(SettingsError, match=f"the adapter has no {faulty}; it has"):
-            convert(ConvertSettings(adapter=str(warm_start.path), out=tmp_path / "x", **option))

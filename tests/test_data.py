@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from d2lora.data.choices import read_choice_questions
 from d2lora.data.files import text_lines
 from d2lora.data.rows import Message, Row
 from d2lora.data.sources import nested_order, read_source, split_validation
-from d2lora.data.tasks import read_choice_questions, read_task
+from d2lora.data.tasks import read_task
 from d2lora.errors import DataError
 from d2lora.selection.pool import read_pool
 from d2lora.settings.seeds import stream_seed
@@ -265,9 +266,9 @@ def test_csv_is_read_with_its_quotes_and_its_faults_where_they_begin(tmp_path: P
 def test_columns_without_a_name_are_named_by_their_place(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     pd.DataFrame(ROWS).to_csv(path)
-    said: list[str] = []
-    read_task([str(path)], say=said.append)
-    assert said == [f"{path}: rows by format: 3 prompt/completion; not used: `column 1`"]
+    messages: list[str] = []
+    read_task([str(path)], say=messages.append)
+    assert messages == [f"{path}: rows by format: 3 prompt/completion; not used: `column 1`"]
 
 
 def test_a_parquet_column_named_twice_is_refused(tmp_path: Path) -> None:

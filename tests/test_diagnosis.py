@@ -51,7 +51,7 @@ def warm(folder: Path, base: str, data: str, **values: Any) -> WarmupSettings:
     return WarmupSettings(**{**own, "base": base, "data": (data,), **values})
 
 
-def test_a_warm_up_on_few_rows_for_many_epochs_is_told_to_overfit(
+def test_a_warm_up_on_few_rows_for_many_epochs_is_warned_of_overfitting(
     tmp_path: Path, tiny_base: str, general: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = write_rows(tmp_path / "few.jsonl", general_rows("train", 8))
@@ -88,10 +88,10 @@ def test_a_short_run_warns_before_it_trains_and_in_its_manifest(
         rank=4,
         validation_fraction=0.2,
     )
-    (told,) = adapt(settings).manifest.warnings
-    assert told.startswith("8 optimizer steps barely train an adapter: give --max-steps 50")
-    said = capsys.readouterr().err
-    assert said.index(f"warning: {told}") < said.index("step 8:")
+    (reported,) = adapt(settings).manifest.warnings
+    assert reported.startswith("8 optimizer steps barely train an adapter: give --max-steps 50")
+    printed = capsys.readouterr().err
+    assert printed.index(f"warning: {reported}") < printed.index("step 8:")
 
 
 @pytest.fixture
@@ -111,9 +111,9 @@ def test_adapt_and_inspect_warn_of_a_warm_start_that_hurts(
         data=(titles,), init=str(bad.path), max_steps=1, n=20, out=tmp_path / "a"
     )
     adapter = adapt(settings)
-    told = capsys.readouterr().err
-    assert "before training, on 20 task rows" in told
-    assert "the warm start is worse than the base" in told
+    reported = capsys.readouterr().err
+    assert "before training, on 20 task rows" in reported
+    assert "the warm start is worse than the base" in reported
     measured = adapter.manifest.before_training
     assert measured is not None
     assert measured["loss_warm_start"] > measured["loss_base"]

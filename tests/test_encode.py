@@ -23,10 +23,11 @@ from transformers import (
 from d2lora.adaptation import adapt
 from d2lora.adapters.base import Base, load_base
 from d2lora.data.batches import Encoded, collate, micro_batches
+from d2lora.data.choices import ChoiceQuestion
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.encoded_sets import encode_all, encode_prompts
 from d2lora.data.rows import Example, Message, user
-from d2lora.data.tasks import ChoiceQuestion, read_task
+from d2lora.data.tasks import read_task
 from d2lora.errors import DataError, SettingsError
 from d2lora.evaluation.evaluate import evaluate
 from d2lora.evaluation.generate import generate
@@ -236,18 +237,18 @@ def test_special_tokens_in_data_are_text_and_eos_is_supervised_once(
     templated: Any, form: Any
 ) -> None:
     eos, encoder = templated.eos_token_id, Encoder(templated, form)
-    told = "The token <|eos|> ends it<|eos|>"
+    text = "The token <|eos|> ends it<|eos|>"
     asked = "What is <|bos|> or <|im_start|> <|eos|>?"
     turns = (Message("system", "No <|eos|>"), Message("user", asked))
     row = Example(
-        (*turns, Message("assistant", "<|eos|>"), Message("user", asked)), told, rejected="<|pad|>"
+        (*turns, Message("assistant", "<|eos|>"), Message("user", asked)), text, rejected="<|pad|>"
     )
     plain = [
         replace(turn, content=re.sub(r"<\|(\w+)\|>", r"<!\1!>", turn.content))
         for turn in row.prompt
     ]
     pair = encoder.encode_pair(row)
-    for item, answer in ((pair.chosen, told), (pair.rejected, "<|pad|>")):
+    for item, answer in ((pair.chosen, text), (pair.rejected, "<|pad|>")):
         assert item.ids[item.n_prompt :].count(eos) == 1
         assert item.ids[-1] == eos
         assert templated.decode(item.ids[item.n_prompt : -1]).strip() == answer
@@ -257,9 +258,9 @@ def test_special_tokens_in_data_are_text_and_eos_is_supervised_once(
     harmless = [token for token in encoder.prompt_ids(plain) if token in templated.all_special_ids]
     assert special == harmless
     assert templated.decode(prompt).count(asked) == 2
-    document = encoder.encode(Example((), told))
+    document = encoder.encode(Example((), text))
     assert document.ids.count(eos) == 1
-    assert templated.decode(document.ids) == f"<|bos|>{told}<|eos|>"
+    assert templated.decode(document.ids) == f"<|bos|>{text}<|eos|>"
 
 
 def test_special_tokens_in_choices_and_examples_before_a_prompt_are_text(base: Base) -> None:
@@ -283,13 +284,13 @@ def test_data_with_special_tokens_has_the_ids_of_the_tokenizer_that_splits_them(
     shown = CHATML_OF if form == "template" else "User: {}\nAssistant:"
     known = tokenizer(shown.format(ordinary), add_special_tokens=form == "plain")["input_ids"]
     assert encoder.prompt_ids(user(ordinary)) == known
-    told = f"{before}<|eos|>{behind}"
-    ids = encoder.encode(Example((), told)).ids
+    text = f"{before}<|eos|>{behind}"
+    ids = encoder.encode(Example((), text)).ids
     assert (
         list(ids[1:-1])
-        == tokenizer(told, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        == tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     )
-    prompt = encoder.prompt_ids(user(told))
+    prompt = encoder.prompt_ids(user(text))
     assert tokenizer.eos_token_id not in (prompt if form == "plain" else prompt[:-10])
 
 
@@ -306,7 +307,7 @@ def test_special_tokens_that_a_vocabulary_holds_whole_are_spelled() -> None:
     assert tokenizer.convert_ids_to_tokens(item.ids) == [*"▁a</s>b", "</s>", *"▁b</s>a", "</s>"]
 
 
-def test_a_row_that_the_template_refuses_is_told_with_its_line(
+def test_a_row_that_the_template_refuses_is_reported_with_its_line(
     tiny_base: str, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
@@ -374,13 +375,13 @@ def test_evaluate_says_what_it_cuts_and_which_answers_do_not_fit(
     common = {"base": tiny_base, "device": "cpu", "data": (data,), "max_length": 64}
     cut = EvaluateSettings(**common, out=tmp_path / "e", overlong="truncate", max_new_tokens=4)
     evaluate(cut)
-    said = " ".join(capsys.readouterr().err.split())
-    assert "truncated 1 of 2 prompts longer than 64 tokens" in said
-    assert "2 of 2 gold answers are longer than max_new_tokens 4" in said
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "truncated 1 of 2 prompts longer than 64 tokens" in printed
+    assert "2 of 2 gold answers are longer than max_new_tokens 4" in printed
     evaluate(EvaluateSettings(**common, out=tmp_path / "f", max_new_tokens=60))
-    said = capsys.readouterr().err
-    assert "truncated" not in said
-    assert "gold answers" not in said
+    printed = capsys.readouterr().err
+    assert "truncated" not in printed
+    assert "gold answers" not in printed
 
 
 @given(

@@ -74,7 +74,7 @@ def test_the_faster_decoding_says_what_the_plain_one_says_for_the_base_and_a_mer
     texts = [f"Tom has {n} pens. " * (1 + n % 7) + "How many?" for n in range(30)]
     prompts = [encoder.prompt_ids([Message("user", text)]) for text in texts]
 
-    def said(folder: Path | None, batch_size: int, *, fast_when: bool) -> dict[int, list[int]]:
+    def printed(folder: Path | None, batch_size: int, *, fast_when: bool) -> dict[int, list[int]]:
         with adapted(base, folder, fast_when=fast_when) as (model, used):
             outputs = dict(Decoder(model, base, 80, batch_size).complete(prompts))
         assert ("Llama decoding" in used.names) == fast_when
@@ -83,12 +83,12 @@ def test_the_faster_decoding_says_what_the_plain_one_says_for_the_base_and_a_mer
 
     for folder in (None, adapter.path):
         monkeypatch.setattr(base.model.generation_config, "eos_token_id", None)
-        tokens = Counter(t for ids in said(folder, 30, fast_when=False).values() for t in ids)
+        tokens = Counter(t for ids in printed(folder, 30, fast_when=False).values() for t in ids)
         # With more tokens that end a completion, some rows leave before others.
         common = [token for token, _ in tokens.most_common()]
         monkeypatch.setattr(base.model.generation_config, "eos_token_id", common[3::9])
         for batch_size in (1, 7, 30):
-            quick, plain = (said(folder, batch_size, fast_when=when) for when in (True, False))
+            quick, plain = (printed(folder, batch_size, fast_when=when) for when in (True, False))
             assert quick == plain
             assert len({len(ids) for ids in quick.values()}) > 1
 
@@ -291,9 +291,9 @@ def test_generate_answers_one_prompt_or_a_file(
     lines.write_text(f"{question}\n\nSecond\n")
     assert generate(GenerateSettings(prompts=str(lines), **common))[0] == one
     lines.write_bytes(f"\ufeff{question}\r\nA\u2028b\n \nC\x0cd\x85e\x0bf".encode())
-    told = generate(GenerateSettings(prompts=str(lines), **common))
-    assert [row["prompt"] for row in told] == [question, "A\u2028b", "C\x0cd\x85e\x0bf"]
-    assert told[0] == one
+    reported = generate(GenerateSettings(prompts=str(lines), **common))
+    assert [row["prompt"] for row in reported] == [question, "A\u2028b", "C\x0cd\x85e\x0bf"]
+    assert reported[0] == one
     lines.write_bytes("café".encode("latin-1"))
     with pytest.raises(DataError, match=r"prompts\.txt, line 1: not UTF-8 text"):
         generate(GenerateSettings(prompts=str(lines), **common))

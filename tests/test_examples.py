@@ -49,6 +49,6 @@ def test_the_example_of_a_study_prints_a_verdict_for_each_size(
     plan = {**small_plan(tmp_path, tiny_base, general, titles), "arms": ["fresh", "warm"]}
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(plan), encoding="utf-8")
-    said = run_example("study.py", str(path), str(tmp_path / "out"))
-    assert "n = 4" in said
-    assert "n = 8" in said
+    printed = run_example("study.py", str(path), str(tmp_path / "out"))
+    assert "n = 4" in printed
+    assert "n = 8" in printed

@@ -1,4 +1,4 @@
-"""Which formats of conversations are known, what is read of them, and what is said of the rest."""
+"""Which formats of conversations are known, what is read of them, and what is reported beside."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,12 @@ from d2lora import (
     evaluate,
     generate,
 )
+from d2lora.data.choices import read_choice_questions
 from d2lora.data.contamination import Guard
 from d2lora.data.encode import Encoder
 from d2lora.data.formats import FORMATS
 from d2lora.data.rows import Message
-from d2lora.data.tasks import TASKS, read_choice_questions, read_task
+from d2lora.data.tasks import TASKS, read_task
 from d2lora.errors import DataError
 from d2lora.selection.pool import read_pool
 from d2lora.study.mixture import write_mixture
@@ -53,9 +54,9 @@ def turns(*pairs: tuple[str, str], who: str = "role", what: str = "content") -> 
 
 
 def read(folder: Path, *rows: dict[str, Any], task: str = "auto") -> tuple[Any, list[str]]:
-    said: list[str] = []
-    data = read_task([write_rows(folder / "rows.jsonl", rows)], task, say=said.append)
-    return data, [line.removeprefix(f"{folder / 'rows.jsonl'}: ") for line in said]
+    messages: list[str] = []
+    data = read_task([write_rows(folder / "rows.jsonl", rows)], task, say=messages.append)
+    return data, [line.removeprefix(f"{folder / 'rows.jsonl'}: ") for line in messages]
 
 
 def shown(prompt: tuple[Message, ...]) -> list[tuple[str, str]]:
@@ -105,11 +106,11 @@ PARTS = [{"type": "text", "text": "And the "}, {"type": "text", "text": "one aft
 def test_every_format_of_a_conversation_reads_the_same_and_is_reported_once(
     tmp_path: Path, row: dict[str, Any], name: str
 ) -> None:
-    data, said = read(tmp_path, row, row)
+    data, messages = read(tmp_path, row, row)
     for example in data.examples:
         assert shown(example.prompt) == [SYSTEM, USER, FIRST, NEXT]
         assert example.completion == "July."
-    assert said == [f"rows by format: 2 {name}"]
+    assert messages == [f"rows by format: 2 {name}"]
     assert list(read_pool([str(tmp_path / "rows.jsonl")]).examples) == data.examples
 
 
@@ -141,17 +142,17 @@ def test_fields_that_are_not_used_are_named_once_a_source(tmp_path: Path) -> Non
         {"instruction": "i", "response": "r", "category": "c", "id": 1},
         {"messages": weighed},
     ]
-    _, said = read(tmp_path, *rows)
+    _, messages = read(tmp_path, *rows)
     unused = "`category`, `id`, `messages[].weight`"
-    assert said == [f"rows by format: 2 Dolly, 1 messages; not used: {unused}"]
-    _, said = read(tmp_path, {"text": "t", "title": "T", "label": 1})
-    assert said == ["rows by format: 1 text/title; not used: `label`"]
-    _, said = read(tmp_path, {"text": "t", "url": "u"})
-    assert said == ["rows by format: 1 documents; not used: `url`"]
+    assert messages == [f"rows by format: 2 Dolly, 1 messages; not used: {unused}"]
+    _, messages = read(tmp_path, {"text": "t", "title": "T", "label": 1})
+    assert messages == ["rows by format: 1 text/title; not used: `label`"]
+    _, messages = read(tmp_path, {"text": "t", "url": "u"})
+    assert messages == ["rows by format: 1 documents; not used: `url`"]
     choice = {"prompt": "p", "choices": ["a", "b"], "answer": 0, "subject": "s"}
-    told: list[str] = []
-    read_choice_questions([write_rows(tmp_path / "c.jsonl", [choice, choice])], say=told.append)
-    assert [line.partition("rows by format: ")[2] for line in told] == [
+    messages: list[str] = []
+    read_choice_questions([write_rows(tmp_path / "c.jsonl", [choice, choice])], say=messages.append)
+    assert [line.partition("rows by format: ")[2] for line in messages] == [
         "2 multiple choice; not used: `subject`"
     ]
 
@@ -165,10 +166,10 @@ def test_commands_say_what_they_read(
     adapt(AdaptSettings(**common, data=(data,), out=tmp_path / "a", max_steps=1, rank=2))
     evaluate(EvaluateSettings(**common, data=(data,), out=tmp_path / "e", max_new_tokens=2))
     generate(GenerateSettings(**common, prompts=data, max_new_tokens=2))
-    said = capsys.readouterr().err.split("\n")
+    messages = capsys.readouterr().err.split("\n")
     read_as = f"{data}: rows by format: 4 ShareGPT; not used: `id`"
     prompts = f"{data}: rows by format: 4 prompts in `conversations`; not used: `id`"
-    assert [line for line in said if "rows by format" in line] == [read_as, read_as, prompts]
+    assert [line for line in messages if "rows by format" in line] == [read_as, read_as, prompts]
 
 
 @pytest.mark.parametrize("label", ["label", "Label", "summary", "answer", "output"])
@@ -320,15 +321,15 @@ def test_only_the_prompt_is_asked_of_prompts_in_every_format(tmp_path: Path) -> 
         {"instruction": NEXT[1], "history": [[USER[1], FIRST[1]]], "system": SYSTEM[1]},
         {"prompt": BOTH[:4]}, {"question": NEXT[1], "history": BOTH[:3], "response": "July."},
     ]  # fmt: skip
-    data, said = read(tmp_path, *rows, task="prompts")
+    data, messages = read(tmp_path, *rows, task="prompts")
     assert all(shown(e.prompt) == [SYSTEM, USER, FIRST, NEXT] for e in data.examples)
     assert {e.completion for e in data.examples} == {""}
-    assert "not used" not in said[0]
+    assert "not used" not in messages[0]
 
 
-def test_every_format_is_told_from_the_fields_that_it_needs() -> None:
+def test_every_format_is_recognized_by_the_fields_that_it_needs() -> None:
     for known in FORMATS:
         row = dict.fromkeys(known.needs, "x")
-        told = next(other for other in FORMATS if row.keys() >= set(other.needs))
-        assert told is known
+        detected = next(other for other in FORMATS if row.keys() >= set(other.needs))
+        assert detected is known
     assert all(task.formats for task in TASKS.values())

@@ -168,7 +168,7 @@ def _endless_list(raw: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (_cut, "cut off: tensor"),
         (_cut_in_the_header, "cannot hold"),
@@ -182,11 +182,11 @@ def _endless_list(raw: bytes) -> bytes:
     ],
 )
 def test_a_damaged_gguf_file_is_an_error_that_names_it(
-    gguf_file: Path, tmp_path: Path, damage: Callable[[bytes], bytes], said: str
+    gguf_file: Path, tmp_path: Path, damage: Callable[[bytes], bytes], message: str
 ) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(damage(gguf_file.read_bytes()))
-    with pytest.raises(ModelError, match=said) as error:
+    with pytest.raises(ModelError, match=message) as error:
         base_folder(str(path))
     assert "bad.gguf" in str(error.value)
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from adapters import assert_untouched, losses, run, state
 from d2lora import AdaptSettings, adapt, fast
 from d2lora.adapters.base import load_base
 from d2lora.adapters.lora import LoraShape, attach_fresh
@@ -118,3 +119,18 @@ def test_an_adapter_trained_with_recordings_is_the_plain_one_killed_or_not(
     for name, weight in plain.items():
         torch.testing.assert_close(whole[name], weight, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(resumed[name], whole[name], rtol=1e-3, atol=1e-4)
+
+
+def test_an_adapter_initialized_by_loftq_learns_and_leaves_the_base_as_it_was(
+    tmp_path: Path, tiny_base: str, problems: str
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    loaded = load_base(BaseSettings(base=tiny_base, device="cuda", dtype="float32"))
+    before = state(loaded)
+    adapter = run(tmp_path / "a", tiny_base, problems, loaded, init="loftq", max_steps=12)
+    assert_untouched(loaded, before)
+    assert losses(adapter)[-1] < losses(adapter)[0]
+    about = adapter.manifest.initialization
+    assert about is not None
+    assert (about["name"], about["converted_from_rank"]) == ("loftq", 4)
+    assert about["largest_logit_difference"] > 0

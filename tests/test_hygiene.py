@@ -76,7 +76,7 @@ def test_an_answer_that_begins_with_its_prompt_is_an_echo() -> None:
     assert answer_fault(example("The sky is blue because of scattering.", prompt)) is None
 
 
-def test_every_step_is_counted_and_every_row_is_kept_or_told(tmp_path: Path) -> None:
+def test_every_step_is_counted_and_every_row_is_kept_or_reported(tmp_path: Path) -> None:
     test = write_rows(tmp_path / "test.jsonl", [{"prompt": "Which fox was it?", "response": "a"}])
     rows = [
         {"prompt": "Tell me a fable.", "response": FABLE, "source": "a"},

@@ -170,7 +170,7 @@ def test_dpo_from_pissa_is_held_to_the_base_as_it_was(
         ({"init": "pisa"}, "Did you mean `pissa`"),
     ],
 )
-def test_what_an_initialization_cannot_do_is_told(
+def test_what_an_initialization_cannot_do_is_reported(
     tmp_path: Path, tiny_base: str, problems: str, changes: dict[str, Any], fault: str
 ) -> None:
     with pytest.raises((SettingsError, WarmStartError), match=fault):
@@ -200,6 +200,14 @@ def test_loftq_without_bitsandbytes_says_what_to_install(
     monkeypatch.setattr("d2lora.runtime.extras.find_spec", {}.get)
     with pytest.raises(SettingsError, match=r"pip install 'd2lora\[loftq\]'"):
         run(tmp_path / "a", tiny_base, problems, init="loftq")
+
+
+def test_loftq_on_a_cpu_is_an_error_that_says_what_it_needs(
+    tmp_path: Path, tiny_base: str, problems: str, loaded: Base
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    with pytest.raises(SettingsError, match="needs CUDA"):
+        run(tmp_path / "a", tiny_base, problems, loaded, init="loftq")
 
 
 def test_a_warm_up_takes_no_folder_as_its_initialization(general: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is in an adapter is told right, and advice comes where it should and only there."""
+"""What is in an adapter is reported right, and advice comes where it should and only there."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rows near the end of what a base takes: each gets its own room, and what does not fit is told."""
+"""Rows near the end of what a base takes: each has its own room, what does not fit is reported."""
 
 import shutil
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_a_long_prompt_takes_no_tokens_from_the_others_of_its_batch(
     assert ("Llama decoding" in used.names) == (when and name == "short_base")
 
 
-def test_prompts_without_room_are_told_all_at_once_with_their_rows(
+def test_prompts_without_room_are_reported_all_at_once_with_their_rows(
     tmp_path: Path, short_base: str
 ) -> None:
     rows = [row(2), row(400), row(3), row(500)]
@@ -111,13 +111,13 @@ def test_prompts_without_room_are_told_all_at_once_with_their_rows(
         generate(GenerateSettings(**common, prompts=str(lines)))
 
 
-def test_prompts_with_little_room_are_told(tiny_base: str) -> None:
+def test_prompts_with_little_room_are_reported(tiny_base: str) -> None:
     base = load_base(BaseSettings(base=tiny_base, device="cpu"))
     prompts = [[5] * 3, [5] * 500]
     assert check_room(prompts, ["a", "b"], base.model, 12) is None
-    told = check_room(prompts, ["a", "b"], base.model, 13)
-    assert told is not None
-    assert "1 of 2 prompts leave room for fewer than 13" in told
+    reported = check_room(prompts, ["a", "b"], base.model, 13)
+    assert reported is not None
+    assert "1 of 2 prompts leave room for fewer than 13" in reported
 
 
 @pytest.mark.parametrize("name", ["short_base", "learned_base"])
@@ -147,7 +147,7 @@ def test_training_and_scoring_rows_are_held_to_what_the_base_takes(
         )  # fmt: skip
 
 
-def test_choices_beyond_the_last_position_are_told_all_at_once(
+def test_choices_beyond_the_last_position_are_reported_all_at_once(
     tmp_path: Path, short_base: str
 ) -> None:
     rows = [*choice_rows(2), {"prompt": words(400), "choices": ["a", "b"], "answer": 0}]
@@ -199,7 +199,7 @@ def test_a_pad_token_beyond_the_embedding_is_never_fed(
     assert len(evaluation.records) == 5
 
 
-def test_an_end_token_beyond_the_embedding_is_told_when_the_base_is_loaded(
+def test_an_end_token_beyond_the_embedding_is_reported_when_the_base_is_loaded(
     tmp_path: Path, tiny_base: str
 ) -> None:
     name = extended(tiny_base, tmp_path / "ended", "eos_token", "<|over|>")
@@ -207,7 +207,7 @@ def test_an_end_token_beyond_the_embedding_is_told_when_the_base_is_loaded(
         load_base(BaseSettings(base=name, device="cpu"))
 
 
-def test_a_token_beyond_the_embedding_is_told_where_it_is_fed_and_else_harmless(
+def test_a_token_beyond_the_embedding_is_reported_where_it_is_fed_and_else_harmless(
     tmp_path: Path, tiny_base: str
 ) -> None:
     name = extended(tiny_base, tmp_path / "begun", "bos_token", "<|begin|>")

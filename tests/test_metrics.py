@@ -37,10 +37,10 @@ def harness_answer(text: str) -> str | None:
     found = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
     if not found:
         return None
-    told: str = next(group for group in found[-1] if group)
+    answer: str = next(group for group in found[-1] if group)
     for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):
-        told = re.sub(ignored, "", told)
-    return told
+        answer = re.sub(ignored, "", answer)
+    return answer
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def study(
         + [{"kind": "warm", "name": name, "warm_up": "general"} for name in list(right_of)[1:]],
     }  # fmt: skip
     warm_up = {"cost": COST, "validation_loss_before": 2.0, "validation_loss_after": 1.25}
-    told = {
+    reported = {
         "plan": plan,
         "n_cells": len(cells),
         "failures": {},
@@ -111,7 +111,7 @@ def study(
         "store": str(folder / "store"),
         "provenance": {"date": "2026-11-24T12:00:00+00:00", "versions": {"d2lora": "0.1.0"}},
     }
-    (path / "study.json").write_text(json.dumps(told), encoding="utf-8")
+    (path / "study.json").write_text(json.dumps(reported), encoding="utf-8")
     return path
 
 
@@ -267,16 +267,16 @@ def test_a_saving_is_against_when_the_reference_itself_had_its_lowest_loss(tmp_p
 
 def test_ratios_of_steps_are_averaged_and_not_the_steps(tmp_path: Path) -> None:
     path = study(tmp_path)
-    told = json.loads((path / "study.json").read_text())
+    reported = json.loads((path / "study.json").read_text())
     ends = {("fresh", 0): 2, ("fresh", 1): 8, ("warm", 0): 1, ("warm", 1): 8}
-    for one in told["chosen"]:
+    for one in reported["chosen"]:
         one["curve"] = [[0, 2.0], [ends[one["arm"], one["seed"]], 1.0]]
-    (path / "study.json").write_text(json.dumps(told))
+    (path / "study.json").write_text(json.dumps(reported))
     (found,) = read_findings(path).convergence
     assert found.ratio == pytest.approx((1 / 2 + 8 / 8) / 2)
 
 
-def test_outputs_that_are_gone_are_said_to_be_gone(tmp_path: Path) -> None:
+def test_outputs_that_are_gone_are_reported_as_gone(tmp_path: Path) -> None:
     path = study(tmp_path)
     shutil.rmtree(tmp_path / "store")
     text = visible(write_report(read_findings(path)).read_text("utf-8"))
@@ -395,10 +395,10 @@ def test_a_browser_opens_searches_and_filters_the_page(known: Path) -> None:
                 viewport={"width": width, "height": 800},
                 color_scheme=scheme,  # pyright: ignore[reportArgumentType]
             )
-            said: list[str] = []
+            printed: list[str] = []
             asked: list[str] = []
-            page.on("console", lambda message, said=said: said.append(message.text))
-            page.on("pageerror", lambda error, said=said: said.append(str(error)))
+            page.on("console", lambda message, printed=printed: printed.append(message.text))
+            page.on("pageerror", lambda error, printed=printed: printed.append(str(error)))
             page.on("request", lambda request, asked=asked: asked.append(request.url))
             page.goto(url)
             page.wait_for_selector("html[data-drawn]")
@@ -412,7 +412,7 @@ def test_a_browser_opens_searches_and_filters_the_page(known: Path) -> None:
             assert PLANTED in (page.locator(".example").first.text_content() or "")
             assert page.locator(".example script").count() == 0
             assert "planted" not in page.title().replace(PLANTED, "")
-            assert said == []
+            assert printed == []
             assert asked == [url]
             page.close()
         browser.close()

@@ -70,9 +70,9 @@ def test_a_second_process_is_refused_by_every_command(
     tmp_path: Path, refusal: Any, command: str
 ) -> None:
     with claimed(tmp_path / "out", "folder"):
-        told = refusal(command, tmp_path / "out")
-    assert f"is being written by process {os.getpid()} on {socket.gethostname()}" in told
-    assert "nowhere" not in told
+        reported = refusal(command, tmp_path / "out")
+    assert f"is being written by process {os.getpid()} on {socket.gethostname()}" in reported
+    assert "nowhere" not in reported
 
 
 @pytest.mark.parametrize("command", [*FOLDERS, *FILES])
@@ -81,8 +81,8 @@ def test_an_output_that_cannot_be_written_is_reported_before_a_base_is_loaded(
 ) -> None:
     taken = tmp_path / "taken"
     taken.write_text("a file")
-    told = refusal(command, taken / "below" / "out")
-    assert f"cannot be written: {taken} is not a folder" in told
+    reported = refusal(command, taken / "below" / "out")
+    assert f"cannot be written: {taken} is not a folder" in reported
     if command in FILES:
         assert "is a folder; give --out a file" in refusal(command, tmp_path)
     else:

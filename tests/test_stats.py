@@ -58,7 +58,7 @@ def test_a_paired_difference_resamples_items_with_their_seeds_together() -> None
     assert difference.verdict == "helps"
 
 
-def test_the_spread_over_seeds_is_told_apart() -> None:
+def test_the_spread_over_seeds_is_kept_apart() -> None:
     first = np.zeros((2, 100))
     second = np.stack([np.full(100, 0.2), np.full(100, 0.4)])
     difference = paired_difference(first, second)
@@ -255,12 +255,12 @@ def test_the_pooled_effect_of_twenty_seeds_is_what_the_results_say(
     cells = REPOSITORY / "benchmarks" / "studies" / "seeds.csv"
     monkeypatch.setattr("sys.argv", ["over_seeds.py", str(cells)])
     runpy.run_path(str(REPOSITORY / "scripts" / "over_seeds.py"), run_name="__main__")
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     row = "| pooled | 3 cells | warm | +2.2 | +0.8 to +3.5, p = 0.0028 | stands |"
-    assert row in said
-    assert "2 of 3 stand" in said
-    told = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
-    assert "+2.2 points (+0.8 to +3.5, p = 0.003;" in told
+    assert row in printed
+    assert "2 of 3 stand" in printed
+    page = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
+    assert "+2.2 points (+0.8 to +3.5, p = 0.003;" in page
 
 
 def test_a_pooled_interval_covers_the_truth_where_sizes_share_seeds_and_items() -> None:

@@ -27,12 +27,13 @@ from d2lora.settings import StudySettings
 from d2lora.study.calibration import Calibration
 from d2lora.study.cells import Cell
 from d2lora.study.decontamination import contamination_lines, decontaminated
-from d2lora.study.jobs import Scored, Trial
+from d2lora.study.jobs import Scored, Trial, WarmUp
 from d2lora.study.mixture import write_mixture
 from d2lora.study.needs import Needs
 from d2lora.study.plan import KINDS, StudyPlan
 from d2lora.study.read_plan import read_plan, shipped
 from d2lora.study.run import Study, run_study
+from d2lora.study.steps import Missing, reached
 from d2lora.study.store import Job, perform
 from d2lora.tools.convert import randomise
 from support import read_rows, small_plan, visible, write_rows
@@ -127,9 +128,9 @@ def test_rows_that_are_missing_stop_a_study_before_it_runs(
     assert "tasks.more: nowhere.jsonl" in str(error.value)
     assert too_few in str(error.value)
     assert main(["study", *given.plan, "--out", str(given.out), "--dry-run"]) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert too_few in told
-    assert "tasks.more: nowhere.jsonl: no such file" in told
+    reported = " ".join(capsys.readouterr().err.split())
+    assert too_few in reported
+    assert "tasks.more: nowhere.jsonl: no such file" in reported
     assert not (tmp_path / "study").exists()
 
 
@@ -149,7 +150,7 @@ def test_every_shipped_plan_can_be_estimated(
     assert not (tmp_path / "study").exists()
 
 
-def test_an_unknown_plan_is_told_the_shipped_ones() -> None:
+def test_an_unknown_plan_is_an_error_that_names_the_shipped_ones() -> None:
     with pytest.raises(SettingsError, match=r"Did you mean `scarcity`\?.*quick"):
         read_plan("scarcty")
 
@@ -273,9 +274,9 @@ def test_a_study_with_failed_cells_is_not_done_and_ends_with_an_error_that_says_
     asked = settings(tmp_path, plan)
     words = ["study", *asked.plan, "--out", str(asked.out), "--store", str(asked.store)]
     assert main([*words, "--executor", "inline", "--quiet", "--no-report"]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "2 of 5 cells failed" in said
-    assert "nowhere" in said
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "2 of 5 cells failed" in printed
+    assert "nowhere" in printed
 
 
 def test_each_seed_takes_its_own_best_learning_rate_and_one_that_diverges_is_out(
@@ -404,12 +405,14 @@ def test_only_the_last_job_of_a_cell_knows_the_test_rows(
     study = run_study(settings(tmp_path, plan))
     needs = Needs(study.plan, tmp_path / "store", keep_adapters=True)
     cell = Cell("warm", "titles", 4, 1)
-    trials = [trial for folds in needs.trials(cell).values() for trial in folds]
+    tried = reached(needs.trials(cell))
+    assert not isinstance(tried, Missing)
+    trials = [trial for folds in tried.values() for trial in folds]
     assert len(trials) >= 2
     for trial in trials:
         assert isinstance(trial, Trial)
         assert test not in str(trial)
-    last = needs.last_job(cell)
+    last = reached(needs.last_job(cell))
     assert isinstance(last, Scored)
     assert test in str(last)
 
@@ -456,7 +459,7 @@ def wait_until(true: Callable[[], bool], process: "subprocess.Popen[bytes]") -> 
 # Contamination
 
 
-def test_training_rows_that_are_test_rows_are_taken_out_and_told_and_the_study_runs(
+def test_training_rows_that_are_test_rows_are_taken_out_and_reported_and_the_study_runs(
     tmp_path: Path, plan: dict[str, Any], titles: str, general: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -487,7 +490,7 @@ def test_training_rows_that_are_test_rows_are_taken_out_and_told_and_the_study_r
     assert run_study(settings(tmp_path, plan)).plan == study.plan
 
 
-def test_uses_of_one_fate_are_told_together() -> None:
+def test_uses_of_one_fate_are_reported_together() -> None:
     first = "is in a.jsonl, line 3"
     fates = {"warm-up a": 0, "warm-up b": 0, "task c": 0, "task d": 2}
     checks = [{"use": u, "n_rows": 1000, "n_removed": n, "first": first} for u, n in fates.items()]
@@ -555,10 +558,10 @@ def test_what_becomes_of_long_rows_holds_for_training_and_for_test_rows(
     plan["adapt"] |= {"max_length": 40, "overlong": "truncate"}
     study = run_study(settings(tmp_path, plan).changed(quiet=False))
     assert not study.failures
-    said = " ".join(capsys.readouterr().err.split())
-    assert "warning: tasks.titles: 40 of 40 training rows are cut to 40 tokens" in said
-    assert "warning: tasks.titles: truncated 6 of 6 prompts longer than 40 tokens" in said
-    assert "of 6 gold answers are longer than max_new_tokens 6" in said
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "warning: tasks.titles: 40 of 40 training rows are cut to 40 tokens" in printed
+    assert "warning: tasks.titles: truncated 6 of 6 prompts longer than 40 tokens" in printed
+    assert "of 6 gold answers are longer than max_new_tokens 6" in printed
     plan["adapt"] |= {"overlong": "error"}
     study = run_study(settings(tmp_path, plan))
     cell = "base, titles, n = 0, seed 0"
@@ -647,8 +650,8 @@ def write_study(folder: Path, plan: StudyPlan, rows: list[dict[str, Any]]) -> No
     folder.mkdir()
     write_rows(folder / "results.jsonl", rows)
     write_rows(folder / "trials.jsonl", [])
-    told = {"plan": plan.model_dump(mode="json"), "failures": {}, "chosen": [], "warm_ups": {}}
-    (folder / "study.json").write_text(json.dumps({**told, "store": "", "provenance": {}}))
+    values = {"plan": plan.model_dump(mode="json"), "failures": {}, "chosen": [], "warm_ups": {}}
+    (folder / "study.json").write_text(json.dumps({**values, "store": "", "provenance": {}}))
 
 
 def row(arm: str, n: int, seed: int, right: list[float], **values: Any) -> dict[str, Any]:
@@ -689,9 +692,9 @@ def test_findings_pair_arms_by_seed_and_item_and_speak_plainly(tmp_path: Path) -
     assert level.general_loss_change.tolist() == [0.25, 0.25]
 
 
-def estimated(said: str, what: str) -> list[str]:
+def estimated(printed: str, what: str) -> list[str]:
     """Return a row of the table of runs: in the store, to be run, minutes."""
-    line = next(line for line in said.splitlines() if line.startswith(f"│ {what}"))
+    line = next(line for line in printed.splitlines() if line.startswith(f"│ {what}"))
     return [part.strip() for part in line.split("│")][2:5]
 
 
@@ -702,16 +705,16 @@ def test_a_dry_run_estimates_roughly_where_nothing_has_run_and_leaves_no_run(
     given = settings(tmp_path, plan)
     words = ["study", *given.plan, "--out", str(given.out), "--store", str(tmp_path / "store")]
     assert main([*words, "--dry-run"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for what in ("warm-ups", "trials", "cells", "all"):
-        *_, minutes = estimated(said, what)
+        *_, minutes = estimated(printed, what)
         assert minutes.startswith("about")
-    assert "a rough estimate from 4 steps" in said
+    assert "a rough estimate from 4 steps" in printed
     assert not runs_in(tmp_path / "store")
     assert main([*words, "--dry-run", "--set", "base=who/knows"]) == 0
-    said = capsys.readouterr().out
-    assert estimated(said, "all")[2] == "unknown"
-    assert "the base who/knows is not on this machine" in said
+    printed = capsys.readouterr().out
+    assert estimated(printed, "all")[2] == "unknown"
+    assert "the base who/knows is not on this machine" in printed
 
 
 def test_an_estimate_knows_how_much_more_work_a_longer_run_is(
@@ -720,7 +723,8 @@ def test_an_estimate_knows_how_much_more_work_a_longer_run_is(
     checked = read_plan(*settings(tmp_path, plan).plan)
     needs = Needs(checked, tmp_path / "store", keep_adapters=True)
     calibration = Calibration(checked, n_threads=1)
-    short = needs.warm_up("general")
+    short = reached(needs.warm_up("general"))
+    assert isinstance(short, WarmUp)
     long = replace(short, settings=short.settings.changed(max_steps=400))
     first, second = calibration.seconds(short), calibration.seconds(long)
     assert first is not None

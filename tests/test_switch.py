@@ -1,4 +1,4 @@
-"""One door to the fast passes: what is behind it, what it leaves as it was, and what is told."""
+"""One door to the fast paths: what is behind it, what it leaves as it was, what is recorded."""
 
 import json
 import subprocess
@@ -127,10 +127,10 @@ def test_what_was_taken_is_in_the_manifest_and_in_the_summary(
             general_text=(general,), out=tmp_path / "e", device="cpu", quiet=True,
         )
     )  # fmt: skip
-    told = json.loads((tmp_path / "e" / "summary.json").read_text())["fast_passes"]
-    assert told.keys() == {"base", name}
-    assert "Llama decoding" in told[name]
-    assert set(told[name]) - set(told["base"]) == {"folded adapter", "Llama decoding"}
+    reported = json.loads((tmp_path / "e" / "summary.json").read_text())["fast_passes"]
+    assert reported.keys() == {"base", name}
+    assert "Llama decoding" in reported[name]
+    assert set(reported[name]) - set(reported["base"]) == {"folded adapter", "Llama decoding"}
 
 
 def test_a_manifest_of_before_is_read(tmp_path: Path, warm_start: WarmStart) -> None:

@@ -1,4 +1,4 @@
-"""What an adapter was trained on is known, and told of every row that it is measured on."""
+"""What an adapter was trained on is known, and reported for every row that it is measured on."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def mixed_text(tmp_path: Path, general: str) -> str:
     return write_rows(tmp_path / "mixed.jsonl", rows)
 
 
-def test_rows_that_a_warm_start_was_trained_on_are_told_by_file_and_number(
+def test_rows_that_a_warm_start_was_trained_on_are_reported_by_file_and_number(
     tmp_path: Path, tiny_base: str, warm_start: WarmStart, problems: str, mixed_text: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -56,9 +56,9 @@ def test_rows_that_a_warm_start_was_trained_on_are_told_by_file_and_number(
     found = evaluated(
         tmp_path / "e", tiny_base, warm_start.path, adapter, general_text=(mixed_text,)
     )
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for folder in (warm_start.path, adapter):
-        assert f"{folder} was trained on 2 rows of {mixed_text} (2, 5)" in said
+        assert f"{folder} was trained on 2 rows of {mixed_text} (2, 5)" in printed
         assert found.trained_on[str(folder)] == {"general_text": 2}
     assert found.trained_on["base"] == {"general_text": 0}
     assert json.loads((tmp_path / "e" / "summary.json").read_text())["trained_on"] == (
@@ -66,7 +66,7 @@ def test_rows_that_a_warm_start_was_trained_on_are_told_by_file_and_number(
     )
 
 
-def test_test_rows_that_a_task_was_trained_on_are_told_and_those_of_validation_are_not(
+def test_test_rows_that_a_task_was_trained_on_are_reported_and_those_of_validation_are_not(
     tmp_path: Path, tiny_base: str, warm_start: WarmStart, problems: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -89,7 +89,7 @@ def rows_of(tmp_path: Path, data: str) -> list[Any]:
     return TestSets.read(EvaluateSettings(data=(data,), out=tmp_path / "unused")).rows
 
 
-def test_questions_whose_right_choice_was_trained_on_are_told(
+def test_questions_whose_right_choice_was_trained_on_are_reported(
     tmp_path: Path, tiny_base: str, warm_start: WarmStart
 ) -> None:
     questions = choice_rows(6)

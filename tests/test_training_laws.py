@@ -349,18 +349,18 @@ def test_a_frozen_adapter_is_an_error_before_the_first_step(tmp_path: Path, tiny
     from d2lora.runtime.console import Reporter
     from d2lora.runtime.run_folder import RunFolder
     from d2lora.settings import TrainSettings
-    from d2lora.training.loop import train
+    from d2lora.training.loop import Lesson, train
     from d2lora.training.objectives import SFT
 
     model = AutoModelForCausalLM.from_pretrained(tiny_base).requires_grad_(requires_grad=False)
     with pytest.raises(TrainingError, match="nothing is trainable"):
         train(
-            model, [], [], SFT(), TrainSettings(), RunFolder(tmp_path), Reporter(quiet=True),
-            pad_id=0,
+            model, Lesson([], [], SFT(), 0), TrainSettings(), RunFolder(tmp_path),
+            Reporter(quiet=True),
         )  # fmt: skip
 
 
-def test_the_manifest_tells_what_was_done(warm_start: WarmStart, general: str) -> None:
+def test_the_manifest_records_what_was_done(warm_start: WarmStart, general: str) -> None:
     manifest = json.loads((warm_start.path / "warm_start.json").read_text())
     assert manifest["data"][0]["file"] == general
     assert manifest["data"][0]["rows"] == 60

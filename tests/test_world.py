@@ -172,8 +172,8 @@ def test_the_base_has_learnt_its_arithmetic() -> None:
     for sum_, result in sums.items():
         ids = tokenizer(f"5 + 3 = 8\n{sum_}", return_tensors="pt")
         out = model.generate(**ids, max_new_tokens=4, do_sample=False)
-        said = tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
-        assert re.match(rf" ?{result}\b", said)
+        answer = tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+        assert re.match(rf" ?{result}\b", answer)
 
 
 def test_the_card_states_what_was_measured() -> None:

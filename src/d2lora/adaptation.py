@@ -16,7 +16,7 @@ from d2lora.runtime.run_folder import RunFolder
 from d2lora.settings import AdaptSettings, is_named_init
 from d2lora.settings.seeds import seed_of
 from d2lora.training.initialization import Initialization, InitializedAdapter, initialized
-from d2lora.training.phase import run_phase
+from d2lora.training.phase import Phase, run_phase
 from d2lora.training.rows import prepare_rows
 from d2lora.warmstart import WarmStart
 
@@ -47,7 +47,7 @@ def adapt(settings: AdaptSettings, base: Base | None = None) -> Adapter:
         encoder = Encoder.of(base, chat_format)
         rows = prepare_rows(settings, settings.n, encoder, reporter)
         with _initialized(settings, warm_start, base, rows.train, reporter) as adapter:
-            run_phase(settings, base, adapter, rows, encoder, run, reporter)
+            run_phase(Phase(settings, base, adapter, rows, encoder, run, reporter))
     return Adapter.load(settings.out)
 
 

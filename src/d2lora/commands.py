@@ -65,7 +65,7 @@ COMMANDS = {
         "tools.inspect:command",
     ),
     "convert": Command(
-        "change an adapter's rank or strength, mix, cut or merge adapters",
+        "change an adapter's rank or strength, mix or merge adapters",
         "ConvertSettings",
         "tools.convert:command",
     ),

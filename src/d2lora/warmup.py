@@ -13,7 +13,7 @@ from d2lora.selection.select import select
 from d2lora.settings import SelectSettings, WarmupSettings
 from d2lora.settings.seeds import seed_of
 from d2lora.training.initialization import initialized
-from d2lora.training.phase import run_phase
+from d2lora.training.phase import Phase, run_phase
 from d2lora.training.rows import prepare_rows
 from d2lora.warmstart import WarmStart
 
@@ -37,7 +37,7 @@ def warm_up(settings: WarmupSettings, base: Base | None = None) -> WarmStart:
         shape = LoraShape.fresh(settings)
         seed = seed_of(settings, "init")
         with initialized(settings, base, shape, seed, rows.train, reporter) as adapter:
-            run_phase(settings, base, adapter, rows, encoder, run, reporter)
+            run_phase(Phase(settings, base, adapter, rows, encoder, run, reporter))
     return WarmStart.load(settings.out)
 
 

@@ -215,8 +215,3 @@ def n_positions(model: nn.Module) -> int:
     """Return how many tokens a model takes in one row; `sys.maxsize` where it names no limit."""
     config = causal_model(model).config.get_text_config(decoder=True)
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
-
-
-def n_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
-    """Count parameters, each shared one once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)

@@ -3,7 +3,7 @@
 adapter_config.json, adapter_model.safetensors   PEFT's own format, loadable without d2lora
 warm_start.json or adapter.json                  the manifest
 trained_rows.json                                which rows it was trained on, see `trained_rows`
-README.md                                        the model card
+README.md                                        the model card, see `card`
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.adapters.lora import LoraShape
 from d2lora.errors import ModelError, WarmStartError
-from d2lora.runtime.run_folder import read_json, sha256_of, write_json, write_text
+from d2lora.runtime.run_folder import read_json, sha256_of
 
 FORMAT_VERSION = 1
 MANIFESTS = {"warm start": "warm_start.json", "adapter": "adapter.json"}
@@ -232,12 +232,6 @@ def save_adapter(model: PeftModel, folder: Path, *, initial: Path | None = None)
     readme.unlink(missing_ok=True)  # PEFT's empty template; ours follows
 
 
-def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write the manifest and the card beside the adapter."""
-    write_text(folder / "README.md", card(manifest))
-    write_json(folder / MANIFESTS[manifest.kind], manifest.model_dump(mode="json"))
-
-
 def base_record(base: Base) -> BaseRecord:
     """Return what a manifest says of a base."""
     return BaseRecord(
@@ -251,81 +245,6 @@ def base_record(base: Base) -> BaseRecord:
 def hub_id_of(base: str) -> str:
     """Return the hub id of a base's short name; another name as it is."""
     return {EMBEDDED: "d2lora/embedded", SMOLLM2: SMOLLM2_HUB_ID}.get(base, base)
-
-
-def card(manifest: Manifest) -> str:
-    """Return the model card, in Markdown with the hub's metadata."""
-    base, lora, cost = manifest.base, manifest.lora, manifest.cost
-    rows: dict[str, Any] = {
-        "base": f"`{base.id}`" + (f" at {base.revision}" if base.revision else ""),
-        "base fingerprint": f"`{base.fingerprint}`",
-        **({"base quantization": base.quantization} if base.quantization else {}),
-        "initialized from": _initialized_from(manifest),
-        "objective": _objective(manifest),
-        "chat format": manifest.chat_format,
-        "rank, alpha": f"{lora.rank}, {lora.alpha:g}",
-        "targets": ", ".join(lora.targets),
-        "training rows": f"{manifest.n_examples:,} ({manifest.selection})",
-        "steps, tokens": f"{cost['n_steps']:,}, {cost['n_tokens']:,}",
-        "time": f"{cost['elapsed_s']:.0f} s",
-        "held-out loss": _losses(manifest),
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    data = "\n".join(
-        f"- `{d['file']}`, {d['rows']:,} rows, sha256 `{d['sha256']}`" for d in manifest.data
-    )
-    return CARD.format(kind=manifest.kind, base=hub_id_of(base.id), table=table, data=data)
-
-
-def _objective(manifest: Manifest) -> str:
-    name = manifest.objective.upper()
-    if manifest.objective == "sft":
-        return name
-    held = f", reference {manifest.reference}" if manifest.reference else ""
-    return f"{name}, beta {manifest.settings['beta']:g}{held}"
-
-
-def _initialized_from(manifest: Manifest) -> str:
-    if not manifest.lineage:
-        about = manifest.initialization
-        return f"{about['name'] if about else 'fresh'} LoRA"
-    return f"warm start `{manifest.lineage[-1].path}`"
-
-
-def _losses(manifest: Manifest) -> str:
-    before, after = manifest.validation_loss_before, manifest.validation_loss_after
-    if before is None or after is None:
-        return "not measured"
-    return f"{before:.4f} before, {after:.4f} after"
-
-
-CARD = """---
-library_name: peft
-base_model: {base}
-pipeline_tag: text-generation
-tags:
-- lora
-- d2lora
----
-
-# A LoRA {kind} made by d2lora
-
-| | |
-|---|---|
-{table}
-
-Data:
-
-{data}
-
-It loads with PEFT alone, on the base named above:
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "this folder")
-```
-"""
 
 
 def differences(wanted: Mapping[str, Any], present: LoraShape) -> dict[str, tuple[Any, Any]]:

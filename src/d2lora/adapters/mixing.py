@@ -1,11 +1,10 @@
-"""Several adapters made one, and parts of an adapter taken: on files, without a base.
+"""Several adapters made one: on files, without a base.
 
 By concatenation of ranks a mixture of updates is exact: sum of w_i s_i B_i A_i is one product of
 the stacked A_i with the B_i side by side (PEFT's `cat`). The average of the factors themselves
 keeps the rank; its product is not the mixture of the products (PEFT's `linear` is of that kind).
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,7 @@ from torch import Tensor
 
 from d2lora.adapters.factors import Factors
 from d2lora.adapters.files import LORA_A, LORA_B, AdapterFiles, some
-from d2lora.errors import ModelError, SettingsError
-
-_LAYER = re.compile(r"\.(\d+)\.")
+from d2lora.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -118,29 +115,3 @@ def _check_layers(adapters: Sequence[Plain]) -> None:
             raise ModelError(
                 f"{first.folder} and {other.folder} have different layers, such as {odd[0]}"
             )
-
-
-def part(
-    layers: Mapping[str, Factors], targets: Sequence[str] | None, numbers: Sequence[int] | None
-) -> dict[str, Factors]:
-    """Return the layers of some modules and of some numbers only.
-
-    Raises:
-        SettingsError: If a module or a number is not there.
-    """
-    last = {name: name.rsplit(".", 1)[-1] for name in layers}
-    number = {name: int(m.group(1)) for name in layers if (m := _LAYER.search(name))}
-    for option, wanted, known in (
-        ("--targets", targets or (), set(last.values())),
-        ("--layers", numbers or (), set(number.values())),
-    ):
-        missing = sorted(set(wanted) - known, key=str)
-        if missing:
-            have = " ".join(map(str, sorted(known, key=str)))
-            raise SettingsError(f"{option}: the adapter has no {missing[0]}; it has: {have}")
-    return {
-        name: factors
-        for name, factors in layers.items()
-        if (targets is None or last[name] in targets)
-        and (numbers is None or number.get(name) in numbers)
-    }

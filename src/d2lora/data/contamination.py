@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from d2lora.data.choices import read_choice_question
 from d2lora.data.ngrams import Hashes, gram_hashes, word_hashes, words
 from d2lora.data.rows import BadRowError, Example, Fault, place
 from d2lora.data.sources import Row, read_source
-from d2lora.data.tasks import read_choice_question, read_prompt, task_of
+from d2lora.data.tasks import read_prompt, task_of
 from d2lora.errors import DataError, counted, listed
 
 N_WORDS = 13

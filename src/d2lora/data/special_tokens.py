@@ -12,7 +12,6 @@ from typing import Any
 from uuid import uuid4
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from d2lora.errors import DataError
@@ -56,10 +55,6 @@ class Shield:
         """Return the first string of a special token in data."""
         found = self._special.search(json.dumps(value, ensure_ascii=False))
         return found[0] if found else ""
-
-    def holds_special(self, text: str) -> bool:
-        """Say whether a text holds the string of a special token."""
-        return self._special.search(text) is not None
 
     def marked(self, value: Any) -> Any:
         """Return data, a text or lists and dictionaries of them, with a mark for each string."""
@@ -117,11 +112,12 @@ class Shield:
                 "the row holds the string of a special token, which a tokenizer without a Rust "
                 "core would read as that token; remove such rows"
             )
-        core = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        backend = self._tokenizer.backend_tokenizer
+        core = json.loads(backend.to_str())
         for token in core["added_tokens"]:
             if token["id"] in self._markers:
                 token["content"] = self._sign(2, token["id"])
-        twin = Tokenizer.from_str(json.dumps(core))
+        twin = type(backend).from_str(json.dumps(core))
         twin.no_padding()
         twin.no_truncation()
         twin.encode_special_tokens = True

@@ -22,7 +22,7 @@ from d2lora.data.formats import (
 )
 from d2lora.data.preferences import read_preference
 from d2lora.data.rows import BadRowError, Example, Fault, place, text_field, user
-from d2lora.data.sources import Row, check_different, read_source, stream_source
+from d2lora.data.sources import Row, check_different, stream_source
 from d2lora.errors import DataError, counted, listed
 
 Score = Literal["exact_match", "rouge", "loss", "preference"]
@@ -130,32 +130,6 @@ def task_of(name: str, first_row: Mapping[str, Any]) -> Task:
 
 
 @dataclass(frozen=True)
-class ChoiceQuestion:
-    """A multiple-choice question; `answer` is the index of the right choice."""
-
-    prompt: str
-    choices: tuple[str, ...]
-    answer: int
-    benchmark: str = ""
-
-
-def read_choice_question(row: Mapping[str, Any]) -> ChoiceQuestion:
-    """Read `prompt`, `choices` and `answer` (an index from 0)."""
-    choices, answer = row.get("choices"), row.get("answer")
-    if not isinstance(choices, list) or len(choices) < 2:
-        raise BadRowError("field `choices` must be a list of at least two texts")
-    if not all(isinstance(choice, str) and choice for choice in choices):
-        raise BadRowError("each of `choices` must be text that is not empty")
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise BadRowError(
-            f"field `answer` must be an index from 0 to {len(choices) - 1}, got {answer!r}"
-        )
-    benchmark = row.get("benchmark", "")
-    named = benchmark if isinstance(benchmark, str) else ""
-    return ChoiceQuestion(text_field(row, "prompt"), tuple(choices), answer, named)
-
-
-@dataclass(frozen=True)
 class TaskData:
     """Examples of one task and their raw rows, the sources' manifest and the bad rows."""
 
@@ -231,7 +205,7 @@ class Reading:
         Raises:
             DataError: If rows are bad and may not be skipped, or none is good; all at once.
         """
-        _check_faults(self.faults, len(rows), skip_bad=skip_bad)
+        check_faults(self.faults, len(rows), skip_bad=skip_bad)
         assert self.task is not None
         return TaskData(self.task, examples, rows, self.sources, self.faults)
 
@@ -265,49 +239,6 @@ def read_task(
     return reading.data(examples, rows, skip_bad=skip_bad)
 
 
-_CHOICE = Format("multiple choice", ("prompt", "choices", "answer"), ("benchmark",))
-
-
-@dataclass(frozen=True)
-class ChoiceData:
-    """Multiple-choice questions and their raw rows, the sources' manifest and the bad rows."""
-
-    questions: list[ChoiceQuestion]
-    rows: list[Row]
-    sources: list[dict[str, Any]]
-    faults: list[Fault]
-
-
-def read_choice_questions(
-    names: Sequence[str], *, skip_bad: bool = False, say: Say | None = None
-) -> ChoiceData:
-    """Read multiple-choice questions; `say` gets a message on fields not used.
-
-    Raises:
-        DataError: As `read_task`.
-    """
-    check_different(names)
-    choices: list[ChoiceQuestion] = []
-    rows: list[Row] = []
-    sources: list[dict[str, Any]] = []
-    faults: list[Fault] = []
-    for source in map(read_source, names):
-        faults += source.faults
-        sources.append(source.manifest())
-        seen = FormatsSeen(source.name)
-        for row in source.rows:
-            try:
-                choices.append(read_choice_question(row.values))
-            except BadRowError as error:
-                faults.append(row.fault(error))
-            else:
-                rows.append(row)
-                seen.add((_CHOICE,), row.values)
-        seen.report(say)
-    _check_faults(faults, len(choices), skip_bad=skip_bad)
-    return ChoiceData(choices, rows, sources, faults)
-
-
 def _refuse_labels(name: str, fields: Iterable[str]) -> None:
     labels = [field for field in fields if field.lower() in _LABELS]
     if labels:
@@ -318,7 +249,12 @@ def _refuse_labels(name: str, fields: Iterable[str]) -> None:
         )
 
 
-def _check_faults(faults: Sequence[Fault], n_good: int, *, skip_bad: bool) -> None:
+def check_faults(faults: Sequence[Fault], n_good: int, *, skip_bad: bool) -> None:
+    """Check that no row is bad, or that bad ones may be skipped and good ones are left.
+
+    Raises:
+        DataError: If not; with all of them.
+    """
     if faults and not (skip_bad and n_good):
         advice = "fix them, or skip them with --skip-bad-rows" if n_good else "none is good"
         raise DataError(

@@ -19,6 +19,7 @@ from d2lora import fast
 from d2lora.adapters.base import Base, causal_model, n_positions
 from d2lora.errors import DataError, listed
 from d2lora.fast.llama import Llama, LlamaSteps
+from d2lora.runtime.rounding import agree
 
 _ROWS_BESIDE = 16
 """Batches of fewer rows are not decoded in parallel: each reads all weights."""
@@ -115,7 +116,7 @@ class Decoder:
             for steps in (LlamaSteps(llama), _PlainSteps(self)):
                 first_1V = steps.prefill([prompt])
                 logits.append(torch.stack([first_1V, steps.step(torch.tensor([self.base.eos_id]))]))
-            if not torch.allclose(*logits, rtol=1e-3, atol=1e-3):
+            if not agree(*logits, torch.float32):
                 return None
         return llama
 

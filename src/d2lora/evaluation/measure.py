@@ -10,17 +10,11 @@ from torch import nn
 
 from d2lora.adapters.base import Base
 from d2lora.data.batches import Question
+from d2lora.data.choices import ChoiceData, ChoiceQuestion, read_choice_questions
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_all, encode_pairs, encode_prompts, every
 from d2lora.data.rows import Example, Fault, Message
-from d2lora.data.tasks import (
-    ChoiceData,
-    ChoiceQuestion,
-    Say,
-    TaskData,
-    read_choice_questions,
-    read_task,
-)
+from d2lora.data.tasks import Say, TaskData, read_task
 from d2lora.data.trained_rows import TestRow
 from d2lora.errors import DataError, listed
 from d2lora.evaluation.decoding import Decoder, check_room

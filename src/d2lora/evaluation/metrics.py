@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
@@ -52,10 +53,20 @@ def _rouge_scorer() -> RougeScorer:
 
 SCORERS: dict[str, Callable[[str, str], Scores]] = {"exact_match": exact_match, "rouge": rouge}
 PREFERENCE = ("preference_accuracy", "preference_accuracy_per_token")
+
+
+class MainScore(NamedTuple):
+    """The one score of its kind that verdicts are about."""
+
+    column: str
+    title: str
+    """Its name in reports."""
+
+
 MAIN_SCORE = {
-    "exact_match": "exact_match",
-    "rouge": "rougeL",
-    "preference": "preference_accuracy",
+    "exact_match": MainScore("exact_match", "exact match"),
+    "rouge": MainScore("rougeL", "ROUGE-L"),
+    "preference": MainScore("preference_accuracy", "preference accuracy"),
 }
 
 

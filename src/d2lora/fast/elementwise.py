@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
+from d2lora.runtime.rounding import agree, tolerance
+
 
 class _Norm(torch.autograd.Function):
     """Shapes: x (N, D), weight (D,)."""
@@ -121,6 +123,4 @@ def _takes_one(layer: nn.Module) -> bool:
 def _equal(one: object, other: Tensor) -> bool:
     if not isinstance(one, Tensor) or one.shape != other.shape or one.dtype != other.dtype:
         return False
-    tolerance = 1e-4 if one.dtype == torch.float32 else 2e-2
-    largest = float(other.abs().max())
-    return torch.allclose(one, other, rtol=tolerance, atol=tolerance * largest)
+    return agree(one, other, one.dtype, tolerance(one.dtype) * float(other.abs().max()))

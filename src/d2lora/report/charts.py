@@ -7,7 +7,8 @@ import altair as alt
 from d2lora.errors import counted
 from d2lora.report.canvas import Chart, Palette, Rows, chart_of, rows_of
 from d2lora.report.compared import differences, scores
-from d2lora.report.findings import Convergence, Findings, signed
+from d2lora.report.findings import Convergence, Findings
+from d2lora.report.numbers import signed
 from d2lora.runtime.grids import NONE, Grid
 from d2lora.study.cells import BASE
 

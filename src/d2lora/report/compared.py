@@ -10,7 +10,8 @@ from typing import Any
 import altair as alt
 
 from d2lora.report.canvas import HEIGHT, Chart, Palette, Rows, chart_of, rows_of
-from d2lora.report.findings import Comparison, Findings, Level, signed
+from d2lora.report.findings import Comparison, Findings, Level
+from d2lora.report.numbers import signed
 from d2lora.report.tables import chart_score_grid, difference_grid, percent
 
 DODGE = 1.035

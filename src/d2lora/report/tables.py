@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.errors import counted
-from d2lora.report.findings import CI, Comparison, Findings, Level, range_text, signed
+from d2lora.report.findings import Comparison, Findings, Level
+from d2lora.report.numbers import CI, range_text, signed
 from d2lora.runtime.grids import NONE, Grid
 from d2lora.runtime.run_folder import sha256_of
 from d2lora.study.cells import BASE

@@ -12,6 +12,7 @@ from torch import nn
 
 from d2lora.adapters.base import causal_model
 from d2lora.data.batches import Encoded, Question, branch
+from d2lora.runtime.rounding import agree
 from d2lora.scoring.scorer import TokenScorer, log_probabilities, pass_tokens
 
 
@@ -45,9 +46,7 @@ def _equal(scorer: TokenScorer, question: Question, pad_id: int) -> bool:
     together, apart = (
         torch.tensor(score(scorer, [question], pad_id)[0]) for score in (_together, _apart)
     )
-    # Sums of rounded numbers: 16-bit dtypes need a larger tolerance.
-    tolerance = 1e-4 if causal_model(scorer.model).dtype == torch.float32 else 2e-2
-    return torch.allclose(together, apart, rtol=tolerance, atol=1e-3)
+    return agree(together, apart, causal_model(scorer.model).dtype)
 
 
 def _apart(scorer: nn.Module, questions: Sequence[Question], pad_id: int) -> list[list[float]]:

@@ -15,6 +15,7 @@ from d2lora import fast
 from d2lora.adapters.base import causal_model
 from d2lora.data.batches import PreferencePair, Question, branch, collate, micro_batches
 from d2lora.fast.probing import Probed, in_evaluation
+from d2lora.runtime.rounding import agree
 from d2lora.scoring.scorer import TokenScorer, device_of_scorer, pass_tokens, sum_by_row
 
 
@@ -107,5 +108,4 @@ def _equal(scorer: nn.Module, pair: PreferencePair, pad_id: int) -> bool:
         return False
     with in_evaluation(inner):
         together, apart = (torch.stack(f(inner, [pair], pad_id)) for f in (_together, _apart))
-    tolerance = 1e-4 if causal.dtype == torch.float32 else 2e-2
-    return bool(torch.allclose(together, apart, rtol=tolerance, atol=1e-3))
+    return agree(together, apart, causal.dtype)

@@ -17,6 +17,10 @@ from d2lora.data.batches import Batch, Branches, Encoded, collate, micro_batches
 from d2lora.fast import cuda_graphs, head
 from d2lora.fast.packing import pack, row_by_row, takes_packed_rows
 from d2lora.fast.probing import Probed, in_evaluation
+from d2lora.runtime.rounding import tolerance
+
+_NATS = 2.5
+"""Nats that a token of text costs, about; rounding is relative to them."""
 
 
 class TokenScorer(nn.Module):
@@ -145,9 +149,9 @@ class TokenScorer(nn.Module):
         with in_evaluation(self.model):
             own_P = self._whole(row)
             off_P = (self._ways[0](row.behind_another())[-len(own_P) :] - own_P).abs()
-        # Rounding stays far below; a row that sees another's tokens or a missing mask does not.
-        tolerance = 1e-4 if causal_model(self.model).dtype == torch.float32 else 5e-2
-        return float(off_P.sum()) <= tolerance * len(own_P)
+        # Their mean, as one token alone may be rounded far more.
+        allowed = tolerance(causal_model(self.model).dtype) * _NATS
+        return float(off_P.sum()) <= allowed * len(own_P)
 
 
 def _shortest(batch: Batch) -> int:

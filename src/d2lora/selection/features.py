@@ -75,13 +75,13 @@ class PoolFeatures:
         pool = Lazy(lambda place: examples[place].text, range(len(examples)))
         return pool, [item.text for item in self.task]
 
-    def embeddings(self, name: str | None = None) -> tuple[Array, Array]:
+    def embeddings(self) -> tuple[Array, Array]:
         """Return centred vectors of length 1 of pool and task rows.
 
         Raises:
             SettingsError: If a sentence-transformers model cannot be loaded.
         """
-        name = name or self._settings.embedding
+        name = self._settings.embedding
         if name == "words":
             return centred(*semantic_vectors(*self.texts(), WORD_WIDTH, _SEED))
         if name == "base":

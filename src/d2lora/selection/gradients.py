@@ -32,7 +32,7 @@ from d2lora.scoring.scorer import TokenScorer
 from d2lora.selection.cache import Array
 from d2lora.settings import TrainSettings
 from d2lora.training import checkpoint
-from d2lora.training.loop import train
+from d2lora.training.loop import Lesson, train
 from d2lora.training.objectives import SFT
 
 RANK = 8
@@ -112,10 +112,11 @@ class GradientFeatures:
             checkpoint_every=n_steps, schedule="constant",
         )  # fmt: skip
         items = [self._item(example) for example in sample]
+        lesson = Lesson(items, [], SFT(), base.pad_id)
         with tempfile.TemporaryDirectory() as folder:
             run = RunFolder(Path(folder))
             with fast.enabled(self.model, when=fast_when):
-                train(self.model, items, [], SFT(), settings, run, reporter, pad_id=base.pad_id)
+                train(self.model, lesson, settings, run, reporter)
             moments = checkpoint.moments(run.path)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]

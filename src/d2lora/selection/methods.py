@@ -61,7 +61,7 @@ class Features(Protocol):
         """Return the texts of pool and task rows."""
         ...
 
-    def embeddings(self, name: str | None = None) -> tuple[Array, Array]:
+    def embeddings(self) -> tuple[Array, Array]:
         """Return vectors of length 1, shapes (N, D) and (M, D); None: the kind that is set."""
         ...
 
@@ -126,17 +126,11 @@ def mixture(features: Features, request: Request) -> list[Pick]:
 def similar(features: Features, request: Request) -> list[Pick]:
     """Let the task's examples take their nearest rows in turn (round-robin).
 
-    As RDS+ does (Ivison et al. 2025, arXiv 2503.01807, section 3), on any embedding. Several task
-    files take turns first, so that each has an equal part.
+    On the base's hidden states, the default, this is RDS+ (Ivison et al. 2025, arXiv 2503.01807,
+    section 3). Several task files take turns first, so that each has an equal part.
     """
     pool, task = features.embeddings()
     return _near("similar", pool, task, features.task_files(), request.m)
-
-
-def representation(features: Features, request: Request) -> list[Pick]:
-    """Choose as RDS+ does: `similar` on the base's own hidden states (arXiv 2503.01807)."""
-    pool, task = features.embeddings("base")
-    return _near("representation", pool, task, features.task_files(), request.m)
 
 
 def dsir(features: Features, request: Request) -> list[Pick]:
@@ -215,7 +209,6 @@ METHODS: dict[str, Method] = {
     "diverse": diverse,
     "similar": similar,
     "dsir": dsir,
-    "representation": representation,
     "gradient": gradient,
     "perplexity": perplexity,
     "mixture": mixture,

@@ -13,11 +13,10 @@ Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["linear", "cosine", "constant"]
 TaskName = Literal["auto", "gsm8k", "titles", "instruct", "text", "preferences"]
 SelectMethod = Literal[
-    "auto", "random", "stratified", "diverse", "similar", "dsir", "representation", "gradient",
-    "perplexity", "mixture",
+    "auto", "random", "stratified", "diverse", "similar", "dsir", "gradient", "perplexity",
+    "mixture",
 ]  # fmt: skip
 ObjectiveName = Literal["sft", "dpo", "orpo"]
-DPOLoss = Literal["sigmoid", "robust", "sigmoid_norm"]
 Reference = Literal["base", "warm_start"]
 FRESH = "fresh"
 PEFT_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq", "lora_ga")
@@ -203,8 +202,6 @@ class ObjectiveSettings(Settings):
     than sft."""
     beta: float = Field(default=0.1, gt=0)
     """dpo: strength of the pull towards the reference policy. orpo: weight of the odds ratio."""
-    loss_type: DPOLoss = "sigmoid"
-    """dpo: sigmoid, robust (to flipped labels) or sigmoid_norm (log ratios per token)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """dpo: probability that a label is flipped."""
     reference: Reference | None = None
@@ -216,7 +213,7 @@ class ObjectiveSettings(Settings):
     @model_validator(mode="after")
     def _of_the_objective(self) -> Self:
         own = {
-            "dpo": {"loss_type", "label_smoothing", "reference"},
+            "dpo": {"label_smoothing", "reference"},
             "orpo": {"orpo_prompt_loss"},
         }
         for objective, names in own.items():

@@ -123,7 +123,7 @@ class PairsSettings(BaseSettings, FormatSettings, GenerationSettings):
 
 
 class ConvertSettings(BaseSettings):
-    """`d2lora convert`: change an adapter's rank or strength, mix, cut or merge adapters."""
+    """`d2lora convert`: change an adapter's rank or strength, mix or merge adapters."""
 
     adapter: str
     """Adapter or warm start to convert; it is not changed."""
@@ -140,10 +140,6 @@ class ConvertSettings(BaseSettings):
     mix_method: Literal["cat", "average"] = "cat"
     """cat: exact, the ranks add up (--rank R truncates them); average: averages A and B, of equal
     shapes, which is not the average of the updates."""
-    targets: tuple[str, ...] | None = None
-    """Keep these modules only, as in `q_proj v_proj`."""
-    layers: tuple[int, ...] | None = None
-    """Keep these layers only, by number."""
     merge: bool = False
     """Merge the adapter into the base and write a plain model folder."""
     seed: int = Field(default=0, ge=0)

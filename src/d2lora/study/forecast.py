@@ -16,6 +16,7 @@ from d2lora.study.cells import Cell
 from d2lora.study.jobs import Mixed, Scored, Trial, WarmUp
 from d2lora.study.needs import Needs
 from d2lora.study.plan import StudyPlan
+from d2lora.study.steps import Missing, reached
 from d2lora.study.store import RESULT, Job
 
 _WORDS = {
@@ -33,11 +34,12 @@ class _Assumed(Needs):
         self.missing: dict[str, Job] = {}
         self.present: dict[str, Job] = {}
 
-    def need_all(self, jobs: Sequence[Job]) -> None:
+    def look_for(self, jobs: Sequence[Job]) -> list[Job]:
         for job in jobs:
             result = job.result()
             (self.missing if result is None else self.present)[job.key] = job
             self.done[job.key] = self._assumed(job) if result is None else result
+        return []
 
     def _assumed(self, job: Job) -> dict[str, Any]:
         """Return a result by which nothing has to be widened: the best lies in the middle."""
@@ -72,10 +74,12 @@ def forecast(
     threads of each are as `executors.layout` gives them.
     """
     needs = _Assumed(plan, store)
-    last = {cell: needs.last_job(cell) for cell in cells}
-    done = {cell: job.result() is not None for cell, job in last.items()}
-    for job in last.values():
-        needs.need_all([job])
+    done: dict[Cell, bool] = {}
+    for cell in cells:
+        last = reached(needs.last_job(cell))
+        assert not isinstance(last, Missing), "every missing job is assumed to be done"
+        done[cell] = last.result() is not None
+        needs.look_for([last])
     calibration = Calibration(plan, n_threads)
     runs, note = _runs(needs, _Seconds(_times(store), calibration), n_workers)
     return [_cells(cells, done), runs], note

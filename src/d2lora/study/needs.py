@@ -21,6 +21,7 @@ from d2lora.study.cells import BASE, Cell
 from d2lora.study.jobs import Merged, Mixed, Norms, Paired, Ready, Scored, Trial, WarmUp
 from d2lora.study.plan import NEEDS_WARM_UP, UNTRAINED, ArmPlan, StudyPlan
 from d2lora.study.recipes import adapt_settings, base_values, pairs_settings, warm_up_settings
+from d2lora.study.steps import CellFailedError, Steps
 from d2lora.study.store import Job, content_of
 from d2lora.study.tuning import Candidate, Curve, SearchGrid, Tuned, mean_curve
 from d2lora.training.schedule import StepSchedule, batch_size_of
@@ -33,21 +34,11 @@ _LENGTHS = ("max_length", "overlong")
 """What holds for test rows as for training rows."""
 
 
-class Missing(Exception):  # noqa: N818  # not an error: what to run next
-    """Jobs have to be run before a cell can go on."""
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        """Name the jobs."""
-        super().__init__()
-        self.jobs = jobs
-
-
-class CellFailedError(Exception):
-    """A job that a cell needs has failed; the text is the reason."""
-
-
 class Needs:
-    """Knows what is done and what has failed, and returns what a cell needs next."""
+    """Knows what is done and what has failed, and so what a cell needs next.
+
+    Steps raise CellFailedError where a job on their way has failed.
+    """
 
     def __init__(self, plan: StudyPlan, store: Path, *, keep_adapters: bool) -> None:
         """Look for jobs in a store; the plan's files are named by paths that exist there."""
@@ -57,37 +48,33 @@ class Needs:
         self._arms = {arm.name: arm for arm in plan.arms}
         self._tuned: dict[Cell, Tuned] = {}
 
-    def result(self, cell: Cell) -> dict[str, Any]:
-        """Return a cell's result.
+    def result(self, cell: Cell) -> Steps[dict[str, Any]]:
+        """Lead to a cell's result."""
+        last = yield from self.last_job(cell)
+        return (yield from self._need(last))
 
-        Raises:
-            Missing: If jobs have to be run first.
-            CellFailedError: If one of them has failed.
-        """
-        return self._need(self.last_job(cell))
-
-    def last_job(self, cell: Cell) -> Scored:
-        """Return the job that scores a cell; raises as `result` for those before it."""
+    def last_job(self, cell: Cell) -> Steps[Scored]:
+        """Lead to the job that scores a cell."""
         tests = self._tests(cell.task)
         place = (str(cell), (cell.task, cell.n), self.store)
         if cell.arm == BASE:
             return Scored(*place, tests)
         arm = self._arms[cell.arm]
-        warm_up = self._warm_up(arm, cell.seed) if arm.kind in NEEDS_WARM_UP else None
+        warm_up = yield from self._warm_up(arm, cell.seed)
         if arm.kind == "warm_only":
             assert warm_up is not None
             return Scored(*place, tests, adapter=warm_up.path)
         if arm.kind == "few_shot":
             shots = adapt_settings(self.plan, arm, cell.task, cell.n, cell.seed, Path())
             return Scored(*place, tests, shots=shots)
-        tuned = self.tuned(cell)
-        whole = self._training(cell, warm_up, **self._recipe(cell, tuned))
+        tuned = yield from self.tuned(cell)
+        whole = yield from self._training(cell, warm_up, **self._recipe(cell, tuned))
         step = tuned.stop_of(_n_steps(cell.n, whole))
         end: dict[str, Any] = {"stop_step": step} if step != 0 else {"max_steps": 0}
         return Scored(*place, tests, whole.changed(**end), keep=self.keep_adapters)
 
-    def tuned(self, cell: Cell) -> Tuned:
-        """Return the learning rate and length of a cell: given, or those of the lowest loss.
+    def tuned(self, cell: Cell) -> Steps[Tuned]:
+        """Lead to the learning rate and length of a cell: given, or those of the lowest loss.
 
         A candidate of which any fold failed, as one at which training diverges, is out.
         """
@@ -96,21 +83,23 @@ class Needs:
             if len(grid.learning_rates) == 1 and not grid.chooses_length:
                 self._tuned[cell] = Tuned(grid.learning_rates[0])
             else:
-                chosen = Tuned.of(grid, self._searched(cell, grid))
+                chosen = Tuned.of(grid, (yield from self._searched(cell, grid)))
                 if chosen is None:
-                    trials = self.trials(cell).values()
+                    trials = (yield from self.trials(cell)).values()
                     reasons = (self.failed.get(job.key) for jobs in trials for job in jobs)
                     reason = next(filter(None, reasons), f"no row of n = {cell.n} can be held out")
                     raise CellFailedError(f"no learning rate could be used: {reason}")
                 self._tuned[cell] = chosen
         return self._tuned[cell]
 
-    def trials(self, cell: Cell) -> dict[Candidate, list[Trial]]:
-        """Return the trials behind the tuned settings, one job a fold; empty: none was needed."""
-        grid = self._grid(cell)
-        if not self.tunes(cell):
-            return {}
-        return {c: self._trials(cell, grid, c) for c in self._searched(cell, grid)}
+    def trials(self, cell: Cell) -> Steps[dict[Candidate, list[Trial]]]:
+        """Lead to the trials behind the tuned settings, one job a fold; empty: none was needed."""
+        found: dict[Candidate, list[Trial]] = {}
+        if self.tunes(cell):
+            grid = self._grid(cell)
+            for candidate in (yield from self._searched(cell, grid)):
+                found[candidate] = yield from self._trials(cell, grid, candidate)
+        return found
 
     def tunes(self, cell: Cell) -> bool:
         """Say whether anything is tuned for a cell."""
@@ -124,21 +113,23 @@ class Needs:
         tried = self.plan.learning_rates if given is None else (given,)
         return SearchGrid(tuple(sorted(set(tried))), chooses_length=bool(self.plan.steps))
 
-    def _searched(self, cell: Cell, grid: SearchGrid) -> dict[Candidate, Curve | None]:
-        """Return the curves of all that the search tries; raises as `result` until they are."""
+    def _searched(self, cell: Cell, grid: SearchGrid) -> Steps[dict[Candidate, Curve | None]]:
+        """Lead to the curves of all that the search tries."""
         tried: dict[Candidate, Curve | None] = {}
         while new := grid.wanted(tried):
-            jobs = {candidate: self._trials(cell, grid, candidate) for candidate in new}
-            self.need_all([job for folds in jobs.values() for job in folds])
+            jobs: dict[Candidate, list[Trial]] = {}
+            for candidate in new:
+                jobs[candidate] = yield from self._trials(cell, grid, candidate)
+            yield from self._need_all([job for folds in jobs.values() for job in folds])
             for candidate, folds in jobs.items():
                 results = [self.done.get(job.key) for job in folds]
                 curves = [result["curve"] for result in results if result is not None]
                 tried[candidate] = mean_curve(curves) if len(curves) == len(folds) else None
         return tried
 
-    def _trials(self, cell: Cell, grid: SearchGrid, candidate: Candidate) -> list[Trial]:
+    def _trials(self, cell: Cell, grid: SearchGrid, candidate: Candidate) -> Steps[list[Trial]]:
         arm, learning_rate = self._arms[cell.arm], grid.learning_rate(candidate.place)
-        warm_up = self._warm_up(arm, cell.seed) if arm.kind in NEEDS_WARM_UP else None
+        warm_up = yield from self._warm_up(arm, cell.seed)
         recipe = self._recipe(cell, Tuned(learning_rate, candidate.doublings))
         n_folds = min(self.plan.folds, cell.n)
         parts: list[dict[str, Any]] = [{"fold": (fold, n_folds)} for fold in range(n_folds)]
@@ -146,7 +137,7 @@ class Needs:
             parts = [{"validation_fraction": self.plan.validation_fraction}]
         trials: list[Trial] = []
         for number, part in enumerate(parts):
-            training = self._training(cell, warm_up, **recipe, **part)
+            training = yield from self._training(cell, warm_up, **recipe, **part)
             n_steps = _n_steps(cell.n, training)
             every = max(1, math.ceil(n_steps / CURVE_POINTS))
             # What is read is the curve, so no weights are kept but for stopping early.
@@ -164,29 +155,32 @@ class Needs:
         length = {} if longest is None else {"max_steps": longest * 2**tuned.doublings}
         return {"learning_rate": tuned.learning_rate, **length}
 
-    def _training(self, cell: Cell, warm_up: WarmUp | Ready | None, **values: Any) -> AdaptSettings:
-        """Return the settings of a cell's training: each arm's initialization and rows."""
+    def _training(
+        self, cell: Cell, warm_up: WarmUp | Ready | None, **values: Any
+    ) -> Steps[AdaptSettings]:
+        """Lead to the settings of a cell's training: each arm's initialization and rows."""
         arm = self._arms[cell.arm]
         plain = adapt_settings(self.plan, arm, cell.task, cell.n, cell.seed, Path(), **values)
         if warm_up is None:
             init = arm.init or plain.init
-            return self._with_pairs(cell, plain.changed(init=init), None)
+            return (yield from self._with_pairs(cell, plain.changed(init=init), None))
         changes: dict[str, Any]
         match arm.kind:
             case "longer":
-                more = self._need(warm_up)["cost"]["n_steps"]
-                changes = {"epochs": None, "max_steps": _n_steps(cell.n, plain) + more}
+                result = yield from self._need(warm_up)
+                n_steps = _n_steps(cell.n, plain) + result["cost"]["n_steps"]
+                changes = {"epochs": None, "max_steps": n_steps}
             case "merged":
                 merged = Merged(
                     f"{arm.warm_up}, merged", ("", 0), self.store, self._base(), warm_up
                 )
-                self._need(merged)
+                yield from self._need(merged)
                 changes = {"base": str(merged.path)}
             case "mixed":
                 assert isinstance(warm_up, WarmUp), "checked with the plan"
                 place = (cell.task, cell.n)
                 mixed = Mixed(f"{cell}, rows", place, self.store, warm_up.settings, plain)
-                n_rows = self._need(mixed)["n_rows"]
+                n_rows = (yield from self._need(mixed))["n_rows"]
                 holds_out = plain.validation_fraction or plain.fold
                 changes = {
                     "data": (str(mixed.path),), "task": "instruct", "n": None, "fold": None,
@@ -196,16 +190,16 @@ class Needs:
                 }  # fmt: skip
             case "norms":
                 norms = Norms(f"{arm.warm_up}, random", ("", 0), self.store, warm_up, cell.seed)
-                self._need(norms)
+                yield from self._need(norms)
                 changes = {"init": str(norms.path), **_INHERITED}
             case _:
                 scale = 0.0 if arm.kind == "warm_a" else plain.init_scale
                 changes = {"init": str(warm_up.path), "init_scale": scale, **_INHERITED}
-        return self._with_pairs(cell, plain.changed(**changes), warm_up)
+        return (yield from self._with_pairs(cell, plain.changed(**changes), warm_up))
 
     def _with_pairs(
         self, cell: Cell, plain: AdaptSettings, warm_up: WarmUp | Ready | None
-    ) -> AdaptSettings:
+    ) -> Steps[AdaptSettings]:
         """Replace the n rows by preference pairs made of them, where the objective needs pairs."""
         if _learns_as_is(plain):
             return plain
@@ -214,17 +208,20 @@ class Needs:
         made = pairs_settings(self.plan, plain, cell.n, adapter, **longest)
         place = (cell.task, cell.n)
         pairs = Paired(f"{cell}, pairs", place, self.store, made)
-        self._need(pairs)
+        yield from self._need(pairs)
         return plain.changed(data=(str(pairs.path),), task="preferences", n=None)
 
-    def _warm_up(self, arm: ArmPlan, seed: int) -> WarmUp | Ready:
+    def _warm_up(self, arm: ArmPlan, seed: int) -> Steps[WarmUp | Ready | None]:
+        """Lead to an arm's warm-up, done; None where its kind needs none."""
+        if arm.kind not in NEEDS_WARM_UP:
+            return None
         name = arm.warm_up or ""
-        job = self.warm_up(name, seed % self.plan.warm_up_seeds_of(name))
-        self._need(job)
+        job = yield from self.warm_up(name, seed % self.plan.warm_up_seeds_of(name))
+        yield from self._need(job)
         return job
 
-    def warm_up(self, name: str, seed: int = 0) -> WarmUp | Ready:
-        """Return the job that makes a warm start, or uses an existing one."""
+    def warm_up(self, name: str, seed: int = 0) -> Steps[WarmUp | Ready]:
+        """Lead to the job that makes a warm start, or uses an existing one."""
         ready = self.plan.ready(name)
         if ready is not None:
             return Ready(f"warm-up {name}", ("", 0), self.store, ready)
@@ -234,7 +231,7 @@ class Needs:
         if not _learns_as_is(settings):
             made = pairs_settings(self.plan, settings, settings.m, None)
             pairs = Paired(f"pairs for {label}", place, self.store, made)
-            self._need(pairs)
+            yield from self._need(pairs)
             changes = {"data": (str(pairs.path),), "task": "preferences", "m": None}
             settings = settings.changed(**changes)
         return WarmUp(f"warm-up {label}", place, self.store, settings)
@@ -258,14 +255,19 @@ class Needs:
             quiet=True,
         )
 
-    def _need(self, job: Job) -> dict[str, Any]:
-        self.need_all([job])
+    def _need(self, job: Job) -> Steps[dict[str, Any]]:
+        yield from self._need_all([job])
         if job.key in self.failed:
             raise CellFailedError(f"{job.label}: {self.failed[job.key]}")
         return self.done[job.key]
 
-    def need_all(self, jobs: Sequence[Job]) -> None:
-        """Look for results in the store; what is neither there nor failed is missing."""
+    def _need_all(self, jobs: Sequence[Job]) -> Steps[None]:
+        missing = self.look_for(jobs)
+        if missing:
+            yield missing
+
+    def look_for(self, jobs: Sequence[Job]) -> list[Job]:
+        """Look for results in the store; return the jobs that are neither there nor failed."""
         missing: list[Job] = []
         for job in jobs:
             if job.key in self.done or job.key in self.failed:
@@ -275,8 +277,7 @@ class Needs:
                 missing.append(job)
             else:
                 self.done[job.key] = result
-        if missing:
-            raise Missing(missing)
+        return missing
 
 
 def _n_steps(n: int, settings: AdaptSettings) -> int:

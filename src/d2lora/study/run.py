@@ -29,9 +29,10 @@ from d2lora.study.decontamination import Check, contamination_lines, decontamina
 from d2lora.study.executors import Submit, executor, layout
 from d2lora.study.forecast import forecast
 from d2lora.study.jobs import WarmUp
-from d2lora.study.needs import CellFailedError, Missing, Needs
+from d2lora.study.needs import Needs
 from d2lora.study.plan import StudyPlan
 from d2lora.study.readiness import check, check_folder, cut_short, place
+from d2lora.study.steps import CellFailedError, Missing, Steps, T, reached
 from d2lora.study.store import Job
 
 N_TRIES = 2
@@ -122,16 +123,19 @@ class _Run:
         new: list[Job] = []
         for cell in cells:
             try:
-                self.finished[cell] = self._needs.result(cell)
-            except Missing as missing:
-                self._blocked[cell] = {job.key for job in missing.jobs}
-                for job in missing.jobs:
-                    if job.key not in queued:
-                        queued.add(job.key)
-                        new.append(job)
+                step = reached(self._needs.result(cell))
             except CellFailedError as reason:
                 self.failures[cell] = str(reason).removeprefix(f"{cell}: ")
                 self._reporter.say(f"failed: {cell}: {self.failures[cell]}")
+                continue
+            if not isinstance(step, Missing):
+                self.finished[cell] = step
+                continue
+            self._blocked[cell] = {job.key for job in step.jobs}
+            for job in step.jobs:
+                if job.key not in queued:
+                    queued.add(job.key)
+                    new.append(job)
         # What others wait for first, then the longest, so that no core is idle at the end.
         for job in sorted(new, key=lambda job: (not isinstance(job, WarmUp), -job.about[1])):
             self._start(job)
@@ -167,8 +171,9 @@ class _Run:
 
 def _row(needs: Needs, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
     kind = next((arm.kind for arm in needs.plan.arms if arm.name == cell.arm), BASE)
-    key = needs.last_job(cell).key
-    return {"arm": cell.arm, "kind": kind, "key": key, **asdict(cell), **_measured(result)}
+    last = reached(needs.last_job(cell))
+    assert not isinstance(last, Missing), "the cell is finished"
+    return {"arm": cell.arm, "kind": kind, "key": last.key, **asdict(cell), **_measured(result)}
 
 
 def _measured(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,19 +223,26 @@ def _chosen(
     for cell in cells:
         if not needs.tunes(cell):
             continue
-        try:
-            tried = needs.trials(cell)
-        except (CellFailedError, Missing):
+        tried = _where_possible(needs.trials(cell))
+        if tried is None:
             continue
         for job, fold in ((job, fold) for jobs in tried.values() for fold, job in enumerate(jobs)):
             result = needs.done.get(job.key, {"failed": needs.failed.get(job.key)})
             trial = {"learning_rate": job.training.learning_rate, "fold": fold, "key": job.key}
             trials.append({**asdict(cell), **trial, **_measured(result)})
-        try:
-            choices.append({**asdict(cell), **asdict(needs.tuned(cell))})
-        except CellFailedError:
-            continue
+        tuned = _where_possible(needs.tuned(cell))
+        if tuned is not None:
+            choices.append({**asdict(cell), **asdict(tuned)})
     return trials, choices
+
+
+def _where_possible(steps: Steps[T]) -> T | None:
+    """Return what steps lead to; None where a job on their way is missing or has failed."""
+    try:
+        step = reached(steps)
+    except CellFailedError:
+        return None
+    return None if isinstance(step, Missing) else step
 
 
 def _warm_ups(needs: Needs) -> dict[str, Any]:
@@ -238,11 +250,8 @@ def _warm_ups(needs: Needs) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in needs.plan.warm_ups:
         for seed in range(needs.plan.warm_up_seeds_of(name)):
-            try:
-                job = needs.warm_up(name, seed)
-            except (CellFailedError, Missing):
-                continue
-            if job.key in needs.done:
+            job = _where_possible(needs.warm_up(name, seed))
+            if job is not None and job.key in needs.done:
                 warm_up = {"path": str(job.path), "key": job.key, **needs.done[job.key]}
                 found[f"{name}, seed {seed}" if seed else name] = warm_up
     return found

@@ -1,8 +1,7 @@
-"""Converting an adapter: another rank or strength, mixed, in part, or merged into the base.
+"""Converting an adapter: another rank or strength, mixed, or merged into the base.
 
     d2lora convert --adapter warm --rank 32 --out warm-32
     d2lora convert --adapter warm --mix warm2 warm3 --mix-weights 0.5 0.25 0.25 --out mixed
-    d2lora convert --adapter warm --targets q_proj v_proj --out part
     d2lora convert --adapter adapter --merge --out model
 
 A higher rank leaves the function as it is, and the new directions train; a lower one is the best
@@ -12,16 +11,17 @@ rank, so that the factor alpha / rank stays.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
+from d2lora.adapters.card import write_manifest
 from d2lora.adapters.factors import Factors, extend, truncate
 from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from d2lora.adapters.manifest import (
@@ -29,9 +29,8 @@ from d2lora.adapters.manifest import (
     ancestor_of,
     fingerprint_of_adapter,
     has_manifest,
-    write_manifest,
 )
-from d2lora.adapters.mixing import Plain, averaged, concatenated, part, tensors_of
+from d2lora.adapters.mixing import Plain, averaged, concatenated, tensors_of
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError, SettingsError, counted
 from d2lora.runtime.console import Reporter
@@ -66,16 +65,21 @@ def convert(settings: ConvertSettings) -> Conversion:
         ModelError: If the adapter cannot be converted, or the merge changes its outputs.
         RunError: If `out` is taken.
     """
-    asked = (settings.rank, settings.scale, settings.mix, settings.targets, settings.layers)
-    if settings.merge == any(value is not None and value != () for value in asked):
-        raise SettingsError(
-            "give --rank, --scale, --mix, --targets or --layers to convert, or --merge alone"
-        )
+    if settings.merge == bool(settings.rank or settings.scale or settings.mix):
+        raise SettingsError("give --rank, --scale or --mix to convert, or --merge alone")
     folder = Path(settings.adapter)
     with RunFolder.open(settings.out, "", whole=True):
         if settings.merge:
             return Conversion(settings.out, {}, merge_into_base(settings, folder))
         return _reshape(settings, folder)
+
+
+class _Reshaped(NamedTuple):
+    """An adapter's factors at another rank or strength."""
+
+    layers: dict[str, Factors]
+    rank: int
+    energy_kept: dict[str, float]
 
 
 def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:
@@ -87,17 +91,47 @@ def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:
             f"{counted(len(weights), 'weight')}"
         )
     _check_same_base(adapters)
-    config = adapters[0].config
     layers = adapters[0].layers
     if settings.mix:
         mixed = concatenated if settings.mix_method == "cat" else averaged
         layers = mixed(adapters, weights)
-    layers = part(layers, settings.targets, settings.layers)
+    new = _reshaped(layers, settings)
+    config = adapters[0].config
+    ratio = math.sqrt(new.rank / config.r) if config.use_rslora else new.rank / config.r
+    alpha = config.lora_alpha * ratio
+    with new_folder(settings.out.resolve()) as out:  # behind a symbolic link, which stays
+        save_file(tensors_of(new.layers), out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        raw = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        raw |= {"r": new.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
+        write_text(out / ADAPTER_CONFIG, json.dumps(raw, indent=2))
+        done: dict[str, Any] = {"kind": "adapter"}
+        if has_manifest(folder):
+            about = {
+                "from_rank": config.r,
+                "scale": _strength(settings),
+                "energy_kept": new.energy_kept,
+                "mixed": dict(zip((str(folder), *settings.mix), weights, strict=True))
+                if settings.mix
+                else None,
+                "mix_method": settings.mix_method if settings.mix else None,
+            }
+            parents = [folder, *map(Path, settings.mix)]
+            manifest = _write_manifest(parents, out, {"rank": new.rank, "alpha": alpha}, about)
+            done = {"kind": manifest.kind, "cost": manifest.cost}
+        write_json(out / DONE, done)
+    return Conversion(settings.out, new.energy_kept, None)
+
+
+def _strength(settings: ConvertSettings) -> float:
+    return 1.0 if settings.scale is None else settings.scale
+
+
+def _reshaped(layers: Mapping[str, Factors], settings: ConvertSettings) -> _Reshaped:
+    """Bring all layers to the rank and strength that are asked for."""
     before = len(next(iter(layers.values())).a)
     rank = settings.rank or before
-    strength = 1.0 if settings.scale is None else settings.scale
-    energy: dict[str, float] = {}
     generator = torch.Generator().manual_seed(settings.seed)
+    energy: dict[str, float] = {}
     converted: dict[str, Factors] = {}
     for name, old in layers.items():
         energy[name] = 1.0
@@ -105,51 +139,28 @@ def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:
             new, energy[name] = truncate(old, rank)
         else:
             new = extend(old, rank, generator)
-        converted[name] = Factors(new.a, new.b * strength)
-    ratio = math.sqrt(rank / config.r) if config.use_rslora else rank / config.r
-    alpha = config.lora_alpha * ratio
-    with new_folder(settings.out.resolve()) as out:  # behind a symbolic link, which stays
-        save_file(tensors_of(converted), out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        raw = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        raw |= {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
-        if settings.targets is not None:
-            raw["target_modules"] = list(settings.targets)
-        if settings.layers is not None:
-            raw["layers_to_transform"] = list(settings.layers)
-        write_text(out / ADAPTER_CONFIG, json.dumps(raw, indent=2))
-        done: dict[str, Any] = {"kind": "adapter"}
-        if has_manifest(folder):
-            old_manifest = Manifest.read(folder)
-            others = [Path(path) for path in settings.mix if has_manifest(Path(path))]
-            parents = [ancestor_of(path, Manifest.read(path)) for path in (folder, *others)]
-            lora: dict[str, Any] = {"rank": rank, "alpha": alpha}
-            if settings.targets is not None:
-                lora["targets"] = settings.targets
-            about = {
-                "from_rank": config.r,
-                "scale": strength,
-                "energy_kept": energy,
-                "mixed": dict(zip((str(folder), *settings.mix), weights, strict=True))
-                if settings.mix
-                else None,
-                "mix_method": settings.mix_method if settings.mix else None,
-                "layers": settings.layers,
-            }
-            manifest = old_manifest.model_copy(
-                update={
-                    "lora": old_manifest.lora.model_copy(update=lora),
-                    "lineage": [*old_manifest.lineage, *parents],
-                    "adapter_fingerprint": fingerprint_of_adapter(out),
-                    "conversion": about,
-                    "provenance": provenance(),
-                }
-            )
-            write_manifest(manifest, out)
-            parents = [TrainedRows.read(Path(path)) for path in (folder, *settings.mix)]
-            reduce(or_, parents).write(out)
-            done = {"kind": manifest.kind, "cost": manifest.cost}
-        write_json(out / DONE, done)
-    return Conversion(settings.out, energy, None)
+        converted[name] = Factors(new.a, new.b * _strength(settings))
+    return _Reshaped(converted, rank, energy)
+
+
+def _write_manifest(
+    parents: Sequence[Path], out: Path, shape: Mapping[str, Any], about: Mapping[str, Any]
+) -> Manifest:
+    """Write the first parent's manifest with what changed, and the rows of all parents."""
+    first = Manifest.read(parents[0])
+    known = [path for path in parents if has_manifest(path)]
+    manifest = first.model_copy(
+        update={
+            "lora": first.lora.model_copy(update=shape),
+            "lineage": [*first.lineage, *(ancestor_of(p, Manifest.read(p)) for p in known)],
+            "adapter_fingerprint": fingerprint_of_adapter(out),
+            "conversion": about,
+            "provenance": provenance(),
+        }
+    )
+    write_manifest(manifest, out)
+    reduce(or_, map(TrainedRows.read, parents)).write(out)
+    return manifest
 
 
 def randomise(folder: Path, out: Path, seed: int) -> None:

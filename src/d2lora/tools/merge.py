@@ -15,6 +15,7 @@ from d2lora.adapters.manifest import check_fit
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError
 from d2lora.runtime.console import Reporter
+from d2lora.runtime.rounding import tolerance
 from d2lora.runtime.run_folder import DONE, new_folder, write_json
 from d2lora.settings import ConvertSettings
 
@@ -86,8 +87,7 @@ def _check_same(folder: Path, base: Base, apart: Tensor, together: Tensor) -> fl
         ModelError: If it is more than rounding.
     """
     largest, dtype = float((apart - together).abs().max()), base.model.dtype
-    tolerance = 1e-3 if dtype == torch.float32 else 0.5
-    if not largest <= tolerance * max(1.0, float(apart.abs().max())):
+    if not largest <= tolerance(dtype, rewritten=True) * max(1.0, float(apart.abs().max())):
         coarse = f"the base's dtype ({dtype}) is too coarse for it; use --dtype float32"
         why = "it cannot be merged into this base" if dtype == torch.float32 else coarse
         raise ModelError(f"{folder}: merging changes logits by up to {largest:.3g}; {why}")

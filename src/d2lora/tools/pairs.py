@@ -123,8 +123,8 @@ def _make_pairs(settings: PairsSettings, base: Base | None) -> PairsMade:
         reporter.say(f"skipped {counted(len(data.faults), 'bad row')}: {settings.out / BAD_ROWS}")
     reporter.say(
         f"{counted(made.n_pairs, 'pair')} of {counted(made.n_prompts, 'prompt')} "
-        f"(mean {MAIN_SCORE[data.task.score]} of {made.n_distinct_samples:,} distinct samples: "
-        f"{made.mean_sample_score:.3f}); written to {made.path}"
+        f"(mean {MAIN_SCORE[data.task.score].column} of {made.n_distinct_samples:,} distinct "
+        f"samples: {made.mean_sample_score:.3f}); written to {made.path}"
     )
     return made
 
@@ -157,7 +157,7 @@ def _sampled(
             texts[index // settings.samples][decode(base, ids)] = None
             bar.update(done)
     kind = data.task.score
-    score, main = SCORERS[kind], MAIN_SCORE[kind]
+    score, main = SCORERS[kind], MAIN_SCORE[kind].column
     samples = [
         [_Sample(text, score(text, example.completion)[main]) for text in sorted(own)]
         for example, own in zip(examples, texts, strict=True)
@@ -169,9 +169,8 @@ def _pair(
     example: Example, samples: Sequence[_Sample], kind: str, *, best_sample: bool
 ) -> dict[str, Any] | None:
     """Return the row of a prompt; None where no sample is worse than the chosen completion."""
-    gold = _Sample(
-        example.completion, SCORERS[kind](example.completion, example.completion)[MAIN_SCORE[kind]]
-    )
+    itself = SCORERS[kind](example.completion, example.completion)
+    gold = _Sample(example.completion, itself[MAIN_SCORE[kind].column])
     as_good = [sample for sample in samples if sample.score >= gold.score]
     chosen = as_good[0] if best_sample and as_good else gold
     # An empty answer is not a completion to learn from.

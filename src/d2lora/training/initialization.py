@@ -9,7 +9,7 @@ initial weights, an ordinary adapter of twice the rank on the base as it was (PE
 
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,10 +30,10 @@ from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError, SettingsError
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.extras import need_extra
+from d2lora.runtime.rounding import tolerance
 from d2lora.scoring.scorer import pass_tokens
 from d2lora.settings import FRESH, PhaseSettings, changes_base
 from d2lora.training.data_initialization import DATA_DRIVEN
-from d2lora.training.loftq import on_cpu
 
 _INITIAL = "initial"
 _INEXACT = "loftq"
@@ -121,9 +121,8 @@ class InitializedAdapter:
             self.model.set_adapter("default")
             self.model.delete_adapter("converted")
         largest = float((trained - converted).abs().max())
-        single = trained.dtype == self.model.dtype
-        tolerance = (1e-2 if single else 0.5) * max(1.0, float(trained.abs().max()))
-        if largest > tolerance and self.about.name != _INEXACT:
+        allowed = tolerance(self.model.dtype, rewritten=True) * max(1.0, float(trained.abs().max()))
+        if largest > allowed and self.about.name != _INEXACT:
             raise ModelError(
                 f"--init {self.about.name}: the adapter, made to fit the base as it was, changes "
                 f"logits by up to {largest:.3g}; the base's dtype ({self.model.dtype}) is too "
@@ -201,8 +200,8 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
         raise SettingsError(f"--init orthogonal needs an even rank, got {shape.rank}")
     if name == "loftq":
         need_extra("loftq", "--init loftq")
-    if name == "loftq" and model.device.type not in {"cpu", "cuda"}:
-        raise SettingsError(f"--init loftq works on a CPU and on CUDA, not on {model.device.type}")
+    if name == "loftq" and model.device.type != "cuda":
+        raise SettingsError(f"--init loftq needs CUDA, and the base is on {model.device.type}")
     if name not in {"gaussian", "orthogonal"}:
         least = min(min(layer.weight.shape) for _, layer in target_layers(model, shape.targets))
         most = least // 2 if name == "lora_ga" else least
@@ -218,8 +217,7 @@ def _attach(
     name, model = settings.init, base.model
     config = lora_config(model, shape, name)
     if name not in DATA_DRIVEN:
-        with on_cpu() if name == "loftq" and model.device.type == "cpu" else nullcontext():
-            return attach(model, config, seed), Initialization(name)
+        return attach(model, config, seed), Initialization(name)
     chosen = [_supervised(item) for item in rows[: settings.init_samples]]
     limit = pass_tokens(model.device, settings.micro_batch_tokens)
     # PEFT's CorDA takes one row, without padding, at a time.

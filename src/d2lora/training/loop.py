@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Generic
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from torch.optim import AdamW
 
 from d2lora.adapters.base import causal_model
 from d2lora.adapters.lora import adamw
-from d2lora.data.batches import Item, T, micro_batches
+from d2lora.data.batches import T, micro_batches
 from d2lora.errors import TrainingError
 from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
@@ -33,6 +34,26 @@ from d2lora.training.schedule import StepSchedule, learning_rate_at
 
 
 @dataclass(frozen=True)
+class Lesson(Generic[T]):
+    """What a run learns: rows, and the loss over them."""
+
+    train: Sequence[T]
+    valid: Sequence[T]
+    """Rows for the validation loss; may be empty."""
+    objective: Objective[T]
+    pad_id: int
+    max_tokens: int | None = None
+    """End with the step that sees so many tokens, in place of the settings' end."""
+
+    def schedule(self, settings: TrainSettings) -> StepSchedule:
+        """Return the steps of a run, which ends as the settings say or with `max_tokens`."""
+        schedule = StepSchedule.of(len(self.train), settings, seed_of(settings, "order"))
+        if self.max_tokens is None:
+            return schedule
+        return schedule.until(self.max_tokens, [item.n_tokens for item in self.train])
+
+
+@dataclass(frozen=True)
 class Trained:
     """The outcome of a run."""
 
@@ -45,189 +66,202 @@ class Trained:
 
 
 @dataclass
-class _State:
-    """What a step changes."""
+class _Loop(Generic[T]):
+    """What a run is made of; steps change the weights, the optimizer and the progress."""
 
+    model: nn.Module
+    lesson: Lesson[T]
+    settings: TrainSettings
+    schedule: StepSchedule
+    accelerator: Accelerator
+    scorer: nn.Module
     parameters: Mapping[str, nn.Parameter]
     optimizer: AdamW
     flops: TrainingFlops
     progress: Progress = field(default_factory=Progress)
     best: Best = field(default_factory=Best)
 
+    @classmethod
+    def of(cls, model: nn.Module, lesson: Lesson[T], settings: TrainSettings) -> "_Loop[T]":
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise TrainingError(
+                "nothing is trainable: the adapter was loaded frozen, as PEFT does by default; "
+                "load it with is_trainable=True"
+            )
+        accelerator = Accelerator(cpu=next(iter(parameters.values())).device.type == "cpu")
+        scorer = TokenScorer(model, replays=accelerator.num_processes == 1)
+        causal = causal_model(model)
+        return cls(
+            model,
+            lesson,
+            settings,
+            lesson.schedule(settings),
+            accelerator,
+            accelerator.prepare(scorer),
+            parameters,
+            adamw(model, settings),
+            TrainingFlops.of(causal, causal.config),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def pass_tokens(self) -> int:
+        """Padded tokens of one pass."""
+        return pass_tokens(self.device, self.settings.micro_batch_tokens)
+
+    def is_due(self, every: int) -> bool:
+        """Say whether something that comes every so many steps, and at the end, is due."""
+        return self.progress.step % every == 0 or self.progress.step == self.schedule.last_step
+
+    def validate(self) -> dict[str, float]:
+        """Return the held-out loss and metrics."""
+        self.model.eval()
+        lesson = self.lesson
+        return held_out(
+            self.scorer, lesson.valid, lesson.objective, self.pass_tokens, lesson.pad_id
+        )
+
 
 def train(
     model: nn.Module,
-    train_set: Sequence[T],
-    valid_set: Sequence[T],
-    objective: Objective[T],
+    lesson: Lesson[T],
     settings: TrainSettings,
     run: RunFolder,
     reporter: Reporter,
     *,
-    pad_id: int,
     resume: bool = False,
-    max_tokens: int | None = None,
 ) -> Trained:
     """Train the parameters of `model` that require a gradient.
 
     Args:
         model: A causal language model with an adapter; changed in place.
-        train_set: Examples to learn.
-        valid_set: Examples for validation loss; may be empty.
-        objective: The loss.
+        lesson: What to learn.
         settings: The loop's settings.
         run: Where metrics and checkpoints go.
         reporter: Where progress is shown.
-        pad_id: Token id for padding.
         resume: Continue from the folder's checkpoint where it has one.
-        max_tokens: End with the step that sees so many tokens, in place of the settings' end.
 
     Raises:
         TrainingError: If nothing is trainable, or the loss or its gradient is not finite.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise TrainingError(
-            "nothing is trainable: the adapter was loaded frozen, as PEFT does by default; load "
-            "it with is_trainable=True"
-        )
-    device = next(iter(parameters.values())).device
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    alone = accelerator.num_processes == 1
-    scorer = accelerator.prepare(TokenScorer(model, replays=alone))
-    optimizer = adamw(model, settings)
-    schedule = planned(train_set, settings, max_tokens)
-    causal = causal_model(model)
-    state = _State(parameters, optimizer, TrainingFlops.of(causal, causal.config))
-
-    def validate() -> dict[str, float]:
-        model.eval()
-        limit = pass_tokens(device, settings.micro_batch_tokens)
-        return held_out(scorer, valid_set, objective, limit, pad_id)
-
+    loop = _Loop.of(model, lesson, settings)
+    schedule = loop.schedule
     started = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(settings, "dropout"))
-        if resume and checkpoint.exists(run.path):
-            state.progress = Progress(
-                **checkpoint.load(run.path, parameters, optimizer, state.best.weights)
-            )
-            run.cut_log(state.progress.step)
-            reporter.say(f"resumed at step {state.progress.step} of {schedule.last_step}")
-        elif valid_set:
-            before = validate()
-            state.progress.validation_before = state.progress.validation_last = before["loss"]
-            run.log(step=0, **as_logged(before))
-        started -= state.progress.elapsed_s
-        progress = state.progress
+        _begin(loop, run, reporter, resume=resume)
+        progress, parameters, best = loop.progress, loop.parameters, loop.best
+        started -= progress.elapsed_s
         tokens_before, resumed_at = progress.n_tokens, time.perf_counter()
         with reporter.bar("training", schedule.last_step, progress.step) as bar:
             while progress.step < schedule.last_step and not progress.stopped:
-                items = [train_set[index] for index in schedule.batch(progress.step)]
-                lr = learning_rate_at(progress.step, schedule.n_steps, settings)
-                model.train()
-                measured, norm = _step(
-                    accelerator, scorer, items, objective, settings, state, lr, pad_id
-                )
+                measured = _step(loop)
                 progress.elapsed_s = time.perf_counter() - started
                 run.log(
                     step=progress.step,
                     epoch=round(progress.step / schedule.steps_per_epoch, 4),
                     **measured,
-                    learning_rate=lr,
-                    grad_norm=norm,
                     n_tokens=progress.n_tokens,
                     elapsed_s=round(progress.elapsed_s, 3),
                 )
                 speed = (progress.n_tokens - tokens_before) / (time.perf_counter() - resumed_at)
                 bar.update(progress.step, f"loss {measured['loss']:.3f}  {speed:,.0f} tokens/s")
-                if valid_set and _due(
-                    progress.step, settings.eval_every or schedule.steps_per_epoch, schedule
-                ):
-                    judge(validate(), progress, state.best, parameters, settings, run, reporter)
+                if lesson.valid and loop.is_due(settings.eval_every or schedule.steps_per_epoch):
+                    judge(loop.validate(), progress, best, parameters, settings, run, reporter)
                 every = settings.checkpoint_every
                 if every and progress.step % every == 0 and is_main_process():
-                    best = state.best.weights
-                    checkpoint.save(run.path, asdict(progress), parameters, optimizer, best)
-    model.eval()
-    kept, loss = progress.step, progress.validation_last
-    if state.best.put_back(parameters) and progress.best_step is not None:
-        kept, loss = progress.best_step, progress.best_validation
-    return Trained(progress, _cost(progress, parameters, device), kept, loss)
+                    checkpoint.save(
+                        run.path, asdict(progress), parameters, loop.optimizer, best.weights
+                    )
+    return _trained(loop)
 
 
-def planned(
-    train_set: Sequence[Item], settings: TrainSettings, max_tokens: int | None
-) -> StepSchedule:
-    """Return the steps of a run, which ends as the settings say or with so many tokens."""
-    schedule = StepSchedule.of(len(train_set), settings, seed_of(settings, "order"))
-    if max_tokens is None:
-        return schedule
-    return schedule.until(max_tokens, [item.n_tokens for item in train_set])
+def _begin(loop: _Loop[T], run: RunFolder, reporter: Reporter, *, resume: bool) -> None:
+    """Go on from a checkpoint, or measure the held-out loss before training."""
+    if resume and checkpoint.exists(run.path):
+        state = checkpoint.load(run.path, loop.parameters, loop.optimizer, loop.best.weights)
+        loop.progress = Progress(**state)
+        run.cut_log(loop.progress.step)
+        reporter.say(f"resumed at step {loop.progress.step} of {loop.schedule.last_step}")
+    elif loop.lesson.valid:
+        before = loop.validate()
+        loop.progress.validation_before = loop.progress.validation_last = before["loss"]
+        run.log(step=0, **as_logged(before))
 
 
-def _step(
-    accelerator: Accelerator,
-    scorer: nn.Module,
-    items: Sequence[T],
-    objective: Objective[T],
-    settings: TrainSettings,
-    state: _State,
-    lr: float,
-    pad_id: int,
-) -> tuple[dict[str, float], float]:
-    """Take one optimizer step; return the batch's loss and metrics, and its gradient's norm."""
+def _step(loop: _Loop[T]) -> dict[str, float]:
+    """Take one optimizer step.
+
+    Returns:
+        The batch's loss and metrics, the learning rate, and the gradient's norm.
+    """
+    settings, progress = loop.settings, loop.progress
+    items = [loop.lesson.train[index] for index in loop.schedule.batch(progress.step)]
+    learning_rate = learning_rate_at(progress.step, loop.schedule.n_steps, settings)
+    loop.model.train()
+    measured = _backward(loop, items)
+    loss = measured["loss"]
+    largest = settings.max_grad_norm or math.inf
+    norm = float(nn.utils.clip_grad_norm_(list(loop.parameters.values()), largest))
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise TrainingError(
+            f"the loss became {loss} and its gradient {norm} at step {progress.step + 1}; lower "
+            f"--learning-rate (now {settings.learning_rate:g}), or use --dtype float32"
+        )
+    for group in loop.optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("factor", 1.0)
+    loop.optimizer.step()
+    loop.optimizer.zero_grad()
+    progress.step += 1
+    progress.n_tokens += sum(item.n_tokens for item in items)
+    progress.n_supervised_tokens += sum(item.n_supervised for item in items)
+    progress.flops += sum(loop.flops.of_rows(i.n_rows, i.n_tokens, i.n_supervised) for i in items)
+    progress.first_loss = loss if progress.first_loss is None else progress.first_loss
+    progress.last_loss = loss
+    return {**measured, "learning_rate": learning_rate, "grad_norm": norm}
+
+
+def _backward(loop: _Loop[T], items: Sequence[T]) -> dict[str, float]:
+    """Add up a batch's gradient over its micro-batches and all processes; return what it gave."""
+    accelerator, scorer, lesson = loop.accelerator, loop.scorer, loop.lesson
     world = accelerator.num_processes
     # A process without a share still has to take part in the synchronisation: with weight 0.
     mine = items[accelerator.process_index :: world] or items[:1]
     weight = world if len(items) > accelerator.process_index else 0
-    limit = pass_tokens(accelerator.device, settings.micro_batch_tokens)
-    groups = micro_batches(mine, limit, settings.micro_batch_size)
+    groups = micro_batches(mine, loop.pass_tokens, loop.settings.micro_batch_size)
     total: dict[str, Tensor] = {}
     for number, group in enumerate(groups, 1):
         with (
             accelerator.accumulate(scorer) if number == len(groups) else accelerator.no_sync(scorer)
         ):
-            share = objective.share(scorer, group, items, pad_id)
+            share = lesson.objective.share(scorer, group, items, lesson.pad_id)
             accelerator.backward(share.loss * weight)
         for name, value in {"loss": share.loss.detach(), **share.metrics}.items():
             total[name] = total[name] + value * weight if name in total else value * weight
     reduced = accelerator.reduce(torch.stack([total[name].float() for name in total]), "mean")
     assert isinstance(reduced, Tensor)
-    measured = dict(zip(total, reduced.tolist(), strict=True))
-    mean = measured["loss"]
-    progress = state.progress
-    largest = settings.max_grad_norm or math.inf
-    norm = float(nn.utils.clip_grad_norm_(list(state.parameters.values()), largest))
-    if not math.isfinite(mean) or not math.isfinite(norm):
-        raise TrainingError(
-            f"the loss became {mean} and its gradient {norm} at step {progress.step + 1}; lower "
-            f"--learning-rate (now {settings.learning_rate:g}), or use --dtype float32"
-        )
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr * group.get("factor", 1.0)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    progress.step += 1
-    progress.n_tokens += sum(item.n_tokens for item in items)
-    progress.n_supervised_tokens += sum(item.n_supervised for item in items)
-    progress.flops += sum(state.flops.of_rows(i.n_rows, i.n_tokens, i.n_supervised) for i in items)
-    progress.first_loss = mean if progress.first_loss is None else progress.first_loss
-    progress.last_loss = mean
-    return measured, norm
+    return dict(zip(total, reduced.tolist(), strict=True))
 
 
-def _due(step: int, every: int, schedule: StepSchedule) -> bool:
-    return step % every == 0 or step == schedule.last_step
-
-
-def _cost(progress: Progress, parameters: Mapping[str, nn.Parameter], device: torch.device) -> Cost:
-    return Cost(
+def _trained(loop: _Loop[T]) -> Trained:
+    """Put the best weights back, where they are kept; return the outcome."""
+    loop.model.eval()
+    progress = loop.progress
+    kept, loss = progress.step, progress.validation_last
+    if loop.best.put_back(loop.parameters) and progress.best_step is not None:
+        kept, loss = progress.best_step, progress.best_validation
+    cost = Cost(
         n_steps=progress.step,
         n_tokens=progress.n_tokens,
         n_supervised_tokens=progress.n_supervised_tokens,
         flops=progress.flops,
         elapsed_s=round(progress.elapsed_s, 3),
-        peak_memory_bytes=peak_memory_bytes(device),
-        n_trainable_parameters=sum(p.numel() for p in parameters.values()),
+        peak_memory_bytes=peak_memory_bytes(loop.device),
+        n_trainable_parameters=sum(p.numel() for p in loop.parameters.values()),
     )
+    return Trained(progress, cost, kept, loss)

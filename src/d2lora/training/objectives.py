@@ -16,7 +16,7 @@ from torch.nn import functional
 from d2lora.data.batches import Encoded, Item, PreferencePair, collate
 from d2lora.scoring.pairs import PairScorer
 from d2lora.scoring.scorer import device_of_scorer
-from d2lora.settings import DPOLoss, ObjectiveSettings
+from d2lora.settings import ObjectiveSettings
 
 T_contra = TypeVar("T_contra", bound=Item, contravariant=True)
 
@@ -60,15 +60,13 @@ class DPO:
     With the reward r = beta * log(policy / reference) of a completion and z = r_chosen -
     r_rejected, the mean over pairs of
 
-        sigmoid        -(1 - e) log s(z) - e log s(-z)    eq. 7; e: conservative DPO (Mitchell 2023)
-        robust         (-(1 - e) log s(z) + e log s(-z)) / (1 - 2 e)    Chowdhury et al. 2024
-        sigmoid_norm   as sigmoid, each log ratio divided by its completion's tokens
+        -(1 - e) log s(z) - e log s(-z)
 
-    where s is the logistic function and e is `label_smoothing`.
+    where s is the logistic function (eq. 7) and e is `label_smoothing` (conservative DPO,
+    Mitchell 2023).
     """
 
     beta: float = 0.1
-    loss_type: DPOLoss = "sigmoid"
     label_smoothing: float = 0.0
     scorer: PairScorer = field(default_factory=PairScorer)
 
@@ -87,16 +85,9 @@ class DPO:
         chosen_B, rejected_B = self.scorer(scorer, items, pad_id)
         reference_B2 = _reference(items).to(chosen_B.device)
         ratios_B2 = torch.stack([chosen_B, rejected_B], dim=1) - reference_B2
-        scores_B2 = ratios_B2
-        if self.loss_type == "sigmoid_norm":
-            scores_B2 = ratios_B2 / _lengths(items).to(ratios_B2)
-        z_B = self.beta * (scores_B2[:, 0] - scores_B2[:, 1])
-        right_B, wrong_B = functional.logsigmoid(z_B), functional.logsigmoid(-z_B)
+        z_B = self.beta * (ratios_B2[:, 0] - ratios_B2[:, 1])
         e = self.label_smoothing
-        if self.loss_type == "robust":
-            losses_B = ((e - 1) * right_B + e * wrong_B) / (1 - 2 * e)
-        else:
-            losses_B = (e - 1) * right_B - e * wrong_B
+        losses_B = (e - 1) * functional.logsigmoid(z_B) - e * functional.logsigmoid(-z_B)
         rewards_B2 = self.beta * ratios_B2.detach()
         metrics = _rewards(rewards_B2[:, 0], rewards_B2[:, 1], len(batch))
         metrics |= _log_probabilities(chosen_B, rejected_B, len(batch))
@@ -159,7 +150,7 @@ class ORPO:
 def objective_of(settings: ObjectiveSettings) -> Objective[Any]:
     """Return the objective that the settings name."""
     if settings.objective == "dpo":
-        return DPO(settings.beta, settings.loss_type, settings.label_smoothing)
+        return DPO(settings.beta, settings.label_smoothing)
     if settings.objective == "orpo":
         return ORPO(settings.beta, settings.orpo_prompt_loss)
     return SFT()

@@ -4,21 +4,21 @@ base, rows, adapter -> train -> folder with adapter, manifest, card and marker o
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
 
 from d2lora import fast
 from d2lora.adapters.base import Base
+from d2lora.adapters.card import write_manifest
 from d2lora.adapters.manifest import (
     FORMAT_VERSION,
     LoraRecord,
     Manifest,
     base_record,
     fingerprint_of_adapter,
-    write_manifest,
 )
 from d2lora.data.batches import digest_of
 from d2lora.data.encode import Encoder
@@ -33,83 +33,87 @@ from d2lora.training import checkpoint
 from d2lora.training.cost import reset_peak_memory
 from d2lora.training.diagnosis import Start, losses_at_start, overfitting, too_short
 from d2lora.training.initialization import InitializedAdapter
-from d2lora.training.loop import Trained, planned, train
+from d2lora.training.loop import Lesson, Trained, train
 from d2lora.training.objectives import objective_of
 from d2lora.training.reference import ReferencePolicy, with_reference
 from d2lora.training.rows import Rows
 
 
-def run_phase(
-    settings: WarmupSettings | AdaptSettings,
-    base: Base,
-    adapter: InitializedAdapter,
-    rows: Rows,
-    encoder: Encoder,
-    run: RunFolder,
-    reporter: Reporter,
-) -> None:
+@dataclass(frozen=True)
+class Phase:
+    """One of the two phases, ready to train."""
+
+    settings: WarmupSettings | AdaptSettings
+    base: Base
+    adapter: InitializedAdapter
+    rows: Rows
+    encoder: Encoder
+    run: RunFolder
+    reporter: Reporter
+
+
+def run_phase(phase: Phase) -> None:
     """Train an initialized adapter, and write it with its manifest.
 
     With several processes the first writes, after all have found the folder free.
     """
+    settings, run, device = phase.settings, phase.run, phase.base.model.device
     resumes = settings.resume and checkpoint.exists(run.path)
-    everyone = PartialState(cpu=base.model.device.type == "cpu")
+    everyone = PartialState(cpu=device.type == "cpu")
+    _open(phase, everyone, resumes=resumes)
+    reset_peak_memory(device)
+    with fast.enabled(phase.adapter.model, when=settings.fast) as used:
+        start = _start(phase)
+        if start is not None and not resumes:
+            run.log(step=0, loss_base=start.loss_base, loss_warm_start=start.loss_warm_start)
+        rows, n_scored_tokens = _scored(phase, everyone)
+        phase = replace(phase, rows=rows)
+        max_tokens = settings.max_tokens if isinstance(settings, WarmupSettings) else None
+        objective = objective_of(settings)
+        lesson = Lesson(rows.train, rows.valid, objective, phase.base.pad_id, max_tokens)
+        warnings = [] if start is None or start.warning is None else [start.warning]
+        warnings += _warned(
+            (too_short(lesson.schedule(settings).n_steps), _unheeded(settings, rows)),
+            phase.reporter,
+        )
+        trained = train(phase.adapter.model, lesson, settings, run, phase.reporter, resume=resumes)
+    n_before = n_scored_tokens + phase.adapter.about.n_tokens
+    trained = replace(trained, cost=replace(trained.cost, n_prepass_tokens=n_before))
+    if isinstance(settings, WarmupSettings):
+        warnings += _warned((_overfitting(trained, settings),), phase.reporter)
+    if is_main_process():
+        manifest = _manifest(phase, _save_weights(phase.adapter, run), trained)
+        found = {
+            "before_training": None if start is None else start.to_json(),
+            "warnings": warnings,
+            "fast_passes": used.names,
+        }
+        _finish(manifest.model_copy(update=found), phase)
     everyone.wait_for_everyone()
+    cost = trained.cost
+    phase.reporter.say(
+        f"written to {run.path} ({counted(cost.n_steps, 'step')}, {cost.n_tokens:,} tokens, "
+        f"{cost.elapsed_s:.0f} s)"
+    )
+
+
+def _open(phase: Phase, everyone: PartialState, *, resumes: bool) -> None:
+    """Start the run's folder, or check that it may be resumed."""
+    run, rows = phase.run, phase.rows
     inputs = {
-        "base": base.fingerprint,
-        "initialization": [ancestor.fingerprint for ancestor in adapter.lineage],
+        "base": phase.base.fingerprint,
+        "initialization": [ancestor.fingerprint for ancestor in phase.adapter.lineage],
         "rows": digest_of([*rows.train, *rows.valid]),
     }
+    everyone.wait_for_everyone()
     if resumes:
         _check_inputs(inputs, run)
     everyone.wait_for_everyone()
     if is_main_process():
-        run.start(settings.to_yaml(), log=resumes)
+        run.start(phase.settings.to_yaml(), log=resumes)
         write_json(run.path / "provenance.json", {**provenance(), "inputs": inputs})
-        _set_aside(rows.faults, run, reporter)
+        _set_aside(rows.faults, run, phase.reporter)
     everyone.wait_for_everyone()
-    reset_peak_memory(base.model.device)
-    max_tokens = settings.max_tokens if isinstance(settings, WarmupSettings) else None
-    with fast.enabled(adapter.model, when=settings.fast) as used:
-        start = _start(settings, base, adapter, rows, reporter)
-        if start is not None and not resumes:
-            run.log(step=0, loss_base=start.loss_base, loss_warm_start=start.loss_warm_start)
-        rows, n_scored_tokens = _scored(settings, base, adapter, rows, run, reporter, everyone)
-        warnings = [] if start is None or start.warning is None else [start.warning]
-        short = too_short(planned(rows.train, settings, max_tokens).n_steps)
-        for warning in (short, _unheeded(settings, rows)):
-            if warning is not None:
-                reporter.say(f"warning: {warning}")
-                warnings.append(warning)
-        trained = train(
-            adapter.model,
-            rows.train,
-            rows.valid,
-            objective_of(settings),
-            settings,
-            run,
-            reporter,
-            pad_id=base.pad_id,
-            resume=resumes,
-            max_tokens=max_tokens,
-        )
-    n_before = n_scored_tokens + adapter.about.n_tokens
-    trained = replace(trained, cost=replace(trained.cost, n_prepass_tokens=n_before))
-    if isinstance(settings, WarmupSettings):
-        warnings += _warmup_warnings(trained, settings, reporter)
-    if is_main_process():
-        saved = _save_weights(adapter, run)
-        manifest = _manifest(settings, base, saved, rows, encoder, trained, used, run)
-        before = None if start is None else start.to_json()
-        manifest = manifest.model_copy(update={"before_training": before, "warnings": warnings})
-        (adapter.trained | rows.trained).write(run.path)
-        _finish(manifest, rows, str(base.model.device), run)
-    everyone.wait_for_everyone()
-    cost = trained.cost
-    reporter.say(
-        f"written to {run.path} ({counted(cost.n_steps, 'step')}, {cost.n_tokens:,} tokens, "
-        f"{cost.elapsed_s:.0f} s)"
-    )
 
 
 def _check_inputs(inputs: Mapping[str, Any], run: RunFolder) -> None:
@@ -127,17 +131,10 @@ def _check_inputs(inputs: Mapping[str, Any], run: RunFolder) -> None:
         )
 
 
-def _scored(
-    settings: WarmupSettings | AdaptSettings,
-    base: Base,
-    adapter: InitializedAdapter,
-    rows: Rows,
-    run: RunFolder,
-    reporter: Reporter,
-    everyone: PartialState,
-) -> tuple[Rows, int]:
+def _scored(phase: Phase, everyone: PartialState) -> tuple[Rows, int]:
     """Add DPO's reference log-probabilities to pairs; return the rows and the tokens run for it."""
-    reference = reference_name(settings, adapter)
+    base, adapter, rows = phase.base, phase.adapter, phase.rows
+    reference = reference_name(phase.settings, adapter)
     if reference is None:
         return rows, 0
     # Where a part of the base is in the adapter, the base is the adapter before training.
@@ -146,10 +143,10 @@ def _scored(
     pairs, n_tokens = with_reference(
         policy,
         [*rows.train, *rows.valid],
-        run.path,
-        reporter,
+        phase.run.path,
+        phase.reporter,
         pad_id=base.pad_id,
-        max_tokens=settings.micro_batch_tokens,
+        max_tokens=phase.settings.micro_batch_tokens,
         process=(everyone.process_index, everyone.num_processes),
     )
     everyone.wait_for_everyone()
@@ -166,21 +163,22 @@ def reference_name(
     return settings.reference or ("warm_start" if adapter.lineage else "base")
 
 
-def _start(
-    settings: PhaseSettings,
-    base: Base,
-    adapter: InitializedAdapter,
-    rows: Rows,
-    reporter: Reporter,
-) -> Start | None:
+def _start(phase: Phase) -> Start | None:
     """Report the losses of the base and the warm start on the task; fresh LoRA equals the base."""
-    if not adapter.lineage or settings.objective != "sft":
+    if not phase.adapter.lineage or phase.settings.objective != "sft":
         return None
-    start = losses_at_start(adapter.model, rows.train, base.pad_id)
-    reporter.say(str(start))
-    if start.warning is not None:
-        reporter.say(f"warning: {start.warning}")
+    start = losses_at_start(phase.adapter.model, phase.rows.train, phase.base.pad_id)
+    phase.reporter.say(str(start))
+    _warned((start.warning,), phase.reporter)
     return start
+
+
+def _warned(warnings: Iterable[str | None], reporter: Reporter) -> list[str]:
+    """Report the warnings that there are; return them."""
+    found = [warning for warning in warnings if warning is not None]
+    for warning in found:
+        reporter.say(f"warning: {warning}")
+    return found
 
 
 def _unheeded(settings: PhaseSettings, rows: Rows) -> str | None:
@@ -198,9 +196,9 @@ def _unheeded(settings: PhaseSettings, rows: Rows) -> str | None:
     )
 
 
-def _warmup_warnings(trained: Trained, settings: WarmupSettings, reporter: Reporter) -> list[str]:
+def _overfitting(trained: Trained, settings: WarmupSettings) -> str | None:
     progress = trained.progress
-    warning = overfitting(
+    return overfitting(
         progress.validation_before,
         progress.best_validation,
         progress.best_step,
@@ -208,10 +206,6 @@ def _warmup_warnings(trained: Trained, settings: WarmupSettings, reporter: Repor
         progress.step,
         kept=settings.keep_best,
     )
-    if warning is None:
-        return []
-    reporter.say(f"warning: {warning}")
-    return [warning]
 
 
 def _save_weights(adapter: InitializedAdapter, run: RunFolder) -> InitializedAdapter:
@@ -224,34 +218,29 @@ def _save_weights(adapter: InitializedAdapter, run: RunFolder) -> InitializedAda
     return saved
 
 
-def _finish(manifest: Manifest, rows: Rows, device: str, run: RunFolder) -> None:
-    """Write manifest and provenance, and the marker of completion last."""
+def _finish(manifest: Manifest, phase: Phase) -> None:
+    """Write what the adapter was trained on, manifest and provenance; the marker comes last."""
+    run, rows = phase.run, phase.rows
+    (phase.adapter.trained | rows.trained).write(run.path)
     write_manifest(manifest, run.path)
     inputs = read_json(run.path / "provenance.json")["inputs"]
+    device = str(phase.base.model.device)
     origin = {**manifest.provenance, "device": device, "data": rows.sources, "inputs": inputs}
     write_json(run.path / "provenance.json", origin)
     run.finish({"kind": manifest.kind, "cost": manifest.cost})
     shutil.rmtree(run.path / checkpoint.FOLDER, ignore_errors=True)
 
 
-def _manifest(
-    settings: WarmupSettings | AdaptSettings,
-    base: Base,
-    adapter: InitializedAdapter,
-    rows: Rows,
-    encoder: Encoder,
-    trained: Trained,
-    used: fast.Used,
-    run: RunFolder,
-) -> Manifest:
+def _manifest(phase: Phase, saved: InitializedAdapter, trained: Trained) -> Manifest:
+    settings, rows = phase.settings, phase.rows
     return Manifest(
         format_version=FORMAT_VERSION,
         kind="warm start" if isinstance(settings, WarmupSettings) else "adapter",
-        base=base_record(base),
+        base=base_record(phase.base),
         objective=settings.objective,
-        reference=reference_name(settings, adapter),
-        chat_format=encoder.format,
-        lora=LoraRecord.of(adapter.shape),
+        reference=reference_name(settings, saved),
+        chat_format=phase.encoder.format,
+        lora=LoraRecord.of(saved.shape),
         data=[dict(source) for source in rows.sources],
         n_examples=len(rows.train) + (0 if settings.validation_data else len(rows.valid)),
         selection=rows.selection,
@@ -260,12 +249,11 @@ def _manifest(
         validation_loss_before=trained.progress.validation_before,
         validation_loss_after=trained.validation_after,
         kept_step=trained.kept_step,
-        lineage=list(adapter.lineage),
-        initialization=adapter.about.to_json(),
-        adapter_fingerprint=fingerprint_of_adapter(run.path),
+        lineage=list(saved.lineage),
+        initialization=saved.about.to_json(),
+        adapter_fingerprint=fingerprint_of_adapter(phase.run.path),
         provenance=provenance(),
         kept_out=rows.kept_out,
-        fast_passes=used.names,
     )
 
 

@@ -1,0 +1,36 @@
+"""How far two computations of the same numbers may differ: the one place that says so."""
+
+import torch
+from torch import Tensor
+
+
+def tolerance(dtype: torch.dtype, *, rewritten: bool = False) -> float:
+    """Return the relative difference up to which two computations count as equal.
+
+    The same sums in another order differ by about 1e-5 in float32 once they have gone through all
+    layers, and by about a percent in 16-bit dtypes, which have 8 to 11 significant bits. What must
+    be found, such as a mask that a model ignores or another activation, changes numbers by their
+    own size. The bounds lie between.
+
+    Args:
+        dtype: That of the weights.
+        rewritten: Whether the weights themselves were computed again, as a merge does: each is
+            rounded, and what that changes adds up over the layers.
+    """
+    single = dtype == torch.float32
+    if rewritten:
+        return 1e-3 if single else 0.5
+    return 1e-4 if single else 2e-2
+
+
+def agree(one: Tensor, other: Tensor, dtype: torch.dtype, least: float = 1e-3) -> bool:
+    """Say whether two results of one computation are equal up to rounding, number by number.
+
+    Args:
+        one: What a faster path gives.
+        other: What the plain path gives.
+        dtype: That of the weights.
+        least: Absolute difference that is always allowed: a number near zero carries the rounding
+            of the larger ones that it is the sum of.
+    """
+    return torch.allclose(one, other, rtol=tolerance(dtype), atol=least)
