@@ -37,7 +37,7 @@ from d2lora import (
 )
 from d2lora.adapters.attach import attach_adapter, fingerprint_in_memory
 from d2lora.adapters.base import Base, load_base
-from d2lora.adapters.lora import linear_names
+from d2lora.adapters.targets import linear_names
 from d2lora.cli import main
 from d2lora.data.encode import Encoder
 from d2lora.data.rows import Example

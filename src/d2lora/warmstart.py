@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from d2lora.adapters.attach import attach_adapter
 from d2lora.adapters.base import fingerprint_of_model
 from d2lora.adapters.files import read_adapter_config
-from d2lora.adapters.lora import ALL_LINEAR, LoraShape
+from d2lora.adapters.lora import LoraShape
 from d2lora.adapters.manifest import Adapter, Manifest, differences
+from d2lora.adapters.targets import ALL_LINEAR
 from d2lora.errors import ModelError, WarmStartError, did_you_mean
 from d2lora.runtime.run_folder import DONE
 from d2lora.settings import FRESH, PEFT_INITS, LoraSettings

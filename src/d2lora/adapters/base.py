@@ -27,7 +27,10 @@ from d2lora.adapters.files import ADAPTER_CONFIG
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.adapters.gguf import quantization_of
 from d2lora.errors import ModelError, counted, first_line
+from d2lora.runtime.rounding import tolerance
 from d2lora.settings import BaseSettings
+
+_PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,37 @@ def load_base(settings: BaseSettings) -> Base:
         folder,
         quantization_of(folder),
     )
+    _check_causal(model, settings.base)
     if base.eos_id >= (n_rows := n_embedded(model)):
         raise ModelError(f"{settings.base}: {unknown_token(base.eos_id, tokenizer, n_rows)}")
     return base
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel, name: str) -> None:
+    """Check that a model computes token ids alone, and that no token sees those behind it.
+
+    Raises:
+        ModelError: If not: what it says of a token would be of no use, or no forecast.
+    """
+    n_rows = n_embedded(model)
+    ids_1T = torch.arange(1, _PROBE_TOKENS + 1, device=model.device)[None] % n_rows
+    other_1T = ids_1T.clone()
+    other_1T[0, -1] = 0
+    try:
+        one, other = (model(input_ids=i, use_cache=False).logits for i in (ids_1T, other_1T))
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{name}: {type(model).__name__} is not supported: it does not compute token ids alone "
+            f"({first_line(error)})"
+        ) from None
+    allowed = tolerance(model.dtype) * float(one.abs().max())
+    if not torch.allclose(one[:, :-1].float(), other[:, :-1].float(), rtol=0, atol=allowed):
+        raise ModelError(
+            f"{name}: {type(model).__name__} is not supported as it is: its tokens see those "
+            "behind them, so that they cannot be predicted (`is_decoder: true` in config.json "
+            "makes some such models causal)"
+        )
 
 
 def load_tokenizer(settings: BaseSettings) -> PreTrainedTokenizerBase:
@@ -214,4 +245,5 @@ def unknown_token(token: int, tokenizer: PreTrainedTokenizerBase, n_rows: int) -
 def n_positions(model: nn.Module) -> int:
     """Return how many tokens a model takes in one row; `sys.maxsize` where it names no limit."""
     config = causal_model(model).config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+    limit = getattr(config, "max_position_embeddings", None) or 0
+    return limit if limit > 0 else sys.maxsize  # XLNet's -1 means none

@@ -1,9 +1,8 @@
 """The shape of an adapter, its configuration, and its weights before anything is learnt."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 from peft import EvaConfig, LoftQConfig, LoraConfig, PeftModel, get_peft_model
@@ -12,13 +11,12 @@ from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from torch import nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from d2lora.adapters.attach import peft_warnings_ignored
-from d2lora.errors import SettingsError, did_you_mean, listed
+from d2lora.adapters.targets import ALL_LINEAR, check_targets, linear_names
+from d2lora.errors import SettingsError, first_line
 from d2lora.settings import FRESH, LoraSettings, TrainSettings
 
-ALL_LINEAR = "all-linear"
 DEFAULT_RANK = 16
 
 
@@ -105,36 +103,12 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
         # The adapter's weights are small beside the base, which is loaded already.
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False")
         torch.manual_seed(seed)
-        attached = get_peft_model(model, config)
+        try:
+            attached = get_peft_model(model, config)
+        except (ValueError, NotImplementedError) as error:
+            raise SettingsError(f"PEFT puts no adapter on this base: {first_line(error)}") from None
     assert isinstance(attached, PeftModel)
     return attached
-
-
-def linear_names(model: PreTrainedModel) -> list[str]:
-    """Return the last names of the layers that `all-linear` takes: all but the head."""
-    head = model.get_output_embeddings()
-    linear = [(name, layer) for name, layer in model.named_modules() if _is_linear(layer)]
-    heads = {name.rsplit(".", 1)[-1] for name, layer in linear if layer is head}
-    return sorted({name.rsplit(".", 1)[-1] for name, _ in linear} - heads)
-
-
-def _is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    return isinstance(layer, nn.Linear | Conv1D)
-
-
-def target_layers(
-    model: PreTrainedModel, targets: tuple[str, ...]
-) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the linear layers, by full name, that get an adapter."""
-    wanted = tuple(linear_names(model)) if targets == (ALL_LINEAR,) else targets
-    for name, layer in model.named_modules():
-        if _is_linear(layer) and any(_is_named(name, target) for target in wanted):
-            yield name, layer
-
-
-def _is_named(name: str, target: str) -> bool:
-    """Say whether a target, a last name or a longer end of it, means a module, as in PEFT."""
-    return name == target or name.endswith(f".{target}")
 
 
 def adamw(model: nn.Module, settings: TrainSettings) -> AdamW:
@@ -160,29 +134,3 @@ def adamw(model: nn.Module, settings: TrainSettings) -> AdamW:
     for group in optimizer.param_groups:
         group["factor"] = group["lr"]
     return optimizer
-
-
-def check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
-    """Check that every target is a name of layers that LoRA can be put on.
-
-    Raises:
-        SettingsError: If one is not, with those that are.
-    """
-    if targets == (ALL_LINEAR,):
-        return
-    faults: list[str] = []
-    for target in targets:
-        found = [layer for name, layer in model.named_modules() if _is_named(name, target)]
-        odd = [layer for layer in found if not (_is_linear(layer) or type(layer) is nn.Embedding)]
-        if not found:
-            hint = did_you_mean(target, linear_names(model))
-            faults.append(
-                f"the base has no module `{target}`.{hint} Targets are names, not patterns"
-            )
-        elif odd:
-            faults.append(f"`{target}` is a {type(odd[0]).__name__}, not a linear layer")
-    if faults:
-        raise SettingsError(
-            f"--targets:\n{listed(faults)}\nThe base has: {', '.join(linear_names(model))}; or use "
-            "all-linear"
-        )

@@ -96,6 +96,8 @@ class Manifest(_Part):
     """Evaluation files that the rows were checked against, and how many were removed."""
     before_training: dict[str, Any] | None = None
     """Losses of the base and of the warm start on rows of the task, before any training on it."""
+    adapted: str | None = None
+    """Which layers have the adapter, and which have none; None: not recorded."""
     fast_passes: list[str] | None = None
     """The fast paths that its training used; empty: none; None: not recorded."""
     warnings: list[str] = []

@@ -1,7 +1,7 @@
 """Batched decoding, greedy or sampled.
 
-Prompts of like length are decoded together, padded on the left; rows that have ended leave the
-batch, so a long answer does not keep the others waiting. Shapes: B rows, T tokens, V vocabulary.
+Prompts of like length are decoded together, see `steps`; rows that have ended leave the batch, so
+a long answer does not keep the others waiting. Shapes: B rows, T tokens, V vocabulary.
 """
 
 import math
@@ -9,16 +9,20 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import PreTrainedModel
 
 from d2lora import fast
 from d2lora.adapters.base import Base, causal_model, n_positions
 from d2lora.errors import DataError, listed
+from d2lora.evaluation.steps import Steps, alone, steps_of
 from d2lora.fast.llama import Llama, LlamaSteps
+from d2lora.runtime.attempts import succeeds
 from d2lora.runtime.rounding import agree
 
 _ROWS_BESIDE = 16
@@ -32,27 +36,6 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-
-
-class Steps(Protocol):
-    """Prompts and what was decoded of them so far, in a model's memory."""
-
-    @property
-    def slack(self) -> int:
-        """How many rows have to end before leaving is cheaper than being computed on."""
-        ...
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Compute prompts; return the logits behind each, (B, V)."""
-        ...
-
-    def step(self, next_B: Tensor) -> Tensor:
-        """Take one token a row; return the logits behind it, (B, V)."""
-        ...
-
-    def keep(self, rows: Sequence[int]) -> list[int]:
-        """Drop the other rows; return which row is now where."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -79,46 +62,45 @@ class Decoder:
         check_room(prompts, places, self.model, self.max_new_tokens)
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         generator = torch.Generator().manual_seed(self.sampling.seed)
-        used = fast.used_in(self.model)
-        ends = [prompts[order[place]] for place in (0, -1)] if order else []
-        llama = self._own_pass(ends) if ends and used.allowed else None
-        if llama:
-            used.take("Llama decoding")
-        greedy = self.sampling.temperature == 0
+        if not order:
+            return
+        ends = [prompts[order[place]] for place in (0, -1)]
+        llama, new_steps = self._steps(ends)
         n_beside = 1
-        if llama and greedy:
+        if llama and self.sampling.temperature == 0:
             n_beside = min(torch.get_num_threads(), math.ceil(len(order) / _ROWS_BESIDE))
-        # As many batches for each worker, of like size.
-        n_batches = n_beside * math.ceil(len(order) / (n_beside * self.batch_size))
-        size = math.ceil(len(order) / max(1, n_batches)) or 1
-        chunks = [order[begin : begin + size] for begin in range(0, len(order), size)]
 
         def decode(chunk: Sequence[int]) -> list[list[int]]:
-            steps = LlamaSteps(llama) if llama else _PlainSteps(self)
-            return self._decode([prompts[index] for index in chunk], steps, generator)
+            return self._decode([prompts[index] for index in chunk], new_steps(), generator)
 
+        together = [order] if new_steps().pads else _of_one_length(order, prompts)
+        chunks = [chunk for rows in together for chunk in self._chunks(rows, n_beside)]
         with _side_by_side(n_beside) as each:
             for chunk, outputs in zip(chunks, each(decode, chunks), strict=True):
                 yield from zip(chunk, outputs, strict=True)
 
+    def _chunks(self, order: Sequence[int], n_beside: int) -> list[Sequence[int]]:
+        """Cut rows into batches of like size, as many for each worker."""
+        n_batches = n_beside * math.ceil(len(order) / (n_beside * self.batch_size))
+        size = math.ceil(len(order) / n_batches)
+        return [order[begin : begin + size] for begin in range(0, len(order), size)]
+
     @torch.inference_mode()
-    def _own_pass(self, ends: Sequence[Sequence[int]]) -> Llama | None:
-        """Return the faster pass, if prompts and a token behind each get the model's own logits.
+    def _steps(self, ends: Sequence[Sequence[int]]) -> tuple[bool, Callable[[], Steps]]:
+        """Return whether the fast pass is taken, and what makes the steps of a batch.
+
+        The fast one is, where it is allowed and prompts and a token behind each get the model's own
+        logits.
 
         Args:
             ends: The shortest and the longest prompt.
         """
-        llama = Llama.of(causal_model(self.model))
-        if llama is None:
-            return None
-        for prompt in ends:
-            logits: list[Tensor] = []
-            for steps in (LlamaSteps(llama), _PlainSteps(self)):
-                first_1V = steps.prefill([prompt])
-                logits.append(torch.stack([first_1V, steps.step(torch.tensor([self.base.eos_id]))]))
-            if not agree(*logits, torch.float32):
-                return None
-        return llama
+        causal, used, token = causal_model(self.model), fast.used_in(self.model), self.base.eos_id
+        llama = Llama.of(causal) if used.allowed else None
+        if llama and succeeds(partial(_equal, llama, causal, ends, token)):
+            used.take("Llama decoding")
+            return True, partial(LlamaSteps, llama)
+        return False, steps_of(causal, self.base.pad_id, ends, token)
 
     @property
     def stop_ids(self) -> set[int]:
@@ -196,42 +178,21 @@ def check_room(
     )
 
 
-class _PlainSteps:
-    """Any causal language model, by transformers' own pass and cache."""
+def _equal(
+    llama: Llama, causal: PreTrainedModel, ends: Sequence[Sequence[int]], token: int
+) -> bool:
+    for prompt in ends:
+        steps = LlamaSteps(llama)
+        found_2V = torch.cat([steps.prefill([prompt]), steps.step(torch.tensor([token]))])
+        known_2V = torch.cat([alone(causal, ids) for ids in (prompt, [*prompt, token])])
+        if not agree(found_2V, known_2V, torch.float32):
+            return False
+    return True
 
-    slack = 1
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._causal = causal_model(decoder.model)
-        self._pad_id = decoder.base.pad_id
-        self._cache = DynamicCache(config=self._causal.config)
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        ids_BT, self._mask_BT = _left_padded(prompts, self._pad_id, self._causal.device)
-        self._positions_BT = (self._mask_BT.cumsum(-1) - 1).clamp(min=0)
-        return self._logits(ids_BT)
-
-    def step(self, next_B: Tensor) -> Tensor:
-        self._mask_BT = torch.cat([self._mask_BT, self._mask_BT.new_ones(len(next_B), 1)], dim=1)
-        self._positions_BT = self._positions_BT[:, -1:] + 1
-        return self._logits(next_B[:, None])
-
-    def keep(self, rows: Sequence[int]) -> list[int]:
-        kept = torch.tensor(rows, device=self._mask_BT.device)
-        self._cache.batch_select_indices(kept)
-        self._mask_BT, self._positions_BT = self._mask_BT[kept], self._positions_BT[kept]
-        return list(rows)
-
-    def _logits(self, ids_BT: Tensor) -> Tensor:
-        output = self._causal(
-            input_ids=ids_BT,
-            attention_mask=self._mask_BT,
-            position_ids=self._positions_BT,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
+def _of_one_length(order: Sequence[int], prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    for _, rows in groupby(order, key=lambda index: len(prompts[index])):
+        yield list(rows)
 
 
 @contextmanager
@@ -263,15 +224,3 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) ->
     sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p] = 0
     drawn_B1 = torch.multinomial(sorted_BV, 1, generator=generator)
     return order_BV.gather(1, drawn_B1)[:, 0].to(logits_BV.device)
-
-
-def _left_padded(
-    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    longest = max(len(prompt) for prompt in prompts)
-    ids_BT = torch.full((len(prompts), longest), pad_id)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask_BT[row, longest - len(prompt) :] = 1
-    return ids_BT.to(device), mask_BT.to(device)

@@ -131,6 +131,7 @@ class LlamaSteps:
     """
 
     slack = 8
+    pads = True
     """Ended rows are computed on until so many have gathered: leaving costs more than staying."""
 
     def __init__(self, llama: Llama) -> None:

@@ -6,12 +6,14 @@ fraction of the cost where the prompt is long. Shapes: B questions, T tokens, P 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from d2lora.adapters.base import causal_model
 from d2lora.data.batches import Encoded, Question, branch
+from d2lora.runtime.attempts import succeeds
 from d2lora.runtime.rounding import agree
 from d2lora.scoring.scorer import TokenScorer, log_probabilities, pass_tokens
 
@@ -28,7 +30,9 @@ def continuation_scores(
     scorer.eval()
     order = sorted(range(len(questions)), key=lambda index: -questions[index].length)
     ends = [questions[order[place]] for place in (0, -1)] if order else []
-    if not scorer.used.allowed or not all(_equal(scorer, question, pad_id) for question in ends):
+    if not scorer.used.allowed or not all(
+        succeeds(partial(_equal, scorer, question, pad_id)) for question in ends
+    ):
         return _apart(scorer, questions, pad_id)
     scorer.used.take("shared prompts")
     limit = pass_tokens(next(scorer.parameters()).device)

@@ -6,6 +6,7 @@ the first pairs, and on longer ones, and score the completions as separate rows.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from d2lora import fast
 from d2lora.adapters.base import causal_model
 from d2lora.data.batches import PreferencePair, Question, branch, collate, micro_batches
 from d2lora.fast.probing import Probed, in_evaluation
+from d2lora.runtime.attempts import succeeds
 from d2lora.runtime.rounding import agree
 from d2lora.scoring.scorer import TokenScorer, device_of_scorer, pass_tokens, sum_by_row
 
@@ -37,7 +39,8 @@ class PairScorer:
         ordered = sorted(pairs, key=lambda pair: pair.length)
         due = self._probed.lacks(ordered[0].length, ordered[-1].length)
         for is_due, pair in zip(due, (ordered[0], ordered[-1]), strict=True):
-            self._shares = self._shares and (not is_due or _equal(scorer, pair, pad_id))
+            if is_due and self._shares:
+                self._shares = succeeds(partial(_equal, scorer, pair, pad_id))
         if not self._shares:
             return _apart(scorer, pairs, pad_id)
         used.take("shared prompts")

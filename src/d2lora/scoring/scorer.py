@@ -6,6 +6,7 @@ to them. Shapes: B rows, T tokens, P chosen positions, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,10 @@ from d2lora.data.batches import Batch, Branches, Encoded, collate, micro_batches
 from d2lora.fast import cuda_graphs, head
 from d2lora.fast.packing import pack, row_by_row, takes_packed_rows
 from d2lora.fast.probing import Probed, in_evaluation
-from d2lora.runtime.rounding import tolerance
+from d2lora.runtime.attempts import succeeds
+from d2lora.runtime.rounding import agree_closely, tolerance
 
+_HEAD_TOKENS = 8
 _NATS = 2.5
 """Nats that a token of text costs, about; rounding is relative to them."""
 
@@ -29,8 +32,8 @@ class TokenScorer(nn.Module):
     It is what gets wrapped for several devices, so gradients are synchronised by its `forward`.
     The fastest way that gives the model's own log-probabilities is found on the first batch, and
     again on longer rows: rows end to end without padding, on the fast path; rows padded on the
-    right; or the model's whole forward pass, for models that change logits after the
-    head (soft caps, scaling) or see padding.
+    right; the model's whole forward pass, for models that change logits after the head (soft caps,
+    scaling) or see padding; or that of each row alone, for models that see it in spite of a mask.
     """
 
     def __init__(self, model: nn.Module, *, replays: bool = False) -> None:
@@ -49,6 +52,7 @@ class TokenScorer(nn.Module):
         self._used = fast.used_in(model)
         self._probed = Probed()
         self._ways: list[Callable[[Batch], Tensor]] = []
+        self._is_head_last: bool | None = None
 
     @property
     def used(self) -> fast.Used:
@@ -96,19 +100,32 @@ class TokenScorer(nn.Module):
         return self._hidden(input_ids=ids_BT)
 
     def _branched(self, batch: Branches) -> Tensor:
-        """Run the decoder on prompts with several endings, each at its own positions."""
-        hidden_BTD = self._hidden(
-            input_ids=batch.ids_BT,
-            position_ids=batch.positions_BT,
-            attention_mask=batch.mask_B1TT,
-        )
-        return self._of_hidden(hidden_BTD[batch.rows_P, batch.columns_P], batch)
+        """Run the model on prompts with several endings, each at its own positions."""
+        inputs = {
+            "input_ids": batch.ids_BT,
+            "position_ids": batch.positions_BT,
+            "attention_mask": batch.mask_B1TT,
+        }
+        if self._ends_in_head(batch.ids_BT):
+            hidden_BTD = self._hidden(**inputs)
+            return self._of_hidden(hidden_BTD[batch.rows_P, batch.columns_P], batch)
+        logits_BTV = causal_model(self.model)(**inputs, use_cache=False).logits
+        return _of_logits(logits_BTV[batch.rows_P, batch.columns_P], batch.targets_P)
 
     def _whole(self, batch: Batch) -> Tensor:
         output = causal_model(self.model)(
             input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False
         )
         return _of_logits(output.logits[batch.rows_P, batch.columns_P], batch.targets_P)
+
+    def _alone(self, batch: Batch) -> Tensor:
+        """Run the whole model on each row by itself, without padding or mask."""
+        causal, scores = causal_model(self.model), list[Tensor]()
+        for index in range(len(batch.ids_BT)):
+            row = batch.row(index).trimmed()
+            logits_TV = causal(input_ids=row.ids_BT, use_cache=False).logits[0]
+            scores.append(_of_logits(logits_TV[row.columns_P], row.targets_P))
+        return torch.cat(scores)
 
     def _hidden(self, **inputs: Tensor) -> Tensor:
         causal = causal_model(self.model)
@@ -123,21 +140,42 @@ class TokenScorer(nn.Module):
             return head.log_probabilities(hidden_PD, layer, batch.targets_P)
         return _of_logits(layer(hidden_PD), batch.targets_P)
 
+    @torch.no_grad()
+    def _ends_in_head(self, ids_BT: Tensor) -> bool:
+        """Say whether logits are the head's product with the decoder's hidden states alone.
+
+        The same operations are compared, so that little is allowed: a soft cap of logits changes
+        small ones by less than what other ways of computing them do.
+        """
+        if self._is_head_last is None:
+            causal, ids_1T = causal_model(self.model), ids_BT[:1, :_HEAD_TOKENS]
+            head_layer = causal.get_output_embeddings()
+
+            def same() -> bool:
+                own = causal(input_ids=ids_1T, use_cache=False).logits.float()
+                product = head_layer(self._hidden(input_ids=ids_1T)).float()
+                return agree_closely(product, own, causal.dtype)
+
+            with in_evaluation(self.model):
+                self._is_head_last = head_layer is not None and succeeds(same)
+        return self._is_head_last
+
     def _fastest(self, batch: Batch) -> Callable[[Batch], Tensor]:
         """Return the first way that scores rows behind others as the model does alone."""
         used = self.used
         if not self._ways or used is not self._used:
             causal = causal_model(self.model)
-            fitting = [self._packed] if used.allowed and takes_packed_rows(causal) else []
-            plain = [] if causal.get_output_embeddings() is None else [self._padded]
+            packed = [self._packed] if used.allowed and takes_packed_rows(causal) else []
+            hidden = [*packed, self._padded] if self._ends_in_head(batch.ids_BT) else []
             self._used, self._probed = used, Probed()
-            self._ways = [*fitting, *plain, self._whole]
+            self._ways = [*hidden, self._whole, self._alone]
         # By the width: to look at the rows themselves would make a GPU wait in every pass.
         width = batch.ids_BT.shape[1]
         for is_due, row in zip(
             self._probed.lacks(width, width), (_shortest, _longest), strict=True
         ):
-            while is_due and len(self._ways) > 1 and not self._is_equal(batch.row(row(batch))):
+            probe = batch.row(row(batch))
+            while is_due and len(self._ways) > 1 and not succeeds(partial(self._is_equal, probe)):
                 del self._ways[0]
         if self._ways[0] == self._packed:
             used.take("rows end to end")
@@ -147,7 +185,7 @@ class TokenScorer(nn.Module):
     def _is_equal(self, row: Batch) -> bool:
         """Say whether the first way scores a row behind another as the model does alone."""
         with in_evaluation(self.model):
-            own_P = self._whole(row)
+            own_P = self._alone(row)
             off_P = (self._ways[0](row.behind_another())[-len(own_P) :] - own_P).abs()
         # Their mean, as one token alone may be rounded far more.
         allowed = tolerance(causal_model(self.model).dtype) * _NATS

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from d2lora.adapters.attach import detach_adapter
 from d2lora.adapters.base import Base, causal_model
 from d2lora.adapters.files import read_adapter_config
-from d2lora.adapters.lora import LoraShape, attach, check_targets, lora_config, target_layers
+from d2lora.adapters.lora import LoraShape, attach, lora_config
 from d2lora.adapters.manifest import Ancestor, save_adapter
+from d2lora.adapters.targets import check_targets, target_layers
 from d2lora.data.batches import Encoded, Item, PreferencePair, collate, micro_batches
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError, SettingsError

@@ -20,6 +20,7 @@ from d2lora.adapters.manifest import (
     base_record,
     fingerprint_of_adapter,
 )
+from d2lora.adapters.targets import coverage
 from d2lora.data.batches import digest_of
 from d2lora.data.encode import Encoder
 from d2lora.data.rows import Fault
@@ -61,6 +62,8 @@ def run_phase(phase: Phase) -> None:
     resumes = settings.resume and checkpoint.exists(run.path)
     everyone = PartialState(cpu=device.type == "cpu")
     _open(phase, everyone, resumes=resumes)
+    adapted = coverage(phase.adapter.model)
+    phase.reporter.say(adapted)
     reset_peak_memory(device)
     with fast.enabled(phase.adapter.model, when=settings.fast) as used:
         start = _start(phase)
@@ -86,6 +89,7 @@ def run_phase(phase: Phase) -> None:
         found = {
             "before_training": None if start is None else start.to_json(),
             "warnings": warnings,
+            "adapted": adapted,
             "fast_passes": used.names,
         }
         _finish(manifest.model_copy(update=found), phase)
