@@ -87,7 +87,7 @@ def too_short(n_steps: int) -> str | None:
     if not 0 < n_steps < FEW_STEPS:
         return None
     return (
-        f"{counted(n_steps, 'optimizer step')} barely train an adapter: give --max-steps "
+        f"only {counted(n_steps, 'optimizer step')}, too few to train an adapter: give --max-steps "
         f"{FEW_STEPS} or more, more --epochs or a smaller --batch-size"
     )
 
