@@ -111,12 +111,14 @@ class Decoder:
         llama = Llama.of(causal_model(self.model))
         if llama is None:
             return None
+        end_1 = torch.tensor([self.base.eos_id])
+
+        def logits(steps: Steps, prompt: Sequence[int]) -> Tensor:
+            return torch.stack([steps.prefill([prompt]), steps.step(end_1)])
+
         for prompt in ends:
-            logits: list[Tensor] = []
-            for steps in (LlamaSteps(llama), _PlainSteps(self)):
-                first_1V = steps.prefill([prompt])
-                logits.append(torch.stack([first_1V, steps.step(torch.tensor([self.base.eos_id]))]))
-            if not agree(*logits, torch.float32):
+            fast_logits = logits(LlamaSteps(llama), prompt)
+            if not agree(fast_logits, logits(_PlainSteps(self), prompt), torch.float32):
                 return None
         return llama
 
