@@ -85,7 +85,7 @@ MISTAKES = {
         "adapt --base {cut_base} --data {data} --out {out}", r"not a safetensors file, or cut off"
     ),
     "a device that is not there": (
-        "adapt --base {base} --data {data} --out {out} --device cuda:7", r"CUDA device\(s\)"
+        "adapt --base {base} --data {data} --out {out} --device cuda:7", "0 CUDA devices"
     ),
     "an unknown device": (
         "adapt --base {base} --data {data} --out {out} --device tpu", r"expected auto, cpu"

@@ -227,8 +227,10 @@ def n_embedded(model: nn.Module) -> int:
     """Return how many tokens a model's embedding has rows for."""
     embedding: Any = causal_model(model).get_input_embeddings()
     while isinstance(embedding, BaseTunerLayer | AuxiliaryTrainingWrapper):
-        is_layer = isinstance(embedding, BaseTunerLayer)
-        embedding = embedding.get_base_layer() if is_layer else embedding.original_module
+        if isinstance(embedding, BaseTunerLayer):
+            embedding = embedding.get_base_layer()
+        else:
+            embedding = embedding.original_module
     return len(embedding.weight)
 
 
