@@ -108,14 +108,14 @@ def load_base(settings: BaseSettings) -> Base:
         folder,
         quantization_of(folder),
     )
-    _check_causal(model, settings.base)
+    check_causal(model, settings.base)
     if base.eos_id >= (n_rows := n_embedded(model)):
         raise ModelError(f"{settings.base}: {unknown_token(base.eos_id, tokenizer, n_rows)}")
     return base
 
 
 @torch.no_grad()
-def _check_causal(model: PreTrainedModel, name: str) -> None:
+def check_causal(model: PreTrainedModel, name: str) -> None:
     """Check that a model computes token ids alone, and that no token sees those behind it.
 
     Raises:

@@ -28,6 +28,7 @@ _BY_ITSELF = {
     "nemotron_h": {"out_proj"},
 }
 """Kind of model -> layers whose weights it multiplies by itself; PEFT refuses some of them."""
+_INDEXER = "indexer"
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
@@ -57,6 +58,8 @@ def reasons(model: PreTrainedModel) -> dict[str, str]:
             found[name] = "a router"
         elif last in by_itself:
             found[name] = "multiplied by the model itself"
+        elif _INDEXER in parent.split("."):
+            found[name] = "chooses what is attended to, and so has no gradient"
         else:
             found[name] = "" if _pattern(name) in reached else "not reached by text"
     return found

@@ -55,6 +55,15 @@ class TokenScorer(nn.Module):
         self._is_head_last: bool | None = None
 
     @property
+    def way(self) -> str:
+        """How the last batch was computed, in words; nothing before the first."""
+        names = {
+            "_packed": "rows end to end", "_padded": "rows padded",
+            "_whole": "rows padded, whole model", "_alone": "each row alone",
+        }  # fmt: skip
+        return names[self._ways[0].__name__] if self._ways else ""
+
+    @property
     def used(self) -> fast.Used:
         """The record of the fast paths that the model may use now."""
         return fast.used_in(self.model)
