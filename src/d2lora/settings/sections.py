@@ -203,7 +203,7 @@ class ObjectiveSettings(Settings):
     beta: float = Field(default=0.1, gt=0)
     """dpo: strength of the pull towards the reference policy. orpo: weight of the odds ratio."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """dpo: probability that a label is flipped."""
+    """dpo: probability that a label is flipped (conservative DPO)."""
     reference: Reference | None = None
     """dpo: the reference policy: base, or warm_start (the adapter before training). None:
     warm_start where the run is initialized from one, else base."""
