@@ -79,6 +79,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
@@ -87,15 +88,20 @@ OWN: dict[str, dict[str, Any]] = {
 """What some need beside."""
 
 
-def tiny(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny(kind: str, dtype: torch.dtype = torch.float32, **sizes: int) -> PreTrainedModel:
     """Return a random model of a kind, of some 30,000 parameters.
 
     Its matrices are four times as large as usual, so that whatever is left out shows.
+
+    Args:
+        kind: Of `KINDS`.
+        dtype: Of the weights.
+        sizes: In place of those in `SMALL`.
     """
-    config = _config(kind)
+    config = _config(kind, {**SMALL, **sizes})
     with torch.device("meta"):
         n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if n_parameters > 3_000_000:
+    if n_parameters > 4_000_000:
         raise ValueError(f"{n_parameters:,} parameters")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -107,14 +113,14 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-def _config(kind: str) -> Any:
+def _config(kind: str, sizes: dict[str, int]) -> Any:
     made = CONFIG_MAPPING[kind]
     if "text_config" in (getattr(made, "sub_configs", None) or {}):
-        return made(text_config=SMALL, **OWN.get(kind, {}))
+        return made(text_config=sizes, **OWN.get(kind, {}))
     known = {*inspect.signature(made.__init__).parameters, *getattr(made, "attribute_map", {})}
     for parent in made.__mro__:
         known |= set(getattr(parent, "__annotations__", {}))
-    return made(**{**{k: v for k, v in SMALL.items() if k in known}, **OWN.get(kind, {})})
+    return made(**{**{k: v for k, v in sizes.items() if k in known}, **OWN.get(kind, {})})
 
 
 @dataclass

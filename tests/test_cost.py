@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from architectures import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +27,28 @@ def test_the_formula_is_within_five_percent_of_torch_s_counter() -> None:
         n_tokens = n_rows * length
         ratio = formula.of_rows(n_rows, n_tokens, n_tokens) / counter.get_total_flops()
         assert 1.0 <= ratio <= 1.05
+
+
+LARGER = {
+    "num_hidden_layers": 8, "n_layer": 8, "hidden_size": 64, "n_embd": 64, "n_inner": 128,
+    "intermediate_size": 128, "moe_intermediate_size": 48, "head_dim": 16, "sliding_window": 512,
+    "max_position_embeddings": 256, "n_positions": 256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "opt", "falcon", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "deepseek_v3"]
+)
+def test_the_formula_holds_for_other_layers_and_for_experts(kind: str) -> None:
+    base = tiny(kind, **LARGER)
+    base.set_experts_implementation("eager")  # torch does not count grouped products
+    model = attach_fresh(base, LoraShape(4, 8.0, 0.0, ("all-linear",)), 0)
+    formula = TrainingFlops.of(base, base.config)
+    ids = torch.randint(3, 90, (3, 128))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    ratio = formula.of_rows(3, ids.numel(), ids.numel()) / counter.get_total_flops()
+    assert 0.95 <= ratio <= 1.05
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets the peak of a process")

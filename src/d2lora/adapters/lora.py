@@ -102,6 +102,8 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
         warnings.filterwarnings("ignore", message=".*path_initial_model_for_weight_conversion")
         # The adapter's weights are small beside the base, which is loaded already.
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False")
+        # Of models with experts PEFT sets ranks for names that not all of them have.
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
         torch.manual_seed(seed)
         try:
             attached = get_peft_model(model, config)

@@ -76,7 +76,7 @@ class PaddedSteps:
 
     def keep(self, rows: Sequence[int]) -> list[int]:
         """Drop the other rows; return which row is now where."""
-        kept = torch.tensor(rows, device=self._mask_BT.device)
+        kept: Any = torch.tensor(rows, device=self._mask_BT.device)
         self._cache.reorder_cache(kept)  # all kinds of layers have it, recurrent ones too
         self._mask_BT, self._positions_BT = self._mask_BT[kept], self._positions_BT[kept]
         return list(rows)

@@ -158,15 +158,17 @@ class TokenScorer(nn.Module):
         """
         if self._is_head_last is None:
             causal, ids_1T = causal_model(self.model), ids_BT[:1, :_HEAD_TOKENS]
-            head_layer = causal.get_output_embeddings()
 
             def same() -> bool:
+                head_layer = causal.get_output_embeddings()
+                if head_layer is None:
+                    return False
                 own = causal(input_ids=ids_1T, use_cache=False).logits.float()
                 product = head_layer(self._hidden(input_ids=ids_1T)).float()
                 return agree_closely(product, own, causal.dtype)
 
             with in_evaluation(self.model):
-                self._is_head_last = head_layer is not None and succeeds(same)
+                self._is_head_last = succeeds(same)
         return self._is_head_last
 
     def _fastest(self, batch: Batch) -> Callable[[Batch], Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _share(weights: nn.Parameter, config: Any) -> float:
+    """Return the share of the experts in a tensor, (experts, out, in), that a token is sent to."""
+    n_chosen = next((getattr(config, n) for n in _CHOSEN if getattr(config, n, None)), None)
+    return min(1.0, n_chosen / len(weights)) if n_chosen else 1.0
+
+
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "num_experts_per_token")
+
+
 @dataclass(frozen=True)
 class TrainingFlops:
     """Floating-point operations of training a LoRA adapter, by formula.
@@ -89,7 +99,8 @@ class TrainingFlops:
     above the diagonal is counted, as in Kaplan et al. 2020 and torch's FlopCounterMode) and H
     the weights of the output head, used at supervised positions only. Padding, norms,
     activations and the optimizer are not counted. The first layer's inputs need no gradient, so
-    the count is a few percent high for a model of few layers.
+    the count is a few percent high for a model of few layers. Of experts in one tensor those count
+    that a token is sent to.
     """
 
     n_linear: int
@@ -105,16 +116,28 @@ class TrainingFlops:
         n_linear = sum(
             module.weight.numel()
             for module in model.modules()
-            if isinstance(module, nn.Linear) and module is not head
+            if isinstance(module, nn.Linear | Conv1D) and module is not head
             if not module.weight.requires_grad
+        )
+        n_experts = sum(
+            weights.numel() * _share(weights, config)
+            for module in model.modules()
+            if not isinstance(module, nn.Conv1d)
+            for weights in module.parameters(recurse=False)
+            if weights.ndim == 3
         )
         head_size = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
         )
+        if getattr(config, "qk_nope_head_dim", None):  # scores and values of different width
+            of_scores = config.qk_nope_head_dim + config.qk_rope_head_dim
+            head_size = (of_scores + config.v_head_dim) / 2
         return cls(
-            n_linear=n_linear,
+            n_linear=n_linear + round(n_experts),
             n_adapter=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
+            attention_width=round(
+                config.num_hidden_layers * config.num_attention_heads * head_size
+            ),
             n_head=config.vocab_size * config.hidden_size,
         )
 
