@@ -103,7 +103,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
         # The adapter's weights are small beside the base, which is loaded already.
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False")
         # Of models with experts PEFT sets ranks for names that not all of them have.
-        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
         torch.manual_seed(seed)
         try:
             attached = get_peft_model(model, config)
