@@ -20,6 +20,11 @@ WARM_UP = """warmup --base smollm2 --dtype float32 --data data/general/train.jso
 --learning-rate 0.0005 --epochs 1 --batch-size 16 --schedule cosine --max-length 512
 --overlong truncate --keep-out data/titles/test.jsonl data/forgetting/test.jsonl
 data/gsm8k/test.jsonl --checkpoint-every 10 --out warm-up"""
+ORIGIN = """Made by `scripts/demo_warm_start.py` on SmolLM2-135M-Instruct (Apache-2.0,
+https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) from 1,200 rows of T0's training
+mixture (Apache-2.0, https://github.com/yizhongw/self-instruct), which holds no titles and no maths.
+Its licence is that of d2lora, Apache-2.0.
+"""
 
 
 def main() -> None:
@@ -36,6 +41,7 @@ def main() -> None:
         d2lora(["convert", "--adapter", "warm-up", "--dtype", "bfloat16", "--out", str(out)], work)
     config = read_json(out / ADAPTER_CONFIG)
     write_json(out / ADAPTER_CONFIG, {**config, "base_model_name_or_path": SMOLLM2_HUB_ID})
+    (out / "ORIGIN.md").write_text(ORIGIN, encoding="utf-8")
 
 
 def d2lora(words: list[str], folder: str) -> None:
