@@ -109,7 +109,8 @@ def _plan(settings: DemoSettings) -> tuple[StudyPlan, tuple[str, ...]]:
 
 
 def _introduction(settings: DemoSettings, plan: StudyPlan, out: Path) -> str:
-    sizes = f"n = {', '.join(map(str, plan.sizes))}, {plan.seeds} seed(s) each"
+    seeds = f"{plan.seeds} seed{'s' if plan.seeds > 1 else ''} each"
+    sizes = f"n = {', '.join(map(str, plan.sizes))}, {seeds}"
     if settings.base == "embedded":
         return (
             "d2lora demo: one warm-up on general data, then every task from it and from fresh LoRA "
