@@ -109,8 +109,7 @@ def _plan(settings: DemoSettings) -> tuple[StudyPlan, tuple[str, ...]]:
 
 
 def _introduction(settings: DemoSettings, plan: StudyPlan, out: Path) -> str:
-    seeds = f"{plan.seeds} seed{'s' if plan.seeds > 1 else ''} each"
-    sizes = f"n = {', '.join(map(str, plan.sizes))}, {seeds}"
+    sizes = f"n = {', '.join(map(str, plan.sizes))}, {counted(plan.seeds, 'seed')} each"
     if settings.base == "embedded":
         return (
             "d2lora demo: one warm-up on general data, then every task from it and from fresh LoRA "
