@@ -117,8 +117,8 @@ def _introduction(settings: DemoSettings, plan: StudyPlan, out: Path) -> str:
         )
     return (
         "d2lora demo: SmolLM2-135M-Instruct learns to title abstracts from fresh LoRA and from a "
-        f"warm start that comes with d2lora, at {sizes}; same learning rate and steps for both; "
-        f"written to {out}"
+        f"warm start that comes with d2lora, at {sizes}; as many steps for both, each "
+        f"at its own learning rate, chosen before; written to {out}"
     )
 
 
