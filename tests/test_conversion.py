@@ -120,6 +120,27 @@ def test_a_scale_multiplies_the_update(tmp_path: Path, warm_start: WarmStart) ->
         torch.testing.assert_close(halved[name], value * (0.5 if "lora_B" in name else 1.0))
 
 
+def test_another_dtype_halves_the_file_and_is_a_warm_start(
+    tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart
+) -> None:
+    done = convert(
+        ConvertSettings(adapter=str(warm_start.path), dtype="bfloat16", out=tmp_path / "half")
+    )
+    name = "adapter_model.safetensors"
+    weights, halved = load_file(warm_start.path / name), load_file(done.path / name)
+    for key, value in weights.items():
+        assert torch.equal(halved[key], value.bfloat16())
+    adapter = adapt(
+        AdaptSettings(
+            base=tiny_base, data=(problems,), init=str(done.path), max_steps=0,
+            out=tmp_path / "a", quiet=True,
+        )
+    )  # fmt: skip
+    for key, value in load_file(adapter.path / name).items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, halved[key].float())
+
+
 def test_an_init_scale_weakens_the_warm_start(
     tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart
 ) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ from peft import PeftModel
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from d2lora import AdaptSettings, ConvertSettings, EvaluateSettings, adapt, convert, evaluate
+from d2lora import (
+    AdaptSettings,
+    ConvertSettings,
+    EvaluateSettings,
+    WarmStart,
+    adapt,
+    convert,
+    evaluate,
+)
+from d2lora.adapters.attach import attached
 from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.base_files import base_folder
 from d2lora.data.encode import Encoder
@@ -119,6 +129,22 @@ def test_sixteen_steps_worth_of_rows_lower_the_loss_on_others(
         str(adapter),
     )
     after = mean_loss(TokenScorer(model).eval(), items, base.pad_id)
+    assert after < before - 0.1
+
+
+def test_the_shipped_warm_start_was_made_on_it_and_lowers_the_loss_on_titles(
+    base: Base, abstracts: str
+) -> None:
+    folder = Path(str(resources.files("d2lora") / "shipped" / "smollm2-warm-start"))
+    assert WarmStart.load(folder).manifest.base.fingerprint == base.fingerprint
+    encoder = Encoder.of(base, None)
+    items = [encoder.encode(example) for example in read_task([abstracts]).examples[:4]]
+    before = mean_loss(TokenScorer(base.model).eval(), items, base.pad_id)
+    with attached(base.model, folder) as model:
+        assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {
+            torch.float32
+        }
+        after = mean_loss(TokenScorer(model).eval(), items, base.pad_id)
     assert after < before - 0.1
 
 

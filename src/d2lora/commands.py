@@ -35,7 +35,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command(
-        "the whole method on the embedded base, offline, on a CPU", "DemoSettings", "demo:command"
+        "the whole method in minutes, on SmolLM2 or offline", "DemoSettings", "demo:command"
     ),
     "warmup": Command("base + general data -> warm start", "WarmupSettings", "warmup:command"),
     "select": Command(
@@ -65,7 +65,7 @@ COMMANDS = {
         "tools.inspect:command",
     ),
     "convert": Command(
-        "change an adapter's rank or strength, mix or merge adapters",
+        "change an adapter's rank, strength or dtype, mix or merge adapters",
         "ConvertSettings",
         "tools.convert:command",
     ),

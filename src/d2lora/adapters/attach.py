@@ -29,6 +29,8 @@ def peft_warnings_ignored() -> Generator[None]:
         # Nothing is folded into shared weights, see `shared_weights`.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")
+        # Bases are known by their fingerprint, wherever they lie.
+        warnings.filterwarnings("ignore", message=".*`base_model_name_or_path` was renamed")
         yield
 
 

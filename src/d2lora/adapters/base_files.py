@@ -81,11 +81,19 @@ def _from_hub(name: str, revision: str | None, gguf_file: str | None, *, fetch: 
         ) from None
 
 
+def smollm2_file() -> Path | None:
+    """Return the GGUF file of the package that carries SmolLM2; None where it is not installed."""
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / _SMOLLM2_FILE
+
+
 def _smollm2(revision: str | None, *, fetch: bool) -> Path:
     """Return SmolLM2-135M-Instruct: of the package that carries it, else of the hub."""
-    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
-    if spec is not None and spec.origin is not None:
-        return converted_gguf(Path(spec.origin).parent / _SMOLLM2_FILE)
+    file = smollm2_file()
+    if file is not None:
+        return converted_gguf(file)
     try:
         return _from_hub(SMOLLM2_HUB_ID, revision, None, fetch=fetch)
     except ModelError as error:

@@ -4,6 +4,7 @@ import math
 
 from rich.console import Console
 
+from d2lora.report.examples import read_examples
 from d2lora.report.findings import (
     CI,
     ArmCost,
@@ -112,6 +113,26 @@ def show(findings: Findings, console: Console) -> None:
         console.print(f"  {verdict}", highlight=False)
     for cell, reason in findings.failures.items():
         console.print(f"  failed: {cell}: {reason}", style="red", highlight=False, markup=False)
+
+
+def show_answers(findings: Findings, n_rows: int, console: Console) -> None:
+    """Print the answers to the first test rows: the true ones, the base's, each arm's.
+
+    Of an arm they are those of the largest n and the first seed.
+    """
+    data = read_examples(findings).data
+    texts, most = data["texts"], max(findings.plan.sizes)
+    for task in data["tasks"].values():
+        cells = [cell for cell in task["cells"] if cell["n"] in (0, most) and cell["seed"] == 0]
+        console.print(f"{task['title']}: the first {n_rows} test rows, n = {most}", style="bold")
+        for row, target in enumerate(task["targets"][:n_rows]):
+            answers = [("true", target), *((cell["arm"], cell["outputs"][row]) for cell in cells)]
+            for name, text in answers:
+                line = f"  {name:6} {' '.join(texts[text].split())}"
+                console.print(
+                    line, highlight=False, markup=False, no_wrap=True, overflow="ellipsis"
+                )
+            console.print()
 
 
 def _levels(findings: Findings, task: str) -> list[Level]:

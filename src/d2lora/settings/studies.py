@@ -49,15 +49,18 @@ class ReportSettings(Settings):
 
 
 class DemoSettings(Settings):
-    """`d2lora demo`: the whole method on the embedded base."""
+    """`d2lora demo`: the whole method in minutes."""
 
+    base: Literal["smollm2", "embedded"] = "smollm2"
+    """smollm2: titles of real abstracts with SmolLM2-135M-Instruct and a warm start that comes with
+    d2lora; embedded: two tasks of a small invented world, where nothing can be installed."""
     out: Path = Path("demo-out")
     """Folder to write; an earlier demo in it is replaced."""
-    sizes: tuple[int, ...] = (16, 64, 256)
-    """Task sizes n."""
-    seeds: int = Field(default=3, ge=1)
-    """Seeds per cell."""
-    n_test: int = Field(default=200, ge=1)
-    """Test rows per task."""
+    sizes: tuple[int, ...] | None = None
+    """Task sizes n. None: those of the plan, `demo` or `quick`."""
+    seeds: int | None = Field(default=None, ge=1)
+    """Seeds per cell. None: the plan's."""
+    n_test: int | None = Field(default=None, ge=1)
+    """Test rows per task. None: the plan's."""
     workers: int = Field(default=0, ge=0)
-    """Parallel processes of one thread each. 0: one per core."""
+    """Parallel processes. 0: one per GPU, or per core without GPUs, on SmolLM2 at most 4."""

@@ -9,6 +9,7 @@ from d2lora.settings.core import Settings
 from d2lora.settings.sections import (
     BaseSettings,
     ChatFormat,
+    Dtype,
     FormatSettings,
     GenerationSettings,
     HygieneSettings,
@@ -123,7 +124,7 @@ class PairsSettings(BaseSettings, FormatSettings, GenerationSettings):
 
 
 class ConvertSettings(BaseSettings):
-    """`d2lora convert`: change an adapter's rank or strength, mix or merge adapters."""
+    """`d2lora convert`: change an adapter's rank, strength or dtype, mix or merge adapters."""
 
     adapter: str
     """Adapter or warm start to convert; it is not changed."""
@@ -140,6 +141,8 @@ class ConvertSettings(BaseSettings):
     mix_method: Literal["cat", "average"] = "cat"
     """cat: exact, the ranks add up (--rank R truncates them); average: averages A and B, of equal
     shapes, which is not the average of the updates."""
+    dtype: Dtype = "auto"
+    """Dtype to write. auto: the adapter's own; of a merged model bfloat16 on CUDA, else float32."""
     merge: bool = False
     """Merge the adapter into the base and write a plain model folder."""
     seed: int = Field(default=0, ge=0)

@@ -33,6 +33,8 @@ UNTRAINED = frozenset({"warm_only", "few_shot"})
 WORLD = "world:"
 """Data of the embedded base's small world: `world:problems-train`, as `python -m d2lora.embedded`
 writes them."""
+SHIPPED = "shipped:"
+"""Files that come with d2lora: `shipped:titles/train.jsonl`."""
 
 
 class TaskPlan(Settings):

@@ -1,6 +1,7 @@
 """A study's plan with its data in place, checked before hours are spent on it."""
 
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, ModelError, RunError, listed
 from d2lora.runtime.claims import check_writable
 from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
-from d2lora.study.plan import WORLD, StudyPlan
+from d2lora.study.plan import SHIPPED, WORLD, StudyPlan
 from d2lora.study.read_plan import read_plan
 from d2lora.study.recipes import base_values
 from d2lora.warmstart import WarmStart
@@ -30,7 +31,7 @@ def place(settings: StudySettings) -> tuple[StudyPlan, Path, Path]:
     out = settings.out or Path("studies") / name
     store = (settings.store or out.parent / "store").resolve()
     check_writable(store, "--store")
-    return _with_world(read_plan(*settings.plan, changes=settings.set), store / "world"), store, out
+    return _placed(read_plan(*settings.plan, changes=settings.set), store / "world"), store, out
 
 
 def check_folder(out: Path) -> None:
@@ -124,18 +125,22 @@ def cut_short(plan: StudyPlan) -> list[str]:
     return messages
 
 
-def _with_world(plan: StudyPlan, folder: Path) -> StudyPlan:
-    """Write the small world's rows if the plan names some, and put their paths in its place."""
+def _placed(plan: StudyPlan, world: Path) -> StudyPlan:
+    """Put paths in the place of data named `world:` or `shipped:`.
+
+    The small world's rows are written where the plan names some.
+    """
     values = plan.model_dump(mode="json")
-    if WORLD not in json.dumps(values):
-        return plan
-    paths = write_world(folder)
+    paths = write_world(world) if WORLD in json.dumps(values) else {}
 
     def placed(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: placed(inner) for name, inner in value.items()}
         if isinstance(value, list):
             return [placed(inner) for inner in value]
+        if isinstance(value, str) and value.startswith(SHIPPED):
+            folder = resources.files("d2lora") / "shipped"
+            return str(folder / value.removeprefix(SHIPPED))
         if isinstance(value, str) and value.startswith(WORLD):
             name = value.removeprefix(WORLD)
             if name not in paths:

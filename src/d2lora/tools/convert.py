@@ -1,7 +1,8 @@
-"""Converting an adapter: another rank or strength, mixed, or merged into the base.
+"""Converting an adapter: another rank, strength or dtype, mixed, or merged into the base.
 
     d2lora convert --adapter warm --rank 32 --out warm-32
     d2lora convert --adapter warm --mix warm2 warm3 --mix-weights 0.5 0.25 0.25 --out mixed
+    d2lora convert --adapter warm --dtype bfloat16 --out half-the-size
     d2lora convert --adapter adapter --merge --out model
 
 A higher rank leaves the function as it is, and the new directions train; a lower one is the best
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from d2lora.adapters.base import dtype_of
 from d2lora.adapters.card import write_manifest
 from d2lora.adapters.factors import Factors, extend, truncate
 from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -45,6 +47,8 @@ from d2lora.runtime.run_folder import (
 from d2lora.settings import ConvertSettings
 from d2lora.tools.merge import merge_into_base
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -58,15 +62,16 @@ class Conversion:
 
 
 def convert(settings: ConvertSettings) -> Conversion:
-    """Change an adapter's rank or strength, or merge it into its base.
+    """Change an adapter's rank, strength or dtype, or merge it into its base.
 
     Raises:
         SettingsError: If no conversion is asked for, or conflicting ones.
         ModelError: If the adapter cannot be converted, or the merge changes its outputs.
         RunError: If `out` is taken.
     """
-    if settings.merge == bool(settings.rank or settings.scale or settings.mix):
-        raise SettingsError("give --rank, --scale or --mix to convert, or --merge alone")
+    recast = settings.dtype != "auto" and not settings.merge
+    if settings.merge == bool(settings.rank or settings.scale or settings.mix or recast):
+        raise SettingsError("give --rank, --scale, --mix or --dtype to convert, or --merge alone")
     folder = Path(settings.adapter)
     with RunFolder.open(settings.out, "", whole=True):
         if settings.merge:
@@ -75,7 +80,7 @@ def convert(settings: ConvertSettings) -> Conversion:
 
 
 class _Reshaped(NamedTuple):
-    """An adapter's factors at another rank or strength."""
+    """An adapter's factors at another rank, strength or dtype."""
 
     layers: dict[str, Factors]
     rank: int
@@ -127,7 +132,7 @@ def _strength(settings: ConvertSettings) -> float:
 
 
 def _reshaped(layers: Mapping[str, Factors], settings: ConvertSettings) -> _Reshaped:
-    """Bring all layers to the rank and strength that are asked for."""
+    """Bring all layers to the rank, strength and dtype that are asked for."""
     before = len(next(iter(layers.values())).a)
     rank = settings.rank or before
     generator = torch.Generator().manual_seed(settings.seed)
@@ -139,7 +144,8 @@ def _reshaped(layers: Mapping[str, Factors], settings: ConvertSettings) -> _Resh
             new, energy[name] = truncate(old, rank)
         else:
             new = extend(old, rank, generator)
-        converted[name] = Factors(new.a, new.b * _strength(settings))
+        dtype = old.a.dtype if settings.dtype == "auto" else dtype_of(settings.dtype, _CPU)
+        converted[name] = Factors(new.a.to(dtype), (new.b * _strength(settings)).to(dtype))
     return _Reshaped(converted, rank, energy)
 
 
