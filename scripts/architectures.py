@@ -46,7 +46,8 @@ SMALL = {
     "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "n_layer": 2, "n_head": 4,
     "n_embd": 32, "n_inner": 40, "n_positions": 128, "d_model": 32, "d_ff": 40, "d_kv": 8,
-    "num_layers": 2, "num_heads": 4, "ffn_dim": 40, "decoder_layers": 2,
+    "num_layers": 2, "num_heads": 4, "num_encoder_layers": 2,
+    "num_decoder_layers": 2, "ffn_dim": 40, "decoder_layers": 2,
     "decoder_attention_heads": 4, "decoder_ffn_dim": 40, "encoder_layers": 2,
     "encoder_attention_heads": 4, "encoder_ffn_dim": 40, "q_lora_rank": 16, "kv_lora_rank": 16,
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1,
@@ -82,6 +83,7 @@ OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"]},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
@@ -116,7 +118,7 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32, **sizes: int) -> PreTrai
 def _config(kind: str, sizes: dict[str, int]) -> Any:
     made = CONFIG_MAPPING[kind]
     if "text_config" in (getattr(made, "sub_configs", None) or {}):
-        return made(text_config=sizes, **OWN.get(kind, {}))
+        return made(text_config={**sizes, **OWN.get(f"{kind}_text", {})}, **OWN.get(kind, {}))
     known = {*inspect.signature(made.__init__).parameters, *getattr(made, "attribute_map", {})}
     for parent in made.__mro__:
         known |= set(getattr(parent, "__annotations__", {}))

@@ -10,12 +10,13 @@ from d2lora.adapters.lora import LoraShape, attach_fresh
 from d2lora.adapters.targets import coverage, linear_names
 
 NOT_TINY = {
-    "bailing_hybrid", "blt", "cohere_compass_text", "dbrx", "dots1", "dots3_note", "gemma3",
-    "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified_assistant", "git", "got_ocr2",
-    "moss_transcribe_diarize", "musicgen", "musicgen_melody", "phi4_multimodal", "qwen4_exp",
-    "qwen4_exp_text", "reformer", "roc_bert", "zamba", "zamba2",
+    "bailing_hybrid", "blt", "cohere_compass_text", "dbrx", "deepseek_v4", "dots1", "dots3_note",
+    "gemma3", "gemma3n", "gemma3n_text", "gemma4", "gemma4_assistant", "gemma4_unified_assistant",
+    "git", "got_ocr2", "kimi_linear", "lfm3", "moss_transcribe_diarize", "musicgen",
+    "musicgen_melody", "phi4_multimodal", "qwen4_exp", "qwen4_exp_text", "reformer", "roc_bert",
+    "rwkv", "xlstm", "zamba", "zamba2",
 }  # fmt: skip
-"""Their configurations have sizes that are not made small here."""
+"""Not made small here: their configurations need more than sizes, or they fail by themselves."""
 COMMON = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2", "olmo3", "mixtral")
 
 
