@@ -1,6 +1,7 @@
 """Hold every causal language model of transformers against its own forward pass, and tabulate.
 
     python scripts/architectures.py > docs/reference/architectures.md
+    python scripts/architectures.py llama mixtral
 
 Each is built tiny, with random weights, from its configuration: odd shapes, attention windows
 shorter than the rows, several experts. Training, decoding, multiple choice and pairs, on the fast
@@ -301,7 +302,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     print(HEAD.format(version=transformers.__version__))
-    for kind in KINDS:
+    for kind in sys.argv[1:] or KINDS:
         try:
             found = held_against_itself(kind)
         except Exception as error:  # noqa: BLE001 - the table says that it was not tried
