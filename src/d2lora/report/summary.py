@@ -4,6 +4,7 @@ import math
 
 from rich.console import Console
 
+from d2lora.errors import counted
 from d2lora.report.examples import read_examples
 from d2lora.report.findings import (
     CI,
@@ -124,7 +125,8 @@ def show_answers(findings: Findings, n_rows: int, console: Console) -> None:
     texts, most = data["texts"], max(findings.plan.sizes)
     for task in data["tasks"].values():
         cells = [cell for cell in task["cells"] if cell["n"] in (0, most) and cell["seed"] == 0]
-        console.print(f"{task['title']}: the first {n_rows} test rows, n = {most}", style="bold")
+        shown = counted(min(n_rows, len(task["targets"])), "test row")
+        console.print(f"{task['title']}: the first {shown}, n = {most}", style="bold")
         for row, target in enumerate(task["targets"][:n_rows]):
             answers = [("true", target), *((cell["arm"], cell["outputs"][row]) for cell in cells)]
             for name, text in answers:
