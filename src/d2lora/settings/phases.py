@@ -38,6 +38,8 @@ class PhaseSettings(
     """Maximum number of training rows that eva, corda and lora_ga use."""
     validation_data: tuple[str, ...] = ()
     """Held-out rows for validation loss, instead of validation_fraction."""
+    measure_start: bool = True
+    """Whether to measure the base and the warm start on rows of the task before training."""
     resume: bool = False
     """Continue a killed run in `out`."""
     quiet: bool = False

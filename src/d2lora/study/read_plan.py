@@ -21,7 +21,7 @@ _FIXED = {"base", "revision", "dtype", "device", "threads", "out", "resume", "qu
 _FIXED_PAIRS = _FIXED | {"data", "adapter", "n", "seed", "task"}
 _FIXED_ADAPT = _FIXED | {
     "data", "init", "n", "seed", "validation_data", "validation_fraction", "fold", "task",
-    "stop_step", "eval_every",
+    "stop_step", "eval_every", "measure_start",
 }  # fmt: skip
 _LENGTHS = {"steps", "epochs"}
 

@@ -39,6 +39,7 @@ def adapt_settings(
         "seed": seed,
         "out": out,
         "quiet": True,
+        "measure_start": False,  # nothing that a study shows
         **values,
     }
     return AdaptSettings(**_of_one_length(settings))

@@ -169,7 +169,8 @@ def reference_name(
 
 def _start(phase: Phase) -> Start | None:
     """Report the losses of the base and the warm start on the task; fresh LoRA equals the base."""
-    if not phase.adapter.lineage or phase.settings.objective != "sft":
+    wanted = phase.settings.measure_start and phase.settings.objective == "sft"
+    if not wanted or not phase.adapter.lineage:
         return None
     start = losses_at_start(phase.adapter.model, phase.rows.train, phase.base.pad_id)
     phase.reporter.say(str(start))
