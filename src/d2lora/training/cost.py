@@ -126,18 +126,15 @@ class TrainingFlops:
             for weights in module.parameters(recurse=False)
             if weights.ndim == 3
         )
-        head_size = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
+        n_heads = getattr(config, "num_attention_heads", None) or 0  # Mamba has none
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // max(1, n_heads)
         if getattr(config, "qk_nope_head_dim", None):  # scores and values of different width
             of_scores = config.qk_nope_head_dim + config.qk_rope_head_dim
             head_size = (of_scores + config.v_head_dim) / 2
         return cls(
             n_linear=n_linear + round(n_experts),
             n_adapter=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            attention_width=round(
-                config.num_hidden_layers * config.num_attention_heads * head_size
-            ),
+            attention_width=round(config.num_hidden_layers * n_heads * head_size),
             n_head=config.vocab_size * config.hidden_size,
         )
 

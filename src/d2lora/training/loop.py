@@ -19,7 +19,7 @@ from torch.optim import AdamW
 from d2lora.adapters.base import causal_model
 from d2lora.adapters.lora import adamw
 from d2lora.data.batches import T, micro_batches
-from d2lora.errors import TrainingError
+from d2lora.errors import TrainingError, first_line
 from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import RunFolder
@@ -240,7 +240,16 @@ def _backward(loop: _Loop[T], items: Sequence[T]) -> dict[str, float]:
             accelerator.accumulate(scorer) if number == len(groups) else accelerator.no_sync(scorer)
         ):
             share = lesson.objective.share(scorer, group, items, lesson.pad_id)
-            accelerator.backward(share.loss * weight)
+            try:
+                accelerator.backward(share.loss * weight)
+            except RuntimeError as error:
+                if "inplace operation" not in str(error):
+                    raise
+                kind = type(causal_model(loop.model)).__name__
+                raise TrainingError(
+                    f"{kind} cannot be trained: its own forward pass overwrites what its gradient "
+                    f"needs ({first_line(error)})"
+                ) from None
         for name, value in {"loss": share.loss.detach(), **share.metrics}.items():
             total[name] = total[name] + value * weight if name in total else value * weight
     reduced = accelerator.reduce(torch.stack([total[name].float() for name in total]), "mean")
