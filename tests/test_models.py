@@ -72,7 +72,7 @@ def test_files_that_are_not_loaded_do_not_change_a_fingerprint(
             shutil.copy(other, folder / name)
         assert fingerprint_of(folder) == own
     next(sharded.glob("model-00002*")).unlink()
-    with pytest.raises(ModelError, match=r"1 file\(s\) of weights missing: model-00002"):
+    with pytest.raises(ModelError, match="1 file of weights missing: model-00002"):
         fingerprint_of(sharded)
     shutil.copy(other, sharded / "model.safetensors")  # which transformers takes first
     assert fingerprint_of(sharded) == fingerprint_of(Path(other_base))
