@@ -1,4 +1,4 @@
-"""Hold every causal language model of transformers against its own forward pass, and tabulate.
+"""Hold causal language models of transformers against their own forward pass, and tabulate.
 
     python scripts/architectures.py > docs/reference/architectures.md
     python scripts/architectures.py llama mixtral
@@ -61,6 +61,14 @@ SMALL = {
     "n_heads": 4, "lru_width": 32, "conv_dim": 32, "moe_ffn_hidden_size": 24,
 }  # fmt: skip
 """Every name that configurations have for a size."""
+NOT_TINY = {
+    "bailing_hybrid", "blt", "cohere_compass_text", "dbrx", "deepseek_v4", "dots1", "dots3_note",
+    "gemma3", "gemma3n", "gemma3n_text", "gemma4", "gemma4_assistant", "gemma4_unified_assistant",
+    "git", "got_ocr2", "kimi_linear", "lfm3", "moss_transcribe_diarize", "musicgen",
+    "musicgen_melody", "phi4_multimodal", "qwen4_exp", "qwen4_exp_text", "reformer", "roc_bert",
+    "rwkv", "xlstm", "zamba", "zamba2",
+}  # fmt: skip
+"""Not made small here: their configurations need more than sizes, or they fail by themselves."""
 _ALL_HEADS = (
     "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash "
     "minicpm3 youtu dots3_note_text"
@@ -287,9 +295,9 @@ def _farthest(known: Sequence[Sequence[float]], said: Sequence[Sequence[float]])
 
 HEAD = """# Architectures
 
-Every causal language model of transformers {version}, built tiny with random weights and held
-against its own forward pass: training loss and gradients, greedy completions of batches whose rows
-end at different times, multiple choice, pairs. Written by `scripts/architectures.py`; the same is a
+The causal language models of transformers {version}, built tiny with random weights and held
+against their own forward pass: training loss and gradients, greedy completions of batches whose
+rows end at different times, multiple choice, pairs. Written by `scripts/architectures.py`; the same is a
 test (`tests/test_architectures.py`).
 
 | architecture | training | decoding | adapter of `all-linear` |
@@ -302,16 +310,14 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     print(HEAD.format(version=transformers.__version__))
-    for kind in sys.argv[1:] or KINDS:
-        try:
-            found = held_against_itself(kind)
-        except Exception as error:  # noqa: BLE001 - the table says that it was not tried
-            print(f"not built here: {kind}: {error!r:.200}", file=sys.stderr)
-            continue
+    for kind in sys.argv[1:] or [kind for kind in KINDS if kind not in NOT_TINY]:
+        found = held_against_itself(kind)
         if found.refused:
             print(f"| {kind} | refused | | {found.refused.partition(': ')[2]} |")
         else:
             print(f"| {kind} | {found.training} | {found.decoding} | {found.adapted} |")
+    if not sys.argv[1:]:
+        print(f"\nNot tried: {', '.join(kind for kind in KINDS if kind in NOT_TINY)}.")
 
 
 if __name__ == "__main__":

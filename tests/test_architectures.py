@@ -1,23 +1,15 @@
-"""Every causal language model of transformers: its own numbers, or refused by name."""
+"""Causal language models of transformers: their own numbers, or refused by name."""
 
 import os
 import warnings
 
 import pytest
 import torch
-from architectures import KINDS, held_against_itself, tiny
+from architectures import KINDS, NOT_TINY, held_against_itself, tiny
 
 from d2lora.adapters.lora import LoraShape, attach_fresh
 from d2lora.adapters.targets import coverage, linear_names
 
-NOT_TINY = {
-    "bailing_hybrid", "blt", "cohere_compass_text", "dbrx", "deepseek_v4", "dots1", "dots3_note",
-    "gemma3", "gemma3n", "gemma3n_text", "gemma4", "gemma4_assistant", "gemma4_unified_assistant",
-    "git", "got_ocr2", "kimi_linear", "lfm3", "moss_transcribe_diarize", "musicgen",
-    "musicgen_melody", "phi4_multimodal", "qwen4_exp", "qwen4_exp_text", "reformer", "roc_bert",
-    "rwkv", "xlstm", "zamba", "zamba2",
-}  # fmt: skip
-"""Not made small here: their configurations need more than sizes, or they fail by themselves."""
 IN_CI = set(
     "bart bloom biogpt cohere ctrl deepseek_v3 falcon_h1 gemma2 gpt_neox granitemoehybrid lfm2 "
     "llama4_text mamba minimax nanochat openai-gpt opt qwen2_moe qwen3_5_text qwen3_next rembert "
