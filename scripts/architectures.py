@@ -297,8 +297,8 @@ HEAD = """# Architectures
 
 The causal language models of transformers {version}, built tiny with random weights and held
 against their own forward pass: training loss and gradients, greedy completions of batches whose
-rows end at different times, multiple choice, pairs. Written by `scripts/architectures.py`; the same is a
-test (`tests/test_architectures.py`).
+rows end at different times, multiple choice, pairs. Written by `scripts/architectures.py`; the same
+is a test (`tests/test_architectures.py`).
 
 | architecture | training | decoding | adapter of `all-linear` |
 |---|---|---|---|"""
