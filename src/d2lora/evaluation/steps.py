@@ -130,7 +130,10 @@ class Recomputed:
 def alone(causal: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """Return the logits behind one row as the model computes it, without padding or cache."""
     ids_1T = torch.tensor([list(ids)], device=causal.device)
-    return causal(input_ids=ids_1T, use_cache=False).logits[:, -1]
+    # The logits of every position of a long prompt may be gigabytes.
+    known = "logits_to_keep" in inspect.signature(causal.forward).parameters
+    last: dict[str, Any] = {"logits_to_keep": 1} if known else {}
+    return causal(input_ids=ids_1T, use_cache=False, **last).logits[:, -1]
 
 
 def steps_of(
