@@ -120,9 +120,10 @@ def test_scripts_without_spaces_count_signs(tmp_path: Path) -> None:
     assert contaminated_rows(pool(tmp_path, {"prompt": f"请说:{text}", "response": "a"}), test)
 
 
-def test_an_evaluation_row_without_a_prompt_is_reported_with_its_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"(?s)test.jsonl, line 1: no prompt and no text.*`label`"):
-        Guard(evaluation(tmp_path, {"label": "x"}))
+def test_rows_of_an_unknown_kind_are_compared_by_all_their_texts(tmp_path: Path) -> None:
+    test = evaluation(tmp_path, {"label": "x", "story": [{"body": LONG}, {"n": 1}]})
+    assert contaminated_rows(pool(tmp_path, {"prompt": f"Solve. {LONG}", "response": "72"}), test)
+    assert not contaminated_rows(pool(tmp_path, {"prompt": "Solve.", "response": "x"}), test)
 
 
 def test_adapt_takes_test_rows_out_and_says_so(

@@ -94,6 +94,8 @@ class Manifest(_Part):
     """What `d2lora convert` did to it, if anything."""
     kept_out: dict[str, Any] | None = None
     """Evaluation files that the rows were checked against, and how many were removed."""
+    labels: tuple[str, ...] | None = None
+    """What closed answers are chosen from; None: its task has none."""
     before_training: dict[str, Any] | None = None
     """Losses of the base and of the warm start on rows of the task, before any training on it."""
     adapted: str | None = None

@@ -42,6 +42,18 @@ def target_answer(text: str) -> str | None:
     return _value(found) if found else None
 
 
+def target_fault(answer: str) -> str | None:
+    """Return what is wrong with a target that must end in a number; None where nothing is."""
+    if "####" not in answer:
+        return "the answer must end in `#### N`; without it use --task instruct"
+    if target_answer(answer) is not None:
+        return None
+    return (
+        "the answer must end in `#### N`, one space and a number alone such as 42, 1,250, 0.5 or "
+        f"1/6; found {answer[answer.index('####') :].strip()!r:.60}"
+    )
+
+
 def strict_answer(text: str) -> str | None:
     """Return the number behind the first `#### ` that a number follows; None without one."""
     found = _STRICT.search(_plain(text))

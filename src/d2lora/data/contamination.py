@@ -9,7 +9,7 @@ of task rows cannot show.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ import xxhash
 
 from d2lora.data.choices import read_choice_question
 from d2lora.data.ngrams import Hashes, gram_hashes, word_hashes, words
-from d2lora.data.rows import BadRowError, Example, Fault, place
+from d2lora.data.rows import BadRowError, Example, Fault, place, user
 from d2lora.data.sources import Row, read_source
-from d2lora.data.tasks import read_prompt, task_of
+from d2lora.data.tasks import AUTO, task_of
 from d2lora.errors import DataError, counted, listed
 
 N_WORDS = 13
@@ -72,19 +72,25 @@ class _Item:
 class Guard:
     """Holds the texts of evaluation files, and finds training rows that overlap with them."""
 
-    def __init__(self, files: Sequence[str], n_words: int = N_WORDS) -> None:
-        """Read the evaluation files, of any kind of row that d2lora reads.
+    def __init__(
+        self, files: Sequence[str], n_words: int = N_WORDS, tasks: Mapping[str, str] | None = None
+    ) -> None:
+        """Read the evaluation files, of any kind of row.
 
         Args:
             files: Evaluation files or hub data sets.
             n_words: Consecutive shared words that make a leak. 0: only the same question counts.
+            tasks: File -> its task, as for `task_of`. Rows that this does not read, and those of
+                other files, are read as what their fields say, or as all their texts.
 
         Raises:
-            DataError: If a file cannot be read or holds rows without a prompt or text.
+            DataError: If a file cannot be read.
         """
         self.files = tuple(files)
         self.n_words = n_words
-        self._items = [item for name in files for item in _items(name)]
+        self._items = [
+            item for name in files for item in _items(name, (tasks or {}).get(name, AUTO))
+        ]
         self._questions = _without_common(
             (item.asked, number) for number, item in enumerate(self._items) if len(item.question)
         )  # fmt: skip
@@ -188,39 +194,40 @@ def normalized(text: str) -> list[str]:
     return [*words(text), *_OPERATOR.findall(text)]
 
 
-def _items(name: str) -> Iterator[_Item]:
+def _items(name: str, task: str) -> Iterator[_Item]:
     source = read_source(name)
-    faults = [str(fault) for fault in source.faults]
-    items: list[_Item] = []
+    if source.faults:
+        raise DataError(
+            f"{name}: {counted(len(source.faults), 'row')} cannot be checked for contamination:\n"
+            f"{listed([str(fault) for fault in source.faults])}"
+        )
     for row in source.rows:
-        example = _read(row)
-        if example is None:
-            fields = ", ".join(f"`{field}`" for field in row.values)
-            faults.append(f"{place(row.file, row.line)}: no prompt and no text; found {fields}")
-            continue
+        example = _read(row.values, task)
         asked = example.question if words(example.question) else example.text
         question, whole = word_hashes(words(asked)), word_hashes(words(example.text))
-        items.append(_Item(row.file, row.line, _digest(asked), question, whole))
-    if faults:
-        raise DataError(
-            f"{name}: {counted(len(faults), 'row')} cannot be checked for contamination:\n"
-            f"{listed(faults)}"
-        )
-    yield from items
+        yield _Item(row.file, row.line, _digest(asked), question, whole)
 
 
-def _read(row: Row) -> Example | None:
-    """Read an evaluation row, whatever its kind."""
-    values = row.values
-    readers: tuple[Any, ...] = (task_of("auto", values).read, _choice, read_prompt)
+def _read(values: dict[str, Any], task: str) -> Example:
+    """Read an evaluation row, whatever its kind; of an unknown one, all its texts."""
+    named, detected = task_of(task, values), task_of(AUTO, values)
+    readers: tuple[Any, ...] = (named.read, detected.read, _choice, named.ask, detected.ask)
     for read in readers:
         try:
             example: Example = read(values)
         except (BadRowError, ValueError, TypeError, KeyError):
             continue
         return example
-    return None
+    return Example((), "\n".join(_texts(values)))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _choice(values: dict[str, Any]) -> Example:
-    return read_prompt({"prompt": read_choice_question(values).prompt})
+    return Example(user(read_choice_question(values).prompt), "")

@@ -1,15 +1,19 @@
 """Reading raw rows from files of every kind: JSON Lines, JSON, CSV, TSV, Parquet, lines of text.
 
+All but Parquet may be compressed by gzip (`.jsonl.gz`).
+
 A row that cannot be read is a `Fault` beside the others; what spoils a whole file is a `DataError`.
 """
 
 import csv
+import zlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from d2lora.data.json_rows import read_json, read_json_lines
-from d2lora.data.rows import Fault, Row, kind_of, repeated
+from d2lora.data.opening import opened, opened_bytes
+from d2lora.data.rows import GZIP, Fault, Row, kind_of, repeated
 from d2lora.errors import DataError
 
 _PARQUET_ROWS = 4096
@@ -28,6 +32,8 @@ def file_items(path: Path) -> Iterator[Row | Fault]:
         with path.open("rb") as file:
             if file.read(len(_LFS)) == _LFS:
                 raise DataError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull`")
+        if path.suffix.lower() == GZIP and kind_of(path) == ".parquet":
+            raise DataError(f"{path}: Parquet is compressed by itself; run `gunzip` on it")
         yield from READERS[kind_of(path)](path)
 
 
@@ -37,7 +43,7 @@ def text_lines(path: Path) -> Iterator[str]:
     Raises:
         DataError: If it cannot be read, is not UTF-8, or has line ends of another kind.
     """
-    with _readable(path), path.open(encoding="utf-8-sig", newline="\n") as file:
+    with _readable(path), opened(path, "\n") as file:
         for number, line in enumerate(file, 1):
             text = line.removesuffix("\n").removesuffix("\r")
             if number == 1 and "\r" in text:
@@ -54,6 +60,8 @@ def _readable(path: Path) -> Generator[None]:
         yield
     except UnicodeDecodeError:
         raise DataError(_not_utf8(path)) from None
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path}: the gzip file is cut or damaged: {error}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -61,7 +69,7 @@ def _readable(path: Path) -> Generator[None]:
 def _not_utf8(path: Path) -> str:
     """Return a message on where a file stops being UTF-8."""
     before = 0
-    with path.open("rb") as file:
+    with opened_bytes(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode()
@@ -82,7 +90,7 @@ Record = tuple[int, list[str] | str]
 
 
 def _csv(path: Path) -> Iterator[Row | Fault]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with opened(path, "") as file:
         yield from _table(path, _csv_records(file))
 
 

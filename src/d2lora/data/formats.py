@@ -91,8 +91,8 @@ def beside(row: Fields, turns: Sequence[Message], inputs: Sequence[str] = ()) ->
         if extra := _optional(row, name):
             last = turns[-1]
             content = f"{last.content}\n\n{extra}"
-            n_fixed = last.n_fixed or len(content) - len(extra)
-            turns[-1] = replace(last, content=content, n_fixed=n_fixed)
+            own = (len(content) - len(extra), len(content))
+            turns[-1] = replace(last, content=content, fields=(*(last.fields or ()), own))
     return _after_system(row, [*_history(row), *turns])
 
 
@@ -240,8 +240,7 @@ class FormatsSeen:
 
     def add(self, formats: Sequence[Format], row: Fields) -> list[str]:
         """Note a row that was read in one of the formats; return the unused fields new in it."""
-        known = format_of(formats, row)
-        assert known is not None
+        known = format_of(formats, row) or formats[-1]
         self._formats[known.name] += 1
         beside = (name for name in known.reads if name in BESIDE and row.get(name))
         self._beside.update(dict.fromkeys(beside))

@@ -3,9 +3,11 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from d2lora.data.opening import opened
 from d2lora.data.rows import Fault, Row, repeated
 from d2lora.errors import DataError
 
@@ -15,7 +17,7 @@ _GAP = re.compile(r"[\s,:]*")
 
 def read_json_lines(path: Path) -> Iterator[Row | Fault]:
     """Read one object a line."""
-    with path.open(encoding="utf-8-sig") as file:
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             text = line.strip()
             if text:
@@ -74,12 +76,15 @@ def _half_character(values: dict[str, Any]) -> str | None:
 
 
 def read_json(path: Path) -> Iterator[Row | Fault]:
-    """Read a list of objects, or one in the field `data` of an object.
+    """Read a list of objects, be it in a field of an object, or an object of objects.
+
+    Of an object of objects each value is a row, with its name as `key` where it has no such field.
 
     Raises:
         DataError: If it is anything else.
     """
-    text = path.read_text(encoding="utf-8-sig")
+    with opened(path) as file:
+        text = file.read()
     try:
         value = _LENIENT.decode(text)
     except json.JSONDecodeError as error:
@@ -88,20 +93,47 @@ def read_json(path: Path) -> Iterator[Row | Fault]:
         raise DataError(f"{path}: not JSON: {error.msg} at {place}{hint}") from None
     except RecursionError:
         raise DataError(f"{path}: nested too deeply") from None
-    if isinstance(value, dict) and not isinstance(value.get("data"), list):
-        names = ", ".join(f"`{name}`" for name in list(value)[:5])
-        raise DataError(
-            f"{path}: expected a list of rows, found an object with {names or 'nothing'}; write "
-            "its rows as a list, or one a line in a .jsonl file"
-        )
     if not isinstance(value, dict | list):
         raise DataError(f"{path}: expected a list of rows, found {type(value).__name__}")
-    for number, row in enumerate(_row_texts(text), 1):
-        yield _parsed(str(path), number, row)
+    field = _field_of_rows(value, path) if isinstance(value, dict) else None
+    for number, (key, row) in enumerate(_row_texts(text, field), 1):
+        item = _parsed(str(path), number, row)
+        if key is not None and isinstance(item, Row):
+            item = replace(item, values={"key": key, **item.values})
+        yield item
 
 
-def _row_texts(text: str) -> Iterator[str]:
-    """Return the text of each row of valid JSON: a list of rows, or an object with it as `data`."""
+def _field_of_rows(value: dict[str, Any], path: Path) -> str | None:
+    """Return the field that holds the rows; None where every field is one.
+
+    Raises:
+        DataError: If neither is so.
+    """
+    lists = [name for name, rows in value.items() if _are_rows(rows)]
+    if isinstance(value.get("data"), list):
+        return "data"
+    if len(lists) == 1:
+        return lists[0]
+    if value and all(isinstance(row, dict) for row in value.values()):
+        return None
+    names = ", ".join(f"`{name}`" for name in list(value)[:5])
+    raise DataError(
+        f"{path}: expected a list of rows, found an object with {names or 'nothing'}; write its "
+        "rows as a list, or one a line in a .jsonl file"
+    )
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+
+
+def _row_texts(text: str, field: str | None) -> Iterator[tuple[str | None, str]]:
+    """Return the text of each row of valid JSON, with its name in an object of objects.
+
+    Args:
+        text: A list of rows, or an object.
+        field: The field of the object that holds the list; None: all its fields are rows.
+    """
 
     def after_gap(at: int) -> int:
         match = _GAP.match(text, at)
@@ -113,13 +145,18 @@ def _row_texts(text: str) -> Iterator[str]:
         return value, after_gap(end)
 
     at = after_gap(0)
-    if text[at] == "{":
+    in_object = text[at] == "{"
+    if in_object and field is not None:
         key, at = decoded(after_gap(at + 1))
-        while key != "data" or text[at] != "[":
+        while key != field or text[at] != "[":
             _, at = decoded(at)
             key, at = decoded(at)
+        in_object = False
     at = after_gap(at + 1)
-    while text[at] != "]":
+    while text[at] not in "]}":
+        key = None
+        if in_object:
+            key, at = decoded(at)
         begin = at
         _, at = decoded(at)
-        yield text[begin:at].rstrip(" \t\r\n,")
+        yield key, text[begin:at].rstrip(" \t\r\n,")

@@ -1,19 +1,20 @@
 """Rows that say which of two completions is better.
 
 The formats of TRL: `prompt`, `chosen` and `rejected` as text; the same as lists of turns; or whole
-conversations in `chosen` and `rejected` that differ in the last answer. A text prompt in the form
-of hh-rlhf (`Human: ... Assistant:`) is read as turns. `system`, `history` and `context` are read as
-beside any question.
+conversations in `chosen` and `rejected` that differ in the last answer, as turns or as texts in the
+form of hh-rlhf (`Human: ... Assistant: ...`). A text prompt in that form is read as turns.
+`system`, `history` and `context` are read as beside any question.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from d2lora.data.formats import beside, learnt
+from d2lora.data.formats import BESIDE, Format, beside, learnt
 from d2lora.data.rows import BadRowError, Example, Message, Role, fields_of, text_field, user
 from d2lora.data.turns import turns_of
 
+PREFERENCES = Format("preferences", ("chosen", "rejected"), ("prompt", *BESIDE))
 _SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
@@ -30,6 +31,7 @@ def read_preference(row: Mapping[str, Any]) -> Example:
                 f"a preference row has `prompt`, `chosen` and `rejected`; `{name}` is missing; "
                 f"found {fields_of(row)}"
             )
+    row = _as_turns(row)
     prompt = _prompt(row)
     chosen, rejected = (_answer(row, name, prompt) for name in ("chosen", "rejected"))
     if prompt is None:
@@ -41,12 +43,24 @@ def read_preference(row: Mapping[str, Any]) -> Example:
     return Example(beside(row, prompt), chosen, rejected=rejected)
 
 
+def _as_turns(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row whose two texts are whole dialogues with these as turns."""
+    names = ("chosen", "rejected")
+    if "prompt" in row or not all(isinstance(row[name], str) for name in names):
+        return row
+    turns = {name: _dialogue_turns(row[name]) for name in names}
+    if not all(own and own[-1].role == "assistant" for own in turns.values()):
+        return row
+    return {**row, **{name: [turn.to_dict() for turn in own] for name, own in turns.items()}}
+
+
 def _prompt(row: Mapping[str, Any]) -> tuple[Message, ...] | None:
     """Return the prompt; None where the conversations in `chosen` and `rejected` hold it."""
     if "prompt" not in row:
         if isinstance(row["chosen"], str):
             raise BadRowError(
-                "field `prompt` is missing; only lists of turns hold their own prompt; "
+                "field `prompt` is missing; only lists of turns, or dialogues "
+                "`Human: ... Assistant: ...`, hold their own prompt; "
                 f"found {fields_of(row)}"
             )
         return None
@@ -82,17 +96,16 @@ def _common_prompt(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[M
 
 def dialogue(text: str) -> tuple[Message, ...]:
     """Return a text prompt as turns: those of hh-rlhf's dialogues, else one user's turn."""
+    turns = _dialogue_turns(text)
+    is_prompt = len(turns) > 1 and turns[-1].role == "assistant" and not turns[-1].content
+    return tuple(turns[:-1]) if is_prompt else user(text)
+
+
+def _dialogue_turns(text: str) -> list[Message]:
+    """Return the turns of a dialogue of hh-rlhf; none where it is not one."""
     pieces = _TURN.split(text.strip())
     names, contents = pieces[1::2], [piece.strip() for piece in pieces[2::2]]
-    is_dialogue = (
-        pieces[0] == ""
-        and len(names) > 1
-        and names[0] == "Human"
-        and names[-1] == "Assistant"
-        and contents[-1] == ""
-        and all(contents[:-1])
-    )
-    if not is_dialogue:
-        return user(text)
-    turns = zip(names[:-1], contents[:-1], strict=True)
-    return tuple(Message(_SPEAKERS[name], content) for name, content in turns)
+    if pieces[0] != "" or not names or names[0] != "Human" or not all(contents[:-1]):
+        return []
+    turns = zip(names, contents, strict=True)
+    return [Message(_SPEAKERS[name], content) for name, content in turns]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
+Span = tuple[int, int]
+GZIP = ".gz"
 _LINED = (".jsonl", ".csv", ".tsv")
 """Kinds of files whose rows are known by a line."""
 
@@ -21,8 +23,9 @@ class Message:
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What a chat template may show beside: `tool_calls` of an assistant; of a tool its `name` and
     the `tool_call_id` that it answers."""
-    n_fixed: int = field(default=0, compare=False)
-    """Signs of an instruction at the start of the content, which no length limit cuts."""
+    fields: tuple[Span, ...] | None = field(default=None, compare=False)
+    """Where the content holds what a row brings; the rest is instruction, which no length limit
+    cuts. None: all of it."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the turn as a chat template gets it."""
@@ -53,6 +56,8 @@ class Example:
     row: int = 0
     rejected: str | None = None
     """The worse completion, where the row is a preference and `completion` the chosen one."""
+    references: tuple[str, ...] = ()
+    """Other right answers than `completion`, for scoring."""
     place: str = field(default="", compare=False)
     """Where the row stands, for messages: file and line."""
 
@@ -100,8 +105,9 @@ class Fault:
 
 
 def kind_of(path: Path) -> str:
-    """Return a file's suffix, `.JSONL` as `.jsonl`."""
-    return path.suffix.lower()
+    """Return a file's suffix, `.JSONL` and `.jsonl.gz` as `.jsonl`."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix == GZIP else suffix
 
 
 def place(file: str, line: int) -> str:
@@ -138,7 +144,7 @@ def fields_of(row: Mapping[str, Any]) -> str:
 def user(text: str, instruction: str = "") -> tuple[Message, ...]:
     """Return a prompt of one user's turn; an empty line parts an instruction and a text."""
     fixed = f"{instruction}\n\n" if instruction else ""
-    return (Message("user", fixed + text, n_fixed=len(fixed)),)
+    return (Message("user", fixed + text, fields=((len(fixed), len(fixed + text)),)),)
 
 
 def repeated(names: Iterable[str]) -> str:

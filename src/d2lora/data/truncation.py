@@ -1,18 +1,17 @@
 """Rows longer than the limit lose the middle of their longest field.
 
-Fields are what a row brings: its turns, the part of a turn that follows an instruction, the
-answers. The instruction, system turns and the chat template stay whole. The head and the tail of a
-field stay, so a text keeps its opening and a question its end.
+Fields are what a row brings: its turns, the parts of a turn that stand between an instruction's
+words, the answers. The instruction, system turns and the chat template stay whole. The head and
+the tail of a field stay, so a text keeps its opening and a question its end.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from d2lora.data.rows import Example
+from d2lora.data.rows import Example, Message, Span
 from d2lora.errors import DataError
 
-Span = tuple[int, int]
 _LEAST = 8
 """A field of so few tokens is left alone as long as an instruction could be cut instead."""
 
@@ -57,11 +56,11 @@ def fitted(
 
 
 def _fields(example: Example) -> list[_Field]:
-    found: list[_Field] = []
-    for place, turn in enumerate(example.prompt):
-        if turn.role != "system":
-            fixed, text = turn.content[: turn.n_fixed], turn.content[turn.n_fixed :]
-            found.append(_Field(text, _turn_put(example, place, fixed, "")))
+    found = [
+        _part(example, place, span)
+        for place, turn in enumerate(example.prompt)
+        for span in _spans_of(turn)
+    ]
     if example.completion:
         found.append(_Field(example.completion, lambda text: replace(example, completion=text)))
     if example.rejected:
@@ -69,23 +68,36 @@ def _fields(example: Example) -> list[_Field]:
     return found
 
 
+def _spans_of(turn: Message) -> tuple[Span, ...]:
+    if turn.role == "system":
+        return ()
+    return ((0, len(turn.content)),) if turn.fields is None else turn.fields
+
+
 def _instructions(example: Example) -> list[_Field]:
     found: list[_Field] = []
     for place, turn in enumerate(example.prompt):
-        n_fixed = len(turn.content) if turn.role == "system" else turn.n_fixed
-        text, rest = turn.content[:n_fixed], turn.content[n_fixed:]
-        found.append(_Field(text, _turn_put(example, place, "", rest)))
+        edges = [0, *(edge for span in _spans_of(turn) for edge in span), len(turn.content)]
+        between = zip(edges[::2], edges[1::2], strict=True)
+        found += [_part(example, place, span) for span in between if span[0] < span[1]]
     return found
 
 
-def _turn_put(example: Example, place: int, before: str, after: str) -> Callable[[str], Example]:
-    def put(text: str) -> Example:
-        turns = list(example.prompt)
-        n_fixed = len(before) or len(text) * bool(after)
-        turns[place] = replace(turns[place], content=before + text + after, n_fixed=n_fixed)
-        return replace(example, prompt=tuple(turns))
+def _part(example: Example, place: int, span: Span) -> _Field:
+    """Return a part of a turn."""
+    turn, (begin, end) = example.prompt[place], span
 
-    return put
+    def put(text: str) -> Example:
+        by = len(text) - (end - begin)
+        spans = tuple((b + by * (b >= end), e + by * (e >= end)) for b, e in _spans_of(turn))
+        content = turn.content[:begin] + text + turn.content[end:]
+        system = turn.role == "system"
+        other = replace(turn, content=content, fields=None if system else spans)
+        return replace(
+            example, prompt=(*example.prompt[:place], other, *example.prompt[place + 1 :])
+        )
+
+    return _Field(turn.content[begin:end], put)
 
 
 def _without_middle(text: str, spans: Sequence[Span], n_cut: int) -> str:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,10 +25,24 @@ from d2lora.data.sources import BAD_ROWS, write_bad_rows
 from d2lora.data.tasks import TaskData
 from d2lora.data.trained_rows import TrainedRows, places
 from d2lora.errors import SettingsError, counted
-from d2lora.evaluation.measure import BASE, Measured, TestSets, check_rows, measure
-from d2lora.evaluation.metrics import SCORERS, columns_of
+from d2lora.evaluation.closed import calibration_error
+from d2lora.evaluation.measure import (
+    BASE,
+    Measured,
+    TestSets,
+    check_rows,
+    labels_known,
+    measure,
+)
 from d2lora.evaluation.scores import Evaluation, Forgetting, forgetting_table, scores_of_adapters
-from d2lora.evaluation.stats import Difference, Interval, mean_interval, paired_difference
+from d2lora.evaluation.stats import (
+    Difference,
+    Interval,
+    difference_of,
+    interval_of,
+    mean_interval,
+    paired_difference,
+)
 from d2lora.runtime.console import Reporter, table_console
 from d2lora.runtime.run_folder import (
     SETTINGS,
@@ -71,6 +86,8 @@ def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str
     for name in names:
         if name != BASE and (warning := check_fit(Path(name), base)):
             reporter.say(warning)
+    folders = [Path(name) for name in names if name != BASE]
+    sets = replace(sets, labels=labels_known(sets, folders, reporter.say))
     check_rows(names, base, sets, settings)
     trained_on = _trained_on(names, base, sets, reporter)
     _check_lengths(sets.task, base, settings, reporter)
@@ -90,7 +107,7 @@ def _check_lengths(
     task: TaskData | None, base: Base, settings: EvaluateSettings, reporter: Reporter
 ) -> None:
     """Warn of gold answers that are too long to be generated."""
-    if task is None or task.task.score not in SCORERS:
+    if task is None or task.task.answers != "open":
         return
     encoder = Encoder.of(base, settings.chat_format)
     beyond = answers_beyond(encoder, task.examples[: settings.limit], settings.max_new_tokens)
@@ -129,26 +146,37 @@ def _trained_on(
 def _evaluated(
     measured: dict[str, Measured], task: TaskData | None, named: Sequence[str]
 ) -> Evaluation:
-    records = pd.DataFrame([record for raw in measured.values() for record in raw.records])
+    records = pd.DataFrame([record for raw in measured.values() for record in raw.task.records])
     scores: dict[str, dict[str, Interval]] = {}
     differences: dict[str, dict[str, Difference]] = {}
     if task is not None:
-        columns = columns_of(task.task.score)
-        table = {
-            name: {c: np.array([record[c] for record in measured[name].records]) for c in columns}
-            for name in named
+        scored = {name: measured[name].task for name in named}
+        scores = {
+            name: {column: interval_of(values) for column, values in own.columns.items()}
+            for name, own in scored.items()
         }
-        for name in table:
-            scores[name] = {c: mean_interval(table[name][c]) for c in columns}
-        first = table[named[0]]
-        for name in list(table)[1:]:
-            differences[name] = {
-                c: paired_difference(first[c][None], table[name][c][None]) for c in columns
-            }
+        first = scored[named[0]].columns
+        for name in named[1:]:
+            columns = scored[name].columns
+            differences[name] = {c: difference_of(first[c], columns[c]) for c in columns}
+    calibration = {
+        name: error
+        for name, raw in measured.items()
+        if (error := _calibration(raw.task.records)) is not None
+    }
     reference = measured.get(BASE)
     forgetting = {name: _forgetting(raw, reference) for name, raw in measured.items()}
     passes = {name: raw.fast_passes for name, raw in measured.items()}
-    return Evaluation(records, scores, differences, forgetting, passes)
+    return Evaluation(records, scores, differences, forgetting, passes, calibration=calibration)
+
+
+def _calibration(records: Sequence[dict[str, Any]]) -> float | None:
+    """Return the calibration error of closed answers; None of others."""
+    if not records or "confidence" not in records[0]:
+        return None
+    confidence = np.array([record["confidence"] for record in records])
+    right = np.array([float(record["output"] == record["target"]) for record in records])
+    return calibration_error(confidence, right)
 
 
 def _forgetting(raw: Measured, base: Measured | None) -> Forgetting:

@@ -132,7 +132,11 @@ def _examples(settings: GenerateSettings) -> list[Example]:
         numbered = [(n, line) for n, line in enumerate(text_lines(path), 1) if line.strip()]
         prompts = [Example(user(t), "", place=f"{path}, line {number}") for number, t in numbered]
     else:
-        prompts = list(read_task([settings.prompts], "prompts", say=Reporter().say).examples)
+        prompts = list(
+            read_task(
+                [settings.prompts], settings.task, say=Reporter().say, prompts_only=True
+            ).examples
+        )
     if not prompts:
         raise DataError(f"{path}: the file holds no prompts")
     return prompts

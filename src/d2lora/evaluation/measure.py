@@ -1,6 +1,7 @@
 """base + one adapter + test rows -> records of rows, held-out general loss, multiple choice."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,22 @@ import numpy as np
 from torch import nn
 
 from d2lora.adapters.base import Base
+from d2lora.adapters.manifest import Manifest, has_manifest
 from d2lora.data.batches import Question
 from d2lora.data.choices import ChoiceData, ChoiceQuestion, read_choice_questions
 from d2lora.data.encode import Encoder
-from d2lora.data.encoded_sets import encode_all, encode_pairs, encode_prompts, every
+from d2lora.data.encoded_sets import Prompts, encode_all, encode_pairs, encode_prompts, every
 from d2lora.data.rows import Example, Fault, Message
-from d2lora.data.tasks import Say, TaskData, read_task
+from d2lora.data.tasks import Say, TaskData, labels_of, read_task, with_references
 from d2lora.data.trained_rows import TestRow
-from d2lora.errors import DataError, listed
+from d2lora.errors import DataError, SettingsError, listed
+from d2lora.evaluation.closed import choose_labels
+from d2lora.evaluation.closed import questions_of as label_questions
+from d2lora.evaluation.counts import Column, per_row
 from d2lora.evaluation.decoding import Decoder, check_room
 from d2lora.evaluation.generate import adapted, chat_format_of, decode
-from d2lora.evaluation.metrics import MAIN_SCORE, SCORERS, preference
+from d2lora.evaluation.metrics import Scored, measure_all, metrics_named, preference
+from d2lora.evaluation.shots import chosen_shots, with_shots
 from d2lora.runtime.console import Reporter
 from d2lora.scoring.multiple_choice import continuation_scores
 from d2lora.scoring.pairs import pair_log_probabilities
@@ -38,8 +44,10 @@ class TestSets:
     task: TaskData | None
     general: list[Example]
     choices: list[ChoiceQuestion]
-    whole_prompts: bool = False
-    """Generate from prompts as they are, whatever the length limit."""
+    labels: tuple[str, ...] = ()
+    """What closed answers are chosen from; empty: not known from the data."""
+    shots: Sequence[Example] = ()
+    """Worked examples to show before each prompt, whole whatever the length limit."""
     rows: list[TestRow] = field(default_factory=list[TestRow])
     """All of them with their places, as they are in the files."""
     faults: list[Fault] = field(default_factory=list[Fault])
@@ -54,9 +62,17 @@ class TestSets:
         """
         skip_bad = settings.skip_bad_rows
         task = general = choices = None
+        training = None
         if settings.data:
             task = read_task(settings.data, settings.task, skip_bad=skip_bad, say=say)
-        if task is not None and task.task.score not in MAIN_SCORE:
+            task = with_references(task)
+        if settings.training_data:
+            training = read_task(settings.training_data, settings.task, skip_bad=skip_bad)
+        elif settings.shots:
+            raise SettingsError("--shots needs the rows to show: give --training-data")
+        if task is not None and task.task.metrics:
+            metrics_named(task.task.metrics, task.task.named.folder)  # they are there, and load
+        if task is not None and task.task.answers == "none":
             raise DataError(
                 f"task {task.task.name} has no answers to score; give the rows as --general-text"
             )
@@ -73,9 +89,37 @@ class TestSets:
             task,
             list(general.examples) if general else [],
             choices.questions if choices else [],
+            _labels(task, training),
+            chosen_shots(training.examples, settings.shots, settings.shots_seed)
+            if training and settings.shots
+            else (),
             rows=rows,
             faults=[fault for data in (task, general, choices) if data for fault in data.faults],
         )
+
+
+def _labels(task: TaskData | None, training: TaskData | None) -> tuple[str, ...]:
+    """Return the labels that the card lists or that training rows have."""
+    if task is None or task.task.answers != "closed":
+        return ()
+    return labels_of(training) if training else task.task.card.labels
+
+
+def labels_known(sets: TestSets, adapters: Sequence[Path], say: Say) -> tuple[str, ...]:
+    """Return the labels to choose from: the data's, else the adapters', else the test rows'."""
+    task = sets.task
+    if task is None or task.task.answers != "closed" or sets.labels:
+        return sets.labels
+    manifests = [Manifest.read(folder) for folder in adapters if has_manifest(folder)]
+    trained = {label for manifest in manifests for label in manifest.labels or ()}
+    if trained:
+        return tuple(sorted(trained))
+    labels = labels_of(task)
+    say(
+        f"warning: the {len(labels)} labels to choose from are those of the test rows, and others "
+        "may exist; give training rows as --training-data, or `labels` in the task card"
+    )
+    return labels
 
 
 def _placed(use: str, data: TaskData | None, limit: int | None) -> list[TestRow]:
@@ -102,10 +146,20 @@ def _digests(data: TaskData | ChoiceData) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class TaskScores:
+    """What is measured on the task's test rows."""
+
+    records: list[dict[str, Any]]
+    """One per row, with its scores."""
+    columns: dict[str, Column]
+    """The scores, the main one first."""
+
+
+@dataclass(frozen=True)
 class Measured:
     """What is measured of one adapter."""
 
-    records: list[dict[str, Any]]
+    task: TaskScores
     general_loss: float | None
     right: np.ndarray[tuple[int], np.dtype[np.float64]] | None
     """1 for each multiple-choice question answered right, else 0."""
@@ -136,28 +190,106 @@ def _score_task(
     sets: TestSets,
     settings: EvaluateSettings,
     reporter: Reporter,
-) -> list[dict[str, Any]]:
+) -> TaskScores:
     data = sets.task
     if data is None:
-        return []
+        return TaskScores([], {})
     examples = data.examples[: settings.limit]
-    if data.task.score == "preference":
+    if data.task.answers == "pairs":
         return _score_preferences(model, base, encoder, name, examples, settings, reporter)
-    scorer = SCORERS[data.task.score]
+    if data.task.answers == "closed":
+        return _score_closed(model, base, encoder, name, sets, settings, reporter)
     decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size)
-    overlong = "error" if sets.whole_prompts else settings.overlong
-    prompts = encode_prompts(encoder, examples, settings.max_length, overlong)
+    prompts = _prompts(encoder, sets, settings)
     _say(prompts.report(settings.max_length), reporter)
     places = [example.place for example in examples]
     _say(check_room(prompts.ids, places, model, settings.max_new_tokens), reporter)
-    records: dict[int, dict[str, Any]] = {}
+    outputs: dict[int, tuple[str, int]] = {}
     with reporter.bar("generating", len(examples)) as bar:
         for index, ids in decoder.complete(prompts.ids):
-            records[index] = _record(
-                name, index, examples[index], decode(base, ids), len(ids), scorer
-            )
-            bar.update(len(records))
-    return [records[index] for index in range(len(examples))]
+            outputs[index] = decode(base, ids), len(ids)
+            bar.update(len(outputs))
+    said = [outputs[index] for index in range(len(examples))]
+    columns = _columns(data, [output for output, _ in said])
+    records = [
+        {**_record(name, index, example, output), "n_output_tokens": n_tokens}
+        for index, (example, (output, n_tokens)) in enumerate(zip(examples, said, strict=True))
+    ]
+    return TaskScores(_with_scores(records, columns), columns)
+
+
+def _score_closed(
+    model: nn.Module,
+    base: Base,
+    encoder: Encoder,
+    name: str,
+    sets: TestSets,
+    settings: EvaluateSettings,
+    reporter: Reporter,
+) -> TaskScores:
+    """Record the likeliest label of each row, and how sure the model is of it."""
+    data = sets.task
+    assert data is not None
+    examples = data.examples[: settings.limit]
+    prompts = _prompts(encoder, sets, settings)
+    _say(prompts.report(settings.max_length), reporter)
+    chosen = choose_labels(model, base, encoder, examples, prompts.ids, sets.labels)
+    columns = _columns(data, [one.label for one in chosen])
+    records = [
+        {**_record(name, index, example, one.label), "confidence": one.confidence}
+        for index, (example, one) in enumerate(zip(examples, chosen, strict=True))
+    ]
+    return TaskScores(_with_scores(records, columns), columns)
+
+
+def _prompts(encoder: Encoder, sets: TestSets, settings: EvaluateSettings) -> Prompts:
+    """Return the prompts of the task's test rows as token ids."""
+    assert sets.task is not None
+    examples = sets.task.examples[: settings.limit]
+    if not sets.shots:
+        return encode_prompts(encoder, examples, settings.max_length, settings.overlong)
+    prompted = with_shots(encoder, examples, sets.shots, settings.max_new_tokens)
+    return encode_prompts(encoder, prompted, settings.max_length, "error")
+
+
+def _columns(data: TaskData, outputs: Sequence[str]) -> dict[str, Column]:
+    """Return the scores of the first rows' outputs by the task's metrics, the main one first.
+
+    Raises:
+        D2LoraError: If a metric of the user's own cannot be used, or a target is not what a metric
+            compares with.
+    """
+    scored = [
+        Scored(
+            without_thoughts(output, data.task.card.thoughts),
+            example.completion,
+            (example.completion, *example.references),
+            row.values,
+        )
+        for output, example, row in zip(outputs, data.examples, data.rows, strict=False)
+    ]
+    return measure_all(metrics_named(data.task.metrics, data.task.named.folder), scored)
+
+
+def _with_scores(records: list[dict[str, Any]], columns: dict[str, Column]) -> list[dict[str, Any]]:
+    """Add its score by every column to each row's record."""
+    values = {name: per_row(column).tolist() for name, column in columns.items()}
+    return [
+        {**record, **{name: own[index] for name, own in values.items()}}
+        for index, record in enumerate(records)
+    ]
+
+
+def without_thoughts(output: str, marks: str) -> str:
+    """Return an output without what stands between two marks; a thought without end is all of it.
+
+    Where a template has opened the thought itself, the output holds the closing mark alone.
+    """
+    if not marks:
+        return output
+    opening, closing = marks.split()
+    left = re.sub(f"{re.escape(opening)}.*?{re.escape(closing)}", "", output, flags=re.DOTALL)
+    return left.rpartition(closing)[2].partition(opening)[0].strip()
 
 
 def check_rows(
@@ -172,12 +304,14 @@ def check_rows(
     folders = [None if name == BASE else Path(name) for name in names]
     for chat_format in {chat_format_of(folder, settings.chat_format) for folder in folders}:
         encoder = Encoder.of(base, chat_format)
-        if data is not None and data.task.score != "preference":
+        if data is not None and data.task.answers in ("open", "closed"):
             examples = data.examples[: settings.limit]
-            overlong = "error" if sets.whole_prompts else settings.overlong
-            prompts = encode_prompts(encoder, examples, settings.max_length, overlong)
-            places = [example.place for example in examples]
-            check_room(prompts.ids, places, base.model, settings.max_new_tokens)
+            prompts = _prompts(encoder, sets, settings)
+            if data.task.answers == "closed":
+                label_questions(encoder, examples, prompts.ids, sets.labels)
+            else:
+                places = [example.place for example in examples]
+                check_room(prompts.ids, places, base.model, settings.max_new_tokens)
         questions_of(encoder, sets.choices)
 
 
@@ -189,7 +323,7 @@ def _score_preferences(
     examples: Sequence[Example],
     settings: EvaluateSettings,
     reporter: Reporter,
-) -> list[dict[str, Any]]:
+) -> TaskScores:
     """Record how likely both completions of each pair are; over-long rows follow the settings."""
     encoded = encode_pairs(encoder, examples, settings.max_length, settings.overlong)
     _say(encoded.report(settings.max_length), reporter)
@@ -210,25 +344,19 @@ def _score_preferences(
                 **preference((chosen, rejected), lengths),
             }
         )
-    return records
+    names = preference((0.0, 0.0), (1, 1))
+    columns = {name: np.array([record[name] for record in records]) for name in names}
+    return TaskScores(records, dict[str, Column](columns))
 
 
-def _record(
-    name: str,
-    index: int,
-    example: Example,
-    output: str,
-    n_tokens: int,
-    scorer: Callable[[str, str], dict[str, float]],
-) -> dict[str, Any]:
+def _record(name: str, index: int, example: Example, output: str) -> dict[str, Any]:
     return {
         "adapter": name,
         "row": index,
         "prompt": example.prompt[-1].content,
         "target": example.completion,
+        **({"references": list(example.references)} if example.references else {}),
         "output": output,
-        "n_output_tokens": n_tokens,
-        **scorer(output, example.completion),
     }
 
 

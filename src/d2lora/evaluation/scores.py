@@ -31,6 +31,8 @@ class Evaluation:
     forgetting: dict[str, Forgetting]
     fast_passes: dict[str, list[str]]
     """Adapter -> names of the fast paths that were used."""
+    calibration: dict[str, float] = field(default_factory=dict[str, float])
+    """Adapter -> expected calibration error, where answers are closed."""
     trained_on: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     """Adapter -> set (`task`, `general_text`, `choices`) -> rows of it that it was trained on."""
 
@@ -39,6 +41,7 @@ class Evaluation:
         return {
             "scores": _plain(self.scores),
             "differences_to_first": _plain(self.differences),
+            "calibration_error": self.calibration,
             "forgetting": {name: asdict(f) for name, f in self.forgetting.items()},
             "fast_passes": self.fast_passes,
             "trained_on": self.trained_on,
@@ -56,8 +59,12 @@ def scores_of_adapters(evaluation: Evaluation) -> Table:
     table.add_column("adapter", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right")
+    if evaluation.calibration:
+        table.add_column("calibration error", justify="right")
     for name, scores in evaluation.scores.items():
         cells = [_percent(scores[column]) for column in columns]
+        if name in evaluation.calibration:
+            cells.append(f"{100 * evaluation.calibration[name]:.1f}")
         table.add_row(name, *cells)
     for name, by_score in evaluation.differences.items():
         first = next(iter(evaluation.scores))

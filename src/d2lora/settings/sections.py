@@ -11,7 +11,6 @@ ChatFormat = Literal["auto", "template", "plain"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["linear", "cosine", "constant"]
-TaskName = Literal["auto", "gsm8k", "titles", "instruct", "text", "preferences"]
 SelectMethod = Literal[
     "auto", "random", "stratified", "diverse", "similar", "dsir", "gradient", "perplexity",
     "mixture",
@@ -63,8 +62,10 @@ class BaseSettings(Settings):
 class FormatSettings(Settings):
     """How rows become token ids."""
 
-    task: TaskName = "auto"
-    """How rows are read and scored. auto: detected from the fields of the first row."""
+    task: str = "auto"
+    """How rows are read, shown and scored: a task card (a YAML file) or the name of one that ships
+    (gsm8k, titles, instruct, text, preferences, ...). auto: detected from the fields of the first
+    row."""
     chat_format: ChatFormat | None = None
     """template: the tokenizer's chat template; plain: `User: ...` / `Assistant: ...`; auto: the
     template where there is one. None: that of the warm start or adapter, else auto."""

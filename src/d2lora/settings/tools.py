@@ -14,7 +14,6 @@ from d2lora.settings.sections import (
     GenerationSettings,
     HygieneSettings,
     SelectMethod,
-    TaskName,
 )
 
 
@@ -46,8 +45,11 @@ class SelectSettings(BaseSettings, HygieneSettings):
     """gradient: optimizer steps, of 16 rows, of its preliminary warm-up."""
     gradient_width: int = Field(default=4096, ge=64)
     """gradient: dimensions that gradients are projected to."""
-    task: TaskName = "auto"
-    """How pool rows are read. auto: detected from the fields of the first row."""
+    task: str = "auto"
+    """How rows of the pool are read: a task card or the name of one that ships. auto: detected
+    from the fields of the first row."""
+    task_of_examples: str = "auto"
+    """The same for the rows of for_task."""
     chat_format: ChatFormat | None = None
     """template, plain or auto, as for warmup. None: auto."""
     cache: Path | None = None
@@ -69,6 +71,15 @@ class EvaluateSettings(BaseSettings, FormatSettings, GenerationSettings):
     """Test rows of the task."""
     limit: int | None = Field(default=None, ge=1)
     """Score only the first rows of the task. None: all."""
+    training_data: tuple[str, ...] = ()
+    """Training rows of the task. Closed answers are chosen from theirs, where the card lists no
+    labels; without these rows from the labels that the adapters were trained with, else from those
+    of the test rows."""
+    shots: int = Field(default=0, ge=0)
+    """Rows of training_data to show, question and answer, before each prompt; as many of them as
+    the base has room for."""
+    shots_seed: int = Field(default=0, ge=0)
+    """Seed of the choice of these rows."""
     general_text: tuple[str, ...] = ()
     """Held-out general rows; forgetting is the change of loss on them."""
     choices: tuple[str, ...] = ()
@@ -84,6 +95,9 @@ class GenerateSettings(BaseSettings, GenerationSettings):
     """One prompt."""
     prompts: str | None = None
     """File with one prompt per row (`prompt`, or the fields of any task), or per line (.txt)."""
+    task: str = "auto"
+    """How rows of the file become prompts: a task card or the name of one that ships. auto:
+    detected from the fields of the first row."""
     adapter: str | None = None
     """Adapter folder. None: the base alone."""
     chat_format: ChatFormat | None = None
@@ -160,20 +174,27 @@ class SchemaSettings(Settings):
 
 
 class InspectSettings(Settings):
-    """`d2lora inspect`: what an adapter or a warm start holds."""
+    """`d2lora inspect`: what an adapter or a warm start holds, or how rows are read."""
 
-    adapter: str
-    """Adapter or warm start to inspect."""
+    adapter: str | None = None
+    """Adapter or warm start to inspect. None: the rows of `data` alone."""
     other: str | None = None
     """Adapter to compare it with, such as the warm start that it was initialized from."""
     base: str | None = None
-    """Base to compare the fingerprint with: `embedded`, a local folder or a hub id."""
+    """Base to compare the fingerprint with, or whose tokens to show: `embedded`, `smollm2`, a
+    local folder or a hub id."""
     revision: str | None = None
     """Revision of a hub model. None: the hub's default."""
     gguf_file: str | None = None
     """The GGUF file to take as weights inside the base's folder or hub model."""
     data: tuple[str, ...] = ()
-    """Rows of a task: report the loss of the base and of the adapter on the first 32."""
+    """Rows of a task: report the loss of the base and of the adapter on the first 32. Without an
+    adapter: show the first three as the model will see them."""
+    task: str = "auto"
+    """How these rows are read and shown: a task card or the name of one that ships. auto: detected
+    from the fields of the first row."""
+    chat_format: ChatFormat | None = None
+    """template, plain or auto. None: the adapter's, else auto."""
     fast: bool = True
     """Whether to use the fast paths for it, where they compute the same."""
     plot: Path | None = None

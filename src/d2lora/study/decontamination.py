@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,8 @@ class _Cleaner:
             dict.fromkeys([*(f for task in plan.tasks.values() for f in task.test), *plan.choices])
         )
         self._general = plan.general_text
-        self._guard = cache(Guard)
+        self._tasks = {file: task.task for task in plan.tasks.values() for file in task.test}
+        self._guard = cache(partial(Guard, tasks=self._tasks))
         self._cleaned = cache(self._clean)
 
     def cleaned(self, use: str, data: tuple[str, ...], task: str) -> tuple[tuple[str, ...], Check]:

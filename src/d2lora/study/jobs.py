@@ -215,7 +215,6 @@ class Scored(Job):
         import pandas as pd
 
         from d2lora.evaluation.measure import BASE, TestSets, measure
-        from d2lora.evaluation.metrics import columns_of
         from d2lora.runtime.console import Reporter
 
         path = self.folder / "adapter" if self.training else self.adapter
@@ -223,16 +222,12 @@ class Scored(Job):
         started = time.perf_counter()
         sets = TestSets.read(self.tests)
         if self.shots is not None:
-            task = _with_shots(sets.task, self.shots)
-            # The length limit is that of one row, and a prompt with examples holds several.
-            sets = replace(sets, task=task, whole_prompts=True)
+            sets = replace(sets, shots=_shots(self.shots))
         base = shared_base(self.training or self.tests)
         name = BASE if path is None else str(path)
         measured = measure(name, base, sets, self.tests, Reporter(quiet=True))
-        records = pd.DataFrame(measured.records)
+        records = pd.DataFrame(measured.task.records)
         records.drop(columns="adapter").to_parquet(self.folder / "records.parquet", index=False)
-        assert sets.task is not None
-        columns = columns_of(sets.task.task.score)
         if self.training and not self.keep:
             for file in (self.folder / "adapter").glob("*.safetensors"):
                 file.unlink()
@@ -240,11 +235,11 @@ class Scored(Job):
             **values,
             "learning_rate": self.training.learning_rate if self.training else None,
             "adapter": None if path is None or not self.keep else str(path),
-            "scores": {column: records[column].tolist() for column in columns},
+            "scores": {column: records[column].tolist() for column in measured.task.columns},
             "fast_passes": measured.fast_passes,
             "general_loss": measured.general_loss,
             "choices_right": None if measured.right is None else measured.right.tolist(),
-            "n_output_tokens": sum(record["n_output_tokens"] for record in measured.records),
+            "n_output_tokens": sum(r.get("n_output_tokens", 0) for r in measured.task.records),
             "evaluation_s": round(time.perf_counter() - started, 3),
         }
 
@@ -271,22 +266,14 @@ def _manifest_values(adapter: Path) -> dict[str, Any]:
     }
 
 
-def _with_shots(task: Any, shots: AdaptSettings) -> Any:
-    """Put worked examples, in the order that `adapt` would choose them, before each prompt."""
-    from d2lora.data.rows import Message
-    from d2lora.data.sources import nested_order
+def _shots(training: AdaptSettings) -> Any:
+    """Return worked examples, in the order that `adapt` would choose them."""
     from d2lora.data.tasks import read_task
+    from d2lora.evaluation.shots import chosen_shots
     from d2lora.settings.seeds import seed_of
 
-    examples = read_task(shots.data, shots.task).examples
-    chosen = nested_order(len(examples), seed_of(shots, "subset"))[: shots.n]
-    shown = tuple(
-        turn
-        for index in chosen
-        for turn in (*examples[index].prompt, Message("assistant", examples[index].completion))
-    )
-    prompted = [replace(e, prompt=(*shown, *e.prompt)) for e in task.examples]
-    return replace(task, examples=prompted)
+    examples = read_task(training.data, training.task).examples
+    return chosen_shots(examples, training.n or len(examples), seed_of(training, "subset"))
 
 
 def _can_resume(path: Path) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.data.sources import split_validation
-from d2lora.data.tasks import read_task
+from d2lora.data.tasks import is_closed, read_task
 from d2lora.errors import counted
 from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, PhaseSettings
 from d2lora.study.cells import BASE, Cell
@@ -247,6 +247,7 @@ class Needs:
             out=Path(),
             data=task.test,
             task=task.task,
+            training_data=task.data if is_closed(task.task) else (),
             limit=task.n_test,
             general_text=self.plan.general_text,
             choices=self.plan.choices,
@@ -297,4 +298,4 @@ def _learns_as_is(settings: PhaseSettings) -> bool:
 @cache
 def _hold_preferences(data: tuple[str, ...], task: str, contents: tuple[str, ...]) -> bool:
     assert len(contents) == len(data)
-    return read_task(data, task).task.score == "preference"
+    return read_task(data, task).task.answers == "pairs"

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from d2lora.settings import BaseSettings, Settings, TaskName
+from d2lora.settings import BaseSettings, Settings
 
 V = TypeVar("V")
 
@@ -46,8 +46,8 @@ class TaskPlan(Settings):
     """Test rows."""
     title: str = ""
     """Name in tables and charts. Empty: the task's key."""
-    task: TaskName = "auto"
-    """How rows are read and scored."""
+    task: str = "auto"
+    """How rows are read, shown and scored: a task card, or the name of one that ships."""
     n_test: int | None = Field(default=None, ge=1)
     """Score only the first test rows. None: all."""
     max_new_tokens: int = Field(default=256, ge=1)

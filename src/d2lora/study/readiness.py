@@ -106,7 +106,7 @@ def cut_short(plan: StudyPlan) -> list[str]:
         limits = EvaluateSettings(**dict(base), out=Path(), **own)
         encoder = Encoder(tokenizer, resolve_format(tokenizer, limits.chat_format))
         rows, tests = (read_task(files, task.task) for files in (task.data, task.test))
-        if tests.task.score in ("loss", "preference"):
+        if tests.task.answers != "open":
             continue
         examples, length = tests.examples[: task.n_test], limits.max_length
         found = [

@@ -28,7 +28,9 @@ RESULT = "result.json"
 LOCK = ".lock"
 _KEY_LENGTH = 20
 _FREE = {"out", "quiet", "resume", "threads", "checkpoint_every"}
-_FILES = {"data", "validation_data", "general_text", "choices", "for_task", "keep_out"}
+_FILES = {
+    "data", "validation_data", "general_text", "choices", "for_task", "keep_out", "training_data",
+}  # fmt: skip
 _BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -110,6 +112,8 @@ def identity_of(settings: Settings) -> dict[str, Any]:
     values = {k: v for k, v in own.items() if k not in _FREE}
     for name in _FILES & values.keys():
         values[name] = [content_of(path) for path in values[name] or ()]
+    if "task" in values:
+        values["task"] = _task_content(values["task"])
     if isinstance(settings, BaseSettings):
         values["base"] = _base_content(settings)
         values.pop("gguf_file", None)
@@ -137,6 +141,18 @@ def content_of(name: str) -> str:
     """Return the SHA-256 of a file; of what is not a file here, as a hub data set, the name."""
     path = Path(name)
     return _sha256(stamp_of(path)) if path.is_file() else name
+
+
+def _task_content(name: str) -> str:
+    """Return what a task is known by: its name, or what its card and its own metrics hold."""
+    from d2lora.data.cards import is_card_file, read_card
+
+    if not is_card_file(name):
+        return name
+    named = read_card(name)
+    files = [named.folder / m.rpartition(":")[0] for m in named.card.metrics if ".py:" in m]
+    contents = " ".join(content_of(str(file)) for file in (Path(name), *files))
+    return hashlib.sha256(contents.encode()).hexdigest()
 
 
 @cache

@@ -35,6 +35,7 @@ from d2lora.runtime.console import Reporter, table_console
 from d2lora.runtime.run_folder import write_json
 from d2lora.settings import BaseSettings, InspectSettings
 from d2lora.tools.plots import spectra
+from d2lora.tools.rows import print_rows, see_rows
 from d2lora.training.diagnosis import MOST_ROWS, Start, losses_at_start
 
 ENERGY = 0.99
@@ -80,6 +81,8 @@ def inspect(settings: InspectSettings) -> Inspection:
     Raises:
         ModelError: If a folder is not a LoRA adapter, or the two have no layer in common.
     """
+    if settings.adapter is None:
+        raise SettingsError("nothing to inspect: give --adapter, or --data alone for its rows")
     folder = Path(settings.adapter)
     files = AdapterFiles.read(folder)
     mine = _updates(files)
@@ -118,8 +121,10 @@ def _on_task(settings: InspectSettings, folder: Path, manifest: Manifest | None)
     )
     if warning := check_fit(folder, base):
         Reporter().say(warning)
-    encoder = Encoder.of(base, manifest.chat_format if manifest else None)
-    examples = read_task(settings.data, say=Reporter().say).examples[:MOST_ROWS]
+    trained_in = manifest.chat_format if manifest else None
+    encoder = Encoder.of(base, settings.chat_format or trained_in)
+    data = read_task(settings.data, settings.task, say=Reporter().say)
+    examples = data.examples[:MOST_ROWS]
     items = encode_all(encoder, examples, LONGEST, "truncate").items
     AdapterFiles.read(folder).check_lora_only()
     model = attach_adapter(base.model, folder, trainable=False)
@@ -261,6 +266,9 @@ def to_json(found: Inspection) -> dict[str, Any]:
 def command(settings: InspectSettings) -> None:
     """Run `d2lora inspect`."""
     with claimed(settings.out, "file"), claimed(settings.plot, "file", "--plot"):
+        if settings.adapter is None and settings.data:
+            print_rows(see_rows(settings), settings.out)
+            return
         with torch.inference_mode():
             found = inspect(settings)
         _show(found, settings)

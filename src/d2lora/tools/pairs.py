@@ -28,7 +28,7 @@ from d2lora.data.tasks import TaskData, read_task
 from d2lora.errors import DataError, counted
 from d2lora.evaluation.decoding import Decoder, Sampling, check_room
 from d2lora.evaluation.generate import adapted, chat_format_of, decode
-from d2lora.evaluation.metrics import MAIN_SCORE, SCORERS
+from d2lora.evaluation.metrics import Metric, Scored, metric_named
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import (
     SETTINGS,
@@ -66,6 +66,24 @@ class _Sample:
     score: float
 
 
+@dataclass(frozen=True)
+class _Score:
+    """The main score of single outputs."""
+
+    metric: Metric
+    data: TaskData
+
+    @classmethod
+    def of(cls, data: TaskData) -> "_Score":
+        return cls(metric_named(data.task.metrics[0], data.task.named.folder), data)
+
+    def __call__(self, output: str, example: Example) -> float:
+        answers = (example.completion, *example.references)
+        row = self.data.rows[example.row].values
+        scores = self.metric.score([Scored(output, example.completion, answers, row)])
+        return next(iter(scores.values()))[0]
+
+
 def make_pairs(settings: PairsSettings, base: Base | None = None) -> PairsMade:
     """Make preference pairs by sampling.
 
@@ -86,20 +104,21 @@ def _make_pairs(settings: PairsSettings, base: Base | None) -> PairsMade:
     data = read_task(
         settings.data, settings.task, skip_bad=settings.skip_bad_rows, say=reporter.say
     )
-    if data.task.score not in SCORERS:
+    if data.task.answers != "open":
         raise DataError(
-            f"task {data.task.name} has no gold answers to score samples against; give rows of "
-            "gsm8k, titles or instruct"
+            f"task {data.task.name} has no open answers to score samples against; give rows of "
+            "gsm8k, titles, instruct or another task whose answers are generated"
         )
     if settings.n is not None and settings.n > len(data.examples):
         raise DataError(f"{settings.n} rows are requested, but the data has {len(data.examples)}")
     order = nested_order(len(data.examples), stream_seed(settings.seed, "subset"))
     examples = [data.examples[index] for index in order[: settings.n]]
+    score = _Score.of(data)
     base = base or load_base(settings)
-    samples, fast_passes = _sampled(settings, base, examples, data, reporter)
+    samples, fast_passes = _sampled(settings, base, examples, score, reporter)
     rows: list[dict[str, Any]] = []
     for example, own in zip(examples, samples, strict=True):
-        row = _pair(example, own, data.task.score, best_sample=settings.chosen == "sample")
+        row = _pair(example, own, score, best_sample=settings.chosen == "sample")
         if row is not None:
             rows.append(row)
     if not rows:
@@ -123,7 +142,7 @@ def _make_pairs(settings: PairsSettings, base: Base | None) -> PairsMade:
         reporter.say(f"skipped {counted(len(data.faults), 'bad row')}: {settings.out / BAD_ROWS}")
     reporter.say(
         f"{counted(made.n_pairs, 'pair')} of {counted(made.n_prompts, 'prompt')} "
-        f"(mean {MAIN_SCORE[data.task.score].column} of {made.n_distinct_samples:,} distinct "
+        f"(mean {score.metric.title} of {made.n_distinct_samples:,} distinct "
         f"samples: {made.mean_sample_score:.3f}); written to {made.path}"
     )
     return made
@@ -133,7 +152,7 @@ def _sampled(
     settings: PairsSettings,
     base: Base,
     examples: Sequence[Example],
-    data: TaskData,
+    score: "_Score",
     reporter: Reporter,
 ) -> tuple[list[list[_Sample]], list[str]]:
     """Return the distinct samples of every prompt, scored, and the fast paths used."""
@@ -156,21 +175,18 @@ def _sampled(
         for done, (index, ids) in enumerate(decoder.complete(repeated), 1):
             texts[index // settings.samples][decode(base, ids)] = None
             bar.update(done)
-    kind = data.task.score
-    score, main = SCORERS[kind], MAIN_SCORE[kind].column
     samples = [
-        [_Sample(text, score(text, example.completion)[main]) for text in sorted(own)]
+        [_Sample(text, score(text, example)) for text in sorted(own)]
         for example, own in zip(examples, texts, strict=True)
     ]
     return samples, used.names
 
 
 def _pair(
-    example: Example, samples: Sequence[_Sample], kind: str, *, best_sample: bool
+    example: Example, samples: Sequence[_Sample], score: "_Score", *, best_sample: bool
 ) -> dict[str, Any] | None:
     """Return the row of a prompt; None where no sample is worse than the chosen completion."""
-    itself = SCORERS[kind](example.completion, example.completion)
-    gold = _Sample(example.completion, itself[MAIN_SCORE[kind].column])
+    gold = _Sample(example.completion, score(example.completion, example))
     as_good = [sample for sample in samples if sample.score >= gold.score]
     chosen = as_good[0] if best_sample and as_good else gold
     # An empty answer is not a completion to learn from.

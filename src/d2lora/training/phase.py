@@ -259,6 +259,7 @@ def _manifest(phase: Phase, saved: InitializedAdapter, trained: Trained) -> Mani
         adapter_fingerprint=fingerprint_of_adapter(phase.run.path),
         provenance=provenance(),
         kept_out=rows.kept_out,
+        labels=rows.labels or None,
     )
 
 

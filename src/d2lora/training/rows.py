@@ -9,7 +9,7 @@ from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import EncodedSet, encode_all, encode_pairs
 from d2lora.data.rows import Example, Fault, place
 from d2lora.data.sources import nested_order, selection_behind, split_validation
-from d2lora.data.tasks import TaskData, read_task
+from d2lora.data.tasks import AUTO, TaskData, labels_of, read_task
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import DataError
 from d2lora.runtime.console import Reporter
@@ -31,6 +31,8 @@ class Rows:
     """Evaluation files that were checked, and how many rows were removed."""
     trained: TrainedRows = field(default_factory=TrainedRows)
     """The training rows' digests."""
+    labels: tuple[str, ...] = ()
+    """The labels of closed answers, those of all rows read."""
 
 
 def prepare_rows(
@@ -66,9 +68,8 @@ def prepare_rows(
     items = encoded.items
     valid = [items[index] for index in valid_rows]
     if settings.validation_data:
-        held_out = read_task(
-            settings.validation_data, data.task.name, say=reporter.say, check=encoder.check
-        )
+        task = data.task.name if settings.task == AUTO else settings.task
+        held_out = read_task(settings.validation_data, task, say=reporter.say, check=encoder.check)
         more = _encoded(settings, encoder, held_out.examples)
         _report(more.report(settings.max_length), reporter)
         valid = more.items
@@ -82,7 +83,8 @@ def prepare_rows(
     )
     train_items = [items[index] for index in train_rows]
     trained = TrainedRows.of(examples[encoded.kept[index]] for index in train_rows)
-    return Rows(train_items, valid, data.sources, selection, data.faults, kept_out, trained)
+    labels = labels_of(data) if data.task.answers == "closed" else ()
+    return Rows(train_items, valid, data.sources, selection, data.faults, kept_out, trained, labels)
 
 
 def _without_leaks(
@@ -96,8 +98,12 @@ def _without_leaks(
     Raises:
         DataError: If a file cannot be read, or no row is left.
     """
-    guards = [Guard(settings.keep_out, settings.keep_out_words)] if settings.keep_out else []
-    guards += [Guard(settings.validation_data, 0)] if settings.validation_data else []
+    tasks = dict.fromkeys((*settings.keep_out, *settings.validation_data), settings.task)
+    guards: list[Guard] = []
+    if settings.keep_out:
+        guards.append(Guard(settings.keep_out, settings.keep_out_words, tasks))
+    if settings.validation_data:
+        guards.append(Guard(settings.validation_data, 0, tasks))
     if not guards:
         return data, None
     leaks = leaks_of(guards, data.examples)
@@ -141,7 +147,7 @@ def _check_objective(settings: PhaseSettings, data: TaskData, reporter: Reporter
     Raises:
         DataError: If preferences are wanted and the rows hold none.
     """
-    preferences = data.task.score == "preference"
+    preferences = data.task.answers == "pairs"
     if settings.objective != "sft" and not preferences:
         raise DataError(
             f"--objective {settings.objective} learns from rows with `prompt`, `chosen` and "

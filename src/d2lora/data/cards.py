@@ -1,0 +1,202 @@
+"""Task cards: how the rows of a task are read, shown and scored, as data.
+
+A card is a YAML file beside the data, or the name of one that ships (`d2lora/tasks`). Rows whose
+columns it does not name are read as any of `formats.FORMATS`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from d2lora.data.paths import steps_of
+from d2lora.data.templates import Template
+from d2lora.errors import DataError, SettingsError, did_you_mean
+from d2lora.settings import Settings
+from d2lora.settings.yaml_text import parse_yaml
+
+SAME_PROMPT = "same prompt"
+Answers = Literal["open", "closed", "pairs"]
+
+
+class Card(Settings):
+    """A task as data."""
+
+    detect: dict[str, str] = Field(default_factory=dict)
+    """Fields by which rows of `task: auto` are known to be of this card, each with a text that it
+    must hold. Used for the cards that ship."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Name -> column or path (`QUESTION`, `answers[0].text`, `CONTEXTS[*]`). Without templates the
+    names are `prompt` and `completion`, or those of any format that is recognized."""
+    system: str = ""
+    """Template of a system turn, for rows that have none of their own."""
+    prompt: str | None = None
+    """Template of the prompt. None: as in the columns. Empty: no prompt, the completion is a
+    document of which every token is learnt."""
+    completion: str | None = None
+    """Template of the answer. None: `{completion}`."""
+    references: str | None = None
+    """Further right answers of a test row: a path to a list, or `same prompt`: rows with equal
+    prompts are one, with all their answers."""
+    answers: Answers = "open"
+    """open: generated; closed: the likeliest of the labels; pairs: `chosen` and `rejected`, and the
+    likelier one counts."""
+    labels: tuple[str, ...] = ()
+    """The labels of closed answers. Empty: the answers of the training rows."""
+    metrics: tuple[str, ...] = ()
+    """Names of metrics, the main one first, or `file.py:function` of one's own, found from the
+    card's folder. Empty: rouge of open answers, accuracy and macro_f1 of closed ones."""
+    thoughts: str = ""
+    """What opens and closes thoughts, as in `<think> </think>`: outputs are scored without them.
+    Empty: outputs are scored whole."""
+
+    @field_validator("columns")
+    @classmethod
+    def _paths(cls, columns: dict[str, str]) -> dict[str, str]:
+        for path in columns.values():
+            steps_of(path)
+        return columns
+
+    @field_validator("system", "prompt", "completion")
+    @classmethod
+    def _templates(cls, text: str | None) -> str | None:
+        Template.of(text or "")
+        return text
+
+    @field_validator("references")
+    @classmethod
+    def _reference(cls, references: str | None) -> str | None:
+        if references not in (None, SAME_PROMPT):
+            steps_of(str(references))
+        return references
+
+    @field_validator("thoughts")
+    @classmethod
+    def _two_marks(cls, thoughts: str) -> str:
+        if thoughts and len(thoughts.split()) != 2:
+            raise ValueError("expected an opening and a closing mark, as in `<think> </think>`")
+        return thoughts
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Card":
+        if self.labels and self.answers != "closed":
+            raise ValueError("labels are of `answers: closed`")
+        if self.answers == "pairs" and not (self.prompt is None and self.completion is None):
+            raise ValueError(
+                "pairs have no templates: name their fields in `columns`, as in "
+                "`columns: {prompt: x, chosen: y, rejected: z}`"
+            )
+        if self.metrics and (self.answers == "pairs" or self.prompt == ""):
+            raise ValueError(
+                "metrics are of answers, open or closed; pairs and documents have none"
+            )
+        if self.prompt == "" and self.completion is None:
+            raise ValueError("a card without a prompt needs a `completion`")
+        return self
+
+
+@dataclass(frozen=True)
+class NamedCard:
+    """A card, and where it was read."""
+
+    name: str
+    """Of a card that ships, or the file's name without its suffix."""
+    card: Card
+    path: Path | None
+    """Its file; None for one that ships."""
+    lines: Mapping[str, int]
+    """The line of each setting."""
+
+    def place(self, setting: str) -> str:
+        """Return where a setting stands, for messages."""
+        if self.path is None:
+            return f"`{setting}` of the task {self.name}"
+        line = self.lines.get(setting)
+        return f"{self.path}, line {line}" if line else str(self.path)
+
+    @property
+    def folder(self) -> Path:
+        """Folder from which files that it names are found."""
+        return self.path.parent if self.path else Path()
+
+    @cached_property
+    def templates(self) -> dict[str, Template]:
+        """Its templates by setting."""
+        own = {name: getattr(self.card, name) for name in ("system", "prompt", "completion")}
+        return {name: Template.of(text) for name, text in own.items() if text}
+
+
+def shipped_cards() -> list[str]:
+    """Return the names of the cards that ship, those that are detected first to last."""
+    files = resources.files("d2lora").joinpath("tasks").iterdir()
+    return sorted(Path(file.name).stem for file in files if file.name.endswith(".yaml"))
+
+
+def is_card_file(name: str) -> bool:
+    """Say whether a task is named by its card's file."""
+    return Path(name).suffix.lower() in (".yaml", ".yml")
+
+
+def read_card(name: str) -> NamedCard:
+    """Read a card: a file, or one that ships.
+
+    Raises:
+        DataError: If a file cannot be read.
+        SettingsError: If there is no such card, or it is not one; with every fault and its line.
+    """
+    if not is_card_file(name):
+        known = shipped_cards()
+        if name not in known:
+            raise SettingsError(
+                f"unknown task `{name}`.{did_you_mean(name, known)} Give a task card (a .yaml "
+                f"file), `auto`, or one of {', '.join(known)}"
+            )
+        text = resources.files("d2lora").joinpath("tasks", f"{name}.yaml").read_text("utf-8")
+        return _parsed(name, text, None)
+    path = Path(name)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: a task card must be UTF-8 text") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the task card: {error.strerror or error}") from None
+    return _parsed(path.stem, text, path)
+
+
+def _parsed(name: str, text: str, path: Path | None) -> NamedCard:
+    where = str(path or name)
+    try:
+        values, lines = parse_yaml(text), _lines(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{where}: not a YAML file: {error}") from None
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else type(values).__name__
+        raise SettingsError(f"{where}: expected `name: value` lines, found {found}")
+    for field in ("labels", "metrics"):
+        if isinstance(values.get(field), str):
+            values[field] = [values[field]]
+    try:
+        card = Card(**{str(key): value for key, value in values.items()})
+    except SettingsError as error:
+        faults = [_with_line(fault, lines) for fault in str(error).splitlines()[1:]]
+        raise SettingsError(f"{where}: not a task card:\n" + "\n".join(faults)) from None
+    return NamedCard(name, card, path, lines)
+
+
+def _lines(text: str) -> dict[str, int]:
+    node = yaml.compose(text, yaml.SafeLoader)
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return {str(key.value): key.start_mark.line + 1 for key, _ in pairs}
+
+
+def _with_line(fault: str, lines: Mapping[str, int]) -> str:
+    """Add the line of the setting that a fault names."""
+    for name, line in lines.items():
+        if f"`{name}`" in fault or f"`{name}." in fault:
+            return f"{fault} (line {line})"
+    return fault

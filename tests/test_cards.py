@@ -1,0 +1,273 @@
+"""Task cards: how rows are read, shown and scored is data."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2lora.data.cards import read_card, shipped_cards
+from d2lora.data.contamination import Guard, leaks_of
+from d2lora.data.paths import value_at
+from d2lora.data.rows import BadRowError, Example, Message
+from d2lora.data.sources import read_source
+from d2lora.data.tasks import labels_of, read_task, task_of, with_references
+from d2lora.data.truncation import fitted
+from d2lora.errors import DataError, SettingsError
+from d2lora.evaluation.measure import without_thoughts
+from support import SHARED, needs_shared_data, write_rows
+
+
+def card(folder: Path, text: str, name: str = "card.yaml") -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def examples(folder: Path, text: str, *rows: dict[str, Any]) -> list[Example]:
+    file = write_rows(folder / "rows.jsonl", rows)
+    return list(read_task([file], card(folder, text)).examples)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("a", 1), ("b.c", [{"d": "x"}, {"d": "y"}]), ("b.c[0].d", "x"), ("b.c[-1].d", "y"),
+        ("b.c[*].d", ["x", "y"]), ("e.f", "whole"), ("g[*]", []), ("h[*][*]", [1, 2, 3]),
+    ],
+)  # fmt: skip
+def test_a_path_leads_to_a_value(path: str, value: object) -> None:
+    row = {
+        "a": 1,
+        "b": {"c": [{"d": "x"}, {"d": "y"}]},
+        "e.f": "whole",
+        "g": [],
+        "h": [[1, 2], [3]],
+    }
+    assert value_at(row, path) == value
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("x", "`x` is missing; found `a`, `b`"), ("a.x", "`a` of `a.x` must be an object, found int"),
+        ("b[3]", "`b` of `b[3]` has 1 items, none at 3"), ("a[*]", "`a` of `a[*]` must be a list"),
+        ("b[0].y", "`b[0].y` is missing; found `z`"),
+    ],
+)  # fmt: skip
+def test_a_path_that_leads_nowhere_says_where_it_ends(path: str, message: str) -> None:
+    with pytest.raises(BadRowError) as error:
+        value_at({"a": 1, "b": [{"z": 1}]}, path)
+    assert message in str(error.value)
+
+
+def test_templates_show_fields_of_every_kind(tmp_path: Path) -> None:
+    [example] = examples(
+        tmp_path,
+        """
+        columns: {facts: "contexts[*].text"}
+        system: You know {topic}.
+        prompt: "{{{q}}}\\n{facts[*]}\\n{n} {x:.1f} {flag} {note?}{none?}"
+        completion: '{{"a": {a:json}}}'
+        """,
+        {
+            "topic": "maths", "q": " Why? ", "contexts": [{"text": "one"}, {"text": "two"}],
+            "n": 83.0, "x": 1.25, "flag": True, "a": {"k": "é"}, "none": None,
+        },
+    )  # fmt: skip
+    assert [(turn.role, turn.content) for turn in example.prompt] == [
+        ("system", "You know maths."),
+        ("user", "{Why?}\none\ntwo\n83.0 1.2 true "),
+    ]
+    assert example.completion == '{"a": {"k": "é"}}'
+
+
+def test_columns_rename_what_any_format_reads(tmp_path: Path) -> None:
+    [turns] = examples(
+        tmp_path, "columns: {messages: data.dialog}",
+        {"data": {"dialog": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+         "instruction": "not read", "output": "not read"},
+    )  # fmt: skip
+    assert (turns.prompt[0].content, turns.completion) == ("Hi", "Ho")
+    [pair] = examples(
+        tmp_path, "columns: {prompt: q, chosen: a.good, rejected: a.bad}\nanswers: pairs",
+        {"q": "Why?", "a": {"good": "So.", "bad": "No."}},
+    )  # fmt: skip
+    assert (pair.completion, pair.rejected) == ("So.", "No.")
+    [number] = examples(
+        tmp_path, "columns: {prompt: text, completion: label}", {"text": "t", "label": 3}
+    )
+    assert number.completion == "3"
+
+
+def test_faults_of_rows_name_the_row_the_field_and_the_line_of_the_card(tmp_path: Path) -> None:
+    rows = [{"text": "a", "kind": "x"}, {"text": "a"}, {"text": "", "kind": "x"}, {"kind": "y"}]
+    with pytest.raises(DataError) as error:
+        examples(tmp_path, "# mine\nprompt: '{text}'\ncompletion: '{kind}'\n", *rows)
+    told = str(error.value)
+    assert "rows.jsonl, line 2: field `kind` is missing; found `text`" in told
+    assert "card.yaml, line 3 needs it" in told
+    assert "rows.jsonl, line 3: field `text` is empty; where that is right, write {text?}" in told
+    assert "rows.jsonl, line 4: field `text` is missing; found `kind`" in told
+    assert "card.yaml, line 2 needs it" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("promt: x", "unknown setting `promt`. Did you mean `prompt`? (line 1)"),
+        ("answers: open\nprompt: '{a'", "(line 2)"),
+        ("prompt: '{a..b}'", "is not a path to a field"),
+        ("labels: [a]", "labels are of `answers: closed`"),
+        ("prompt: ''", "needs a `completion`"),
+        ("answers: pairs\nprompt: '{x}'", "pairs have no templates"),
+        ("answers: maybe", "(line 1)"),
+        ("prompt: a\nprompt: b", "given twice"),
+        ("[1]", "expected `name: value` lines, found list"),
+    ],
+)
+def test_a_card_that_is_none_says_why_and_where(tmp_path: Path, text: str, message: str) -> None:
+    path = card(tmp_path, text)
+    with pytest.raises(SettingsError) as error:
+        read_card(path)
+    assert message in str(error.value)
+    assert path in str(error.value)
+
+
+def test_an_unknown_task_names_the_ones_that_ship() -> None:
+    with pytest.raises(SettingsError, match=r"unknown task `bankin`\. Did you mean `banking`\?"):
+        task_of("bankin", {})
+    with pytest.raises(DataError, match=r"none\.yaml: cannot read the task card: No such file"):
+        task_of("none.yaml", {})
+
+
+def test_every_card_that_ships_is_one_of_at_most_ten_lines() -> None:
+    for name in shipped_cards():
+        assert read_card(name).card.answers
+        text = (Path(__file__).parent.parent / f"src/d2lora/tasks/{name}.yaml").read_text()
+        assert len(text.splitlines()) <= 10
+
+
+@needs_shared_data
+@pytest.mark.parametrize(
+    ("file", "n_rows", "prompt", "completion"),
+    [
+        ("svamp/train.json", 700, "Frank was reading through some books.", "#### 83"),
+        ("banking/train.csv", 1540, "Which intent", "declined_card_payment"),
+        ("restaurants/train.csv", 1200, "Describe this restaurant", "There is a coffee shop"),
+        (
+            "slots/train.jsonl",
+            1050,
+            "Give the intent",
+            '{"intent": "AddToPlaylist", "slots": {"art',
+        ),
+        ("titles/train.jsonl", 513, "Write a title for this text.", "LHQ-SVC"),
+    ],
+)
+def test_public_data_is_read_as_it_is_published(
+    file: str, n_rows: int, prompt: str, completion: str
+) -> None:
+    data = read_task([str(SHARED / file)], file.partition("/")[0])
+    assert len(data.examples) == n_rows
+    assert data.examples[0].prompt[-1].content.startswith(prompt)
+    assert data.examples[0].completion.startswith(completion)
+
+
+@needs_shared_data
+def test_test_rows_of_one_prompt_are_one_with_all_their_answers() -> None:
+    data = with_references(read_task([str(SHARED / "restaurants/test.csv")], "restaurants"))
+    assert len(data.examples) == len(data.rows) == 200
+    assert sum(1 + len(example.references) for example in data.examples) == 422
+    assert max(len(example.references) for example in data.examples) == 4
+    assert [example.row for example in data.examples] == list(range(200))
+
+
+def test_references_come_from_a_path(tmp_path: Path) -> None:
+    text = "prompt: '{q}'\ncompletion: '{a[0]}'\nreferences: a[*]\n"
+    [example] = examples(tmp_path, text, {"q": "?", "a": ["x", "y"]})
+    assert (example.completion, example.references) == ("x", ("x", "y"))
+
+
+def test_labels_are_those_of_the_card_else_of_the_rows(tmp_path: Path) -> None:
+    rows = [{"t": "a", "c": "yes"}, {"t": "b", "c": "no"}, {"t": "c", "c": "yes"}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    text = "prompt: '{t}'\ncompletion: '{c}'\nanswers: closed\n"
+    assert labels_of(read_task([file], card(tmp_path, text))) == ("no", "yes")
+    listed = card(tmp_path, f"{text}labels: [yes-and-no, 'yes']\n")
+    with pytest.raises(DataError, match=r"line 2: the answer 'no' is none of the 2 labels"):
+        read_task([file], listed)
+
+
+def test_a_limit_cuts_what_a_row_brings_and_never_the_instruction(tmp_path: Path) -> None:
+    text = "prompt: 'First {a}. Then {b}. Answer:'\ncompletion: '{c}'\n"
+    [example] = examples(tmp_path, text, {"a": "x" * 40, "b": "short", "c": "z"})
+
+    def length(e: Example) -> int:
+        return len(e.prompt[0].content) + len(e.completion)
+
+    cut = fitted(example, length, 45, lambda t: [(i, i + 1) for i in range(len(t))])
+    content = cut.prompt[0].content
+    assert length(cut) <= 45
+    assert content.startswith("First x")
+    assert content.endswith("x. Then short. Answer:")
+
+
+def test_contamination_is_found_by_the_card_of_the_test_rows(tmp_path: Path) -> None:
+    text = "columns: {prompt: story, completion: kind}\nprompt: 'Which kind?\\n\\n{story}'\n"
+    story = " ".join(f"word{n}" for n in range(20))
+    test = write_rows(tmp_path / "test.jsonl", [{"story": story, "kind": "x"}])
+    [train] = examples(tmp_path, text, {"story": story, "kind": "y"})
+    guard = Guard([test], 13, {test: str(tmp_path / "card.yaml")})
+    assert leaks_of([guard], [train])[0].how.startswith("asks the same question")
+
+
+@pytest.mark.parametrize(
+    ("output", "scored"),
+    [
+        ("<t>hm</t> 5", "5"), ("hm</t> 5", "5"), ("<t>never ends", ""), ("5", "5"),
+        ("<t>a</t>x<t>b</t> 5", "x 5"), ("5 <t>but", "5"),
+    ],
+)  # fmt: skip
+def test_thoughts_are_left_out_of_what_is_scored(output: str, scored: str) -> None:
+    assert without_thoughts(output, "<t> </t>") == scored
+    assert without_thoughts(output, "") == output
+
+
+def test_compressed_files_and_objects_of_objects_are_read(tmp_path: Path) -> None:
+    rows = [{"prompt": "é", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name, text in {
+        "a.jsonl.gz": lines, "a.json.gz": json.dumps(rows),
+        "a.csv.gz": "prompt,completion\né,b\nc,d\n", "a.tsv.gz": "prompt\tcompletion\né\tb\nc\td\n",
+    }.items():  # fmt: skip
+        with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
+            file.write(text)
+        assert [row.values for row in read_source(str(tmp_path / name)).rows] == rows
+    path = tmp_path / "objects.json"
+    path.write_text(json.dumps({"p1": rows[0], "p2": {**rows[1], "key": "own"}}))
+    source = read_source(str(path))
+    assert [row.values for row in source.rows] == [
+        {"key": "p1", **rows[0]}, {**rows[1], "key": "own"}
+    ]  # fmt: skip
+    path.write_text(json.dumps({"version": 1, "examples": rows}))
+    assert [row.values for row in read_source(str(path)).rows] == rows
+
+
+def test_a_cut_gzip_file_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 500)[:-20])
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz: the gzip file is cut or damaged"):
+        read_source(str(path))
+
+
+def test_dialogues_of_hh_rlhf_are_read_as_published(tmp_path: Path) -> None:
+    start = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
+    file = write_rows(
+        tmp_path / "hh.jsonl", [{"chosen": f"{start} So.", "rejected": f"{start} No."}]
+    )
+    [pair] = read_task([file]).examples
+    assert pair.prompt == (
+        Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Why?")
+    )  # fmt: skip
+    assert (pair.completion, pair.rejected) == ("So.", "No.")
