@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2lora.evaluation.crossed import NO_VERDICT, NOTHING_SEEN, Pooled, Power
-from d2lora.evaluation.metrics import MAIN_SCORE
+from d2lora.evaluation.metrics import title_of
 from d2lora.evaluation.stats import Difference, Interval
 from d2lora.report.numbers import CI, p_text, range_text, signed
 from d2lora.study.plan import StudyPlan
@@ -245,8 +245,7 @@ class Findings:
 
     def score_name(self, task: str) -> str:
         """Return the main score's display name."""
-        column = self.score_of[task]
-        return next((s.title for s in MAIN_SCORE.values() if s.column == column), column)
+        return title_of(self.score_of[task])
 
     def not_compared(self) -> list[tuple[str, str, str, int]]:
         """Return (task, arm, reference, n) where both were measured, but with unequal seeds."""
