@@ -8,7 +8,7 @@ import pytest
 from d2lora import AdaptSettings, DataError, PairsSettings, WarmStart, adapt, make_pairs
 from d2lora.data.rows import Example, user
 from d2lora.data.tasks import read_task
-from d2lora.evaluation.metrics import exact_match
+from d2lora.evaluation.metrics.answers import gsm8k
 from d2lora.tools.pairs import _pair, _Sample
 from support import read_rows, write_rows
 
@@ -21,7 +21,7 @@ def made(out: Path, base: str, data: str, **changes: Any):
 
 
 def pair(*samples: str, best_sample: bool = False) -> dict[str, Any] | None:
-    scored = [_Sample(text, exact_match(text, RIGHT)["exact_match"]) for text in samples]
+    scored = [_Sample(text, gsm8k(text, RIGHT)["exact_match"]) for text in samples]
     return _pair(Example(user("2 + 2?"), RIGHT), scored, "exact_match", best_sample=best_sample)
 
 
@@ -63,7 +63,7 @@ def test_pairs_are_made_again_alike_and_train(
     for example in data.examples:
         assert gold[example.prompt] == example.completion
         assert example.rejected
-        assert exact_match(example.rejected, example.completion)["exact_match"] == 0
+        assert gsm8k(example.rejected, example.completion)["exact_match"] == 0
     trained = adapt(
         AdaptSettings(
             base=tiny_base, data=(str(first.path),), init=adapter, objective="dpo", max_steps=2,

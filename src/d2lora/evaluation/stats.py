@@ -1,13 +1,15 @@
 """Intervals and paired differences. Pure functions of scores and a seed.
 
-Shapes: S seeds (runs), I items (test questions).
+Shapes: S seeds (runs), I items (test questions), K counts of an item, N sums.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from d2lora.evaluation.counts import Column, Counts, per_row
 from d2lora.evaluation.crossed import (
     CONFIDENCE,
     NO_VERDICT,
@@ -82,13 +84,53 @@ def mean_interval(scores: Array, seed: int = 0) -> Interval:
         seed: Seed of the bootstrap.
     """
     mean, n = float(scores.mean()), len(scores)
-    if np.isin(scores, (0.0, 1.0)).all():
+    if _right_or_wrong(scores):
         from scipy import stats  # half a second, which a training run need not spend
 
         interval = stats.binomtest(int(scores.sum()), n).proportion_ci(CONFIDENCE, "wilson")
         return Interval(mean, float(interval.low), float(interval.high), n)
     low, high = _bootstrap(scores, seed)
     return Interval(mean, low, high, n)
+
+
+def interval_of(column: Column, seed: int = 0) -> Interval:
+    """Return one score of all rows with a 95 % CI.
+
+    Of counts it is the percentile bootstrap of what their sums give, and Wilson's where all
+    rows are right or all are wrong.
+
+    Args:
+        column: Of independent rows, at least one.
+        seed: Seed of the bootstrap.
+    """
+    if not isinstance(column, Counts):
+        return mean_interval(column, seed)
+    shares = column.shares()
+    if _right_or_wrong(shares):
+        return mean_interval(shares, seed)
+    low, high = _bootstrap(_sparse(column.rows), seed, column.of_sums)
+    return Interval(column.score, low, high, len(shares))
+
+
+def difference_of(first: Column, second: Column, seed: int = 0) -> Difference:
+    """Return how much higher the second adapter scores than the first on the same rows.
+
+    Args:
+        first: One score of the rows.
+        second: The same score of the same rows.
+        seed: Seed of the bootstrap.
+    """
+    shares, others = per_row(first), per_row(second)
+    difference = paired_difference(shares[None], others[None], seed)
+    if not (isinstance(first, Counts) and isinstance(second, Counts)) or (shares == others).all():
+        return difference
+    n_first = first.rows.shape[1]
+
+    def change(sums: Array) -> Array:
+        return second.of_sums(sums[:, n_first:]) - first.of_sums(sums[:, :n_first])
+
+    low, high = _bootstrap(_sparse(np.hstack([first.rows, second.rows])), seed, change)
+    return replace(difference, low=low, high=high)
 
 
 def paired_difference(first: Array, second: Array, seed: int = 0) -> Difference:
@@ -185,16 +227,36 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _bootstrap(values: Array, seed: int) -> tuple[float, float]:
-    """Percentile interval of the mean, in blocks so that memory stays small."""
+def _right_or_wrong(scores: Array) -> bool:
+    return bool(np.isin(scores, (0.0, 1.0)).all())
+
+
+def _sparse(counts: Array) -> Any:
+    """Return counts in the form in which many of them are summed quickly: most are 0."""
+    from scipy.sparse import csr_array
+
+    return csr_array(counts)
+
+
+def _bootstrap(
+    rows: Any, seed: int, of_sums: Callable[[Array], Array] | None = None
+) -> tuple[float, float]:
+    """Percentile interval of the mean, in blocks so that memory stays small.
+
+    Args:
+        rows: Values, shape (I,), or counts, shape (I, K).
+        seed: Seed of the resampling.
+        of_sums: What the sums of resampled counts give.
+    """
     generator = np.random.default_rng(seed)
-    n = len(values)
+    n = rows.shape[0]
     weights = np.full(n, 1 / n)
-    block = max(1, 2_000_000 // n)
-    means: list[Array] = []
+    block = max(1, 2_000_000 // max(rows.shape))
+    scores: list[Array] = []
     for begin in range(0, N_RESAMPLES, block):
-        counts = generator.multinomial(n, weights, size=min(block, N_RESAMPLES - begin))
-        means.append(counts @ values / n)
+        times = generator.multinomial(n, weights, size=min(block, N_RESAMPLES - begin))
+        sums = times @ rows
+        scores.append(sums / n if of_sums is None else of_sums(sums))
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
+    low, high = np.percentile(np.concatenate(scores), [tail, 100 - tail])
     return float(low), float(high)

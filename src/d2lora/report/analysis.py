@@ -81,8 +81,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _main_score(rows: Sequence[dict[str, Any]], task: str) -> str:
-    columns = next((row["scores"] for row in rows if row["task"] == task), {})
-    return main_column(list(columns))
+    scores = next((row["scores"] for row in rows if row["task"] == task), {})
+    return main_column(list(scores))
 
 
 def _levels(

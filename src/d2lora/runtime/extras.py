@@ -8,6 +8,7 @@ EXTRAS = {
     "embeddings": ("sentence_transformers",),
     "gguf": ("gguf",),
     "loftq": ("bitsandbytes",),
+    "metrics": ("sacrebleu",),
     "ray": ("ray",),
     "report": ("altair", "vl_convert"),
     "select": ("faiss", "py3langid", "rensa", "sklearn"),
