@@ -7,15 +7,21 @@ from typing import Any
 
 import pytest
 
+from d2lora import AdaptSettings, WarmupSettings, adapt, warm_up
+from d2lora.adapters.base import load_base
 from d2lora.data.cards import read_card, shipped_cards
+from d2lora.data.choices import ChoiceQuestion
 from d2lora.data.contamination import Guard, leaks_of
+from d2lora.data.encode import Encoder
 from d2lora.data.paths import value_at
 from d2lora.data.rows import BadRowError, Example, Message
 from d2lora.data.sources import read_source
-from d2lora.data.tasks import labels_of, read_task, task_of, with_references
+from d2lora.data.tasks import answers_of, labels_of, read_task, task_of, with_references
 from d2lora.data.truncation import fitted
 from d2lora.errors import DataError, SettingsError
-from d2lora.evaluation.measure import without_thoughts
+from d2lora.evaluation.generate import encoder_of
+from d2lora.evaluation.measure import questions_of, without_thoughts
+from d2lora.settings import BaseSettings
 from support import SHARED, needs_shared_data, write_rows
 
 
@@ -51,7 +57,8 @@ def test_a_path_leads_to_a_value(path: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("x", "`x` is missing; found `a`, `b`"), ("a.x", "`a` of `a.x` must be an object, found int"),
+        ("x", "`x` is missing; found `a`, `b`"),
+        ("a.x", "`a` of `a.x` must be an object, found int"),
         ("b[3]", "`b` of `b[3]` has 1 items, none at 3"), ("a[*]", "`a` of `a[*]` must be a list"),
         ("b[0].y", "`b[0].y` is missing; found `z`"),
     ],
@@ -271,3 +278,81 @@ def test_dialogues_of_hh_rlhf_are_read_as_published(tmp_path: Path) -> None:
         Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Why?")
     )  # fmt: skip
     assert (pair.completion, pair.rejected) == ("So.", "No.")
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% if thinking %}<think>{% endif %}{% endif %}"
+)
+
+
+def test_another_chat_template_and_its_arguments_are_learnt_and_inherited(
+    tmp_path: Path, tiny_base: str, titles: str
+) -> None:
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    base: dict[str, Any] = {"base": tiny_base, "device": "cpu"}
+    own: dict[str, Any] = {
+        **base, "chat_template": tmp_path / "chat.jinja", "template_args": ("thinking=true",)
+    }  # fmt: skip
+    with pytest.raises(SettingsError, match="renders a prompt differently once it is answered"):
+        adapt(AdaptSettings(**own, data=(titles,), out=tmp_path / "x", max_steps=0, quiet=True))
+    own["template_args"] = ("thinking=false",)
+    warm = tmp_path / "warm"
+    warm_up(WarmupSettings(**own, data=(titles,), out=warm, max_steps=1, quiet=True))
+    adapter = adapt(
+        AdaptSettings(
+            **base, init=str(warm), data=(titles,), out=tmp_path / "a", max_steps=1, quiet=True
+        )
+    )
+    assert adapter.manifest.chat_template == "{% set thinking = false %}" + TEMPLATE
+    loaded = load_base(BaseSettings(**base))
+    encoder = encoder_of(adapter.path, loaded, None)
+    ids = encoder.prompt_ids((Message("user", "Hi"),))
+    assert loaded.tokenizer.decode(ids).endswith("user: Hi\nassistant: ")
+    assert loaded.tokenizer.chat_template is None
+
+
+@pytest.mark.parametrize("argument", ["thinking", "a b=1", "x=[1]", "=1"])
+def test_an_argument_of_a_template_that_is_none_is_refused(tiny_base: str, argument: str) -> None:
+    with pytest.raises(SettingsError, match="expected name=value"):
+        load_base(
+            BaseSettings(base=tiny_base, template_args=(argument,), chat_template=Path(__file__))
+        )
+
+
+def test_every_answer_of_a_conversation_is_learnt_where_the_card_says_so(tmp_path: Path) -> None:
+    said = [
+        {"role": "system", "content": "s"}, {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]  # fmt: skip
+    for turns, learnt in {"last": ["d"], "every": ["b", "d"]}.items():
+        path = card(tmp_path, f"turns: {turns}")
+        [example] = examples(tmp_path, f"turns: {turns}", {"messages": said})
+        answers = answers_of(task_of(path, {}), example)
+        assert [answer.completion for answer in answers] == learnt
+        before = [turn.content for turn in answers[0].prompt]
+        assert before == (["s", "a", "b", "c"] if turns == "last" else ["s", "a"])
+
+
+def test_every_answer_counts_in_training(
+    tmp_path: Path, tiny_base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [{"role": "user" if n % 2 == 0 else "assistant", "content": f"t{n}"} for n in range(6)]
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": said}] * 4)
+    path = card(tmp_path, "turns: every")
+    adapter = adapt(
+        AdaptSettings(base=tiny_base, data=(data,), task=path, n=2, max_steps=1, out=tmp_path / "a")
+    )
+    assert "6 answers of these rows are learnt" in capsys.readouterr().err
+    assert adapter.manifest.settings["task"] == path
+
+
+def test_a_choice_is_scored_without_what_a_template_ends_a_turn_with(tiny_base: str) -> None:
+    base = load_base(BaseSettings(base=tiny_base))
+    template = TEMPLATE.replace("\n{% endfor", "</turn>\n{% endfor")
+    encoder = Encoder.of(base, None, template)
+    [question] = questions_of(encoder, [ChoiceQuestion("Which?", (" one ", "two"), 1)])
+    shown = [base.tokenizer.decode(list(ids)) for ids in question.endings]
+    assert [text.strip() for text in shown] == ["one", "two"]
+    assert base.tokenizer.decode(list(question.prompt)).endswith("assistant: ")

@@ -44,7 +44,8 @@ def adapt(settings: AdaptSettings, base: Base | None = None) -> Adapter:
     chat_format = _inherited_format(settings, warm_start)
     with RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume) as run:
         base = base or load_base(settings)
-        encoder = Encoder.of(base, chat_format)
+        template = warm_start.manifest.chat_template if warm_start else None
+        encoder = Encoder.of(base, chat_format, template)
         rows = prepare_rows(settings, settings.n, encoder, reporter)
         with _initialized(settings, warm_start, base, rows.train, reporter) as adapter:
             run_phase(Phase(settings, base, adapter, rows, encoder, run, reporter))

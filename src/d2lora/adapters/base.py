@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from d2lora.adapters.base_files import base_folder
+from d2lora.adapters.chat_template import chosen_template, with_template
 from d2lora.adapters.files import ADAPTER_CONFIG
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.adapters.gguf import quantization_of
@@ -46,6 +47,8 @@ class Base:
     """Where its files are."""
     quantization: str | None = None
     """How the weights were quantized where they come from, such as GGUF; None: they were not."""
+    chat_template: str | None = None
+    """The chat template, where the settings give another than the tokenizer's own."""
 
     @property
     def eos_id(self) -> int:
@@ -90,6 +93,7 @@ def load_base(settings: BaseSettings) -> Base:
         )
     fingerprint = fingerprint_of(folder)
     tokenizer = load_tokenizer(settings)
+    template = chosen_template(settings, tokenizer)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype_of(settings.dtype, device), use_safetensors=True
@@ -101,12 +105,13 @@ def load_base(settings: BaseSettings) -> Base:
     nn.Module.to(model, device).eval()
     base = Base(
         model,
-        tokenizer,
+        with_template(tokenizer, template),
         settings.base,
         settings.revision,
         fingerprint,
         folder,
         quantization_of(folder),
+        template,
     )
     check_causal(model, settings.base)
     if base.eos_id >= (n_rows := n_embedded(model)):
@@ -159,6 +164,16 @@ def load_tokenizer(settings: BaseSettings) -> PreTrainedTokenizerBase:
             "`eos_token` in its tokenizer_config.json"
         )
     return tokenizer
+
+
+def tokenizer_of(settings: BaseSettings) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the base alone, with the chat template that the settings give.
+
+    Raises:
+        D2LoraError: As `load_tokenizer` and `chosen_template`.
+    """
+    tokenizer = load_tokenizer(settings)
+    return with_template(tokenizer, chosen_template(settings, tokenizer))
 
 
 def fingerprint_of_model(model: PreTrainedModel) -> str | None:

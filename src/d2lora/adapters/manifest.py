@@ -94,6 +94,8 @@ class Manifest(_Part):
     """What `d2lora convert` did to it, if anything."""
     kept_out: dict[str, Any] | None = None
     """Evaluation files that the rows were checked against, and how many were removed."""
+    chat_template: str | None = None
+    """The chat template, where it is another than the tokenizer's own."""
     labels: tuple[str, ...] | None = None
     """What closed answers are chosen from; None: its task has none."""
     before_training: dict[str, Any] | None = None

@@ -51,6 +51,9 @@ class Card(Settings):
     metrics: tuple[str, ...] = ()
     """Names of metrics, the main one first, or `file.py:function` of one's own, found from the
     card's folder. Empty: rouge of open answers, accuracy and macro_f1 of closed ones."""
+    turns: Literal["last", "every"] = "last"
+    """Of a conversation, what is learnt: the last answer, or every answer, each from the turns
+    before it."""
     thoughts: str = ""
     """What opens and closes thoughts, as in `<think> </think>`: outputs are scored without them.
     Empty: outputs are scored whole."""
@@ -84,6 +87,8 @@ class Card(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> "Card":
+        if self.turns == "every" and self.answers != "open":
+            raise ValueError("turns: every is of `answers: open`")
         if self.labels and self.answers != "closed":
             raise ValueError("labels are of `answers: closed`")
         if self.answers == "pairs" and not (self.prompt is None and self.completion is None):

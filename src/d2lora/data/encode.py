@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from d2lora.adapters.base import Base, n_embedded, n_positions, unknown_token
+from d2lora.adapters.chat_template import with_template
 from d2lora.data.batches import Encoded, PreferencePair
 from d2lora.data.rows import BadRowError, Example, Message
 from d2lora.data.special_tokens import OF_TEMPLATES, Shield, markers_of
@@ -61,10 +62,20 @@ class Encoder:
     """Tokens that the base's embedding has rows for."""
 
     @classmethod
-    def of(cls, base: Base, chat_format: str | None) -> "Encoder":
-        """Return the encoder of a base's tokenizer."""
-        form = resolve_format(base.tokenizer, chat_format)
-        return cls(base.tokenizer, form, n_positions(base.model), n_embedded(base.model))
+    def of(cls, base: Base, chat_format: str | None, template: str | None = None) -> "Encoder":
+        """Return the encoder of a base's tokenizer.
+
+        Args:
+            base: The base.
+            chat_format: As for `resolve_format`.
+            template: The chat template of what is trained or measured, where the settings give no
+                other. None: the base's.
+        """
+        tokenizer = base.tokenizer
+        if base.chat_template is None:
+            tokenizer = with_template(tokenizer, template)
+        form = resolve_format(tokenizer, chat_format)
+        return cls(tokenizer, form, n_positions(base.model), n_embedded(base.model))
 
     def encode(self, example: Example, max_length: int | None = None) -> Encoded:
         """Return an example's ids; the prompt and the completion are tokenized apart.
@@ -125,6 +136,15 @@ class Encoder:
             return self._ids(text)
         ids = self._ids(text, whole=True)
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def answer_ids(self, example: Example) -> tuple[int, ...]:
+        """Return the ids of a completion alone, without what the chat format ends a turn with."""
+        with _placed(example):
+            marked = self._shield.marked(example.completion)
+            if self.format == "plain" or not example.prompt:
+                return tuple(self._ids((" " if example.prompt else "") + marked))
+            text, found, _ = self._answered(example).rpartition(marked.strip())
+            return tuple(self._ids(text + found))
 
     def check(self, example: Example) -> None:
         """Check that the chat format takes an example, and shows every turn of its prompt.
@@ -247,6 +267,13 @@ class Encoder:
         return f"the chat template of {self.tokenizer.name_or_path or 'the base'}"
 
     def _templated_completion(self, example: Example) -> list[int]:
+        ids = self._ids(self._answered(example))
+        eos_id = self.tokenizer.eos_token_id
+        # Templates end a turn with EOS and often a newline, which is never generated.
+        return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
+
+    def _answered(self, example: Example) -> str:
+        """Return what the template adds to a prompt that is answered."""
         prompt = self._templated(example.prompt, completing=True)
         whole = self._templated((*example.prompt, Message("assistant", example.completion)))
         if ("assistant",) not in self._shown:
@@ -260,10 +287,7 @@ class Encoder:
                 f"{where}the chat template renders a prompt differently once it is answered, so "
                 "the completion cannot be separated; use --chat-format plain"
             )
-        ids = self._ids(whole[len(prompt) :])
-        eos_id = self.tokenizer.eos_token_id
-        # Templates end a turn with EOS and often a newline, which is never generated.
-        return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
+        return whole[len(prompt) :]
 
     def _ids(self, text: str, *, whole: bool = False) -> list[int]:
         ids = self._shield.ids(text, whole=whole)

@@ -376,6 +376,21 @@ def with_references(data: TaskData) -> TaskData:
     return replace(data, examples=examples, rows=rows)
 
 
+def answers_of(task: Task, example: Example) -> list[Example]:
+    """Return what is learnt of an example: its answer, or each of its turns as one.
+
+    An answer that calls a tool is not among them.
+    """
+    if task.card.turns == "last":
+        return [example]
+    earlier = [
+        replace(example, prompt=example.prompt[:place], completion=turn.content)
+        for place, turn in enumerate(example.prompt)
+        if turn.role == "assistant" and place and not turn.of_tools
+    ]
+    return [*earlier, example]
+
+
 def labels_of(data: TaskData) -> tuple[str, ...]:
     """Return the labels of closed answers: those that the card lists, else all of the rows."""
     return data.task.card.labels or tuple(sorted({e.completion for e in data.examples}))

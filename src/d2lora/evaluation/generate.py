@@ -68,6 +68,13 @@ def chat_format_of(adapter: Path | None, wanted: str | None) -> str | None:
     return None
 
 
+def encoder_of(adapter: Path | None, base: Base, wanted: str | None) -> Encoder:
+    """Return the encoder for an adapter's prompts: in the chat format and template it learnt."""
+    known = adapter is not None and has_manifest(adapter)
+    template = Manifest.read(adapter).chat_template if adapter and known else None
+    return Encoder.of(base, chat_format_of(adapter, wanted), template)
+
+
 def lengths_of(adapter: Path | None) -> tuple[int, Overlong]:
     """Return the length limit of the rows that an adapter was trained on, and what it did."""
     if adapter is None or not has_manifest(adapter):
@@ -91,7 +98,7 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     examples = _examples(settings)
     adapter = Path(settings.adapter) if settings.adapter else None
     base = load_base(settings)
-    encoder = Encoder.of(base, chat_format_of(adapter, settings.chat_format))
+    encoder = encoder_of(adapter, base, settings.chat_format)
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
     prompts = encode_prompts(encoder, examples, *lengths_of(adapter)).ids
     places = [example.place for example in examples]

@@ -23,7 +23,7 @@ from d2lora.evaluation.closed import choose_labels
 from d2lora.evaluation.closed import questions_of as label_questions
 from d2lora.evaluation.counts import Column, per_row
 from d2lora.evaluation.decoding import Decoder, check_room
-from d2lora.evaluation.generate import adapted, chat_format_of, decode
+from d2lora.evaluation.generate import adapted, decode, encoder_of
 from d2lora.evaluation.metrics import Scored, measure_all, metrics_named, preference
 from d2lora.evaluation.shots import chosen_shots, with_shots
 from d2lora.runtime.console import Reporter
@@ -173,7 +173,7 @@ def measure(
     """Measure one adapter (a folder), or the base alone (`base`), on every set."""
     path = None if name == BASE else Path(name)
     with adapted(base, path, fast_when=settings.fast) as (model, used):
-        encoder = Encoder.of(base, chat_format_of(path, settings.chat_format))
+        encoder = encoder_of(path, base, settings.chat_format)
         return Measured(
             _score_task(model, base, encoder, name, sets, settings, reporter),
             _general_loss(model, base, encoder, sets.general, settings, reporter),
@@ -302,8 +302,9 @@ def check_rows(
     """
     data = sets.task
     folders = [None if name == BASE else Path(name) for name in names]
-    for chat_format in {chat_format_of(folder, settings.chat_format) for folder in folders}:
-        encoder = Encoder.of(base, chat_format)
+    encoders = [encoder_of(folder, base, settings.chat_format) for folder in folders]
+    ways = {(e.format, str(e.tokenizer.chat_template)): e for e in encoders}
+    for encoder in ways.values():
         if data is not None and data.task.answers in ("open", "closed"):
             examples = data.examples[: settings.limit]
             prompts = _prompts(encoder, sets, settings)
@@ -394,7 +395,7 @@ def _right_choices(
 
 
 def questions_of(encoder: Encoder, questions: Sequence[ChoiceQuestion]) -> list[Question]:
-    """Return multiple-choice questions as token ids; a choice's EOS is not scored.
+    """Return multiple-choice questions as token ids; of a choice its text alone is scored.
 
     Raises:
         DataError: If some are longer than what the base takes; it names all.
@@ -403,9 +404,8 @@ def questions_of(encoder: Encoder, questions: Sequence[ChoiceQuestion]) -> list[
     for number, question in enumerate(questions, 1):
         prompt, place = (Message("user", question.prompt),), f"multiple-choice question {number}"
         endings = [Example(prompt, choice, place=place) for choice in question.choices]
-        whole = every(encoder.encode, endings)
-        endings = tuple(w.ids[w.n_prompt : -1] for w in whole)
-        rows.append(Question(whole[0].ids[: whole[0].n_prompt], endings))
+        prompt_ids = tuple(every(encoder.prompt_of, endings[:1])[0])
+        rows.append(Question(prompt_ids, tuple(every(encoder.answer_ids, endings))))
     lengths = [len(row.prompt) + max(map(len, row.endings)) for row in rows]
     beyond = [
         f"question {number}: {length:,} tokens"

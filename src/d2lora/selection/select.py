@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2lora.adapters.base import load_tokenizer
+from d2lora.adapters.base import tokenizer_of
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.sources import SELECTED, SELECTION_CARD
 from d2lora.data.tasks import TaskData, read_task
@@ -61,7 +61,7 @@ def select(settings: SelectSettings) -> Selection:
 
 def _select(settings: SelectSettings, method: str) -> Selection:
     reporter = Reporter(quiet=settings.quiet)
-    tokenizer = load_tokenizer(settings)
+    tokenizer = tokenizer_of(settings)
     encoder = Encoder(tokenizer, resolve_format(tokenizer, settings.chat_format))
     pool = read_pool(settings.data, settings.task, reporter.say)
     tasks = [read_task([name], say=reporter.say).examples for name in settings.for_task]

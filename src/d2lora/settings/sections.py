@@ -1,6 +1,7 @@
 """Sections that several commands share, and the values of their options."""
 
 import re
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -40,6 +41,11 @@ class BaseSettings(Settings):
     """Revision of a hub model (branch, tag or commit). None: the hub's default."""
     gguf_file: str | None = None
     """The GGUF file to take as weights inside the base's folder or hub model."""
+    chat_template: Path | None = None
+    """File with the chat template to use (Jinja). None: that of the warm start or adapter, else the
+    tokenizer's own."""
+    template_args: tuple[str, ...] = ()
+    """Values that the chat template sees, as in `enable_thinking=false`."""
     dtype: Dtype = "auto"
     """Dtype of the base. auto: bfloat16 on CUDA, float32 elsewhere."""
     device: str = "auto"

@@ -170,7 +170,7 @@ class SchemaSettings(Settings):
     settings_file: ClassVar[bool] = False
 
     of: str
-    """A command's name, or `plan` for the plan of a study."""
+    """A command's name, `plan` for the plan of a study, or `card` for a task card."""
 
 
 class InspectSettings(Settings):
@@ -195,6 +195,10 @@ class InspectSettings(Settings):
     from the fields of the first row."""
     chat_format: ChatFormat | None = None
     """template, plain or auto. None: the adapter's, else auto."""
+    chat_template: Path | None = None
+    """File with the chat template to use (Jinja). None: the adapter's, else the tokenizer's own."""
+    template_args: tuple[str, ...] = ()
+    """Values that the chat template sees, as in `enable_thinking=false`."""
     fast: bool = True
     """Whether to use the fast paths for it, where they compute the same."""
     plot: Path | None = None

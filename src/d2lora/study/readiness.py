@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from d2lora.adapters.base import load_tokenizer
+from d2lora.adapters.base import tokenizer_of
 from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.data.encode import Encoder, resolve_format
@@ -99,7 +99,7 @@ def _faults_of_warm_starts(plan: StudyPlan, *, fetch: bool) -> list[str]:
 def cut_short(plan: StudyPlan) -> list[str]:
     """Return messages on the rows that each task's limits cut, and on answers beyond them."""
     base = BaseSettings(**base_values(plan))
-    tokenizer = load_tokenizer(base)
+    tokenizer = tokenizer_of(base)
     messages: list[str] = []
     for name, task in plan.tasks.items():
         own = {key: value for key, value in {**plan.adapt, **task.adapt}.items() if key in LIMITS}

@@ -112,6 +112,8 @@ def identity_of(settings: Settings) -> dict[str, Any]:
     values = {k: v for k, v in own.items() if k not in _FREE}
     for name in _FILES & values.keys():
         values[name] = [content_of(path) for path in values[name] or ()]
+    if values.get("chat_template"):
+        values["chat_template"] = content_of(str(values["chat_template"]))
     if "task" in values:
         values["task"] = _task_content(values["task"])
     if isinstance(settings, BaseSettings):

@@ -26,10 +26,10 @@ from d2lora.adapters.factors import (
 from d2lora.adapters.files import PREFIX, AdapterFiles, some
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
-from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_all
 from d2lora.data.tasks import read_task
 from d2lora.errors import ModelError, SettingsError
+from d2lora.evaluation.generate import encoder_of
 from d2lora.runtime.claims import claimed
 from d2lora.runtime.console import Reporter, table_console
 from d2lora.runtime.run_folder import write_json
@@ -117,12 +117,17 @@ def _on_task(settings: InspectSettings, folder: Path, manifest: Manifest | None)
     if name is None:
         raise SettingsError("--data needs --base: the adapter does not say which it was made on")
     base = load_base(
-        BaseSettings(base=name, revision=settings.revision, gguf_file=settings.gguf_file)
+        BaseSettings(
+            base=name,
+            revision=settings.revision,
+            gguf_file=settings.gguf_file,
+            chat_template=settings.chat_template,
+            template_args=settings.template_args,
+        )
     )
     if warning := check_fit(folder, base):
         Reporter().say(warning)
-    trained_in = manifest.chat_format if manifest else None
-    encoder = Encoder.of(base, settings.chat_format or trained_in)
+    encoder = encoder_of(folder, base, settings.chat_format)
     data = read_task(settings.data, settings.task, say=Reporter().say)
     examples = data.examples[:MOST_ROWS]
     items = encode_all(encoder, examples, LONGEST, "truncate").items

@@ -20,14 +20,13 @@ from typing import Any
 
 from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.manifest import base_record
-from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_prompts
 from d2lora.data.rows import Example
 from d2lora.data.sources import BAD_ROWS, nested_order, write_bad_rows
 from d2lora.data.tasks import TaskData, read_task
 from d2lora.errors import DataError, counted
 from d2lora.evaluation.decoding import Decoder, Sampling, check_room
-from d2lora.evaluation.generate import adapted, chat_format_of, decode
+from d2lora.evaluation.generate import adapted, decode, encoder_of
 from d2lora.evaluation.metrics import Metric, Scored, metric_named
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import (
@@ -157,7 +156,7 @@ def _sampled(
 ) -> tuple[list[list[_Sample]], list[str]]:
     """Return the distinct samples of every prompt, scored, and the fast paths used."""
     folder = Path(settings.adapter) if settings.adapter else None
-    encoder = Encoder.of(base, chat_format_of(folder, settings.chat_format))
+    encoder = encoder_of(folder, base, settings.chat_format)
     prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
     if message := prompts.report(settings.max_length):
         reporter.say(message)

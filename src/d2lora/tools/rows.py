@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.control import strip_control_codes
 from rich.text import Text
 
-from d2lora.adapters.base import load_tokenizer
+from d2lora.adapters.base import tokenizer_of
 from d2lora.data.batches import Encoded
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.encoded_sets import every
@@ -64,8 +64,10 @@ def see_rows(settings: InspectSettings) -> RowsSeen:
         base=settings.base or "embedded",
         revision=settings.revision,
         gguf_file=settings.gguf_file,
+        chat_template=settings.chat_template,
+        template_args=settings.template_args,
     )
-    tokenizer = load_tokenizer(base)
+    tokenizer = tokenizer_of(base)
     encoder = Encoder(tokenizer, resolve_format(tokenizer, settings.chat_format))
     data = read_task(settings.data, settings.task, say=Reporter().say, check=encoder.check)
     items = every(encoder.encode, data.examples)

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from d2lora import fast
 from d2lora.adapters.base import Base
 from d2lora.adapters.card import write_manifest
+from d2lora.adapters.chat_template import own_template
 from d2lora.adapters.manifest import (
     FORMAT_VERSION,
     LoraRecord,
@@ -259,8 +260,17 @@ def _manifest(phase: Phase, saved: InitializedAdapter, trained: Trained) -> Mani
         adapter_fingerprint=fingerprint_of_adapter(phase.run.path),
         provenance=provenance(),
         kept_out=rows.kept_out,
+        chat_template=_template_of(phase),
         labels=rows.labels or None,
     )
+
+
+def _template_of(phase: Phase) -> str | None:
+    """Return the chat template, where it is not the tokenizer's own."""
+    template = own_template(phase.encoder.tokenizer)
+    plain = phase.encoder.format == "plain"
+    changed = phase.base.chat_template is not None or template != own_template(phase.base.tokenizer)
+    return template if changed and not plain else None
 
 
 def _set_aside(faults: Sequence[Fault], run: RunFolder, reporter: Reporter) -> None:

@@ -9,9 +9,9 @@ from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import EncodedSet, encode_all, encode_pairs
 from d2lora.data.rows import Example, Fault, place
 from d2lora.data.sources import nested_order, selection_behind, split_validation
-from d2lora.data.tasks import AUTO, TaskData, labels_of, read_task
+from d2lora.data.tasks import AUTO, TaskData, answers_of, labels_of, read_task
 from d2lora.data.trained_rows import TrainedRows
-from d2lora.errors import DataError
+from d2lora.errors import DataError, counted
 from d2lora.runtime.console import Reporter
 from d2lora.settings import PhaseSettings
 from d2lora.settings.seeds import seed_of
@@ -82,6 +82,11 @@ def prepare_rows(
         f"task {data.task.name}, chat format {encoder.format})"
     )
     train_items = [items[index] for index in train_rows]
+    if data.task.card.turns == "every":
+        own = [examples[encoded.kept[index]] for index in train_rows]
+        answers = [answer for example in own for answer in answers_of(data.task, example)]
+        train_items = _encoded(settings, encoder, answers).items
+        reporter.say(f"{counted(len(train_items), 'answer')} of these rows are learnt")
     trained = TrainedRows.of(examples[encoded.kept[index]] for index in train_rows)
     labels = labels_of(data) if data.task.answers == "closed" else ()
     return Rows(train_items, valid, data.sources, selection, data.faults, kept_out, trained, labels)

@@ -1,7 +1,7 @@
 """Answers that are JSON: are they JSON at all, are they equal, which values are right."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from d2lora.errors import DataError, listed
@@ -73,11 +73,20 @@ def _canonical(text: str) -> str | None:
 
 
 def _slots(text: str) -> set[str] | None:
-    """Return the pairs of name and value of a JSON object, each in its one way to be written."""
+    """Return the pairs of name and value of a JSON object, each in its one way to be written.
+
+    The pairs of objects inside it are its own, by the names that lead to them.
+    """
     value = parsed(text)
-    if not isinstance(value, dict):
-        return None
-    return {json.dumps({name: one}, sort_keys=True) for name, one in value.items()}
+    return set(_pairs(value, ())) if isinstance(value, dict) else None
+
+
+def _pairs(value: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    for name, one in value.items():
+        if isinstance(one, dict) and one:
+            yield from _pairs(one, (*path, name))
+        else:
+            yield json.dumps([*path, name, one], sort_keys=True)
 
 
 def _overlap(found: set[str], wanted: set[str]) -> float:
