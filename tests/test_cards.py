@@ -356,3 +356,12 @@ def test_a_choice_is_scored_without_what_a_template_ends_a_turn_with(tiny_base: 
     shown = [base.tokenizer.decode(list(ids)) for ids in question.endings]
     assert [text.strip() for text in shown] == ["one", "two"]
     assert base.tokenizer.decode(list(question.prompt)).endswith("assistant: ")
+
+
+def test_a_list_in_a_template_says_how_to_show_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"`a` is a list.*write \{a:json\}.*\{a\[\*\]\} for an item"
+    ):
+        examples(tmp_path, "prompt: '{a}'", {"a": ["x"], "completion": "y"})
+    [example] = examples(tmp_path, "prompt: '{a[*]} {a:json}'", {"a": ["x"], "completion": "y"})
+    assert example.prompt[0].content == 'x ["x"]'

@@ -320,7 +320,7 @@ def test_bad_test_rows_are_skipped_where_that_is_asked_for_and_kept_aside(
     tmp_path: Path, tiny_base: str, problems: str
 ) -> None:
     (tmp_path / "d.jsonl").write_text(Path(problems).read_text() + '{"question": 1}\nno row\n')
-    text = write_rows(tmp_path / "t.jsonl", [*text_rows("valid", 2), {"text": 3}])
+    text = write_rows(tmp_path / "t.jsonl", [*text_rows("valid", 2), {"text": [3]}])
     choice = write_rows(tmp_path / "c.jsonl", [*choice_rows(2), {"prompt": "p"}])
     given: dict[str, Any] = {
         "base": tiny_base, "data": (str(tmp_path / "d.jsonl"),), "general_text": (text,),

@@ -21,8 +21,12 @@ def made(out: Path, base: str, data: str, **changes: Any):
 
 
 def pair(*samples: str, best_sample: bool = False) -> dict[str, Any] | None:
-    scored = [_Sample(text, gsm8k(text, RIGHT)["exact_match"]) for text in samples]
-    return _pair(Example(user("2 + 2?"), RIGHT), scored, "exact_match", best_sample=best_sample)
+    def score(text: str, example: Example) -> float:
+        return gsm8k(text, example.completion)["exact_match"]
+
+    example = Example(user("2 + 2?"), RIGHT)
+    scored = [_Sample(text, score(text, example)) for text in samples]
+    return _pair(example, scored, score, best_sample=best_sample)
 
 
 def test_the_worst_sample_is_rejected_and_gold_is_chosen() -> None:
@@ -83,5 +87,5 @@ def test_titles_give_pairs_whose_rejected_title_is_worse(
 
 def test_rows_without_gold_answers_are_refused(tmp_path: Path, tiny_base: str) -> None:
     data = write_rows(tmp_path / "text.jsonl", [{"text": "Once upon a time."}])
-    with pytest.raises(DataError, match="no gold answer"):
+    with pytest.raises(DataError, match="no open answers"):
         made(tmp_path / "1", tiny_base, data, n=None)

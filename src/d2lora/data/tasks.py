@@ -164,7 +164,8 @@ class Task:
 
     def _prompt(self, template: Template, values: Fields) -> tuple[Message, ...]:
         """Return the turn of the template; a field that holds turns, as these."""
-        if template.is_field and isinstance(values.get(template.paths[0]), list):
+        turns = values.get(template.paths[0]) if template.is_field else None
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict):
             return given(values, template.paths[0])
         filled = self._filled("prompt", values)
         return (Message("user", filled.text, fields=filled.fields),)

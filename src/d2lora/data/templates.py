@@ -1,7 +1,7 @@
 """Templates of task cards: text with a row's fields in braces, as in `Which intent? {text}`.
 
-A field is named by its path. Texts stand as they are, lists of `[*]` one item a line, numbers as
-JSON writes them; `{x:json}` writes any value as JSON, `{x:g}` and the like format a number as
+A field is named by its path. Texts stand as they are, lists of `[*]` one item a line, numbers and
+booleans as in JSON; `{x:json}` writes any value as JSON, `{x:g}` and the like format a number as
 Python does. `{x?}` may be missing, null or empty. `{{` and `}}` are braces.
 """
 
@@ -124,4 +124,10 @@ def _shown(value: Any, part: _Part) -> str:
         return value.strip()
     if isinstance(value, list) and EVERY in str(part.path):
         return "\n".join(_shown(item, part) for item in value)
+    if isinstance(value, list | dict):
+        kind = "a list" if isinstance(value, list) else "an object"
+        raise BadRowError(
+            f"field `{part.path}` is {kind}, not a text: {value!r:.60}; write {{{part.path}:json}} "
+            f"to show it as JSON{f', {{{part.path}[*]}} for an item a line' * (kind == 'a list')}"
+        )
     return json.dumps(value, ensure_ascii=False, default=str)

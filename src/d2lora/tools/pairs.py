@@ -13,7 +13,7 @@ done.json      the marker of completion
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,11 @@ def _sampled(
 
 
 def _pair(
-    example: Example, samples: Sequence[_Sample], score: "_Score", *, best_sample: bool
+    example: Example,
+    samples: Sequence[_Sample],
+    score: Callable[[str, Example], float],
+    *,
+    best_sample: bool,
 ) -> dict[str, Any] | None:
     """Return the row of a prompt; None where no sample is worse than the chosen completion."""
     gold = _Sample(example.completion, score(example.completion, example))
