@@ -75,7 +75,7 @@ def test_templates_show_fields_of_every_kind(tmp_path: Path) -> None:
         """
         columns: {facts: "contexts[*].text"}
         system: You know {topic}.
-        prompt: "{{{q}}}\\n{facts[*]}\\n{n} {x:.1f} {flag} {note?}{none?}"
+        prompt: "{{{q}}}\\n{facts}\\n{n} {x:.1f} {flag} {note?}{none?}"
         completion: '{{"a": {a:json}}}'
         """,
         {
@@ -365,3 +365,25 @@ def test_a_list_in_a_template_says_how_to_show_it(tmp_path: Path) -> None:
         examples(tmp_path, "prompt: '{a}'", {"a": ["x"], "completion": "y"})
     [example] = examples(tmp_path, "prompt: '{a[*]} {a:json}'", {"a": ["x"], "completion": "y"})
     assert example.prompt[0].content == 'x ["x"]'
+
+
+def test_values_have_names_and_files_without_a_header_have_columns(tmp_path: Path) -> None:
+    text = """
+    header: [label, text]
+    values: {label: {0: "no", 1: "yes"}}
+    prompt: "{text}"
+    completion: "{label}"
+    answers: closed
+    """
+    file = tmp_path / "rows.tsv"
+    file.write_text("0\tfirst\n1\tsecond\n", encoding="utf-8")
+    path = card(tmp_path, text)
+    data = read_task([str(file)], path)
+    assert [e.completion for e in data.examples] == ["no", "yes"]
+    assert labels_of(data) == ("no", "yes")
+    assert Guard([str(file)], 0, {str(file): path}).n_rows == 2
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"label": 1, "text": "a"}, {"label": 2, "text": "b"}]
+    )
+    with pytest.raises(DataError, match=r"line 2: field `label` is '2', which is none of 0, 1;"):
+        read_task([rows], path)

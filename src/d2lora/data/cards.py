@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from d2lora.data.paths import steps_of
+from d2lora.data.paths import as_text, steps_of
+from d2lora.data.rows import repeated
 from d2lora.data.templates import Template
 from d2lora.errors import DataError, SettingsError, did_you_mean
 from d2lora.settings import Settings
@@ -33,6 +34,10 @@ class Card(Settings):
     columns: dict[str, str] = Field(default_factory=dict)
     """Name -> column or path (`QUESTION`, `answers[0].text`, `CONTEXTS[*]`). Without templates the
     names are `prompt` and `completion`, or those of any format that is recognized."""
+    values: dict[str, dict[Any, str]] = Field(default_factory=dict)
+    """Column -> its values by the names to show, as in `{label: {0: no, 1: yes}}`."""
+    header: tuple[str, ...] = ()
+    """Names of the columns of CSV and TSV files that have no header."""
     system: str = ""
     """Template of a system turn, for rows that have none of their own."""
     prompt: str | None = None
@@ -64,6 +69,21 @@ class Card(Settings):
         for path in columns.values():
             steps_of(path)
         return columns
+
+    @field_validator("values")
+    @classmethod
+    def _by_text(cls, values: dict[str, dict[Any, str]]) -> dict[str, dict[Any, str]]:
+        return {
+            name: {as_text(value): text for value, text in named.items()}
+            for name, named in values.items()
+        }
+
+    @field_validator("header")
+    @classmethod
+    def _named_once(cls, header: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := repeated(header):
+            raise ValueError(f"{twice} is named more than once")
+        return header
 
     @field_validator("system", "prompt", "completion")
     @classmethod

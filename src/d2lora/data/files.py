@@ -7,7 +7,7 @@ A row that cannot be read is a `Fault` beside the others; what spoils a whole fi
 
 import csv
 import zlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +22,12 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 csv.field_size_limit(2**31 - 1)  # a field may be a whole document; a C long of Windows ends here
 
 
-def file_items(path: Path) -> Iterator[Row | Fault]:
+def file_items(path: Path, header: Sequence[str] = ()) -> Iterator[Row | Fault]:
     """Read the rows and faults of a file, by its suffix.
+
+    Args:
+        path: The file.
+        header: Names of the columns of a CSV or TSV file without a header.
 
     Raises:
         DataError: If it is unreadable as a whole.
@@ -34,7 +38,10 @@ def file_items(path: Path) -> Iterator[Row | Fault]:
                 raise DataError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull`")
         if path.suffix.lower() == GZIP and kind_of(path) == ".parquet":
             raise DataError(f"{path}: Parquet is compressed by itself; run `gunzip` on it")
-        yield from READERS[kind_of(path)](path)
+        if header and kind_of(path) in TABLES:
+            yield from TABLES[kind_of(path)](path, header)
+        else:
+            yield from READERS[kind_of(path)](path)
 
 
 def text_lines(path: Path) -> Iterator[str]:
@@ -89,9 +96,9 @@ Record = tuple[int, list[str] | str]
 """A line number with the fields that start there, or with what is wrong."""
 
 
-def _csv(path: Path) -> Iterator[Row | Fault]:
+def _csv(path: Path, header: Sequence[str] = ()) -> Iterator[Row | Fault]:
     with opened(path, "") as file:
-        yield from _table(path, _csv_records(file))
+        yield from _table(path, _csv_records(file), header)
 
 
 def _csv_records(lines: Iterable[str]) -> Iterator[Record]:
@@ -111,17 +118,18 @@ def _csv_records(lines: Iterable[str]) -> Iterator[Record]:
                 yield line, fields
 
 
-def _tsv(path: Path) -> Iterator[Row | Fault]:
+def _tsv(path: Path, header: Sequence[str] = ()) -> Iterator[Row | Fault]:
     """Read lines of fields between tabs; a quote is a character like any other."""
     lines = enumerate(text_lines(path), 1)
-    return _table(path, ((number, line.split("\t")) for number, line in lines if line))
+    records = ((number, line.split("\t")) for number, line in lines if line)
+    return _table(path, records, header)
 
 
-def _table(path: Path, records: Iterator[Record]) -> Iterator[Row | Fault]:
-    line, header = next(records, (1, list[str]()))
-    if isinstance(header, str):
-        raise DataError(f"{path}, line {line}: {header}")
-    names = [name or f"column {number}" for number, name in enumerate(header, 1)]
+def _table(path: Path, records: Iterator[Record], header: Sequence[str]) -> Iterator[Row | Fault]:
+    line, first = (0, list(header)) if header else next(records, (1, list[str]()))
+    if isinstance(first, str):
+        raise DataError(f"{path}, line {line}: {first}")
+    names = [name or f"column {number}" for number, name in enumerate(first, 1)]
     if twice := repeated(names):
         raise DataError(f"{path}: the header names {twice} more than once; rename or drop columns")
     for line, fields in records:
@@ -151,6 +159,7 @@ def _parquet(path: Path) -> Iterator[Row | Fault]:
         raise DataError(f"{path}: a text in it is not UTF-8: {error}") from None
 
 
-READERS = {
+TABLES = {".csv": _csv, ".tsv": _tsv}
+READERS: dict[str, Callable[[Path], Iterator[Row | Fault]]] = {
     ".jsonl": read_json_lines, ".json": read_json, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet,
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Values inside a row by their path: `QUESTION`, `meta.id`, `answers[0].text`, `CONTEXTS[*]`."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +33,11 @@ def steps_of(path: str) -> list[str | int]:
     if not steps:
         raise ValueError("an empty path names no field")
     return steps
+
+
+def as_text(value: Any) -> str:
+    """Return a text as it is, another value as JSON writes it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def column_of(path: str) -> str:

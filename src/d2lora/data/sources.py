@@ -83,13 +83,17 @@ class Stream:
     """SHA-256 of the source; to be asked when the items are through."""
 
 
-def read_source(name: str) -> Source:
+def read_source(name: str, header: Sequence[str] = ()) -> Source:
     """Read one source.
+
+    Args:
+        name: As for `stream_source`.
+        header: As for `stream_source`.
 
     Raises:
         DataError: As `stream_source`.
     """
-    stream = stream_source(name)
+    stream = stream_source(name, header)
     rows: list[Row] = []
     faults: list[Fault] = []
     for item in stream.items:
@@ -100,8 +104,12 @@ def read_source(name: str) -> Source:
     return Source(stream.name, rows, faults, stream.fingerprint())
 
 
-def stream_source(name: str) -> Stream:
+def stream_source(name: str, header: Sequence[str] = ()) -> Stream:
     """Open one source; JSON Lines, CSV, Parquet and hub data are never in memory as a whole.
+
+    Args:
+        name: A file or a hub data set.
+        header: Names of the columns of a table without a header. Empty: its first line has them.
 
     Raises:
         DataError: If the file is missing, of an unknown kind, unreadable or holds no rows; what
@@ -111,7 +119,7 @@ def stream_source(name: str) -> Stream:
     if kind_of(path) in READERS:
         if not path.is_file():
             raise DataError(f"{name}: no such file")
-        return Stream(str(path), _some(name, file_items(path)), lambda: sha256_of(path))
+        return Stream(str(path), _some(name, file_items(path, header)), lambda: sha256_of(path))
     if path.exists():
         kinds = ", ".join(READERS)
         raise DataError(f"{name}: expected a file of kind {kinds}, found {path.suffix or 'none'}")

@@ -5,7 +5,6 @@ written down in the card, because a score without its prompt cannot be compared
 (lm-evaluation-harness#2034).
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -23,7 +22,7 @@ from d2lora.data.formats import (
     given,
     missing,
 )
-from d2lora.data.paths import column_of, value_at
+from d2lora.data.paths import EVERY, as_text, column_of, value_at
 from d2lora.data.preferences import PREFERENCES, read_preference
 from d2lora.data.rows import BadRowError, Example, Fault, Message, place
 from d2lora.data.sources import Row, check_different, stream_source
@@ -117,7 +116,8 @@ class Task:
         return replace(self._read(row, answered=False), completion="", rejected=None, references=())
 
     def _read(self, row: Fields, *, answered: bool) -> Example:
-        templates, values = self.named.templates, {**row, **self._columns(row, answered=answered)}
+        templates, row = self.named.templates, self._named(row)
+        values = {**row, **self._columns(row, answered=answered)}
         if self.card.prompt is None:
             example = self._recognized(row, values, answered=answered)
         else:
@@ -141,8 +141,26 @@ class Task:
                 if answered:
                     raise self._placed(error, "columns") from None
             else:
-                named[name] = json.dumps(value) if isinstance(value, int | float) else value
+                if isinstance(value, list) and EVERY in path and not _has_objects(value):
+                    named[name] = "\n".join(map(as_text, value))
+                else:
+                    named[name] = value if isinstance(value, list | dict) else as_text(value)
         return named
+
+    def _named(self, row: Fields) -> Fields:
+        """Return a row with the names that the card gives to values of its columns."""
+        own: dict[str, Any] = {}
+        for column, names in self.card.values.items():
+            if row.get(column) is None:
+                continue
+            value = as_text(row[column])
+            if value not in names:
+                raise BadRowError(
+                    f"field `{column}` is {value!r:.60}, which is none of {', '.join(names)}; "
+                    f"{self.named.place('values')} names these"
+                )
+            own[column] = names[value]
+        return {**row, **own}
 
     def _recognized(self, row: Fields, values: Fields, *, answered: bool) -> Example:
         """Read a row in a format that is known by its fields."""
@@ -203,6 +221,10 @@ class Task:
         return tuple(texts)
 
 
+def _has_objects(values: Sequence[Any]) -> bool:
+    return any(isinstance(value, list | dict) for value in values)
+
+
 @cache
 def _shipped(name: str) -> Task:
     return Task(read_card(name))
@@ -225,6 +247,11 @@ def _detected(row: Fields) -> Task:
 def is_closed(name: str) -> bool:
     """Say whether a task, as it is named in settings, has closed answers."""
     return name != AUTO and task_of(name, {}).answers == "closed"
+
+
+def header_of(name: str) -> tuple[str, ...]:
+    """Return the columns of files without a header, as the card of a task names them."""
+    return task_of(name, {}).card.header if is_card_file(name) else ()
 
 
 def task_of(name: str, first_row: Fields) -> Task:
@@ -291,7 +318,8 @@ class Reading:
         """
         n_good = 0
         for name in self._names:
-            stream, n_rows, seen = stream_source(name), 0, FormatsSeen(name)
+            header = header_of(self._task_name)
+            stream, n_rows, seen = stream_source(name, header), 0, FormatsSeen(name)
             for item in stream.items:
                 if isinstance(item, Fault):
                     self.faults.append(item)

@@ -16,7 +16,7 @@ from typing import Any
 from d2lora.data.contamination import Guard, Leak, leaks_of
 from d2lora.data.rows import place
 from d2lora.data.sources import Row, is_remote, read_source
-from d2lora.data.tasks import Say, read_task
+from d2lora.data.tasks import Say, header_of, read_task
 from d2lora.errors import DataError, listed
 from d2lora.runtime.run_folder import write_text
 from d2lora.study.plan import StudyPlan
@@ -161,7 +161,9 @@ class _Cleaner:
         if len(removed) == len(data.rows):
             return None, len(data.rows), removed
         gone = {one.row.line for one in removed}
-        rows = [row.values for row in read_source(name).rows if row.line not in gone]
+        rows = [
+            row.values for row in read_source(name, header_of(task)).rows if row.line not in gone
+        ]
         text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         path = self._folder / f"{Path(name).stem}-{digest}.jsonl"
