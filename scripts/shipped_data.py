@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-N_TRAIN, N_TEST, N_GENERAL = 80, 48, 16
+N_TRAIN, N_TEST, N_GENERAL = 80, 48, 8
 MIT = """MIT License
 
 Copyright (c) 2021 OpenAI
