@@ -221,8 +221,9 @@ def test_slots_are_scored_by_name_and_value_over_all_rows() -> None:
         scored("no JSON", '{"a": {"b": [1]}, "c": 2}'),
         scored("{}", "{}"),
         scored('{"x": 1}', '{"y": 1}', '{"x": 1}'),
+        scored('{"a": {"b": 1, "c": 2}}', '{"a": {"c": 3, "b": 1}}'),
     ]
-    right, found, wanted = 2 + 0 + 0 + 0 + 1, 2 + 2 + 0 + 0 + 1, 2 + 1 + 2 + 0 + 1
+    right, found, wanted = 2 + 0 + 0 + 0 + 1 + 1, 2 + 2 + 0 + 0 + 1 + 2, 2 + 1 + 2 + 0 + 1 + 2
     assert mean("slot_f1", rows) == pytest.approx(2 * right / (found + wanted))
 
 
@@ -427,6 +428,13 @@ def test_a_file_that_cannot_be_run_is_shown_with_its_line(
 def test_metrics_that_cannot_be_used_are_refused_by_name(names: list[str], message: str) -> None:
     with pytest.raises(D2LoraError, match=message):
         metrics_named(names)
+
+
+@pytest.mark.parametrize("name", ["bleu", "chrf"])
+def test_what_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2lora.runtime.extras.find_spec", {}.get)
+    with pytest.raises(SettingsError, match=rf"metric `{name}` needs .* 'd2lora\[metrics\]'"):
+        metric_named(name)
 
 
 def test_scores_are_finite_numbers_for_any_output() -> None:
