@@ -19,8 +19,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
+from d2lora import EvaluateSettings
 from d2lora.errors import D2LoraError, DataError, SettingsError
 from d2lora.evaluation.counts import Column, Counts, per_row
+from d2lora.evaluation.measure import TestSets
 from d2lora.evaluation.metrics import (
     METRICS,
     Scored,
@@ -31,7 +33,7 @@ from d2lora.evaluation.metrics import (
     title_of,
 )
 from d2lora.evaluation.stats import difference_of, interval_of, mean_interval, paired_difference
-from support import SHARED, needs_shared_data
+from support import SHARED, needs_shared_data, write_rows
 
 WORDS = st.lists(
     st.sampled_from(["Red", "red", "cat's", "cats", "a", "The", "an", "x-y", "xy", "!", "７"]),
@@ -398,6 +400,19 @@ def test_what_a_function_does_wrong_is_said_with_its_row_and_line(
     rows = [scored(output, "") for output in ("a", "", "b")]
     with pytest.raises(SettingsError, match=message):
         measure_all(metrics_named([f"mine/my_metric.py:{function}"], own), rows)
+
+
+def test_what_a_metric_refuses_is_refused_before_anything_is_generated(own: Path) -> None:
+    data = write_rows(own / "d.jsonl", [{"prompt": "a", "completion": text} for text in "ab"])
+    for metric, message in (
+        ("mine/my_metric.py:short", r"failed on test row 1: KeyError: 'most'"),
+        ("json_match", r"test row 2: 'b'"),
+    ):
+        card = own / "card.yaml"
+        card.write_text(f"metrics: [{metric}]\n", encoding="utf-8")
+        settings = EvaluateSettings(data=(data,), task=str(card), out=own / "out", quiet=True)
+        with pytest.raises(D2LoraError, match=message):
+            TestSets.read(settings)
 
 
 @pytest.mark.parametrize(
