@@ -74,7 +74,7 @@ class _Own:
         with _refused(f"metric `{self.name}` failed on test row {number}", self.file):
             found = self.function(scored.output, dict(scored.row))
         several = isinstance(found, Mapping) and found
-        scores = cast("Mapping[Any, Any]", found) if several else {self.called: found}
+        scores: dict[Any, Any] = dict(cast("Any", found)) if several else {self.called: found}
         for column, value in scores.items():
             if not isinstance(value, Real | np.bool_) or not math.isfinite(value):
                 raise SettingsError(
