@@ -135,7 +135,7 @@ def test_a_number_is_the_same_in_every_way_of_writing_it() -> None:
 def test_a_target_without_a_number_alone_is_a_bad_row(end: str, tmp_path: Path) -> None:
     good = {"question": "How many?", "answer": "She had 3 cats.\n#### 3"}
     data = write_rows(tmp_path / "d.jsonl", [good, {**good, "answer": f"She had 3 cats.\n{end}"}])
-    with pytest.raises(DataError, match=r"d.jsonl, line 2: field `answer` must end in `#### N`"):
+    with pytest.raises(DataError, match=r"d.jsonl, line 2: the answer must end in `#### N`"):
         read_task([data])
 
 

@@ -71,7 +71,9 @@ class TestSets:
         elif settings.shots:
             raise SettingsError("--shots needs the rows to show: give --training-data")
         if task is not None and task.task.metrics:
-            metrics_named(task.task.metrics, task.task.named.folder)  # they are there, and load
+            # The gold answers are scored first: what a metric refuses it refuses before the time
+            # that outputs may take.
+            _columns(task, [example.completion for example in task.examples[: settings.limit]])
         if task is not None and task.task.answers == "none":
             raise DataError(
                 f"task {task.task.name} has no answers to score; give the rows as --general-text"

@@ -4,9 +4,8 @@ A metric gives each of its scores either as a value per test row, of which it is
 counts per row, of whose sums it is a function (`evaluation.counts`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from d2lora.errors import SettingsError, did_you_mean
 from d2lora.evaluation.counts import Column
@@ -15,11 +14,10 @@ from d2lora.evaluation.metrics.labels import macro_f1, micro_f1
 from d2lora.evaluation.metrics.metric import (
     Metric,
     Scored,
-    Scores,
     of_best_reference,
     of_each_row,
 )
-from d2lora.evaluation.metrics.own import file_of, own_metric
+from d2lora.evaluation.metrics.own import own_metric
 from d2lora.evaluation.metrics.preference import PREFERENCE, preference
 from d2lora.evaluation.metrics.rouge import rouge, rouge_lsum
 from d2lora.evaluation.metrics.structured import json_match, json_valid, slot_f1
@@ -27,8 +25,8 @@ from d2lora.evaluation.metrics.translation import bleu, chrf
 from d2lora.runtime.extras import need_extra
 
 __all__ = [
-    "METRICS", "Metric", "Scored", "Scores", "columns_of", "file_of", "main_column", "measure_all",
-    "metric_named", "metrics_named", "preference", "title_of",
+    "METRICS", "Metric", "Scored", "main_column", "measure_all", "metric_named", "metrics_named",
+    "preference", "title_of",
 ]  # fmt: skip
 
 METRICS = {
@@ -58,7 +56,7 @@ _TITLES = {
     PREFERENCE[0]: "preference accuracy",
 }
 _BESIDE = {column for metric in METRICS.values() for column in metric.columns[1:]}
-_FIELDS = frozenset("adapter row prompt target output n_output_tokens chosen rejected".split())
+_FIELDS = frozenset("adapter row prompt target output n_output_tokens confidence".split())
 """What a record of a test row has beside its scores."""
 
 
@@ -129,32 +127,3 @@ def _check_different(columns: Iterable[tuple[str, str]]) -> None:
                 "leave one out, or rename it"
             )
         metric_of[column] = metric
-
-
-class MainScore(NamedTuple):
-    """The one score of its kind that verdicts are about."""
-
-    column: str
-    title: str
-    """Its name in reports."""
-
-
-def _of_pair(metric: Metric) -> Callable[[str, str], Scores]:
-    def score(output: str, target: str) -> Scores:
-        found = metric.score([Scored(output, target, (target,), {})])
-        return {column: values[0] for column, values in found.items()}
-
-    return score
-
-
-_KINDS = {"exact_match": METRICS["gsm8k"], "rouge": METRICS["rouge"]}
-SCORERS = {kind: _of_pair(metric) for kind, metric in _KINDS.items()}
-MAIN_SCORE = {
-    **{kind: MainScore(metric.columns[0], metric.title) for kind, metric in _KINDS.items()},
-    "preference": MainScore(PREFERENCE[0], "preference accuracy"),
-}
-
-
-def columns_of(score: str) -> list[str]:
-    """Return the names of the scores that a kind of score gives."""
-    return list(PREFERENCE if score == "preference" else _KINDS[score].columns)

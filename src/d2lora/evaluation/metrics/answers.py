@@ -41,9 +41,9 @@ def _words(text: str) -> list[str]:
     """Return words as evaluate-v1.1.py of SQuAD separates them.
 
     In lower case, without ASCII punctuation and English articles (rajpurkar/SQuAD-explorer,
-    `normalize_answer`). Where nothing is left, as of the answer A, the words are those of the text
-    as it is: an empty output is not right.
+    `normalize_answer`). Of an answer that is nothing else, such as the choice A or `?`, they stay:
+    an empty output does not equal it.
     """
     lower = text.lower()
-    words = re.sub(r"\b(a|an|the)\b", " ", lower.translate(_PUNCTUATION)).split()
-    return words or lower.split()
+    plain = lower.translate(_PUNCTUATION)
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split() or plain.split() or lower.split()

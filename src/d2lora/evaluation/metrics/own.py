@@ -35,23 +35,6 @@ def own_metric(name: str, folder: Path) -> Metric:
     return Metric(name, own.called, (own.called,), own.measure)
 
 
-def file_of(name: str, folder: Path) -> Path:
-    """Return the file of a metric of your own.
-
-    Raises:
-        SettingsError: If the name does not hold a file and a function, or there is no such file.
-    """
-    path, _, called = name.rpartition(":")
-    if not path.endswith(".py") or not called.isidentifier():
-        raise SettingsError(
-            f"metric `{name}`: expected a file and its function, as in `my_metric.py:score`"
-        )
-    file = folder / path
-    if not file.is_file():
-        raise SettingsError(f"metric `{name}`: {file}: no such file")
-    return file
-
-
 @dataclass(frozen=True)
 class _Own:
     name: str
@@ -61,7 +44,7 @@ class _Own:
 
     @classmethod
     def of(cls, name: str, folder: Path) -> "_Own":
-        file, called = file_of(name, folder), name.rpartition(":")[2]
+        file, called = _file_of(name, folder), name.rpartition(":")[2]
         with _refused(f"metric `{name}` cannot be loaded", file):
             found = runpy.run_path(str(file))
         function = found.get(called)
@@ -91,7 +74,7 @@ class _Own:
         with _refused(f"metric `{self.name}` failed on test row {number}", self.file):
             found = self.function(scored.output, dict(scored.row))
         several = isinstance(found, Mapping) and found
-        scores = cast("Mapping[Any, Any]", found) if several else {self.called: found}
+        scores: dict[Any, Any] = dict(cast("Any", found)) if several else {self.called: found}
         for column, value in scores.items():
             if not isinstance(value, Real | np.bool_) or not math.isfinite(value):
                 raise SettingsError(
@@ -99,6 +82,18 @@ class _Own:
                     f"{number}, found {value!r:.60}"
                 )
         return {str(column): float(value) for column, value in scores.items()}
+
+
+def _file_of(name: str, folder: Path) -> Path:
+    path, _, called = name.rpartition(":")
+    if not path.endswith(".py") or not called.isidentifier():
+        raise SettingsError(
+            f"metric `{name}`: expected a file and its function, as in `my_metric.py:score`"
+        )
+    file = folder / path
+    if not file.is_file():
+        raise SettingsError(f"metric `{name}`: {file}: no such file")
+    return file
 
 
 @contextmanager
