@@ -139,6 +139,8 @@ def _parquet(path: Path) -> Iterator[Row | Fault]:
             yield Row(row, str(path), number)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from None
+    except OverflowError as error:
+        raise DataError(f"{path}: a date in it is out of Python's range: {error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: a text in it is not UTF-8: {error}") from None
 

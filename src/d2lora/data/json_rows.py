@@ -11,6 +11,8 @@ from d2lora.errors import DataError
 
 _GAP = re.compile(r"[\s,:]*")
 """What stands between the values of valid JSON."""
+_ROWS = "data"
+"""The field of an object that holds its rows."""
 
 
 def read_json_lines(path: Path) -> Iterator[Row | Fault]:
@@ -40,7 +42,15 @@ def _constant(name: str) -> None:
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-_LENIENT = json.JSONDecoder(parse_int=lambda _: 0)
+
+
+def _rows_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if sum(name == _ROWS for name, _ in pairs) > 1:
+        raise _UnusableError(f"`{_ROWS}` appears more than once in an object")
+    return dict(pairs)
+
+
+_LENIENT = json.JSONDecoder(parse_int=lambda _: 0, object_pairs_hook=_rows_once)
 
 
 def _parsed(file: str, line: int, text: str) -> Row | Fault:
@@ -86,18 +96,36 @@ def read_json(path: Path) -> Iterator[Row | Fault]:
         place = f"line {error.lineno}, column {error.colno}"
         hint = "; is it JSON Lines? Then name it .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{path}: not JSON: {error.msg} at {place}{hint}") from None
+    except _UnusableError as error:
+        raise DataError(f"{path}: {error}") from None
     except RecursionError:
         raise DataError(f"{path}: nested too deeply") from None
-    if isinstance(value, dict) and not isinstance(value.get("data"), list):
-        names = ", ".join(f"`{name}`" for name in list(value)[:5])
-        raise DataError(
-            f"{path}: expected a list of rows, found an object with {names or 'nothing'}; write "
-            "its rows as a list, or one a line in a .jsonl file"
-        )
-    if not isinstance(value, dict | list):
-        raise DataError(f"{path}: expected a list of rows, found {type(value).__name__}")
+    if fault := _not_rows(value):
+        raise DataError(f"{path}: {fault}")
     for number, row in enumerate(_row_texts(text), 1):
         yield _parsed(str(path), number, row)
+
+
+def _not_rows(value: Any) -> str | None:
+    """Return a message where a value is not one list of rows, by itself or as `data`."""
+    if isinstance(value, list):
+        return None
+    if not isinstance(value, dict):
+        return f"expected a list of rows, found {type(value).__name__}"
+    if not isinstance(value.get(_ROWS), list):
+        names = ", ".join(f"`{name}`" for name in list(value)[:5])
+        return (
+            f"expected a list of rows, found an object with {names or 'nothing'}; write its rows "
+            "as a list, or one a line in a .jsonl file"
+        )
+    others = [name for name, inner in value.items() if name != _ROWS and _has_objects(inner)]
+    if others:
+        return f"it holds rows in `{_ROWS}` and in `{others[0]}`; write each list into its own file"
+    return None
+
+
+def _has_objects(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(inner, dict) for inner in value)
 
 
 def _row_texts(text: str) -> Iterator[str]:
@@ -115,7 +143,7 @@ def _row_texts(text: str) -> Iterator[str]:
     at = after_gap(0)
     if text[at] == "{":
         key, at = decoded(after_gap(at + 1))
-        while key != "data" or text[at] != "[":
+        while key != _ROWS:
             _, at = decoded(at)
             key, at = decoded(at)
     at = after_gap(at + 1)

@@ -110,9 +110,10 @@ def stream_source(name: str) -> Stream:
     path = Path(name)
     if kind_of(path) in READERS:
         if not path.is_file():
-            raise DataError(f"{name}: no such file")
+            found = "a folder, not a file" if path.is_dir() else "no such file"
+            raise DataError(f"{name}: {found}")
         return Stream(str(path), _some(name, file_items(path)), lambda: sha256_of(path))
-    if path.exists():
+    if name and path.exists():
         kinds = ", ".join(READERS)
         raise DataError(f"{name}: expected a file of kind {kinds}, found {path.suffix or 'none'}")
     digest = hashlib.sha256()

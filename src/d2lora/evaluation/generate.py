@@ -127,7 +127,7 @@ def _examples(settings: GenerateSettings) -> list[Example]:
     assert settings.prompts is not None
     path = Path(settings.prompts)
     if kind_of(path) == ".txt":
-        if not path.is_file():
+        if not path.exists():
             raise DataError(f"{path}: no such file")
         numbered = [(n, line) for n, line in enumerate(text_lines(path), 1) if line.strip()]
         prompts = [Example(user(t), "", place=f"{path}, line {number}") for number, t in numbered]

@@ -164,12 +164,12 @@ class RunFolder:
         path = self.path
         if (path / DONE).exists():
             raise RunError(f"{path} holds a finished run; choose another --out or remove it")
-        present = _present(path)
-        if resume and not present:
+        names = present(path)
+        if resume and not names:
             raise RunError(f"{path}: there is no run to resume; leave out --resume")
-        if present and SETTINGS not in present:
-            raise RunError(f"{path} holds other files ({present[0]}, ...); choose another --out")
-        if present and not resume:
+        if names and SETTINGS not in names:
+            raise RunError(f"{path} holds other files ({names[0]}, ...); choose another --out")
+        if names and not resume:
             raise RunError(
                 f"{path} holds an unfinished run; continue it with --resume, or remove it"
             )
@@ -274,7 +274,7 @@ def _settings_of(path: Path) -> dict[str, Any]:
     return values
 
 
-def _present(folder: Path) -> list[str]:
+def present(folder: Path) -> list[str]:
     """Return the names in a folder, but for the lock and what a dead process left."""
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     return [n for n in names if not (n[0] == "." and (n.endswith(".lock") or ".tmp-" in n))]
