@@ -121,10 +121,10 @@ def test_a_wrong_change_of_a_plan_is_an_error(
     [
         {"learning_rates": [0.01, -0.01]}, {"learning_rates": []},
         {"rates": {"titles": {"fresh": {4: 0}}}}, {"epochs": {4: -1}},
-        {"epochs": {}, "steps": {4: 0}},
+        {"epochs": {}, "steps": {4: 0}}, {"tasks": {"a/b": {"data": ["d"], "test": ["t"]}}},
     ],
 )  # fmt: skip
-def test_a_rate_or_length_that_no_run_could_take_is_a_fault_of_the_plan(
+def test_a_rate_length_or_name_that_could_not_be_used_is_a_fault_of_the_plan(
     values: dict[str, Any], plan: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError, match="wrong settings"):

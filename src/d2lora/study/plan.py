@@ -5,7 +5,7 @@ A plan spans cells (arm x task x n x seed).
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -86,8 +86,8 @@ class StudyPlan(BaseSettings):
     warm_up_seeds: int = Field(default=1, ge=1)
     """Warm-ups of each name: seed s of a cell is initialized from the one made with seed s mod
     this, with its own rows, order and random weights."""
-    tasks: dict[str, TaskPlan]
-    """Name -> task."""
+    tasks: dict[Annotated[str, Field(pattern=r"^\w[\w .-]*$")], TaskPlan]
+    """Name, in letters, digits, spaces and `_.-`, as charts are named after it -> task."""
     sizes: tuple[int, ...] = Field(default=(16, 64, 256), min_length=1)
     """Task sizes n."""
     seeds: int = Field(default=5, ge=1)
