@@ -159,6 +159,12 @@ MISTAKES = {
     ),
     "an evaluation of nothing": ("evaluate --base {base} --out {out}", r"nothing to evaluate on"),
     "a generation without a prompt": ("generate --base {base}", r"either --prompt TEXT"),
+    "prompts that would be written over": (
+        "generate --base {base} --prompts {data} --out {data}", r"is the file of prompts"
+    ),
+    "a name that leaves no room for temporary files": (
+        "generate --base {base} --prompts {data} --out {out}" + "x" * 240, r"name too long"
+    ),
     "a demo over something else": ("demo --out {base}", r"not a demo"),
 }  # fmt: skip
 

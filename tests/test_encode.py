@@ -200,7 +200,9 @@ def test_the_longest_field_loses_its_middle_in_training_and_in_test(base: Base) 
     assert shown.startswith("<|bos|>User: Write a title for this text.\n\nw0 w1 w2")
     assert shown.endswith("w198 w199\nAssistant:")
     assert "truncated 1 of 2 prompts longer than 128 tokens" in str(prompts.report(128))
-    assert encode_prompts(encoder, [row], 128, "error").ids[0] == encoder.prompt_ids(row.prompt)
+    whole = encode_prompts(encoder, [row, example()], 128, "error")
+    assert whole.ids[0] == encoder.prompt_ids(row.prompt)
+    assert "1 of 2 prompts are longer than 128 tokens and left whole" in str(whole.report(128))
 
 
 def test_a_question_beside_a_long_context_stays_whole(base: Base, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from d2lora import (
     DataError,
     EvaluateSettings,
     GenerateSettings,
+    ModelError,
     SettingsError,
     adapt,
     evaluate,
@@ -363,6 +364,11 @@ def test_generate_answers_one_prompt_or_a_file(
         generate(GenerateSettings(prompts=str(lines), **common))
     with pytest.raises(SettingsError, match="--prompt is not UTF-8 text"):
         generate(GenerateSettings(prompt="x\udce9", **common))
+    lines.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(DataError, match="Git LFS pointer"):
+        generate(GenerateSettings(prompts=str(lines), **common))
+    with pytest.raises(ModelError, match="not an adapter"):  # and not the base alone
+        generate(GenerateSettings(prompt="a", **{**common, "adapter": ""}))
     for wrong in ({}, {"prompt": "a", "prompts": "b"}):
         with pytest.raises(SettingsError, match="either --prompt"):
             generate(GenerateSettings(**common, **wrong))

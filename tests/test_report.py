@@ -304,7 +304,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         ("results.jsonl", None, "results.jsonl: missing or cut off"),
         ("results.jsonl", '{"arm": "fre', "results.jsonl: missing or cut off"),
         ("trials.jsonl", None, "trials.jsonl: missing or cut off"),
-        ("study.json", "[]", "study.json: it is no object"),
         ("study.json", '{"plan": {}}', "study.json: it lacks chosen, failures, provenance"),
     ],
 )

@@ -25,9 +25,7 @@ def file_items(path: Path) -> Iterator[Row | Fault]:
         DataError: If it is unreadable as a whole.
     """
     with _readable(path):
-        with path.open("rb") as file:
-            if file.read(len(_LFS)) == _LFS:
-                raise DataError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull`")
+        _refuse_pointer(path)
         yield from READERS[kind_of(path)](path)
 
 
@@ -38,6 +36,7 @@ def text_lines(path: Path) -> Iterator[str]:
         DataError: If it cannot be read, is not UTF-8, or has line ends of another kind.
     """
     with _readable(path), path.open(encoding="utf-8-sig", newline="\n") as file:
+        _refuse_pointer(path)
         for number, line in enumerate(file, 1):
             text = line.removesuffix("\n").removesuffix("\r")
             if number == 1 and "\r" in text:
@@ -46,6 +45,12 @@ def text_lines(path: Path) -> Iterator[str]:
                     r"or CRLF, as in `tr '\r' '\n'`"
                 )
             yield text
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise DataError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull`")
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def read_instruction(row: Mapping[str, Any]) -> Example:
 
 def read_prompt(row: Mapping[str, Any]) -> Example:
     """Read the prompt alone of a row of any kind; a completion beside it is not needed."""
-    if {"chosen", "rejected"} <= row.keys():
+    if row.get("chosen") is not None and row.get("rejected") is not None:
         return replace(read_preference(row), completion="", rejected=None)
     known = format_of(PROMPTS, row)
     if isinstance(known, Conversation):

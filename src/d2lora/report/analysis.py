@@ -46,9 +46,8 @@ def read_findings(path: Path) -> Findings:
     if not (path / "study.json").is_file():
         raise RunError(f"{path}: not a study: it has no study.json; run d2lora study first")
     study = read_json(path / "study.json")
-    if not isinstance(study, dict) or (lacking := sorted(_KEYS - study.keys())):
-        what = f"it lacks {', '.join(lacking)}" if isinstance(study, dict) else "it is no object"
-        raise RunError(f"{path / 'study.json'}: {what}; {_AGAIN}")
+    if lacking := sorted(_KEYS - study.keys()):
+        raise RunError(f"{path / 'study.json'}: it lacks {', '.join(lacking)}; {_AGAIN}")
     plan = StudyPlan(**study["plan"])
     rows = _lines(path / "results.jsonl")
     if not rows:

@@ -85,5 +85,5 @@ def _check(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     done = read_json(out / DONE) if (out / DONE).is_file() else None
-    if not isinstance(done, dict) or done.get("kind") != KIND:
+    if done is None or done.get("kind") != KIND:
         raise RunError(f"{out} holds something that is not a report; choose another --out")
