@@ -658,6 +658,31 @@ def test_an_objective_of_preferences_learns_from_pairs_of_the_same_rows(
     assert objectives == {"fresh": "orpo", "warm": "dpo", "dpo first": "sft"}
 
 
+def test_a_task_of_preferences_is_studied_and_reported(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    rows = [{"prompt": f"Say {i}", "chosen": f"It is {i}", "rejected": "No"} for i in range(12)]
+    files = [write_rows(tmp_path / f"{part}.jsonl", rows[part::2]) for part in (0, 1)]
+    plan["tasks"] = {"pairs": {"data": files[:1], "test": files[1:]}}
+    plan |= {"sizes": [4], "seeds": 1, "learning_rates": [0.03], "arms": ["fresh"]}
+    study = run_study(settings(tmp_path, plan))
+    assert not study.failures
+    assert all(len(row["scores"]["preference_accuracy"]) == 6 for row in study.results)
+    page = visible(write_report(read_findings(study.path)).read_text("utf-8"))
+    assert "preference accuracy" in page
+    assert "not in the study" not in page
+
+
+def test_a_task_without_answers_stops_a_study_before_it_runs(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    tests = write_rows(tmp_path / "t.jsonl", [{"text": "Some text."}])
+    rows = write_rows(tmp_path / "d.jsonl", [{"text": f"Number {i}."} for i in range(8)])
+    plan["tasks"] = {"texts": {"data": [rows], "test": [tests]}}
+    with pytest.raises(DataError, match=r"tasks\.texts: task text has no answers to score"):
+        run_study(settings(tmp_path, plan))
+
+
 def test_random_weights_have_the_norms_of_the_warm_start_and_nothing_else(
     warm_start: WarmStart, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 from pyarrow import ArrowInvalid
 
+from d2lora.evaluation.metrics import PREFERENCE
 from d2lora.report.findings import Findings
 
 MAX_OUTPUTS = 12_000
@@ -26,8 +27,9 @@ class Examples:
 
 
 def read_examples(findings: Findings) -> Examples:
-    """Read the records of every cell from the study's store."""
-    found = [(cell, _records(findings, cell)) for cell in findings.cells]
+    """Read the records of every cell that answered from the study's store."""
+    cells = [c for c in findings.cells if findings.score_of[c["task"]] not in PREFERENCE]
+    found = [(cell, _records(findings, cell)) for cell in cells]
     there = [(cell, records) for cell, records in found if records is not None]
     texts = _Texts()
     tasks: dict[str, Any] = {}
@@ -51,9 +53,9 @@ def read_examples(findings: Findings) -> Examples:
                 "scores": [round(value, 4) for value in values],
             }
         )
-    if len(there) < len(findings.cells):
+    if len(there) < len(cells):
         notes.append(
-            f"The outputs of {len(findings.cells) - len(there)} of {len(findings.cells)} cells are "
+            f"The outputs of {len(cells) - len(there)} of {len(cells)} cells are "
             f"not in the study's store; run d2lora study again to restore them."
         )
     if texts.n_cut:

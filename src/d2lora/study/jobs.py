@@ -244,7 +244,8 @@ class Scored(Job):
             "fast_passes": measured.fast_passes,
             "general_loss": measured.general_loss,
             "choices_right": None if measured.right is None else measured.right.tolist(),
-            "n_output_tokens": sum(record["n_output_tokens"] for record in measured.records),
+            # Preferences are scored without generating.
+            "n_output_tokens": sum(r.get("n_output_tokens", 0) for r in measured.records),
             "evaluation_s": round(time.perf_counter() - started, 3),
         }
 

@@ -14,6 +14,7 @@ from d2lora.data.sources import is_remote
 from d2lora.data.tasks import Say, read_task
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, ModelError, RunError, listed
+from d2lora.evaluation.metrics import MAIN_SCORE
 from d2lora.runtime.claims import check_writable
 from d2lora.runtime.run_folder import present
 from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
@@ -74,10 +75,15 @@ def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> Non
             continue
         try:
             rows = len(read_task(task.data, task.task).examples)
-            read_task(task.test, task.task, say=say)
+            tests = read_task(task.test, task.task, say=say)
         except D2LoraError as error:
             faults.append(f"tasks.{name}: {error}")
             continue
+        if tests.task.score not in MAIN_SCORE:
+            faults.append(
+                f"tasks.{name}: task {tests.task.name} has no answers to score; give such rows as "
+                "general_text"
+            )
         if rows < max(plan.sizes):
             faults.append(
                 f"tasks.{name}: n = {max(plan.sizes)} is requested, but it has {rows} rows"
