@@ -53,6 +53,28 @@ MISTAKES = {
     "a value of another type": (
         "adapt --base {base} --data {data} --out {out} --n many", r"many"
     ),
+    "a seed that torch does not take": (
+        "adapt --base {base} --data {data} --out {out} --seed-init 99999999999999999999",
+        r"`seed_init`: input should be less than 9223372036854775808",
+    ),
+    "more threads than any machine has": (
+        "adapt --base {base} --data {data} --out {out} --threads 1000000", r"equal to 4096"
+    ),
+    "a decay rate of 1": (
+        "adapt --base {base} --data {data} --out {out} --betas 0.9 1", r"less than 1"
+    ),
+    "one fold, which leaves nothing to train on": (
+        "adapt --base {base} --data {data} --out {out} --fold 0 1", r"k at least 2"
+    ),
+    "a device number of twenty digits": (
+        "adapt --base {base} --data {data} --out {out} --device cuda:99999999999999999999",
+        r"expected auto, cpu",
+    ),
+    "a file name that is not UTF-8": (
+        "adapt --base {base} --data caf\udce9.jsonl --out {out}",
+        r"'caf\\udce9\.jsonl' is not UTF-8 text: rename the file",
+    ),
+    "a date that there is not in a settings file": ("adapt {dated_yaml}", r"month must be in"),
     "an unknown setting in a file": (
         "adapt {unknown_yaml}", r"unknown setting `learning_rte`\. Did you mean `learning_rate`\?"
     ),
@@ -137,6 +159,12 @@ MISTAKES = {
     ),
     "an evaluation of nothing": ("evaluate --base {base} --out {out}", r"nothing to evaluate on"),
     "a generation without a prompt": ("generate --base {base}", r"either --prompt TEXT"),
+    "prompts that would be written over": (
+        "generate --base {base} --prompts {data} --out {data}", r"is the file of prompts"
+    ),
+    "a name that leaves no room for temporary files": (
+        "generate --base {base} --prompts {data} --out {out}" + "x" * 240, r"name too long"
+    ),
     "a demo over something else": ("demo --out {base}", r"not a demo"),
 }  # fmt: skip
 
@@ -166,6 +194,7 @@ def test_a_mistake_gives_one_clear_error_and_exit_code_2(
         bad_rows=case.file("bad_rows.jsonl", '{"question": "q", "answer": "#### 1"}\n{"question"'),
         unknown_yaml=case.file("unknown.yaml", "learning_rte: 1\n"),
         not_yaml=case.file("not.yaml", "a: [\n"),
+        dated_yaml=case.file("dated.yaml", "out: 2024-13-45\n"),
     )
     try:
         code: object = main(line.split())

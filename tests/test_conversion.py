@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,6 +204,23 @@ def test_a_conversion_asks_for_one_thing(
 ) -> None:
     with pytest.raises(SettingsError, match="--merge alone"):
         convert(ConvertSettings(adapter=str(warm_start.path), out=tmp_path / "x", **asked))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"scale": 1e300}, "would hold numbers beyond torch.float32"),
+        ({"scale": 1e8, "dtype": "float16"}, "would hold numbers beyond torch.float16"),
+        ({"rank": 2, "mix_weights": (0.5,)}, "--mix-weights and --mix-method are of a mixture"),
+        ({"rank": 2, "mix_method": "average"}, "--mix-weights and --mix-method are of a mixture"),
+    ],
+)
+def test_a_conversion_that_could_not_be_what_is_asked_for_writes_nothing(
+    tmp_path: Path, warm_start: WarmStart, asked: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        convert(ConvertSettings(adapter=str(warm_start.path), out=tmp_path / "x", **asked))
+    assert not (tmp_path / "x").exists()
 
 
 def other_start(tmp_path: Path, tiny_base: str, problems: str, **changes: object) -> Path:

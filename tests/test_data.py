@@ -159,6 +159,8 @@ def test_a_line_separator_inside_a_text_is_no_new_line(tmp_path: Path) -> None:
         ("a.json", b'{"a": {"prompt": "p"}}', "expected a list of rows, found an object with `a`"),
         ("a.json", b'{"prompt": "p"}\n{"prompt": "q"}\n', "is it JSON Lines"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
+        ("a.json", b'{"data": [{}], "test": [{}]}', "holds rows in `data` and in `test`"),
+        ("a.json", b'{"data": [{}], "data": [{}]}', "`data` appears more than once"),
         ("a.csv", b"prompt,completion\na,b,c\n", "expected 2 fields .*, found 3"),
         ("a.csv", b"prompt,completion,completion\na,b,c\n", "names `completion` more than once"),
         ("a.tsv", b"prompt\tcompletion\tprompt\n1\t2\t3\n", "names `prompt` more than once"),
@@ -172,6 +174,20 @@ def test_unreadable_files_say_why(tmp_path: Path, name: str, content: bytes, mes
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_task([str(path)])
+
+
+def test_a_folder_named_like_a_file_of_rows_is_called_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"rows\.jsonl: a folder, not a file"):
+        read_source(str(tmp_path / "rows.jsonl"))
+
+
+def test_a_date_beyond_python_s_calendar_is_reported(tmp_path: Path) -> None:
+    when = pa.array([2**62], pa.timestamp("us"))
+    table = pa.table({"prompt": ["p"], "completion": ["c"], "when": when})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet: a date in it is out of Python's range"):
+        read_source(str(tmp_path / "rows.parquet"))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv"])
@@ -203,7 +219,7 @@ ODD_ROWS = (
 def test_json_that_would_not_be_read_as_it_stands_is_a_bad_row(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows.{suffix}"
     rows = [text for text, _ in ODD_ROWS] + ['{"prompt": "p, [", "completion": "\\ud83d\\ude00"}']
-    listed = '{"data": 1, "about": {"data": []}, "data": [' + ",\n".join(rows) + '], "n": 2}'
+    listed = '{"about": {"data": []}, "data": [' + ",\n".join(rows) + '], "n": 2}'
     path.write_text("\n".join(rows) if suffix == "jsonl" else listed)
     with pytest.raises(DataError) as caught:
         read_task([str(path)])
@@ -302,9 +318,10 @@ def test_choices_are_checked(tmp_path: Path) -> None:
         {"prompt": "p", "choices": ["a", "b"], "answer": 1},
         {"prompt": "p", "choices": ["a", "b"], "answer": 2},
         {"prompt": "p", "choices": ["a"], "answer": 0},
+        {"prompt": "p", "choices": ["a", " "], "answer": 0},
         {"prompt": "p", "choices": ["a", ""], "answer": True},
     ]
-    with pytest.raises(DataError, match="3 bad row"):
+    with pytest.raises(DataError, match="4 bad row"):
         read_choice_questions([write_rows(tmp_path / "c.jsonl", rows)])
     data = read_choice_questions([write_rows(tmp_path / "c.jsonl", rows[:1])])
     assert data.questions[0].choices == ("a", "b")

@@ -26,7 +26,7 @@ from d2lora.data.batches import Encoded, collate, micro_batches
 from d2lora.data.choices import ChoiceQuestion
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.encoded_sets import encode_all, encode_prompts
-from d2lora.data.rows import Example, Message, user
+from d2lora.data.rows import BadRowError, Example, Message, user
 from d2lora.data.tasks import read_task
 from d2lora.errors import DataError, SettingsError
 from d2lora.evaluation.evaluate import evaluate
@@ -200,7 +200,9 @@ def test_the_longest_field_loses_its_middle_in_training_and_in_test(base: Base) 
     assert shown.startswith("<|bos|>User: Write a title for this text.\n\nw0 w1 w2")
     assert shown.endswith("w198 w199\nAssistant:")
     assert "truncated 1 of 2 prompts longer than 128 tokens" in str(prompts.report(128))
-    assert encode_prompts(encoder, [row], 128, "error").ids[0] == encoder.prompt_ids(row.prompt)
+    whole = encode_prompts(encoder, [row, example()], 128, "error")
+    assert whole.ids[0] == encoder.prompt_ids(row.prompt)
+    assert "1 of 2 prompts are longer than 128 tokens and left whole" in str(whole.report(128))
 
 
 def test_a_question_beside_a_long_context_stays_whole(base: Base, tmp_path: Path) -> None:
@@ -466,6 +468,21 @@ def test_a_template_that_leaves_out_a_turn_is_an_error_with_the_row(templated: A
     )
     with pytest.raises(DataError, match="the answer is left out"):
         Encoder(templated, "template").encode(example())
+
+
+def test_a_template_that_drops_thoughts_refuses_an_answer_with_thoughts(templated: Any) -> None:
+    templated.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content.split('</think>')[-1] | trim }}\n"
+        "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    encoder = Encoder(templated, "template")
+    assert encoder.encode(example(completion=" Eight, as 3 + 5 is.\n")).n_supervised > 1
+    encoder.check(example(completion="Eight."))
+    thinking = replace(example(completion="<think>3 + 5</think>Eight."), place="d.jsonl, line 2")
+    with pytest.raises(BadRowError, match="not shown as it is, by the chat template"):
+        encoder.check(thinking)
+    with pytest.raises(DataError, match=r"d\.jsonl, line 2: the answer is left out, or not shown"):
+        encoder.encode(thinking)
 
 
 def test_a_turn_marker_that_is_not_called_special_cannot_be_forged(templated: Any) -> None:

@@ -1,6 +1,7 @@
 """Generation against transformers' own, and evaluation against sums done by hand."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from adapters import run
 from d2lora import (
     Adapter,
     AdaptSettings,
     DataError,
     EvaluateSettings,
     GenerateSettings,
+    ModelError,
     SettingsError,
     adapt,
     evaluate,
@@ -27,7 +30,7 @@ from d2lora.adapters.attach import attach_adapter, detach_adapter, merged
 from d2lora.adapters.base import fingerprint_of_model, load_base
 from d2lora.data.encode import Encoder
 from d2lora.data.rows import Message
-from d2lora.embedded import choice_rows, text_rows
+from d2lora.embedded import choice_rows, general_rows, text_rows
 from d2lora.evaluation.decoding import Decoder, Sampling, choose
 from d2lora.evaluation.generate import adapted
 from d2lora.fast.llama import Llama, LlamaSteps
@@ -195,6 +198,14 @@ def test_sampling_is_seeded_and_top_p_cuts_the_tail() -> None:
     assert torch.equal(drawn, again)
 
 
+@pytest.mark.parametrize(
+    "cold", [Sampling(1e-300), Sampling(1e-40), Sampling(1e-6), Sampling(1.0, 1e-300)]
+)
+def test_sampling_near_zero_takes_the_likeliest_token(cold: Sampling) -> None:
+    logits = 100 * torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 4.0]])
+    assert choose(logits, cold, torch.Generator().manual_seed(0)).tolist() == [1, 0]
+
+
 def test_evaluation_writes_a_record_of_every_row_and_adapter(
     tmp_path: Path, tiny_base: str, problems: str, adapter: Adapter
 ) -> None:
@@ -252,8 +263,61 @@ def test_forgetting_is_measured_against_the_base_with_adapters_off(
     assert base.choice_accuracy is not None
 
 
+@pytest.fixture(scope="module")
+def formats(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: str, problems: str
+) -> tuple[str, ...]:
+    """A base with a chat template, and untrained adapters in the plain format and the template."""
+    folder = tmp_path_factory.mktemp("formats")
+    base = str(shutil.copytree(tiny_base, folder / "base"))
+    (folder / "base" / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    adapters = [folder / form for form in ("plain", "template")]
+    for out in adapters:
+        run(out, base, problems, chat_format=out.name, max_steps=0, rank=2)
+    return base, *map(str, adapters)
+
+
+def test_an_adapter_that_does_nothing_forgets_nothing_in_whatever_chat_format(
+    tmp_path: Path, formats: tuple[str, ...]
+) -> None:
+    base, plain, template = formats
+    text = write_rows(tmp_path / "text.jsonl", general_rows("valid", 4))
+    choices = write_rows(tmp_path / "choices.jsonl", choice_rows(4))
+    found = evaluate(
+        EvaluateSettings(
+            base=base, adapters=(plain, template), general_text=(text,), choices=(choices,),
+            out=tmp_path / "e", quiet=True,
+        )
+    ).forgetting  # fmt: skip
+    for name in (plain, template):
+        assert found[name].general_loss_change == 0
+        change = found[name].choice_accuracy_change
+        assert change is not None
+        assert change.mean == 0
+    assert found["base, plain"].general_loss == found[plain].general_loss
+    assert found["base"].general_loss == found[template].general_loss != found[plain].general_loss
+
+
+def test_rows_that_one_chat_format_alone_drops_are_not_compared(
+    tmp_path: Path, formats: tuple[str, ...]
+) -> None:
+    base, plain, template = formats
+    rows = [{"prompt": "7" * n, "chosen": "yes", "rejected": "no"} for n in range(1, 40)]
+    with pytest.raises(DataError, match="different chat formats, in which --overlong drop"):
+        evaluate(
+            EvaluateSettings(
+                base=base, adapters=(plain, template), max_length=40, overlong="drop",
+                data=(write_rows(tmp_path / "pairs.jsonl", rows),), out=tmp_path / "e", quiet=True,
+            )
+        )  # fmt: skip
+
+
 def test_choices_are_ranked_by_log_probability_over_length(tmp_path: Path, tiny_base: str) -> None:
     rows = [row for row in choice_rows(12) if row["benchmark"] == "words"]
+    rows.append({"prompt": "Which?", "choices": ["a", "a"], "answer": 1})  # as some public ones are
     path = write_rows(tmp_path / "choices.jsonl", rows)
     evaluation = evaluate(
         EvaluateSettings(base=tiny_base, choices=(path,), out=tmp_path / "e", quiet=True)
@@ -272,7 +336,8 @@ def test_choices_are_ranked_by_log_probability_over_length(tmp_path: Path, tiny_
             places = range(len(prompt) - 1, ids.shape[1] - 1)
             total = sum(float(logits[t, ids[0, t + 1]]) for t in places)
             scores.append(total / len(choice))
-        right.append(int(np.argmax(scores)) == row["answer"])
+        right.append(row["choices"][int(np.argmax(scores))] == row["choices"][row["answer"]])
+    assert right[-1]
     accuracy = evaluation.forgetting["base"].choice_accuracy
     assert accuracy is not None
     assert accuracy.mean == pytest.approx(np.mean(right))
@@ -299,6 +364,11 @@ def test_generate_answers_one_prompt_or_a_file(
         generate(GenerateSettings(prompts=str(lines), **common))
     with pytest.raises(SettingsError, match="--prompt is not UTF-8 text"):
         generate(GenerateSettings(prompt="x\udce9", **common))
+    lines.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(DataError, match="Git LFS pointer"):
+        generate(GenerateSettings(prompts=str(lines), **common))
+    with pytest.raises(ModelError, match="not an adapter"):  # and not the base alone
+        generate(GenerateSettings(prompt="a", **{**common, "adapter": ""}))
     for wrong in ({}, {"prompt": "a", "prompts": "b"}):
         with pytest.raises(SettingsError, match="either --prompt"):
             generate(GenerateSettings(**common, **wrong))

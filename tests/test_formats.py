@@ -320,6 +320,7 @@ def test_only_the_prompt_is_asked_of_prompts_in_every_format(tmp_path: Path) -> 
         {"conversations": SHAREGPT[:4]}, {"conversations": SHAREGPT}, {"messages": BOTH[:4]},
         {"instruction": NEXT[1], "history": [[USER[1], FIRST[1]]], "system": SYSTEM[1]},
         {"prompt": BOTH[:4]}, {"question": NEXT[1], "history": BOTH[:3], "response": "July."},
+        {"prompt": BOTH[:4], "chosen": None, "rejected": None},
     ]  # fmt: skip
     data, messages = read(tmp_path, *rows, task="prompts")
     assert all(shown(e.prompt) == [SYSTEM, USER, FIRST, NEXT] for e in data.examples)

@@ -10,6 +10,7 @@ from d2lora import (
     AdaptSettings,
     InspectSettings,
     ModelError,
+    SettingsError,
     WarmStart,
     WarmupSettings,
     adapt,
@@ -19,6 +20,7 @@ from d2lora import (
 from d2lora.adapters.factors import Factors, effective_rank, inner_product, subspace_overlap
 from d2lora.cli import main
 from d2lora.tools.inspect import Layer, advice_on
+from d2lora.tools.plots import spectra
 
 
 def factors(rank: int, seed: int) -> Factors:
@@ -93,6 +95,11 @@ def test_adapters_of_different_models_cannot_be_compared(
     )  # fmt: skip
     with pytest.raises(ModelError, match="no layer in common"):
         inspect(InspectSettings(adapter=str(other.path), other=str(only_mlp.path)))
+
+
+def test_an_update_of_zeros_has_no_spectrum_to_draw(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="every update is zero"):
+        spectra({"q_proj": (0.0, 0.0)}, "Nothing", tmp_path / "plot.png")
 
 
 LAYER = Layer("l", rank=16, norm=1.0, effective_rank=8.0, rank_for_energy=12, singular_values=())

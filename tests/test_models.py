@@ -86,6 +86,25 @@ def test_the_fingerprint_of_the_embedded_base_stays_what_it_is() -> None:
     assert fingerprint_of(base_folder("embedded")) == EMBEDDED
 
 
+@pytest.mark.parametrize("option", ["revision", "gguf_file"])
+def test_an_option_that_chooses_nothing_of_a_base_is_an_error(option: str, tiny_base: str) -> None:
+    with pytest.raises(ModelError, match=f"--{option.replace('_', '-')} is of a"):
+        base_folder("embedded", **{option: "main"})
+    with pytest.raises(ModelError, match=f"--{option.replace('_', '-')}"):
+        base_folder(tiny_base, **{option: "main"})
+
+
+def test_a_base_whose_logits_are_no_numbers_is_refused(tmp_path: Path, tiny_base: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "damaged"))
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model.get_parameter("model.norm.weight").data[3] = float("nan")
+    model.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"damaged: its logits are NaN in torch\.float32"):
+        load_base(BaseSettings(base=str(folder), device="cpu"))
+
+
 def test_the_number_format_follows_the_device() -> None:
     assert dtype_of("auto", torch.device("cpu")) == torch.float32
     assert dtype_of("auto", torch.device("cuda")) == torch.bfloat16

@@ -93,6 +93,7 @@ def pairs(tiny_base: str, preferences: str) -> tuple[TokenScorer, list[Preferenc
         {"chosen": [TURN, answer("4")], "rejected": [TURN, answer("5")]},
         {"prompt": [TURN], "chosen": [TURN, answer("4")], "rejected": [TURN, answer("5")]},
         {"prompt": "2 + 2?", "chosen": [answer("4")], "rejected": [answer("5")]},
+        {"prompt": None, "chosen": [TURN, answer("4")], "rejected": [TURN, answer("5")]},
     ],
 )
 def test_every_form_of_a_preference_reads_the_same(tmp_path: Path, row: dict[str, Any]) -> None:
@@ -109,6 +110,7 @@ def test_every_form_of_a_preference_reads_the_same(tmp_path: Path, row: dict[str
         ({"prompt": "a", "chosen": "4", "rejected": " 4"}, "are the same"),
         ({"prompt": "a", "chosen": "4", "rejected": ""}, "`rejected` is empty"),
         ({"prompt": "a", "chosen": "4"}, "`rejected` is missing"),
+        ({"prompt": "a", "chosen": "4", "rejected": None}, "`rejected` is missing"),
         ({"chosen": "4", "rejected": "5"}, "`prompt` is missing"),
         (
             {"chosen": [TURN, answer("4")], "rejected": [{**TURN, "content": "b"}, answer("5")]},

@@ -278,7 +278,10 @@ def test_ratios_of_steps_are_averaged_and_not_the_steps(tmp_path: Path) -> None:
 
 def test_outputs_that_are_gone_are_reported_as_gone(tmp_path: Path) -> None:
     path = study(tmp_path)
-    shutil.rmtree(tmp_path / "store")
+    first, *others = (tmp_path / "store").iterdir()
+    for folder in others:
+        shutil.rmtree(folder)
+    (first / "records.parquet").write_bytes(b"PAR1")  # cut off
     text = visible(write_report(read_findings(path)).read_text("utf-8"))
     assert "The outputs of 9 of 9 cells are not in the study&#39;s store" in text
 
@@ -293,6 +296,26 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert (other / "thesis.txt").read_text() == "mine"
     write_report(read_findings(path))
     write_report(read_findings(path))  # a report is replaced
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("results.jsonl", None, "results.jsonl: missing or cut off"),
+        ("results.jsonl", '{"arm": "fre', "results.jsonl: missing or cut off"),
+        ("trials.jsonl", None, "trials.jsonl: missing or cut off"),
+        ("study.json", '{"plan": {}}', "study.json: it lacks chosen, failures, provenance"),
+    ],
+)
+def test_a_damaged_study_says_which_file_and_what_to_do(
+    tmp_path: Path, known: Path, name: str, text: str | None, message: str
+) -> None:
+    study = shutil.copytree(known.parent, tmp_path / "study")
+    (study / name).unlink()
+    if text is not None:
+        (study / name).write_text(text)
+    with pytest.raises(RunError, match=f"{message}.*run d2lora study again"):
+        read_findings(study)
 
 
 def luminance(colour: str) -> float:

@@ -313,7 +313,7 @@ def test_a_log_line_that_was_cut_off_is_dropped_when_the_log_goes_on(tmp_path: P
     for step in (1, 2, 3):
         run.log(step=step, loss=1.0)
     with (tmp_path / METRICS).open("a") as file:
-        file.write('{"step": 2, "lo')
+        file.write('\0\0}\n{"step": 2, "lo')
     run.cut_log(2)
     assert [row["step"] for row in read_rows(tmp_path / METRICS)] == [1, 2]
 
@@ -370,15 +370,19 @@ def test_a_run_is_resumed_on_the_rows_and_the_warm_start_that_it_began_with(
     assert_same(run(tmp_path / "whole", tiny_base, data), run(out, tiny_base, data, resume=True))
 
 
-@pytest.mark.parametrize("file", ["state.safetensors", "progress.json"])
+@pytest.mark.parametrize(
+    ("file", "left"),
+    [("state.safetensors", None), ("progress.json", None), ("progress.json", b"{}")],
+)
 def test_a_damaged_checkpoint_is_an_error_that_says_how_to_go_on(
-    tmp_path: Path, tiny_base: str, problems: str, monkeypatch: pytest.MonkeyPatch, file: str
-) -> None:
+    tmp_path: Path, tiny_base: str, problems: str, monkeypatch: pytest.MonkeyPatch, file: str,
+    left: bytes | None,
+) -> None:  # fmt: skip
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(dies_at_step(patch, 3)):
         run(out, tiny_base, problems, checkpoint_every=2)
     path = out / checkpoint.FOLDER / file
-    path.write_bytes(path.read_bytes()[:40])
+    path.write_bytes(path.read_bytes()[:40] if left is None else left)
     with pytest.raises(RunError, match=file):
         run(out, tiny_base, problems, resume=True)
     shutil.rmtree(out / checkpoint.FOLDER)

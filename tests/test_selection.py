@@ -131,6 +131,12 @@ def test_a_method_that_needs_a_task_says_so(method: str) -> None:
         picks(method, 3, Clusters(n_task=0))
 
 
+def test_a_missing_task_is_reported_before_anything_is_computed(tmp_path: Path) -> None:
+    asked = SelectSettings(data=("nowhere",), m=2, method="gradient", out=tmp_path / "chosen")
+    with pytest.raises(SettingsError, match="--method gradient needs examples of the task"):
+        select(asked)
+
+
 def test_the_vendi_score_counts_kinds() -> None:
     assert vendi_score(np.eye(7, dtype=np.float32)) == pytest.approx(7)
     assert vendi_score(np.ones((7, 7), dtype=np.float32)) == pytest.approx(1)

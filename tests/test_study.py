@@ -20,7 +20,7 @@ from d2lora import AdaptSettings, WarmStart, WarmupSettings
 from d2lora.adapters.manifest import Manifest
 from d2lora.cli import main
 from d2lora.embedded.__main__ import write_world
-from d2lora.errors import DataError, SettingsError
+from d2lora.errors import DataError, RunError, SettingsError
 from d2lora.report.analysis import read_findings
 from d2lora.report.write import write_report
 from d2lora.settings import StudySettings
@@ -114,6 +114,36 @@ def test_a_wrong_change_of_a_plan_is_an_error(
 ) -> None:
     with pytest.raises(SettingsError):
         run_study(settings(tmp_path, plan, set=(change,)))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"learning_rates": [0.01, -0.01]}, {"learning_rates": []},
+        {"rates": {"titles": {"fresh": {4: 0}}}}, {"epochs": {4: -1}},
+        {"epochs": {}, "steps": {4: 0}}, {"tasks": {"a/b": {"data": ["d"], "test": ["t"]}}},
+    ],
+)  # fmt: skip
+def test_a_rate_length_or_name_that_could_not_be_used_is_a_fault_of_the_plan(
+    values: dict[str, Any], plan: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match="wrong settings"):
+        read_plan(*settings(tmp_path, plan | values).plan)
+
+
+@pytest.mark.parametrize("where", ["warm_up", "arm"])
+def test_arms_in_different_chat_formats_stop_a_study_before_it_runs(
+    where: str, tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    base = Path(shutil.copytree(plan["base"], tmp_path / "base"))
+    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    plan["base"] = str(base)
+    if where == "warm_up":
+        plan["warm_up"] |= {"chat_format": "plain"}
+    else:
+        plan["arms"] = ["warm", {"kind": "fresh", "adapt": {"chat_format": "plain"}}]
+    with pytest.raises(DataError, match="is in chat format plain, the task in template"):
+        run_study(settings(tmp_path, plan))
 
 
 def test_rows_that_are_missing_stop_a_study_before_it_runs(
@@ -268,6 +298,22 @@ def test_a_changed_plan_runs_only_what_it_touches(tmp_path: Path, plan: dict[str
 
 def trial_keys(folder: Path) -> set[str]:
     return {trial["key"] for trial in read_rows(folder / "study" / "trials.jsonl")}
+
+
+def test_a_study_that_died_as_it_wrote_its_first_results_goes_on(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    plan |= {"learning_rates": [0.03], "sizes": [4], "seeds": 1, "arms": ["fresh"]}
+    given = settings(tmp_path, plan)
+    run_study(given)
+    for name in ("study.json", "done.json"):
+        (tmp_path / "study" / name).unlink()
+    (tmp_path / "study" / ".study.json.tmp-1").write_text("{")
+    assert len(run_study(given).results) == 2
+    (tmp_path / "study" / "study.json").unlink()
+    (tmp_path / "study" / "thesis.tex").write_text("")
+    with pytest.raises(RunError, match="not a study"):
+        run_study(given)
 
 
 def test_a_study_with_failed_cells_is_not_done_and_ends_with_an_error_that_says_why(
@@ -612,6 +658,31 @@ def test_an_objective_of_preferences_learns_from_pairs_of_the_same_rows(
     assert objectives == {"fresh": "orpo", "warm": "dpo", "dpo first": "sft"}
 
 
+def test_a_task_of_preferences_is_studied_and_reported(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    rows = [{"prompt": f"Say {i}", "chosen": f"It is {i}", "rejected": "No"} for i in range(12)]
+    files = [write_rows(tmp_path / f"{part}.jsonl", rows[part::2]) for part in (0, 1)]
+    plan["tasks"] = {"pairs": {"data": files[:1], "test": files[1:]}}
+    plan |= {"sizes": [4], "seeds": 1, "learning_rates": [0.03], "arms": ["fresh"]}
+    study = run_study(settings(tmp_path, plan))
+    assert not study.failures
+    assert all(len(row["scores"]["preference_accuracy"]) == 6 for row in study.results)
+    page = visible(write_report(read_findings(study.path)).read_text("utf-8"))
+    assert "preference accuracy" in page
+    assert "not in the study" not in page
+
+
+def test_a_task_without_answers_stops_a_study_before_it_runs(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    tests = write_rows(tmp_path / "t.jsonl", [{"text": "Some text."}])
+    rows = write_rows(tmp_path / "d.jsonl", [{"text": f"Number {i}."} for i in range(8)])
+    plan["tasks"] = {"texts": {"data": [rows], "test": [tests]}}
+    with pytest.raises(DataError, match=r"tasks\.texts: task text has no answers to score"):
+        run_study(settings(tmp_path, plan))
+
+
 def test_random_weights_have_the_norms_of_the_warm_start_and_nothing_else(
     warm_start: WarmStart, tmp_path: Path
 ) -> None:
@@ -672,6 +743,21 @@ def row(arm: str, n: int, seed: int, right: list[float], **values: Any) -> dict[
     place = {"arm": arm, "kind": kind, "task": "problems", "n": n, "seed": seed}
     scored = {"scores": {"exact_match": right}, "general_loss": None, "choices_right": None}
     return {**place, **scored, "learning_rate": 0.01, "adapter": None, **values}
+
+
+def test_arms_that_failed_at_different_seeds_are_not_compared(tmp_path: Path) -> None:
+    plan = read_plan("quick", changes=["sizes=[16, 64, 256]", "seeds=2"])
+    right = [1.0, 0.0] * 5
+    rows = [
+        row("base", 0, 0, right),
+        row("fresh", 16, 0, right), row("warm", 16, 1, right),
+        row("fresh", 64, 0, right), row("warm", 64, 0, right),
+        row("fresh", 256, 1, right), row("warm", 256, 1, right),
+    ]  # fmt: skip
+    write_study(tmp_path / "study", plan, rows)
+    findings = read_findings(tmp_path / "study")
+    assert [c.n for c in findings.comparisons] == [64, 256]
+    assert not findings.pooled, "the two have no seed in common"
 
 
 def test_findings_pair_arms_by_seed_and_item_and_speak_plainly(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"d2lora {version('d2lora')}\n")
         return 0
     try:
+        _check_text(words)
         _run(words[0], words[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # `d2lora ... | head`: whoever read has seen enough
@@ -77,6 +78,21 @@ def _run(name: str, words: list[str]) -> None:
     with loading():
         run = COMMANDS[name].load()
     run(chosen)
+
+
+def _check_text(words: list[str]) -> None:
+    """Check that all words can be written to the files that a run leaves.
+
+    Raises:
+        SettingsError: With the first that is not UTF-8, such as a file named in Latin-1.
+    """
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise SettingsError(
+                f"{word!a} is not UTF-8 text: rename the file, or put the text into one"
+            ) from None
 
 
 def _parse(kind: "type[Settings]", command: str, words: list[str]) -> "Settings":

@@ -3,6 +3,7 @@
 Weights come from safetensors only and no code of a model repository is ever run.
 """
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -137,7 +138,13 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
             f"{name}: {type(model).__name__} is not supported: it does not compute token ids alone "
             f"({first_line(error)})"
         ) from None
-    allowed = tolerance(model.dtype) * float(one.abs().max())
+    largest = float(one.abs().max())
+    if math.isnan(largest):
+        raise ModelError(
+            f"{name}: its logits are NaN in {model.dtype}: its weights are damaged, or too "
+            "large for this dtype; try --dtype float32"
+        )
+    allowed = tolerance(model.dtype) * largest
     if not torch.allclose(one[:, :-1].float(), other[:, :-1].float(), rtol=0, atol=allowed):
         raise ModelError(
             f"{name}: {type(model).__name__} is not supported as it is: its tokens see those "

@@ -28,8 +28,9 @@ def base_folder(
         fetch: Whether the network may be asked.
 
     Raises:
-        ModelError: If there is none.
+        ModelError: If there is none, or an option is not about such a base.
     """
+    _check_options(name, revision, gguf_file)
     if name == EMBEDDED:
         return Path(str(resources.files("d2lora") / "embedded" / "base"))
     if name == SMOLLM2:
@@ -47,6 +48,15 @@ def base_folder(
             "GGUF file or a hub id (owner/name)"
         )
     return _from_hub(name, revision, gguf_file, fetch=fetch)
+
+
+def _check_options(name: str, revision: str | None, gguf_file: str | None) -> None:
+    """Check that options which choose a base's files have something to choose from."""
+    packaged = name == EMBEDDED or (name == SMOLLM2 and smollm2_file() is not None)
+    if gguf_file is not None and (packaged or Path(name).is_file()):
+        raise ModelError(f"--gguf-file is of a folder or a hub model, and {name} is neither")
+    if revision is not None and (packaged or Path(name).exists()):
+        raise ModelError(f"--revision is of a hub model, and {name} is on this machine")
 
 
 def _local(folder: Path, gguf_file: str | None) -> Path:

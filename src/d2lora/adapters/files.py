@@ -132,7 +132,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         why = unreadable(path, f"not JSON, or cut off ({error})")
         raise ModelError(f"{path}: {why}") from None
     if not isinstance(values, dict):

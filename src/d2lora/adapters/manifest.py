@@ -122,7 +122,7 @@ class Manifest(_Part):
     @classmethod
     def _parse(cls, path: Path) -> Self:
         values = read_json(path)
-        version = values.get("format_version") if isinstance(values, dict) else None
+        version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise ModelError(
                 f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}; it was "

@@ -8,9 +8,9 @@ flexible  the last number, as "flexible-extract" of lm-evaluation-harness (lm_ev
           gsm8k.yaml: `(-?[$0-9.,]{2,})|(-?[0-9]+)`; commas, dollars and a last period removed)
 
 Behind `#### ` a number is read to its end, where these would stop inside of it: 1/3 is not 1,
-12:30 is not 12, and 1e3, 2 1/2, 1 000 and −42 (any minus and any digits of Unicode) are numbers,
-too. Where the target is written as such a number, an output's last number is read to its end as
-well.
+12:30 is not 12, and 1e3, 2 1/2, 1 000 and −42 (any minus, fraction slash, ratio sign and digits of
+Unicode) are numbers, too. Where the target is written as such a number, an output's last number is
+read to its end as well.
 """
 
 import re
@@ -28,7 +28,7 @@ _TARGET = re.compile(
     rf"#### (?P<head>-?(?:{_GROUPS}|(?:{_COMMAS}|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)){_REST}\s*\Z"
 )
 _SEPARATORS = re.compile(r"[,$ \u00a0\u2009\u202f]")
-_SIGNS = str.maketrans({"−": "-", "－": "-", "﹣": "-", "٫": ".", "٬": ","})
+_SIGNS = str.maketrans("−－﹣٫٬⁄／∶：", "---.,//::")
 
 
 def target_answer(text: str) -> str | None:

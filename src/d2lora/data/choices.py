@@ -25,7 +25,7 @@ def read_choice_question(row: Mapping[str, Any]) -> ChoiceQuestion:
     choices, answer = row.get("choices"), row.get("answer")
     if not isinstance(choices, list) or len(choices) < 2:
         raise BadRowError("field `choices` must be a list of at least two texts")
-    if not all(isinstance(choice, str) and choice for choice in choices):
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise BadRowError("each of `choices` must be text that is not empty")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise BadRowError(

@@ -156,7 +156,7 @@ class Encoder:
             self._prompt_text(example.prompt)
             for completion in (example.completion, example.rejected):
                 if self.format == "template" and example.prompt and completion:
-                    self._templated((*example.prompt, Message("assistant", completion)))
+                    self._answered(replace(example, completion=completion))
         except DataError as error:
             raise BadRowError(str(error)) from None
 
@@ -273,21 +273,27 @@ class Encoder:
         return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
 
     def _answered(self, example: Example) -> str:
-        """Return what the template adds to a prompt that is answered."""
+        """Return an answer, with its end, as the template writes it behind the prompt.
+
+        Raises:
+            DataError: If it leaves a part of the answer out.
+            SettingsError: If the answer cannot be separated from the prompt.
+        """
         prompt = self._templated(example.prompt, completing=True)
         whole = self._templated((*example.prompt, Message("assistant", example.completion)))
-        if ("assistant",) not in self._shown:
-            other = Message("assistant", f"{example.completion} and more")
-            if self._templated((*example.prompt, other)) == whole:
-                raise DataError(f"the answer is left out by {self._template}; use another one")
-            self._shown.add(("assistant",))
+        answer = whole.removeprefix(prompt)
+        if _unspaced(example.completion) not in _unspaced(self._shield.unmarked(answer)):
+            raise DataError(
+                f"the answer is left out, or not shown as it is, by {self._template}, as some do "
+                "with thoughts; take that part out of it, or use --chat-format plain"
+            )
         if not whole.startswith(prompt):
             where = f"{example.place}: " if example.place else ""
             raise SettingsError(
                 f"{where}the chat template renders a prompt differently once it is answered, so "
                 "the completion cannot be separated; use --chat-format plain"
             )
-        return whole[len(prompt) :]
+        return answer
 
     def _ids(self, text: str, *, whole: bool = False) -> list[int]:
         ids = self._shield.ids(text, whole=whole)
@@ -312,12 +318,17 @@ class Encoder:
 
     @cached_property
     def _shown(self) -> set[tuple[str, ...]]:
-        """Orders of roles of which the template shows every turn; of an answer `assistant`."""
+        """Orders of roles of which the template shows every turn."""
         return set()
 
     @cached_property
     def _shield(self) -> Shield:
         return Shield(self.tokenizer, markers_of(self.tokenizer))
+
+
+def _unspaced(text: str) -> str:
+    """Return a text without the white space that a template may strip."""
+    return "".join(text.split())
 
 
 @contextmanager

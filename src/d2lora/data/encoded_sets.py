@@ -46,7 +46,13 @@ class Prompts(NamedTuple):
     n_tokens_cut: int
 
     def report(self, max_length: int) -> str | None:
-        """Return a message on what was cut; None where nothing was."""
+        """Return a message on what was cut, or left whole beyond the limit; None without any."""
+        n_long = sum(len(prompt) > max_length for prompt in self.ids)
+        if n_long:
+            return (
+                f"{n_long:,} of {len(self.ids):,} prompts are longer than {max_length:,} tokens "
+                "and left whole; --overlong truncate cuts them as in training"
+            )
         if not self.n_truncated:
             return None
         message = f"truncated {self.n_truncated:,} of {len(self.ids):,} prompts longer than "

@@ -33,9 +33,7 @@ def file_items(path: Path, header: Sequence[str] = ()) -> Iterator[Row | Fault]:
         DataError: If it is unreadable as a whole.
     """
     with _readable(path):
-        with path.open("rb") as file:
-            if file.read(len(_LFS)) == _LFS:
-                raise DataError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull`")
+        _refuse_pointer(path)
         if path.suffix.lower() == GZIP and kind_of(path) == ".parquet":
             raise DataError(f"{path}: Parquet is compressed by itself; run `gunzip` on it")
         if header and kind_of(path) in TABLES:
@@ -51,6 +49,7 @@ def text_lines(path: Path) -> Iterator[str]:
         DataError: If it cannot be read, is not UTF-8, or has line ends of another kind.
     """
     with _readable(path), opened(path, "\n") as file:
+        _refuse_pointer(path)
         for number, line in enumerate(file, 1):
             text = line.removesuffix("\n").removesuffix("\r")
             if number == 1 and "\r" in text:
@@ -59,6 +58,12 @@ def text_lines(path: Path) -> Iterator[str]:
                     r"or CRLF, as in `tr '\r' '\n'`"
                 )
             yield text
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise DataError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull`")
 
 
 @contextmanager
@@ -155,6 +160,8 @@ def _parquet(path: Path) -> Iterator[Row | Fault]:
             yield Row(row, str(path), number)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from None
+    except OverflowError as error:
+        raise DataError(f"{path}: a date in it is out of Python's range: {error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: a text in it is not UTF-8: {error}") from None
 

@@ -13,6 +13,8 @@ from d2lora.errors import DataError
 
 _GAP = re.compile(r"[\s,:]*")
 """What stands between the values of valid JSON."""
+_ROWS = "data"
+"""The field of an object that holds its rows."""
 
 
 def read_json_lines(path: Path) -> Iterator[Row | Fault]:
@@ -42,7 +44,15 @@ def _constant(name: str) -> None:
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-_LENIENT = json.JSONDecoder(parse_int=lambda _: 0)
+
+
+def _rows_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if sum(name == _ROWS for name, _ in pairs) > 1:
+        raise _UnusableError(f"`{_ROWS}` appears more than once in an object")
+    return dict(pairs)
+
+
+_LENIENT = json.JSONDecoder(parse_int=lambda _: 0, object_pairs_hook=_rows_once)
 
 
 def _parsed(file: str, line: int, text: str) -> Row | Fault:
@@ -91,6 +101,8 @@ def read_json(path: Path) -> Iterator[Row | Fault]:
         place = f"line {error.lineno}, column {error.colno}"
         hint = "; is it JSON Lines? Then name it .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{path}: not JSON: {error.msg} at {place}{hint}") from None
+    except _UnusableError as error:
+        raise DataError(f"{path}: {error}") from None
     except RecursionError:
         raise DataError(f"{path}: nested too deeply") from None
     if not isinstance(value, dict | list):
@@ -110,10 +122,15 @@ def _field_of_rows(value: dict[str, Any], path: Path) -> str | None:
         DataError: If neither is so.
     """
     lists = [name for name, rows in value.items() if _are_rows(rows)]
-    if isinstance(value.get("data"), list):
-        return "data"
+    if isinstance(value.get(_ROWS), list) and lists in ([], [_ROWS]):
+        return _ROWS
     if len(lists) == 1:
         return lists[0]
+    if lists:
+        raise DataError(
+            f"{path}: it holds rows in `{lists[0]}` and in `{lists[1]}`; write each list into its "
+            "own file"
+        )
     if value and all(isinstance(row, dict) for row in value.values()):
         return None
     names = ", ".join(f"`{name}`" for name in list(value)[:5])
@@ -148,7 +165,7 @@ def _row_texts(text: str, field: str | None) -> Iterator[tuple[str | None, str]]
     in_object = text[at] == "{"
     if in_object and field is not None:
         key, at = decoded(after_gap(at + 1))
-        while key != field or text[at] != "[":
+        while key != field:
             _, at = decoded(at)
             key, at = decoded(at)
         in_object = False

@@ -26,7 +26,7 @@ def read_preference(row: Mapping[str, Any]) -> Example:
         BadRowError: If a field is missing or empty, the two are the same, or their prompts differ.
     """
     for name in ("chosen", "rejected"):
-        if name not in row:
+        if row.get(name) is None:
             raise BadRowError(
                 f"a preference row has `prompt`, `chosen` and `rejected`; `{name}` is missing; "
                 f"found {fields_of(row)}"
@@ -56,7 +56,7 @@ def _as_turns(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _prompt(row: Mapping[str, Any]) -> tuple[Message, ...] | None:
     """Return the prompt; None where the conversations in `chosen` and `rejected` hold it."""
-    if "prompt" not in row:
+    if row.get("prompt") is None:
         if isinstance(row["chosen"], str):
             raise BadRowError(
                 "field `prompt` is missing; only lists of turns, or dialogues "

@@ -118,9 +118,10 @@ def stream_source(name: str, header: Sequence[str] = ()) -> Stream:
     path = Path(name)
     if kind_of(path) in READERS:
         if not path.is_file():
-            raise DataError(f"{name}: no such file")
+            found = "a folder, not a file" if path.is_dir() else "no such file"
+            raise DataError(f"{name}: {found}")
         return Stream(str(path), _some(name, file_items(path, header)), lambda: sha256_of(path))
-    if path.exists():
+    if name and path.exists():
         kinds = ", ".join(READERS)
         raise DataError(f"{name}: expected a file of kind {kinds}, found {path.suffix or 'none'}")
     digest = hashlib.sha256()

@@ -25,6 +25,8 @@ from d2lora.fast.llama import Llama, LlamaSteps
 from d2lora.runtime.attempts import succeeds
 from d2lora.runtime.rounding import agree
 
+_COLD = 1e-6
+"""Below this temperature the likeliest token is as good as certain, and logits over it overflow."""
 _ROWS_BESIDE = 16
 """Batches of fewer rows are not decoded in parallel: each reads all weights."""
 
@@ -216,11 +218,12 @@ def _side_by_side(n_workers: int) -> Generator[Callable[..., Iterator[Any]]]:
 
 def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """Return the next token of each row, shape (B,)."""
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLD:
         return logits_BV.argmax(-1)
     probabilities_BV = (logits_BV.float() / sampling.temperature).softmax(-1).cpu()
     sorted_BV, order_BV = probabilities_BV.sort(descending=True)
     # A token is kept while the mass before it is below top_p; the first always is.
-    sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p] = 0
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV
+    sorted_BV[:, 1:][before_BV[:, 1:] >= sampling.top_p] = 0
     drawn_B1 = torch.multinomial(sorted_BV, 1, generator=generator)
     return order_BV.gather(1, drawn_B1)[:, 0].to(logits_BV.device)

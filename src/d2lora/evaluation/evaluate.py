@@ -7,7 +7,7 @@ done.json                        the marker of completion
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,9 @@ from d2lora.settings import EvaluateSettings
 def evaluate(settings: EvaluateSettings, base: Base | None = None) -> Evaluation:
     """Score adapters on a task and measure what they forgot.
 
-    Forgetting is measured against the base with adapters off: the change of loss on held-out
-    general text and of multiple-choice accuracy (length-normalised log-probabilities).
+    Forgetting is measured against the base with adapters off, in the adapter's chat format: the
+    change of loss on held-out general text and of multiple-choice accuracy (length-normalised
+    log-probabilities).
 
     Args:
         settings: What to score and on what.
@@ -97,10 +98,33 @@ def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str
         reporter.say(f"evaluating {name}")
         own = sets if scored else replace(sets, task=None)
         measured[name] = measure(name, base, own, settings, reporter)
-    evaluation = _evaluated(measured, sets.task, list(settings.adapters) or [BASE])
+    references = _references(measured, base, sets, settings, reporter)
+    evaluation = _evaluated(measured, references, sets.task, list(settings.adapters) or [BASE])
     evaluation = replace(evaluation, trained_on=trained_on)
     _write(evaluation, sets.faults, settings)
     return evaluation
+
+
+def _references(
+    measured: Mapping[str, Measured],
+    base: Base,
+    sets: TestSets,
+    settings: EvaluateSettings,
+    reporter: Reporter,
+) -> dict[str, Measured]:
+    """Measure what the base has to forget in each chat format that an adapter is prompted in."""
+    if BASE not in measured or not (sets.general or sets.choices):
+        return {}
+    found = {measured[BASE].chat_format: measured[BASE]}
+    for name, raw in measured.items():
+        chat_format = raw.chat_format
+        if chat_format not in found:
+            reporter.say(f"evaluating base in the chat format of {name}: {chat_format}")
+            general = replace(sets, task=None)
+            found[chat_format] = measure(
+                BASE, base, general, settings.changed(chat_format=chat_format), reporter
+            )
+    return found
 
 
 def _check_lengths(
@@ -144,7 +168,10 @@ def _trained_on(
 
 
 def _evaluated(
-    measured: dict[str, Measured], task: TaskData | None, named: Sequence[str]
+    measured: dict[str, Measured],
+    references: dict[str, Measured],
+    task: TaskData | None,
+    named: Sequence[str],
 ) -> Evaluation:
     records = pd.DataFrame([record for raw in measured.values() for record in raw.task.records])
     scores: dict[str, dict[str, Interval]] = {}
@@ -164,8 +191,11 @@ def _evaluated(
         for name, raw in measured.items()
         if (error := _calibration(raw.task.records)) is not None
     }
-    reference = measured.get(BASE)
-    forgetting = {name: _forgetting(raw, reference) for name, raw in measured.items()}
+    others = {f"{BASE}, {f}": raw for f, raw in references.items() if raw is not measured[BASE]}
+    forgetting = {
+        name: _forgetting(raw, references.get(raw.chat_format))
+        for name, raw in {**measured, **others}.items()
+    }
     passes = {name: raw.fast_passes for name, raw in measured.items()}
     return Evaluation(records, scores, differences, forgetting, passes, calibration=calibration)
 

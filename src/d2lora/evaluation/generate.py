@@ -96,7 +96,7 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     if (settings.prompt is None) == (settings.prompts is None):
         raise SettingsError("give either --prompt TEXT or --prompts FILE")
     examples = _examples(settings)
-    adapter = Path(settings.adapter) if settings.adapter else None
+    adapter = None if settings.adapter is None else Path(settings.adapter)
     base = load_base(settings)
     encoder = encoder_of(adapter, base, settings.chat_format)
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
@@ -134,7 +134,7 @@ def _examples(settings: GenerateSettings) -> list[Example]:
     assert settings.prompts is not None
     path = Path(settings.prompts)
     if kind_of(path) == ".txt":
-        if not path.is_file():
+        if not path.exists():
             raise DataError(f"{path}: no such file")
         numbered = [(n, line) for n, line in enumerate(text_lines(path), 1) if line.strip()]
         prompts = [Example(user(t), "", place=f"{path}, line {number}") for number, t in numbered]
@@ -151,12 +151,15 @@ def _examples(settings: GenerateSettings) -> list[Example]:
 
 def command(settings: GenerateSettings) -> None:
     """Run `d2lora generate`."""
+    read = None if settings.prompts is None else Path(settings.prompts).resolve()
+    if settings.out is not None and settings.out.resolve() == read:
+        raise SettingsError(f"--out {settings.out} is the file of prompts; choose another")
     with claimed(settings.out, "file"):
         _write(generate(settings), settings)
 
 
 def _write(rows: list[dict[str, Any]], settings: GenerateSettings) -> None:
-    if settings.out:
+    if settings.out is not None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(settings.out, lines)
     elif len(rows) == 1:

@@ -13,7 +13,7 @@ from d2lora.adapters.base import Base
 from d2lora.adapters.manifest import Manifest, has_manifest
 from d2lora.data.batches import Question
 from d2lora.data.choices import ChoiceData, ChoiceQuestion, read_choice_questions
-from d2lora.data.encode import Encoder
+from d2lora.data.encode import Encoder, Format
 from d2lora.data.encoded_sets import Prompts, encode_all, encode_pairs, encode_prompts, every
 from d2lora.data.rows import Example, Fault, Message
 from d2lora.data.tasks import Say, TaskData, labels_of, read_task, with_references
@@ -167,6 +167,8 @@ class Measured:
     """1 for each multiple-choice question answered right, else 0."""
     fast_passes: list[str]
     """Names of the fast paths that were used."""
+    chat_format: Format
+    """That it was prompted in."""
 
 
 def measure(
@@ -181,6 +183,7 @@ def measure(
             _general_loss(model, base, encoder, sets.general, settings, reporter),
             _right_choices(model, base, encoder, sets.choices),
             used.names,
+            encoder.format,
         )
 
 
@@ -300,14 +303,20 @@ def check_rows(
     """Check, before anything is measured, that the base can take the test rows of all adapters.
 
     Raises:
-        DataError: If prompts leave no room for an answer, or choices do not fit; it names all.
+        DataError: If prompts leave no room for an answer, or choices do not fit; it names all. If
+            chat formats differ so that over-long rows dropped of one adapter's are not the others'.
     """
     data = sets.task
+    kept: set[tuple[int, ...]] = set()
     folders = [None if name == BASE else Path(name) for name in names]
     encoders = [encoder_of(folder, base, settings.chat_format) for folder in folders]
     ways = {(e.format, str(e.tokenizer.chat_template)): e for e in encoders}
     for encoder in ways.values():
-        if data is not None and data.task.answers in ("open", "closed"):
+        if data is not None and data.task.answers == "pairs":
+            examples = data.examples[: settings.limit]
+            pairs = encode_pairs(encoder, examples, settings.max_length, settings.overlong)
+            kept.add(tuple(pairs.kept))
+        elif data is not None:
             examples = data.examples[: settings.limit]
             prompts = _prompts(encoder, sets, settings)
             if data.task.answers == "closed":
@@ -316,6 +325,11 @@ def check_rows(
                 places = [example.place for example in examples]
                 check_room(prompts.ids, places, base.model, settings.max_new_tokens)
         questions_of(encoder, sets.choices)
+    if len(kept) > 1:
+        raise DataError(
+            "the adapters were trained in different chat formats, in which --overlong drop leaves "
+            "other rows; give one --chat-format to all, or --overlong truncate"
+        )
 
 
 def _score_preferences(
@@ -392,7 +406,8 @@ def _right_choices(
     right: list[float] = []
     for question, by_choice in zip(questions, scores, strict=True):
         per_character = [s / len(c) for s, c in zip(by_choice, question.choices, strict=True)]
-        right.append(float(int(np.argmax(per_character)) == question.answer))
+        likeliest = question.choices[int(np.argmax(per_character))]
+        right.append(float(likeliest == question.choices[question.answer]))  # it may come twice
     return np.array(right)
 
 

@@ -33,6 +33,8 @@ from d2lora.study.cells import BASE
 from d2lora.study.plan import NEEDS_WARM_UP, StudyPlan
 
 Curve = list[tuple[float, float]]
+_KEYS = {"plan", "chosen", "warm_ups", "failures", "provenance", "store"}
+_AGAIN = "run d2lora study again, which makes it anew from what is finished"
 
 
 def read_findings(path: Path) -> Findings:
@@ -44,6 +46,8 @@ def read_findings(path: Path) -> Findings:
     if not (path / "study.json").is_file():
         raise RunError(f"{path}: not a study: it has no study.json; run d2lora study first")
     study = read_json(path / "study.json")
+    if lacking := sorted(_KEYS - study.keys()):
+        raise RunError(f"{path / 'study.json'}: it lacks {', '.join(lacking)}; {_AGAIN}")
     plan = StudyPlan(**study["plan"])
     rows = _lines(path / "results.jsonl")
     if not rows:
@@ -76,8 +80,11 @@ def read_findings(path: Path) -> Findings:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: missing or cut off ({error}); {_AGAIN}") from None
 
 
 def _main_score(rows: Sequence[dict[str, Any]], task: str) -> str:
@@ -102,6 +109,7 @@ def _levels(
                 arm=arm,
                 kind=group[0]["kind"],
                 n=n,
+                seeds=tuple(row["seed"] for row in group),
                 scores=scores,
                 interval=mean_interval(scores.mean(axis=0)),
                 learning_rates=tuple(
@@ -141,7 +149,7 @@ def _comparisons(levels: Sequence[Level], against: dict[str, str]) -> list[Compa
                 for v in levels
                 if (v.task, v.arm) == (task, arm) and (task, other, v.n) in found
             ]
-            pairs = [(v, w) for v, w in pairs if v.scores.shape == w.scores.shape]
+            pairs = [(v, w) for v, w in pairs if _are_paired(v, w)]
             p_values = [difference_p(w.scores, v.scores) for v, w in pairs]
             for (v, w), p, adjusted in zip(pairs, p_values, holm(p_values), strict=True):
                 difference = paired_difference(w.scores, v.scores)
@@ -152,18 +160,25 @@ def _comparisons(levels: Sequence[Level], against: dict[str, str]) -> list[Compa
     return comparisons
 
 
+def _are_paired(one: Level, other: Level) -> bool:
+    """Say whether two arms have scores of the same seeds, which a failed cell may lack."""
+    return one.seeds == other.seeds and one.scores.shape == other.scores.shape
+
+
 def _pooled(levels: Sequence[Level], against: dict[str, str]) -> list[PooledComparison]:
-    """Pool each pair of arms over the tasks and sizes at which both have as many seeds as most."""
+    """Pool each pair of arms over the tasks and sizes at which both have the most seeds."""
     found: list[PooledComparison] = []
     levels_at = {(v.task, v.arm, v.n): v for v in levels}
     for arm, other in against.items():
         cells: dict[tuple[str, int], Array] = {}
+        seeds: dict[tuple[str, int], tuple[int, ...]] = {}
         for v in levels:
             reference = levels_at.get((v.task, other, v.n))
-            if v.arm == arm and reference and v.scores.shape == reference.scores.shape:
+            if v.arm == arm and reference and _are_paired(v, reference):
                 cells[v.task, v.n] = v.scores - reference.scores
-        n_seeds = max((len(cell) for cell in cells.values()), default=0)
-        cells = {place: cell for place, cell in cells.items() if len(cell) == n_seeds}
+                seeds[v.task, v.n] = v.seeds
+        most = max(seeds.values(), key=len, default=())
+        cells = {place: cell for place, cell in cells.items() if seeds[place] == most}
         if len(cells) < 2:
             continue
         tasks = tuple(dict.fromkeys(task for task, _ in cells))

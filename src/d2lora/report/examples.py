@@ -1,10 +1,13 @@
 """Outputs of finished cells, to be browsed side by side in the page."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from pyarrow import ArrowInvalid
 
+from d2lora.evaluation.metrics import PREFERENCE
 from d2lora.report.findings import Findings
 
 MAX_OUTPUTS = 12_000
@@ -24,20 +27,16 @@ class Examples:
 
 
 def read_examples(findings: Findings) -> Examples:
-    """Read the records of every cell from the study's store."""
-    paths = [findings.store / cell.get("key", "") / "records.parquet" for cell in findings.cells]
-    there = [
-        (cell, path)
-        for cell, path in zip(findings.cells, paths, strict=True)
-        if cell.get("key") and path.is_file()
-    ]
+    """Read the records of every cell that answered from the study's store."""
+    cells = [c for c in findings.cells if findings.score_of[c["task"]] not in PREFERENCE]
+    found = [(cell, _records(findings, cell)) for cell in cells]
+    there = [(cell, records) for cell, records in found if records is not None]
     texts = _Texts()
     tasks: dict[str, Any] = {}
     notes: list[str] = []
     most = max(1, MAX_OUTPUTS // max(1, len(there)))
-    for cell, path in there:
+    for cell, records in there:
         score = findings.score_of[cell["task"]]
-        records = pd.read_parquet(path, columns=["prompt", "target", "output", score])
         shown = records.head(most)
         task = tasks.setdefault(cell["task"], _task(findings, cell["task"], shown, texts))
         if len(shown) < len(records):
@@ -54,9 +53,9 @@ def read_examples(findings: Findings) -> Examples:
                 "scores": [round(value, 4) for value in values],
             }
         )
-    if len(there) < len(findings.cells):
+    if len(there) < len(cells):
         notes.append(
-            f"The outputs of {len(findings.cells) - len(there)} of {len(findings.cells)} cells are "
+            f"The outputs of {len(cells) - len(there)} of {len(cells)} cells are "
             f"not in the study's store; run d2lora study again to restore them."
         )
     if texts.n_cut:
@@ -65,6 +64,16 @@ def read_examples(findings: Findings) -> Examples:
     arms = [arm.name for arm in findings.plan.arms]
     data = {"texts": texts.all, "tasks": tasks, "sizes": sizes, "arms": arms}
     return Examples(data, notes)
+
+
+def _records(findings: Findings, cell: Mapping[str, Any]) -> pd.DataFrame | None:
+    """Return a cell's records; None where the store has none, or a file that was cut off."""
+    path = findings.store / str(cell.get("key")) / "records.parquet"
+    columns = ["prompt", "target", "output", findings.score_of[cell["task"]]]
+    try:
+        return pd.read_parquet(path, columns=columns)
+    except (FileNotFoundError, ArrowInvalid):
+        return None
 
 
 class _Texts:

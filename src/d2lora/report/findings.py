@@ -25,6 +25,8 @@ class Level:
     arm: str
     kind: str
     n: int
+    seeds: tuple[int, ...]
+    """Those that are finished, ascending."""
     scores: Array
     """Main score, shape (S, I), 0 to 1."""
     interval: Interval

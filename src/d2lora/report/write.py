@@ -84,5 +84,6 @@ def command(settings: ReportSettings) -> None:
 def _check(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / DONE).is_file() or read_json(out / DONE).get("kind") != KIND:
+    done = read_json(out / DONE) if (out / DONE).is_file() else None
+    if done is None or done.get("kind") != KIND:
         raise RunError(f"{out} holds something that is not a report; choose another --out")

@@ -101,6 +101,8 @@ def _check_place(out: Path, place: Path, kind: Kind, option: str) -> None:
     if kind == "whole folder" and kept:
         raise RunError(f"{out} cannot be replaced; give {option} a folder inside it")
     place.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):  # the longest name beside it, which may be too long
+        place.with_name(f".{place.name}.tmp-12345678").lstat()
     if kind == "folder" and place.is_dir():
         _try_writing(place)
 

@@ -1,5 +1,7 @@
 """How far two computations of the same numbers may differ: the one place that says so."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def agree_closely(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
         dtype: That of the weights.
     """
     allowed = (1e-5 if dtype == torch.float32 else 8e-3) * float(other.abs().max())
-    return torch.allclose(one, other, rtol=0, atol=allowed)
+    return math.isfinite(allowed) and torch.allclose(one, other, rtol=0, atol=allowed)
 
 
 def agree(one: Tensor, other: Tensor, dtype: torch.dtype, least: float = 1e-3) -> bool:
@@ -45,4 +47,5 @@ def agree(one: Tensor, other: Tensor, dtype: torch.dtype, least: float = 1e-3) -
         least: Absolute difference that is always allowed: a number near zero carries the rounding
             of the larger ones that it is the sum of.
     """
-    return torch.allclose(one, other, rtol=tolerance(dtype), atol=least)
+    # NaN in weights or logits is no number to compare, and torch refuses it as a bound.
+    return math.isfinite(least) and torch.allclose(one, other, rtol=tolerance(dtype), atol=least)

@@ -10,6 +10,7 @@ done.json          the marker of completion, written last, with the run's summar
 import glob
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -59,18 +60,23 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file that d2lora wrote.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that d2lora wrote, which is an object.
 
     Raises:
-        RunError: If it is missing or not JSON.
+        RunError: If it is missing, or something else.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path}: not a JSON file ({error}); was it edited or cut off?") from None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not isinstance(values, dict):
+        raise RunError(f"{path}: expected an object, found {type(values).__name__}")
+    return values
 
 
 @contextmanager
@@ -164,12 +170,12 @@ class RunFolder:
         path = self.path
         if (path / DONE).exists():
             raise RunError(f"{path} holds a finished run; choose another --out or remove it")
-        present = _present(path)
-        if resume and not present:
+        names = present(path)
+        if resume and not names:
             raise RunError(f"{path}: there is no run to resume; leave out --resume")
-        if present and SETTINGS not in present:
-            raise RunError(f"{path} holds other files ({present[0]}, ...); choose another --out")
-        if present and not resume:
+        if names and SETTINGS not in names:
+            raise RunError(f"{path} holds other files ({names[0]}, ...); choose another --out")
+        if names and not resume:
             raise RunError(
                 f"{path} holds an unfinished run; continue it with --resume, or remove it"
             )
@@ -213,8 +219,7 @@ class RunFolder:
         path = self.path / METRICS
         if path.exists() and is_main_process():
             lines = path.read_text(encoding="utf-8").splitlines()
-            whole = [line for line in lines if line.endswith("}")]  # the last may be cut off
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            kept = [line for line in lines if _step_of(line) <= step]
             write_text(path, "".join(f"{line}\n" for line in kept))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -262,10 +267,18 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _step_of(line: str) -> float:
+    """Return the step of a logged line; infinity for one that was cut off."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def _settings_of(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise RunError(
@@ -274,7 +287,7 @@ def _settings_of(path: Path) -> dict[str, Any]:
     return values
 
 
-def _present(folder: Path) -> list[str]:
+def present(folder: Path) -> list[str]:
     """Return the names in a folder, but for the lock and what a dead process left."""
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     return [n for n in names if not (n[0] == "." and (n.endswith(".lock") or ".tmp-" in n))]

@@ -118,7 +118,7 @@ def mixture(features: Features, request: Request) -> list[Pick]:
     sum of a submodular and a modular part, so the greedy algorithm keeps its guarantee.
     """
     pool, task = features.embeddings()
-    _need_task(task, "mixture")
+    need_task(task, "mixture")
     likeness = (1 + best_likeness(pool, task)) / np.float32(2)
     return _covering(facility_location(pool, request.m, request.seed, likeness, request.relevance))
 
@@ -144,7 +144,7 @@ def dsir(features: Features, request: Request) -> list[Pick]:
     rows always win.
     """
     pool_texts, task_texts = features.texts()
-    _need_task(task_texts, "dsir")
+    need_task(task_texts, "dsir")
     raw, target = _gram_counts(pool_texts), _gram_counts(task_texts)
     raw = (raw + 1e-8) / (raw + 1e-8).sum()
     target = (1 - DSIR_SMOOTHING) * target / max(target.sum(), 1.0) + DSIR_SMOOTHING * raw
@@ -179,7 +179,7 @@ def gradient(features: Features, request: Request) -> list[Pick]:
     examples (LESS, section 4.2).
     """
     pool, task = features.gradients()
-    _need_task(task, "gradient")
+    need_task(task, "gradient")
     files = np.array(features.task_files())
     likely = unit_rows(task)
     wanted = np.stack([likely[files == number].mean(axis=0) for number in np.unique(files)])
@@ -215,6 +215,8 @@ METHODS: dict[str, Method] = {
 }
 
 
+OF_TASK = ("similar", "dsir", "gradient", "mixture")
+"""Methods that need examples of a task."""
 EMBEDDED = ("diverse", "similar", "mixture")
 """Methods that use the embedding setting."""
 
@@ -234,7 +236,12 @@ def choose(method: str, features: Features, request: Request) -> list[Pick]:
     return picks
 
 
-def _need_task(task: Sequence[object] | Array, method: str) -> None:
+def need_task(task: Sequence[object] | Array, method: str) -> None:
+    """Check that there are examples of a task for a method of `OF_TASK`.
+
+    Raises:
+        SettingsError: If there are none.
+    """
     if len(task) == 0:
         raise SettingsError(
             f"--method {method} needs examples of the task: give them as --for, or use "
@@ -243,7 +250,7 @@ def _need_task(task: Sequence[object] | Array, method: str) -> None:
 
 
 def _near(method: str, pool: Array, task: Array, files: Sequence[int], m: int) -> list[Pick]:
-    _need_task(task, method)
+    need_task(task, method)
     return [
         Pick(row, f"nearest to example {place + 1} of task file {number + 1}", score)
         for row, place, number, score in nearest_in_turn(pool, task, files, m)

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,6 +18,11 @@ SelectMethod = Literal[
 ]  # fmt: skip
 ObjectiveName = Literal["sft", "dpo", "orpo"]
 Reference = Literal["base", "warm_start"]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What torch's generators take."""
+LearningRate = Annotated[float, Field(gt=0, le=1e30)]
+Epochs = Annotated[float, Field(gt=0, lt=1e9)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 FRESH = "fresh"
 PEFT_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq", "lora_ga")
 
@@ -50,7 +55,7 @@ class BaseSettings(Settings):
     """Dtype of the base. auto: bfloat16 on CUDA, float32 elsewhere."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps."""
-    threads: int = Field(default=0, ge=0)
+    threads: int = Field(default=0, ge=0, le=4096)
     """CPU threads. 0: as torch decides."""
     fast: bool = True
     """Whether to use the fast paths, where they compute the same as transformers and PEFT: layers,
@@ -60,7 +65,7 @@ class BaseSettings(Settings):
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device, re.ASCII):
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device, re.ASCII):
             raise ValueError(f"expected auto, cpu, cuda, cuda:N or mps, found {device!r}")
         return device
 
@@ -131,9 +136,9 @@ class LoraSettings(Settings):
 class TrainSettings(Settings):
     """The training loop, the same in both phases."""
 
-    learning_rate: float = Field(default=5e-4, gt=0)
+    learning_rate: LearningRate = 5e-4
     """Peak learning rate of AdamW."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: Epochs | None = None
     """Passes over the training rows. None: as max_steps sets, else 3, but at least 100 steps."""
     max_steps: int | None = Field(default=None, ge=0)
     """Optimizer steps. None: from epochs. 0: save the untrained adapter."""
@@ -157,7 +162,7 @@ class TrainSettings(Settings):
     """Share of the steps over which the learning rate rises from zero."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of AdamW's two moments."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm. 0: off."""
@@ -175,22 +180,22 @@ class TrainSettings(Settings):
     instead of the last."""
     checkpoint_every: int = Field(default=0, ge=0)
     """Optimizer steps between checkpoints that a killed run resumes from. 0: off."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Root seed; the seeds below are derived from it."""
-    seed_subset: int | None = Field(default=None, ge=0)
+    seed_subset: Seed | None = None
     """Seed of the subset of n rows and of the validation split. None: from seed."""
-    seed_order: int | None = Field(default=None, ge=0)
+    seed_order: Seed | None = None
     """Seed of the order of rows. None: from seed."""
-    seed_init: int | None = Field(default=None, ge=0)
+    seed_init: Seed | None = None
     """Seed of a fresh adapter's random weights. None: from seed."""
-    seed_dropout: int | None = Field(default=None, ge=0)
+    seed_dropout: Seed | None = None
     """Seed of dropout. None: from seed."""
 
     @field_validator("fold")
     @classmethod
     def _one_of_several(cls, fold: tuple[int, int] | None) -> tuple[int, int] | None:
-        if fold is not None and not 0 <= fold[0] < fold[1]:
-            raise ValueError("expected i and k, with i from 0 to k - 1")
+        if fold is not None and not (0 <= fold[0] < fold[1] > 1):
+            raise ValueError("expected i and k, with k at least 2 and i from 0 to k - 1")
         return fold
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from d2lora.settings.sections import (
     FormatSettings,
     GenerationSettings,
     HygieneSettings,
+    Seed,
     SelectMethod,
 )
 
@@ -54,7 +55,7 @@ class SelectSettings(BaseSettings, HygieneSettings):
     """template, plain or auto, as for warmup. None: auto."""
     cache: Path | None = None
     """Cache of hidden states, losses and gradients. None: $D2LORA_CACHE or ~/.cache/d2lora."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of the selection."""
     quiet: bool = False
     """No progress bar and no messages."""
@@ -106,7 +107,7 @@ class GenerateSettings(BaseSettings, GenerationSettings):
     """Sampling temperature. 0: greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling: the likeliest tokens with this total probability."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of sampling."""
     out: Path | None = None
     """JSONL file to write. None: print."""
@@ -131,7 +132,7 @@ class PairsSettings(BaseSettings, FormatSettings, GenerationSettings):
     """Nucleus sampling: the likeliest tokens with this total probability."""
     chosen: Literal["gold", "sample"] = "gold"
     """The chosen completion: the gold answer, or a sample that scores as well, if there is one."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of the subset of prompts and of sampling."""
     quiet: bool = False
     """No progress bar and no messages."""
@@ -159,7 +160,7 @@ class ConvertSettings(BaseSettings):
     """Dtype to write. auto: the adapter's own; of a merged model bfloat16 on CUDA, else float32."""
     merge: bool = False
     """Merge the adapter into the base and write a plain model folder."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of A in new directions, and of the tokens that a merge is checked on."""
 
 

@@ -28,6 +28,10 @@ def parse_yaml(text: str) -> Any:
     """Return the value of a YAML text.
 
     Raises:
-        yaml.YAMLError: If it is not YAML, or a mapping gives a name twice.
+        yaml.YAMLError: If it is not YAML, a mapping gives a name twice, or a value is no number or
+            date though written as one.
     """
-    return yaml.load(text, _Loader)  # noqa: S506 - it is a SafeLoader
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - it is a SafeLoader
+    except (ValueError, RecursionError) as error:  # a date such as 2024-13-45, or endless digits
+        raise yaml.YAMLError(str(error)) from None

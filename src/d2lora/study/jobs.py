@@ -239,6 +239,7 @@ class Scored(Job):
             "fast_passes": measured.fast_passes,
             "general_loss": measured.general_loss,
             "choices_right": None if measured.right is None else measured.right.tolist(),
+            # Closed answers and preferences are scored without generating.
             "n_output_tokens": sum(r.get("n_output_tokens", 0) for r in measured.task.records),
             "evaluation_s": round(time.perf_counter() - started, 3),
         }

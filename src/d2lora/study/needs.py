@@ -30,7 +30,7 @@ CURVE_POINTS = 12
 """Validation losses in a trial's curve, at most, besides that of the untrained adapter."""
 _INHERITED = {"rank": None, "alpha": None, "targets": None}
 """What an arm takes over from a warm start, whatever the plan says of fresh ones."""
-_LENGTHS = ("max_length", "overlong")
+_ALIKE = ("max_length", "overlong", "chat_format")
 """What holds for test rows as for training rows."""
 
 
@@ -252,7 +252,7 @@ class Needs:
             general_text=self.plan.general_text,
             choices=self.plan.choices,
             max_new_tokens=task.max_new_tokens,
-            **{name: own[name] for name in _LENGTHS if name in own},
+            **{name: own[name] for name in _ALIKE if name in own},
             quiet=True,
         )
 

@@ -5,11 +5,11 @@ A plan spans cells (arm x task x n x seed).
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from d2lora.settings import BaseSettings, Settings
+from d2lora.settings import BaseSettings, Epochs, LearningRate, Settings
 
 V = TypeVar("V")
 
@@ -86,8 +86,8 @@ class StudyPlan(BaseSettings):
     warm_up_seeds: int = Field(default=1, ge=1)
     """Warm-ups of each name: seed s of a cell is initialized from the one made with seed s mod
     this, with its own rows, order and random weights."""
-    tasks: dict[str, TaskPlan]
-    """Name -> task."""
+    tasks: dict[Annotated[str, Field(pattern=r"^\w[\w .-]*$")], TaskPlan]
+    """Name, in letters, digits, spaces and `_.-`, as charts are named after it -> task."""
     sizes: tuple[int, ...] = Field(default=(16, 64, 256), min_length=1)
     """Task sizes n."""
     seeds: int = Field(default=5, ge=1)
@@ -96,21 +96,21 @@ class StudyPlan(BaseSettings):
     """Arms; the first is what the others are compared with."""
     adapt: dict[str, Any] = Field(default_factory=dict)
     """Settings of `adapt` that all arms share."""
-    steps: dict[int, int] = Field(default_factory=dict)
+    steps: dict[PositiveInt, PositiveInt] = Field(default_factory=dict)
     """n -> the longest training in optimizer steps; a size takes the nearest one's. A cell stops at
     its lowest validation loss; where that is the end, twice the steps are tried. Give these or
     `epochs`."""
-    epochs: dict[int, float] = Field(default_factory=dict)
+    epochs: dict[PositiveInt, Epochs] = Field(default_factory=dict)
     """n -> passes over the task's rows, a fixed length; a size takes the nearest
     one's. Both empty: `adapt`'s length."""
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    learning_rates: tuple[LearningRate, ...] = Field(default=(1e-3, 3e-3, 1e-2), min_length=1)
     """Learning rates tried for every cell on rows held out of its n; each seed takes that of the
     lowest validation loss. Where that lies at an edge, ones beyond are tried."""
     validation_fraction: float = Field(default=0.25, gt=0, lt=1)
     """Share of the n held out for tuning; the final training then uses all n."""
     folds: int = Field(default=1, ge=1)
     """k > 1: tune by k-fold cross-validation within the n rows."""
-    rates: dict[str, dict[str, dict[int, float]]] = Field(default_factory=dict)
+    rates: dict[str, dict[str, dict[PositiveInt, LearningRate]]] = Field(default_factory=dict)
     """Task -> arm -> n -> a learning rate tuned before; no other is then tried."""
     pairs: dict[str, Any] = Field(default_factory=dict)
     """Settings of `pairs`: where an objective learns preferences and the rows hold none, they are

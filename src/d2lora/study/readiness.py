@@ -15,12 +15,17 @@ from d2lora.data.tasks import Say, read_task
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, ModelError, RunError, listed
 from d2lora.runtime.claims import check_writable
+from d2lora.runtime.run_folder import present
 from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
 from d2lora.study.plan import SHIPPED, WORLD, StudyPlan
 from d2lora.study.read_plan import read_plan
 from d2lora.study.recipes import base_values
 from d2lora.warmstart import WarmStart
 
+_BEFORE_STUDY = {"results.jsonl", "trials.jsonl", "removed_rows.jsonl"}
+"""Files of a study that are written before `study.json`."""
+_INHERITS = {"warm", "warm_a", "norms", "warm_only"}
+"""Kinds of arms that are prompted in their warm start's chat format."""
 LIMITS = ("max_length", "overlong", "chat_format")
 """Settings of a task's training that its test rows share."""
 
@@ -35,12 +40,12 @@ def place(settings: StudySettings) -> tuple[StudyPlan, Path, Path]:
 
 
 def check_folder(out: Path) -> None:
-    """Check that a folder is empty, not there yet, or a study's.
+    """Check that a folder is empty, not there yet, or a study's, be it one that died as it wrote.
 
     Raises:
         RunError: If it is not.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / "study.json").is_file():
+    if not (out / "study.json").is_file() and not set(present(out)) <= _BEFORE_STUDY:
         raise RunError(f"{out} holds something that is not a study; choose another --out")
 
 
@@ -62,21 +67,50 @@ def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> Non
         except D2LoraError as error:
             faults.append(str(error))
     faults += _faults_of_warm_starts(plan, fetch=fetch)
+    if fetch and not faults:
+        faults += _faults_of_formats(plan)
     for name, task in plan.tasks.items():
         if not fetch and any(map(is_remote, (*task.data, *task.test))):
             continue
         try:
             rows = len(read_task(task.data, task.task).examples)
-            read_task(task.test, task.task, say=say)
+            tests = read_task(task.test, task.task, say=say)
         except D2LoraError as error:
             faults.append(f"tasks.{name}: {error}")
             continue
+        if tests.task.answers == "none":
+            faults.append(
+                f"tasks.{name}: task {tests.task.name} has no answers to score; give such rows as "
+                "general_text"
+            )
         if rows < max(plan.sizes):
             faults.append(
                 f"tasks.{name}: n = {max(plan.sizes)} is requested, but it has {rows} rows"
             )
     if faults:
         raise DataError(f"the study cannot run:\n{listed(faults)}")
+
+
+def _faults_of_formats(plan: StudyPlan) -> list[str]:
+    """Compare the chat formats of each task's arms: they are measured against one base."""
+    tokenizer = tokenizer_of(BaseSettings(**base_values(plan)))
+    faults: list[str] = []
+    for name, task in plan.tasks.items():
+        shared = {**plan.adapt, **task.adapt}.get("chat_format")
+        for arm in plan.arms:
+            wanted = {"chat_format": shared, **arm.adapt}["chat_format"]
+            if arm.kind in _INHERITS and arm.warm_up is not None:
+                ready = plan.ready(arm.warm_up)
+                made = {**plan.warm_up, **plan.warm_ups[arm.warm_up]}.get("chat_format")
+                wanted = WarmStart.load(ready).manifest.chat_format if ready else made
+            own, others = (resolve_format(tokenizer, form) for form in (wanted, shared))
+            if own != others:
+                faults.append(
+                    f"tasks.{name}: arm {arm.name} is in chat format {own}, the task in {others}, "
+                    "and what they score cannot be compared; set chat_format in `adapt`, and in "
+                    "`warm_up` alike"
+                )
+    return faults
 
 
 def _faults_of_warm_starts(plan: StudyPlan, *, fetch: bool) -> list[str]:

@@ -72,6 +72,8 @@ def convert(settings: ConvertSettings) -> Conversion:
     recast = settings.dtype != "auto" and not settings.merge
     if settings.merge == bool(settings.rank or settings.scale or settings.mix or recast):
         raise SettingsError("give --rank, --scale, --mix or --dtype to convert, or --merge alone")
+    if not settings.mix and (settings.mix_weights or settings.mix_method != "cat"):
+        raise SettingsError("--mix-weights and --mix-method are of a mixture: give --mix, too")
     folder = Path(settings.adapter)
     with RunFolder.open(settings.out, "", whole=True):
         if settings.merge:
@@ -146,6 +148,11 @@ def _reshaped(layers: Mapping[str, Factors], settings: ConvertSettings) -> _Resh
             new = extend(old, rank, generator)
         dtype = old.a.dtype if settings.dtype == "auto" else dtype_of(settings.dtype, _CPU)
         converted[name] = Factors(new.a.to(dtype), (new.b * _strength(settings)).to(dtype))
+        if not all(torch.isfinite(factor).all() for factor in converted[name]):
+            raise SettingsError(
+                f"{name} would hold numbers beyond {dtype}; use a smaller --scale or smaller "
+                "--mix-weights, or --dtype float32"
+            )
     return _Reshaped(converted, rank, energy)
 
 

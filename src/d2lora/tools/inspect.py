@@ -86,8 +86,8 @@ def inspect(settings: InspectSettings) -> Inspection:
     folder = Path(settings.adapter)
     files = AdapterFiles.read(folder)
     mine = _updates(files)
-    other = _updates(AdapterFiles.read(Path(settings.other))) if settings.other else {}
-    if settings.other and not mine.keys() & other.keys():
+    other = {} if settings.other is None else _updates(AdapterFiles.read(Path(settings.other)))
+    if settings.other is not None and not mine.keys() & other.keys():
         raise ModelError(f"{folder} and {settings.other} have no layer in common")
     layers = [_layer(name, factors, other.get(name)) for name, factors in mine.items()]
     manifest = Manifest.read(folder) if has_manifest(folder) else None

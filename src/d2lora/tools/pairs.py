@@ -155,7 +155,7 @@ def _sampled(
     reporter: Reporter,
 ) -> tuple[list[list[_Sample]], list[str]]:
     """Return the distinct samples of every prompt, scored, and the fast paths used."""
-    folder = Path(settings.adapter) if settings.adapter else None
+    folder = None if settings.adapter is None else Path(settings.adapter)
     encoder = encoder_of(folder, base, settings.chat_format)
     prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
     if message := prompts.report(settings.max_length):

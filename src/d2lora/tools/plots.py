@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from d2lora.errors import SettingsError
 from d2lora.runtime.extras import need_extra
 
 
@@ -10,7 +11,7 @@ def spectra(values: Mapping[str, Sequence[float]], title: str, path: Path) -> No
     """Draw the singular values of every layer, coloured by the kind of layer; save a PNG.
 
     Raises:
-        SettingsError: If the plotting library is not installed.
+        SettingsError: If the plotting library is not installed, or there is nothing to draw.
     """
     need_extra("report", "--plot")
     import altair as alt
@@ -21,6 +22,8 @@ def spectra(values: Mapping[str, Sequence[float]], title: str, path: Path) -> No
         for place, value in enumerate(singular, 1)
         if value > 0  # the axis is logarithmic
     ]
+    if not rows:
+        raise SettingsError("--plot: every update is zero, so there is no spectrum to draw")
     chart = (
         alt.Chart(alt.Data(values=rows), title=alt.Title(title, anchor="start"))
         .mark_line(opacity=0.6, strokeWidth=1.2)

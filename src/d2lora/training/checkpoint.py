@@ -1,6 +1,7 @@
 """The state of a run on disk: safetensors and JSON, never pickle, never half-written."""
 
 from collections.abc import Mapping, MutableMapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim import AdamW
 
 from d2lora.errors import RunError, first_line
 from d2lora.runtime.run_folder import new_folder, read_json, restore, write_json
+from d2lora.training.progress import Progress
 
 FOLDER = "checkpoint"
 STATE, PROGRESS = "state.safetensors", "progress.json"
@@ -59,7 +61,7 @@ def load(
         RunError: If the checkpoint is damaged, or of another adapter shape.
     """
     tensors, progress = _tensors(run_path), read_json(run_path / FOLDER / PROGRESS)
-    if not isinstance(progress, dict) or "step" not in progress:
+    if progress.keys() != {field.name for field in fields(Progress)}:
         raise RunError(f"{run_path / FOLDER / PROGRESS}: it is damaged; {_again(run_path)}")
     shapes = {name: weight.shape for name, weight in tensors.items() if name.startswith("weight/")}
     if shapes != {f"weight/{name}": parameter.shape for name, parameter in parameters.items()}:

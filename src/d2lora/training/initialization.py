@@ -123,7 +123,7 @@ class InitializedAdapter:
             self.model.delete_adapter("converted")
         largest = float((trained - converted).abs().max())
         allowed = tolerance(self.model.dtype, rewritten=True) * max(1.0, float(trained.abs().max()))
-        if largest > allowed and self.about.name != _INEXACT:
+        if not largest <= allowed and self.about.name != _INEXACT:
             raise ModelError(
                 f"--init {self.about.name}: the adapter, made to fit the base as it was, changes "
                 f"logits by up to {largest:.3g}; the base's dtype ({self.model.dtype}) is too "
