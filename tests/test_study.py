@@ -673,6 +673,16 @@ def test_a_task_of_preferences_is_studied_and_reported(
     assert "not in the study" not in page
 
 
+def test_a_row_that_the_chat_template_refuses_stops_a_study_before_it_runs(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    base = Path(shutil.copytree(plan["base"], tmp_path / "base"))
+    (base / "chat_template.jinja").write_text("{{ raise_exception('no such turns') }}")
+    plan["base"] = str(base)
+    with pytest.raises(DataError, match=r"titles\.jsonl, line 1: the chat template .* refuses"):
+        run_study(settings(tmp_path, plan))
+
+
 def test_a_task_without_answers_stops_a_study_before_it_runs(
     tmp_path: Path, plan: dict[str, Any]
 ) -> None:

@@ -131,7 +131,11 @@ def _faults_of_warm_starts(plan: StudyPlan, *, fetch: bool) -> list[str]:
 
 
 def cut_short(plan: StudyPlan) -> list[str]:
-    """Return messages on the rows that each task's limits cut, and on answers beyond them."""
+    """Return messages on the rows that each task's limits cut, and on answers beyond them.
+
+    Raises:
+        DataError: If the chat template refuses a row.
+    """
     base = BaseSettings(**base_values(plan))
     tokenizer = tokenizer_of(base)
     messages: list[str] = []
@@ -139,7 +143,9 @@ def cut_short(plan: StudyPlan) -> list[str]:
         own = {key: value for key, value in {**plan.adapt, **task.adapt}.items() if key in LIMITS}
         limits = EvaluateSettings(**dict(base), out=Path(), **own)
         encoder = Encoder(tokenizer, resolve_format(tokenizer, limits.chat_format))
-        rows, tests = (read_task(files, task.task) for files in (task.data, task.test))
+        rows, tests = (
+            read_task(files, task.task, check=encoder.check) for files in (task.data, task.test)
+        )
         if tests.task.answers != "open":
             continue
         examples, length = tests.examples[: task.n_test], limits.max_length
