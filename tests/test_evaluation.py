@@ -297,7 +297,7 @@ def test_an_adapter_that_does_nothing_forgets_nothing_in_whatever_chat_format(
         change = found[name].choice_accuracy_change
         assert change is not None
         assert change.mean == 0
-    assert found["base, plain"].general_loss == found[plain].general_loss
+    assert found[f"base, prompted as {plain}"].general_loss == found[plain].general_loss
     assert found["base"].general_loss == found[template].general_loss != found[plain].general_loss
 
 

@@ -115,14 +115,13 @@ def _references(
     """Measure what the base has to forget in each chat format that an adapter is prompted in."""
     if BASE not in measured or not (sets.general or sets.choices):
         return {}
-    found = {measured[BASE].chat_format: measured[BASE]}
+    found = {BASE: measured[BASE]}
     for name, raw in measured.items():
-        chat_format = raw.chat_format
-        if chat_format not in found:
-            reporter.say(f"evaluating base in the chat format of {name}: {chat_format}")
+        if all(raw.way != other.way for other in found.values()):
+            reporter.say(f"evaluating base in the chat format of {name}")
             general = replace(sets, task=None)
-            found[chat_format] = measure(
-                BASE, base, general, settings.changed(chat_format=chat_format), reporter
+            found[f"{BASE}, prompted as {name}"] = measure(
+                BASE, base, general, settings, reporter, prompted_as=name
             )
     return found
 
@@ -191,10 +190,10 @@ def _evaluated(
         for name, raw in measured.items()
         if (error := _calibration(raw.task.records)) is not None
     }
-    others = {f"{BASE}, {f}": raw for f, raw in references.items() if raw is not measured[BASE]}
+    by_way = {raw.way: raw for raw in references.values()}
     forgetting = {
-        name: _forgetting(raw, references.get(raw.chat_format))
-        for name, raw in {**measured, **others}.items()
+        name: _forgetting(raw, by_way.get(raw.way))
+        for name, raw in {**measured, **references}.items()
     }
     passes = {name: raw.fast_passes for name, raw in measured.items()}
     return Evaluation(records, scores, differences, forgetting, passes, calibration=calibration)

@@ -167,24 +167,36 @@ class Measured:
     """1 for each multiple-choice question answered right, else 0."""
     fast_passes: list[str]
     """Names of the fast paths that were used."""
-    chat_format: Format
-    """That it was prompted in."""
+    way: tuple[Format, str]
+    """The chat format and the template that it was prompted in."""
 
 
 def measure(
-    name: str, base: Base, sets: TestSets, settings: EvaluateSettings, reporter: Reporter
+    name: str,
+    base: Base,
+    sets: TestSets,
+    settings: EvaluateSettings,
+    reporter: Reporter,
+    prompted_as: str | None = None,
 ) -> Measured:
-    """Measure one adapter (a folder), or the base alone (`base`), on every set."""
-    path = None if name == BASE else Path(name)
+    """Measure one adapter (a folder), or the base alone (`base`), on every set.
+
+    It is prompted in its own chat format, or in that of the adapter `prompted_as`.
+    """
+    path, own = (None if n == BASE else Path(n) for n in (name, prompted_as or name))
     with adapted(base, path, fast_when=settings.fast) as (model, used):
-        encoder = encoder_of(path, base, settings.chat_format)
+        encoder = encoder_of(own, base, settings.chat_format)
         return Measured(
             _score_task(model, base, encoder, name, sets, settings, reporter),
             _general_loss(model, base, encoder, sets.general, settings, reporter),
             _right_choices(model, base, encoder, sets.choices),
             used.names,
-            encoder.format,
+            _way(encoder),
         )
+
+
+def _way(encoder: Encoder) -> tuple[Format, str]:
+    return encoder.format, "" if encoder.format == "plain" else str(encoder.tokenizer.chat_template)
 
 
 def _score_task(
@@ -310,13 +322,13 @@ def check_rows(
     kept: set[tuple[int, ...]] = set()
     folders = [None if name == BASE else Path(name) for name in names]
     encoders = [encoder_of(folder, base, settings.chat_format) for folder in folders]
-    ways = {(e.format, str(e.tokenizer.chat_template)): e for e in encoders}
+    ways = {_way(encoder): encoder for encoder in encoders}
     for encoder in ways.values():
         if data is not None and data.task.answers == "pairs":
             examples = data.examples[: settings.limit]
             pairs = encode_pairs(encoder, examples, settings.max_length, settings.overlong)
             kept.add(tuple(pairs.kept))
-        elif data is not None:
+        if data is not None and data.task.answers in ("open", "closed"):
             examples = data.examples[: settings.limit]
             prompts = _prompts(encoder, sets, settings)
             if data.task.answers == "closed":
