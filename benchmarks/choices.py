@@ -25,8 +25,8 @@ from common import SHARED, base_of, head, medians, parser_of, row, taking_turns
 from d2lora import fast
 from d2lora.adapters.base import Base, load_base
 from d2lora.data.batches import Question
+from d2lora.data.choices import read_choice_questions
 from d2lora.data.encode import Encoder
-from d2lora.data.tasks import read_choice_questions
 from d2lora.evaluation.measure import questions_of
 from d2lora.scoring.multiple_choice import continuation_scores
 from d2lora.scoring.scorer import TokenScorer

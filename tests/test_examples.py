@@ -1,5 +1,7 @@
-"""The scripts in examples/ run as they are."""
+"""The scripts in examples/ run as they are; other programs import what is there."""
 
+import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -52,3 +54,20 @@ def test_the_example_of_a_study_prints_a_verdict_for_each_size(
     printed = run_example("study.py", str(path), str(tmp_path / "out"))
     assert "n = 4" in printed
     assert "n = 8" in printed
+
+
+PROGRAMS = [
+    path
+    for folder in ("benchmarks", "examples", "scripts")
+    for path in sorted((REPOSITORY / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_what_programs_beside_the_package_import_of_it_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("d2lora"):
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")

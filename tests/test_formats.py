@@ -16,12 +16,13 @@ from d2lora import (
     evaluate,
     generate,
 )
+from d2lora.data.cards import shipped_cards
 from d2lora.data.choices import read_choice_questions
 from d2lora.data.contamination import Guard
 from d2lora.data.encode import Encoder
 from d2lora.data.formats import FORMATS
 from d2lora.data.rows import Message
-from d2lora.data.tasks import TASKS, read_task
+from d2lora.data.tasks import read_task, task_of
 from d2lora.errors import DataError
 from d2lora.selection.pool import read_pool
 from d2lora.study.mixture import write_mixture
@@ -333,4 +334,4 @@ def test_every_format_is_recognized_by_the_fields_that_it_needs() -> None:
         row = dict.fromkeys(known.needs, "x")
         detected = next(other for other in FORMATS if row.keys() >= set(other.needs))
         assert detected is known
-    assert all(task.formats for task in TASKS.values())
+    assert all(task_of(name, {}).formats for name in shipped_cards())
