@@ -267,7 +267,7 @@ def test_forgetting_is_measured_against_the_base_with_adapters_off(
 def formats(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: str, problems: str
 ) -> tuple[str, ...]:
-    """A base with a chat template, and untrained adapters in the plain format and the template."""
+    """A base with a chat template, and untrained adapters: plain, in it, and in one of its own."""
     folder = tmp_path_factory.mktemp("formats")
     base = str(shutil.copytree(tiny_base, folder / "base"))
     (folder / "base" / "chat_template.jinja").write_text(
@@ -277,22 +277,25 @@ def formats(
     adapters = [folder / form for form in ("plain", "template")]
     for out in adapters:
         run(out, base, problems, chat_format=out.name, max_steps=0, rank=2)
-    return base, *map(str, adapters)
+    other = folder / "other.jinja"
+    other.write_text("{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}")
+    run(folder / "own", base, problems, chat_template=other, max_steps=0, rank=2)
+    return base, *map(str, adapters), str(folder / "own")
 
 
 def test_an_adapter_that_does_nothing_forgets_nothing_in_whatever_chat_format(
     tmp_path: Path, formats: tuple[str, ...]
 ) -> None:
-    base, plain, template = formats
+    base, plain, template, own = formats
     text = write_rows(tmp_path / "text.jsonl", general_rows("valid", 4))
     choices = write_rows(tmp_path / "choices.jsonl", choice_rows(4))
     found = evaluate(
         EvaluateSettings(
-            base=base, adapters=(plain, template), general_text=(text,), choices=(choices,),
+            base=base, adapters=(plain, template, own), general_text=(text,), choices=(choices,),
             out=tmp_path / "e", quiet=True,
         )
     ).forgetting  # fmt: skip
-    for name in (plain, template):
+    for name in (plain, template, own):
         assert found[name].general_loss_change == 0
         change = found[name].choice_accuracy_change
         assert change is not None
@@ -304,7 +307,7 @@ def test_an_adapter_that_does_nothing_forgets_nothing_in_whatever_chat_format(
 def test_rows_that_one_chat_format_alone_drops_are_not_compared(
     tmp_path: Path, formats: tuple[str, ...]
 ) -> None:
-    base, plain, template = formats
+    base, plain, template, _ = formats
     rows = [{"prompt": "7" * n, "chosen": "yes", "rejected": "no"} for n in range(1, 40)]
     with pytest.raises(DataError, match="different chat formats, in which --overlong drop"):
         evaluate(
