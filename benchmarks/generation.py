@@ -27,7 +27,7 @@ from common import base_of
 from d2lora import fast
 from d2lora.adapters.base import Base, load_base
 from d2lora.data.encode import Encoder
-from d2lora.data.tasks import read_task
+from d2lora.data.reading import read_task
 from d2lora.evaluation.decoding import Decoder
 from d2lora.settings import BaseSettings, GenerationSettings
 

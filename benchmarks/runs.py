@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def write_rows(data: Path, n: int, folder: Path) -> tuple[Path, Path]:
     """Write the first n rows for each tool; return d2lora's file and TRL's folder."""
-    from d2lora.data.tasks import read_task
+    from d2lora.data.reading import read_task
 
     ours = folder / f"rows-{n}.jsonl"
     ours.write_text("".join(islice(data.open(encoding="utf-8"), n)), encoding="utf-8")

@@ -33,7 +33,7 @@ def prepared(settings: Any) -> tuple[Any, Any, list[Any], Any]:
     from d2lora.adapters.base import load_base
     from d2lora.adapters.lora import LoraShape, attach_fresh
     from d2lora.data.encode import Encoder
-    from d2lora.data.tasks import read_task
+    from d2lora.data.reading import read_task
 
     base = load_base(settings)
     n_rows = settings.max_steps * settings.batch_size

@@ -88,8 +88,8 @@ def study(data: Path, folder: Path, workers: int) -> tuple[float, dict[str, floa
 
 def rows_of_cells(data: Path, folder: Path) -> Iterator[tuple[Path, int]]:
     """Yield the folder of each cell's rows, the same that the study trains on, and its seed."""
+    from d2lora.data.reading import read_task
     from d2lora.data.sources import nested_order
-    from d2lora.data.tasks import read_task
     from d2lora.settings.seeds import stream_seed
 
     for seed, task, n in product(range(SEEDS), TASKS, SIZES):

@@ -14,9 +14,10 @@ from d2lora.data.choices import ChoiceQuestion
 from d2lora.data.contamination import Guard, leaks_of
 from d2lora.data.encode import Encoder
 from d2lora.data.paths import value_at
+from d2lora.data.reading import labels_of, read_task, with_references
 from d2lora.data.rows import BadRowError, Example, Message
 from d2lora.data.sources import read_source
-from d2lora.data.tasks import answers_of, labels_of, read_task, task_of, with_references
+from d2lora.data.tasks import answers_of, task_of
 from d2lora.data.truncation import fitted
 from d2lora.errors import DataError, SettingsError
 from d2lora.evaluation.generate import encoder_of

@@ -8,7 +8,7 @@ import pytest
 
 from d2lora import AdaptSettings, DataError, adapt
 from d2lora.data.contamination import Guard, Leak
-from d2lora.data.tasks import read_task
+from d2lora.data.reading import read_task
 from support import SHARED, needs_shared_data, read_rows, write_rows
 
 LONG = (

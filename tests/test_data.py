@@ -15,9 +15,9 @@ from pyarrow import parquet
 
 from d2lora.data.choices import read_choice_questions
 from d2lora.data.files import text_lines
+from d2lora.data.reading import read_task
 from d2lora.data.rows import Message, Row
 from d2lora.data.sources import nested_order, read_source, split_validation
-from d2lora.data.tasks import read_task
 from d2lora.errors import DataError
 from d2lora.selection.pool import read_pool
 from d2lora.settings.seeds import stream_seed
@@ -156,7 +156,11 @@ def test_a_line_separator_inside_a_text_is_no_new_line(tmp_path: Path) -> None:
         ("a.jsonl", b"\xff\xfe\x00", "not UTF-8"),
         ("a.json", b"{", "not JSON"),
         ("a.json", b"3", "expected a list of rows, found int"),
-        ("a.json", b'{"a": {"prompt": "p"}}', "expected a list of rows, found an object with `a`"),
+        (
+            "a.json",
+            b'{"a": {"prompt": "p"}, "b": 1}',
+            "expected a list of rows, found an object with `a`",
+        ),
         ("a.json", b'{"prompt": "p"}\n{"prompt": "q"}\n', "is it JSON Lines"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b'{"data": [{}], "test": [{}]}', "holds rows in `data` and in `test`"),

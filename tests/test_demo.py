@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from d2lora.cli import main
 from d2lora.data.contamination import Guard
-from d2lora.data.tasks import read_task
+from d2lora.data.reading import read_task
 from d2lora.data.trained_rows import TestRow, TrainedRows
 from support import read_rows
 

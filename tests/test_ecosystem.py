@@ -19,7 +19,7 @@ from d2lora.adapters.attach import attach_adapter
 from d2lora.adapters.base import load_base
 from d2lora.data.batches import collate
 from d2lora.data.encode import Encoder
-from d2lora.data.tasks import read_task
+from d2lora.data.reading import read_task
 from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import BaseSettings
 from d2lora.training import rows as phase_rows

@@ -26,8 +26,8 @@ from d2lora.data.batches import Encoded, collate, micro_batches
 from d2lora.data.choices import ChoiceQuestion
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.encoded_sets import encode_all, encode_prompts
+from d2lora.data.reading import read_task
 from d2lora.data.rows import BadRowError, Example, Message, user
-from d2lora.data.tasks import read_task
 from d2lora.errors import DataError, SettingsError
 from d2lora.evaluation.evaluate import evaluate
 from d2lora.evaluation.generate import generate

@@ -21,8 +21,9 @@ from d2lora.data.choices import read_choice_questions
 from d2lora.data.contamination import Guard
 from d2lora.data.encode import Encoder
 from d2lora.data.formats import FORMATS
+from d2lora.data.reading import read_task
 from d2lora.data.rows import Message
-from d2lora.data.tasks import read_task, task_of
+from d2lora.data.tasks import task_of
 from d2lora.errors import DataError
 from d2lora.selection.pool import read_pool
 from d2lora.study.mixture import write_mixture
@@ -54,9 +55,12 @@ def turns(*pairs: tuple[str, str], who: str = "role", what: str = "content") -> 
     return [{who: role, what: text} for role, text in pairs]
 
 
-def read(folder: Path, *rows: dict[str, Any], task: str = "auto") -> tuple[Any, list[str]]:
+def read(
+    folder: Path, *rows: dict[str, Any], task: str = "auto", prompts_only: bool = False
+) -> tuple[Any, list[str]]:
     messages: list[str] = []
-    data = read_task([write_rows(folder / "rows.jsonl", rows)], task, say=messages.append)
+    file = write_rows(folder / "rows.jsonl", rows)
+    data = read_task([file], task, say=messages.append, prompts_only=prompts_only)
     return data, [line.removeprefix(f"{folder / 'rows.jsonl'}: ") for line in messages]
 
 
@@ -147,7 +151,7 @@ def test_fields_that_are_not_used_are_named_once_a_source(tmp_path: Path) -> Non
     unused = "`category`, `id`, `messages[].weight`"
     assert messages == [f"rows by format: 2 Dolly, 1 messages; not used: {unused}"]
     _, messages = read(tmp_path, {"text": "t", "title": "T", "label": 1})
-    assert messages == ["rows by format: 1 text/title; not used: `label`"]
+    assert messages == ["rows by format: 1 titles; not used: `label`"]
     _, messages = read(tmp_path, {"text": "t", "url": "u"})
     assert messages == ["rows by format: 1 documents; not used: `url`"]
     choice = {"prompt": "p", "choices": ["a", "b"], "answer": 0, "subject": "s"}
@@ -323,7 +327,7 @@ def test_only_the_prompt_is_asked_of_prompts_in_every_format(tmp_path: Path) -> 
         {"prompt": BOTH[:4]}, {"question": NEXT[1], "history": BOTH[:3], "response": "July."},
         {"prompt": BOTH[:4], "chosen": None, "rejected": None},
     ]  # fmt: skip
-    data, messages = read(tmp_path, *rows, task="prompts")
+    data, messages = read(tmp_path, *rows, prompts_only=True)
     assert all(shown(e.prompt) == [SYSTEM, USER, FIRST, NEXT] for e in data.examples)
     assert {e.completion for e in data.examples} == {""}
     assert "not used" not in messages[0]

@@ -13,7 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from d2lora.data.answers import flexible_answer, strict_answer, target_answer
 from d2lora.data.ngrams import words
-from d2lora.data.tasks import read_task
+from d2lora.data.reading import read_task
 from d2lora.errors import DataError
 from d2lora.evaluation.metrics import METRICS, Scored
 from d2lora.evaluation.metrics.answers import gsm8k

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from d2lora import AdaptSettings, DataError, PairsSettings, WarmStart, adapt, make_pairs
+from d2lora.data.reading import read_task
 from d2lora.data.rows import Example, user
-from d2lora.data.tasks import read_task
 from d2lora.evaluation.metrics.answers import gsm8k
 from d2lora.tools.pairs import _pair, _Sample
 from support import read_rows, write_rows

@@ -31,8 +31,8 @@ from d2lora.data.batches import PreferencePair
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_pairs
 from d2lora.data.preferences import dialogue
+from d2lora.data.reading import read_task
 from d2lora.data.rows import Example, Message, user
-from d2lora.data.tasks import read_task
 from d2lora.embedded import word_problem_rows
 from d2lora.scoring.pairs import PairScorer
 from d2lora.scoring.scorer import TokenScorer, log_probabilities

@@ -24,8 +24,8 @@ from d2lora.adapters.attach import attached
 from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.base_files import base_folder
 from d2lora.data.encode import Encoder
+from d2lora.data.reading import read_task
 from d2lora.data.rows import Example, user
-from d2lora.data.tasks import read_task
 from d2lora.evaluation.decoding import Decoder
 from d2lora.fast import enabled
 from d2lora.scoring.scorer import TokenScorer, mean_loss

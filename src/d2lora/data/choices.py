@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2lora.data.formats import Format, FormatsSeen
+from d2lora.data.reading import Say, check_faults
 from d2lora.data.rows import BadRowError, Fault, text_field
 from d2lora.data.sources import Row, check_different, read_source
-from d2lora.data.tasks import Say, check_faults
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from d2lora.adapters.files import AdapterFiles
 from d2lora.adapters.manifest import check_fit
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import answers_beyond
+from d2lora.data.reading import TaskData
 from d2lora.data.rows import Fault
 from d2lora.data.sources import BAD_ROWS, write_bad_rows
-from d2lora.data.tasks import TaskData
 from d2lora.data.trained_rows import TrainedRows, places
 from d2lora.errors import SettingsError, counted
 from d2lora.evaluation.closed import calibration_error

@@ -16,8 +16,8 @@ from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_prompts
 from d2lora.data.files import text_lines
+from d2lora.data.reading import read_task
 from d2lora.data.rows import Example, kind_of, user
-from d2lora.data.tasks import read_task
 from d2lora.errors import DataError, SettingsError
 from d2lora.evaluation.decoding import Decoder, Sampling, check_room
 from d2lora.runtime.claims import claimed

@@ -15,8 +15,8 @@ from d2lora.data.batches import Question
 from d2lora.data.choices import ChoiceData, ChoiceQuestion, read_choice_questions
 from d2lora.data.encode import Encoder, Format
 from d2lora.data.encoded_sets import Prompts, encode_all, encode_pairs, encode_prompts, every
+from d2lora.data.reading import Say, TaskData, labels_of, read_task, with_references
 from d2lora.data.rows import Example, Fault, Message
-from d2lora.data.tasks import Say, TaskData, labels_of, read_task, with_references
 from d2lora.data.trained_rows import TestRow
 from d2lora.errors import DataError, SettingsError, listed
 from d2lora.evaluation.closed import choose_labels

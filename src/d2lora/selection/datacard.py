@@ -14,9 +14,9 @@ import numpy as np
 
 from d2lora.data.encode import Encoder
 from d2lora.data.ngrams import gram_hashes, word_hashes, words
+from d2lora.data.reading import TaskData
 from d2lora.data.rows import Example
 from d2lora.data.sources import nested_order
-from d2lora.data.tasks import TaskData
 from d2lora.selection.hygiene import Cleaned, source_of
 from d2lora.selection.tfidf import Array, Bags, count_bags, dense_product, weighted_bags
 from d2lora.settings import SelectSettings

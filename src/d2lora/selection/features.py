@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from d2lora import fast
 from d2lora.adapters.base import Base, device_of, load_base
 from d2lora.data.encode import Encoder
+from d2lora.data.reading import TaskData
 from d2lora.data.rows import Example
 from d2lora.data.sources import nested_order
-from d2lora.data.tasks import TaskData
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import Stamp, cache_folder, stamp_of
 from d2lora.scoring.scorer import TokenScorer, log_probabilities

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from d2lora.data.contamination import Guard
 from d2lora.data.encode import Encoder
 from d2lora.data.ngrams import gram_hashes, word_hashes, words
+from d2lora.data.reading import TaskData
 from d2lora.data.rows import Example, place
 from d2lora.data.sources import nested_order
-from d2lora.data.tasks import TaskData
 from d2lora.errors import DataError, SettingsError, counted
 from d2lora.runtime.console import Reporter
 from d2lora.selection.duplicates import Duplicates

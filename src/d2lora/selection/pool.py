@@ -14,9 +14,9 @@ from dataclasses import replace
 from threading import Lock
 from typing import IO, TypeVar, overload
 
+from d2lora.data.reading import Reading, Say, TaskData
 from d2lora.data.rows import Example, place
 from d2lora.data.sources import Row
-from d2lora.data.tasks import Reading, Say, TaskData
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -82,7 +82,7 @@ def read_pool(names: Sequence[str], task_name: str = "auto", say: Say | None = N
 
     Args:
         names: Files or hub data sets.
-        task_name: A name of `tasks.TASKS`, or `auto`.
+        task_name: As for `tasks.task_of`.
         say: As for `tasks.Reading`.
 
     Raises:

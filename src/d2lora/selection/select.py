@@ -16,8 +16,8 @@ from typing import Any
 
 from d2lora.adapters.base import tokenizer_of
 from d2lora.data.encode import Encoder, resolve_format
+from d2lora.data.reading import TaskData, read_task
 from d2lora.data.sources import SELECTED, SELECTION_CARD
-from d2lora.data.tasks import TaskData, read_task
 from d2lora.errors import DataError, SettingsError, counted
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.extras import need_extra

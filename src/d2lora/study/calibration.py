@@ -188,7 +188,7 @@ class Calibration:
 
 def n_steps_of(settings: WarmupSettings | AdaptSettings) -> int:
     """Return the optimizer steps that a run takes; its rows are counted where they decide."""
-    from d2lora.data.tasks import read_task
+    from d2lora.data.reading import read_task
 
     if settings.max_steps is not None:
         return settings.max_steps if settings.stop_step is None else settings.stop_step

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.data.contamination import Guard, Leak, leaks_of
+from d2lora.data.reading import Say, read_task
 from d2lora.data.rows import place
 from d2lora.data.sources import Row, is_remote, read_source
-from d2lora.data.tasks import Say, header_of, read_task
+from d2lora.data.tasks import header_of
 from d2lora.errors import DataError, listed
 from d2lora.runtime.run_folder import write_text
 from d2lora.study.plan import StudyPlan

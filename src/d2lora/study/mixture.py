@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from d2lora.data.reading import TaskData, read_task
 from d2lora.data.rows import Example
 from d2lora.data.sources import nested_order, split_validation
-from d2lora.data.tasks import TaskData, read_task
 from d2lora.errors import SettingsError
 from d2lora.runtime.run_folder import write_text
 from d2lora.settings import AdaptSettings, WarmupSettings

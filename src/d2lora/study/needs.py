@@ -13,8 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from d2lora.data.reading import read_task
 from d2lora.data.sources import split_validation
-from d2lora.data.tasks import is_closed, read_task
+from d2lora.data.tasks import is_closed
 from d2lora.errors import counted
 from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, PhaseSettings
 from d2lora.study.cells import BASE, Cell

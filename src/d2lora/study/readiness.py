@@ -10,8 +10,8 @@ from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.encoded_sets import answers_beyond, encode_prompts, every
+from d2lora.data.reading import Say, read_task
 from d2lora.data.sources import is_remote
-from d2lora.data.tasks import Say, read_task
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, ModelError, RunError, listed
 from d2lora.runtime.claims import check_writable

@@ -27,7 +27,7 @@ from d2lora.adapters.files import PREFIX, AdapterFiles, some
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
 from d2lora.data.encoded_sets import encode_all
-from d2lora.data.tasks import read_task
+from d2lora.data.reading import read_task
 from d2lora.errors import ModelError, SettingsError
 from d2lora.evaluation.generate import encoder_of
 from d2lora.runtime.claims import claimed

@@ -21,9 +21,9 @@ from typing import Any
 from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.manifest import base_record
 from d2lora.data.encoded_sets import encode_prompts
+from d2lora.data.reading import TaskData, read_task
 from d2lora.data.rows import Example
 from d2lora.data.sources import BAD_ROWS, nested_order, write_bad_rows
-from d2lora.data.tasks import TaskData, read_task
 from d2lora.errors import DataError, counted
 from d2lora.evaluation.decoding import Decoder, Sampling, check_room
 from d2lora.evaluation.generate import adapted, decode, encoder_of

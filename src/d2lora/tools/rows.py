@@ -15,7 +15,7 @@ from d2lora.adapters.base import tokenizer_of
 from d2lora.data.batches import Encoded
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.encoded_sets import every
-from d2lora.data.tasks import labels_of, read_task
+from d2lora.data.reading import labels_of, read_task
 from d2lora.runtime.console import Reporter, table_console
 from d2lora.runtime.run_folder import write_json
 from d2lora.settings import BaseSettings, InspectSettings

@@ -7,9 +7,10 @@ from typing import Any
 from d2lora.data.contamination import Guard, leaks_of
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import EncodedSet, encode_all, encode_pairs
+from d2lora.data.reading import TaskData, labels_of, read_task
 from d2lora.data.rows import Example, Fault, place
 from d2lora.data.sources import nested_order, selection_behind, split_validation
-from d2lora.data.tasks import AUTO, TaskData, answers_of, labels_of, read_task
+from d2lora.data.tasks import AUTO, answers_of
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import DataError, counted
 from d2lora.runtime.console import Reporter
