@@ -153,7 +153,7 @@ def test_fields_that_are_not_used_are_named_once_a_source(tmp_path: Path) -> Non
     _, messages = read(tmp_path, {"text": "t", "title": "T", "label": 1})
     assert messages == ["rows by format: 1 titles; not used: `label`"]
     _, messages = read(tmp_path, {"text": "t", "url": "u"})
-    assert messages == ["rows by format: 1 documents; not used: `url`"]
+    assert messages == ["rows by format: 1 text; not used: `url`"]
     choice = {"prompt": "p", "choices": ["a", "b"], "answer": 0, "subject": "s"}
     messages: list[str] = []
     read_choice_questions([write_rows(tmp_path / "c.jsonl", [choice, choice])], say=messages.append)

@@ -45,7 +45,13 @@ def own_files(tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
+SMALL = ("--set", "sizes=[16]", "seeds=1", "learning_rates=[0.001]")
+"""Added to studies, which take minutes as they are written."""
+
+
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if words[0] == "study" and "--dry-run" not in words:
+        words = [*words, *SMALL]
     try:
         code = main(words)
     except SystemExit as done:  # as completions end
