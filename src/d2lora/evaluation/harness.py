@@ -76,9 +76,9 @@ class HarnessTask:
             self.task.set_config(key="num_fewshot", value=0)
         self.task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
         tokenizer = copy.deepcopy(base.tokenizer)  # the harness sets a pad token
-        own: Any = model
+        model_class: Any = HFLM  # a decorator hides what it takes
         with _as_the_harness_runs(quiet=quiet):
-            language_model = HFLM(pretrained=own, tokenizer=tokenizer, batch_size=_BATCH_SIZE)
+            language_model = model_class(model, tokenizer=tokenizer, batch_size=_BATCH_SIZE)
             found: Any = evaluate(
                 lm=language_model,
                 task_dict={"tasks": {self.name: self.task}},
