@@ -96,10 +96,10 @@ def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str
     for name in names:
         scored = name in settings.adapters or not settings.adapters
         reporter.say(f"evaluating {name}")
-        own = sets if scored else replace(sets, task=None)
+        own = sets if scored else sets.without_task()
         measured[name] = measure(name, base, own, settings, reporter)
     references = _references(measured, base, sets, settings, reporter)
-    evaluation = _evaluated(measured, references, sets.task, list(settings.adapters) or [BASE])
+    evaluation = _evaluated(measured, references, list(settings.adapters) or [BASE])
     evaluation = replace(evaluation, trained_on=trained_on)
     _write(evaluation, sets.faults, settings)
     return evaluation
@@ -113,15 +113,14 @@ def _references(
     reporter: Reporter,
 ) -> dict[str, Measured]:
     """Measure what the base has to forget in each chat format that an adapter is prompted in."""
-    if BASE not in measured or not (sets.general or sets.choices):
+    if BASE not in measured or not sets.of_forgetting:
         return {}
     found = {BASE: measured[BASE]}
     for name, raw in measured.items():
         if all(raw.way != other.way for other in found.values()):
             reporter.say(f"evaluating base in the chat format of {name}")
-            general = replace(sets, task=None)
             found[f"{BASE}, prompted as {name}"] = measure(
-                BASE, base, general, settings, reporter, prompted_as=name
+                BASE, base, sets.without_task(), settings, reporter, prompted_as=name
             )
     return found
 
@@ -169,13 +168,12 @@ def _trained_on(
 def _evaluated(
     measured: dict[str, Measured],
     references: dict[str, Measured],
-    task: TaskData | None,
     named: Sequence[str],
 ) -> Evaluation:
     records = pd.DataFrame([record for raw in measured.values() for record in raw.task.records])
     scores: dict[str, dict[str, Interval]] = {}
     differences: dict[str, dict[str, Difference]] = {}
-    if task is not None:
+    if measured[named[0]].task.columns:
         scored = {name: measured[name].task for name in named}
         scores = {
             name: {column: interval_of(values) for column, values in own.columns.items()}

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from d2lora.evaluation.closed import questions_of as label_questions
 from d2lora.evaluation.counts import Column, per_row
 from d2lora.evaluation.decoding import Decoder, check_room
 from d2lora.evaluation.generate import adapted, decode, encoder_of
+from d2lora.evaluation.harness import HarnessTask, read_harness_tasks, split_names
 from d2lora.evaluation.metrics import Scored, measure_all, metrics_named, preference
 from d2lora.evaluation.shots import chosen_shots, with_shots
 from d2lora.runtime.console import Reporter
@@ -52,6 +53,19 @@ class TestSets:
     """All of them with their places, as they are in the files."""
     faults: list[Fault] = field(default_factory=list[Fault])
     """Bad rows that were skipped."""
+    harness_task: HarnessTask | None = None
+    """The task, where it is one of lm-evaluation-harness."""
+    harness_choices: Sequence[HarnessTask] = ()
+    """Multiple choice as lm-evaluation-harness has it."""
+
+    @property
+    def of_forgetting(self) -> bool:
+        """Whether there is something that adapters may forget."""
+        return bool(self.general or self.choices or self.harness_choices)
+
+    def without_task(self) -> "TestSets":
+        """Return what forgetting is measured on, alone."""
+        return replace(self, task=None, harness_task=None)
 
     @classmethod
     def read(cls, settings: EvaluateSettings, say: Say | None = None) -> "TestSets":
@@ -63,7 +77,8 @@ class TestSets:
         skip_bad = settings.skip_bad_rows
         task = general = choices = None
         training = None
-        if settings.data:
+        harness_task, harness_choices = _of_the_harness(settings)
+        if settings.data and harness_task is None:
             task = read_task(settings.data, settings.task, skip_bad=skip_bad, say=say)
             task = with_references(task)
         if settings.training_data:
@@ -80,8 +95,9 @@ class TestSets:
             )
         if settings.general_text:
             general = read_task(settings.general_text, skip_bad=skip_bad, say=say)
-        if settings.choices:
-            choices = read_choice_questions(settings.choices, skip_bad=skip_bad, say=say)
+        files, _ = split_names(settings.choices)
+        if files:
+            choices = read_choice_questions(files, skip_bad=skip_bad, say=say)
         rows = [
             *_placed("task", task, settings.limit),
             *_placed("general_text", general, None),
@@ -97,7 +113,34 @@ class TestSets:
             else (),
             rows=rows,
             faults=[fault for data in (task, general, choices) if data for fault in data.faults],
+            harness_task=harness_task,
+            harness_choices=harness_choices,
         )
+
+
+def _of_the_harness(
+    settings: EvaluateSettings,
+) -> tuple[HarnessTask | None, list[HarnessTask]]:
+    """Return the tasks of lm-evaluation-harness: that of --data and those of --choices."""
+    files, data = split_names(settings.data)
+    _, choices = split_names(settings.choices)
+    if data and (files or len(data) > 1):
+        raise SettingsError("--data takes one task of lm-evaluation-harness, and no files with it")
+    if data and (settings.task != "auto" or settings.training_data):
+        raise SettingsError(
+            "a task of lm-evaluation-harness has its own prompts and shots: leave out --task and "
+            "--training-data"
+        )
+    if len(set(choices)) < len(choices):
+        raise SettingsError("--choices: each task of lm-evaluation-harness may be given once")
+    named = list(dict.fromkeys([*data, *choices]))
+    tasks = read_harness_tasks(named, settings.lm_eval_tasks, quiet=settings.quiet)
+    for name in choices:
+        if not tasks[name].is_multiple_choice:
+            raise DataError(
+                f"--choices lm_eval:{name}: not a task of multiple choice; give it as --data"
+            )
+    return tasks[data[0]] if data else None, [tasks[name] for name in choices]
 
 
 def _labels(task: TaskData | None, training: TaskData | None) -> tuple[str, ...]:
@@ -186,13 +229,38 @@ def measure(
     path, own = (None if n == BASE else Path(n) for n in (name, prompted_as or name))
     with adapted(base, path, fast_when=settings.fast) as (model, used):
         encoder = encoder_of(own, base, settings.chat_format)
-        return Measured(
+        measured = Measured(
             _score_task(model, base, encoder, name, sets, settings, reporter),
             _general_loss(model, base, encoder, sets.general, settings, reporter),
             _right_choices(model, base, encoder, sets.choices),
             used.names,
             _way(encoder),
         )
+    if sets.harness_task is None and not sets.harness_choices:
+        return measured
+    with adapted(base, path, fast_when=False) as (model, _):
+        return _with_harness(measured, model, base, name, sets, settings)
+
+
+def _with_harness(
+    measured: Measured,
+    model: nn.Module,
+    base: Base,
+    name: str,
+    sets: TestSets,
+    settings: EvaluateSettings,
+) -> Measured:
+    """Add what lm-evaluation-harness measures."""
+    if sets.harness_task is not None:
+        own = sets.harness_task.scores(model, base, settings.limit, quiet=settings.quiet)
+        records = [{"adapter": name, **record} for record in own.records]
+        task = TaskScores(_with_scores(records, own.columns), own.columns)
+        measured = replace(measured, task=task)
+    if sets.harness_choices:
+        right = [] if measured.right is None else [measured.right]
+        more = [t.right(model, base, quiet=settings.quiet) for t in sets.harness_choices]
+        measured = replace(measured, right=np.concatenate([*right, *map(np.array, more)]))
+    return measured
 
 
 def _way(encoder: Encoder) -> tuple[Format, str]:

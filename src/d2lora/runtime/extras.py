@@ -7,6 +7,7 @@ from d2lora.errors import SettingsError
 EXTRAS = {
     "embeddings": ("sentence_transformers",),
     "gguf": ("gguf",),
+    "lm-eval": ("lm_eval",),
     "loftq": ("bitsandbytes",),
     "metrics": ("sacrebleu",),
     "ray": ("ray",),

@@ -69,7 +69,7 @@ class EvaluateSettings(BaseSettings, FormatSettings, GenerationSettings):
     adapters: tuple[str, ...] = ()
     """Adapter folders; `base` is the base alone. Empty: the base alone."""
     data: tuple[str, ...] = ()
-    """Test rows of the task."""
+    """Test rows of the task, or `lm_eval:NAME`, a task of lm-evaluation-harness."""
     limit: int | None = Field(default=None, ge=1)
     """Score only the first rows of the task. None: all."""
     training_data: tuple[str, ...] = ()
@@ -84,7 +84,10 @@ class EvaluateSettings(BaseSettings, FormatSettings, GenerationSettings):
     general_text: tuple[str, ...] = ()
     """Held-out general rows; forgetting is the change of loss on them."""
     choices: tuple[str, ...] = ()
-    """Multiple-choice rows (prompt, choices, answer); forgetting is the change of accuracy."""
+    """Multiple-choice rows (prompt, choices, answer) and tasks `lm_eval:NAME` of
+    lm-evaluation-harness; forgetting is the change of accuracy."""
+    lm_eval_tasks: Path | None = None
+    """Folder of your own tasks (YAML) of lm-evaluation-harness, its `--include_path`."""
     quiet: bool = False
     """No progress bar and no messages."""
 

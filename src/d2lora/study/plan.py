@@ -137,6 +137,17 @@ class StudyPlan(BaseSettings):
     def _one_file(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("choices")
+    @classmethod
+    def _files(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name.startswith("lm_eval:"):
+                raise ValueError(
+                    f"{name}: a study reads files of multiple choice; afterwards `d2lora evaluate "
+                    f"--choices {name}` takes the adapters of its store"
+                )
+        return names
+
     @field_validator("sizes", "learning_rates")
     @classmethod
     def _different(cls, values: tuple[V, ...]) -> tuple[V, ...]:

@@ -1,0 +1,164 @@
+"""Tasks of lm-evaluation-harness against the harness itself, on task files and rows made here."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from d2lora import (
+    Adapter,
+    AdaptSettings,
+    DataError,
+    EvaluateSettings,
+    SettingsError,
+    adapt,
+    evaluate,
+)
+from d2lora.embedded import choice_rows, word_problem_rows
+from d2lora.study.read_plan import read_plan
+from support import write_rows
+
+pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, problems: str) -> Adapter:
+    out = tmp_path_factory.mktemp("adapted") / "a"
+    return adapt(
+        AdaptSettings(
+            base=tiny_base, data=(problems,), out=out, rank=4, max_steps=8, learning_rate=2e-2,
+            quiet=True,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a task of multiple choice, one that is generated, and a group."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = {"words": choice_rows(12), "problems": word_problem_rows("test", 6)}
+    files = {name: write_rows(folder / f"{name}.jsonl", own) for name, own in rows.items()}
+    means = {"aggregation": "mean", "higher_is_better": True}
+    words = {
+        "task": "our_words",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": name, **means} for name in ("acc", "acc_norm")],
+    }
+    problems = {
+        "task": "our_problems",
+        "output_type": "generate_until",
+        "num_fewshot": 1,
+        "fewshot_split": "test",
+        "doc_to_text": "Q: {{question}}\nA:",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12},
+        "metric_list": [{"metric": "exact_match", **means}],
+    }
+    for card, file in ((words, files["words"]), (problems, files["problems"])):
+        source = {
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": file}},
+            "test_split": "test",
+        }
+        _write(folder, {**card, **source})
+    _write(folder, {"group": "our_group", "task": ["our_words", "our_problems"]}, "our_group")
+    return folder
+
+
+def _write(folder: Path, card: dict[str, Any], name: str | None = None) -> None:
+    path = folder / f"{name or card['task']}.yaml"
+    path.write_text(yaml.safe_dump(card), encoding="utf-8")
+
+
+def of_the_harness(base: str, adapter: Path | None, tasks: Path, name: str) -> list[dict[str, Any]]:
+    """Return the samples of `lm_eval --model hf --tasks NAME --include_path FOLDER`."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    peft = "" if adapter is None else f",peft={adapter}"
+    found: Any = simple_evaluate(
+        model="hf", model_args=f"pretrained={base}{peft}", device="cpu", tasks=[name],
+        task_manager=TaskManager(include_path=tasks, include_defaults=False), bootstrap_iters=0,
+    )  # fmt: skip
+    return found["samples"][name]
+
+
+def test_multiple_choice_and_its_change_are_the_harness_s_question_by_question(
+    tiny_base: str, adapter: Adapter, tasks: Path, tmp_path: Path
+) -> None:
+    ours = evaluate(
+        EvaluateSettings(
+            base=tiny_base, adapters=("base", str(adapter.path)), data=("lm_eval:our_words",),
+            choices=("lm_eval:our_words",), lm_eval_tasks=tasks, device="cpu", quiet=True,
+            out=tmp_path / "scores",
+        )
+    )  # fmt: skip
+    means = {}
+    for name, folder in (("base", None), (str(adapter.path), adapter.path)):
+        theirs = of_the_harness(tiny_base, folder, tasks, "our_words")
+        records = ours.records[ours.records["adapter"] == name]
+        assert len(records) == len(theirs) > 4
+        for record, sample in zip(records.to_dict("records"), theirs, strict=True):
+            expected = [response[0][0] for response in sample["resps"]]
+            np.testing.assert_allclose(record["log_probabilities"], expected, atol=1e-3)
+            assert (record["acc"], record["acc_norm"]) == (sample["acc"], sample["acc_norm"])
+        means[name] = np.mean([sample["acc_norm"] for sample in theirs])
+        accuracy = ours.forgetting[name].choice_accuracy
+        assert accuracy is not None
+        assert accuracy.mean == pytest.approx(means[name])
+    change = ours.forgetting[str(adapter.path)].choice_accuracy_change
+    assert change is not None
+    assert change.mean == pytest.approx(means[str(adapter.path)] - means["base"])
+
+
+def test_generated_answers_are_the_harness_s_row_by_row(
+    tiny_base: str, adapter: Adapter, tasks: Path, tmp_path: Path
+) -> None:
+    ours = evaluate(
+        EvaluateSettings(
+            base=tiny_base, adapters=(str(adapter.path),), data=("lm_eval:our_problems",),
+            lm_eval_tasks=tasks, limit=5, device="cpu", quiet=True, out=tmp_path / "scores",
+        )
+    )  # fmt: skip
+    theirs = of_the_harness(tiny_base, adapter.path, tasks, "our_problems")[:5]
+    assert ours.records["prompt"].tolist() == [sample["arguments"][0][0] for sample in theirs]
+    assert ours.records["output"].tolist() == [sample["resps"][0][0] for sample in theirs]
+    assert any(ours.records["output"])
+    assert ours.records["exact_match"].tolist() == [sample["exact_match"] for sample in theirs]
+    assert not ours.forgetting[str(adapter.path)].choice_accuracy
+
+
+def test_names_that_are_no_single_task_are_refused_with_what_to_do(
+    tasks: Path, tmp_path: Path
+) -> None:
+    def refused(kind: type[Exception], message: str, **settings: Any) -> None:
+        with pytest.raises(kind, match=message):
+            evaluate(
+                EvaluateSettings(**settings, lm_eval_tasks=tasks, quiet=True, out=tmp_path / "s")
+            )
+
+    refused(DataError, "a group of tasks", data=("lm_eval:our_group",))
+    refused(DataError, "give it as --data", choices=("lm_eval:our_problems",))
+    refused(SettingsError, "one task", data=("lm_eval:our_words", "lm_eval:our_problems"))
+    refused(SettingsError, "no task of it is named", data=("rows.jsonl",))
+    refused(SettingsError, "leave out --task", data=("lm_eval:our_words",), task="gsm8k")
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_refused_with_the_nearest_name(tasks: Path, tmp_path: Path) -> None:
+    settings = EvaluateSettings(
+        data=("lm_eval:our_word",), lm_eval_tasks=tasks, quiet=True, out=tmp_path / "scores"
+    )
+    with pytest.raises(DataError, match="Did you mean `our_words`"):
+        evaluate(settings)
+
+
+def test_a_study_refuses_tasks_of_the_harness() -> None:
+    with pytest.raises(SettingsError, match="d2lora evaluate --choices lm_eval:arc_easy"):
+        read_plan("demo", changes=["choices=lm_eval:arc_easy"])
