@@ -21,7 +21,8 @@ from d2lora.data.tasks import answers_of, task_of
 from d2lora.data.truncation import fitted
 from d2lora.errors import DataError, SettingsError
 from d2lora.evaluation.generate import encoder_of
-from d2lora.evaluation.measure import questions_of, without_thoughts
+from d2lora.evaluation.measure import questions_of
+from d2lora.evaluation.outputs import without_thoughts
 from d2lora.settings import BaseSettings
 from support import SHARED, needs_shared_data, write_rows
 
@@ -124,7 +125,7 @@ def test_faults_of_rows_name_the_row_the_field_and_the_line_of_the_card(tmp_path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("promt: x", "unknown setting `promt`. Did you mean `prompt`? (line 1)"),
+        ("metric: x", "unknown setting `metric`. Did you mean `metrics`? (line 1)"),
         ("answers: open\nprompt: '{a'", "(line 2)"),
         ("prompt: '{a..b}'", "is not a path to a field"),
         ("labels: [a]", "labels are of `answers: closed`"),

@@ -150,15 +150,6 @@ def test_names_that_are_no_single_task_are_refused_with_what_to_do(
     refused(SettingsError, "leave out --task", data=("lm_eval:our_words",), task="gsm8k")
 
 
-@pytest.mark.slow
-def test_an_unknown_task_is_refused_with_the_nearest_name(tasks: Path, tmp_path: Path) -> None:
-    settings = EvaluateSettings(
-        data=("lm_eval:our_word",), lm_eval_tasks=tasks, quiet=True, out=tmp_path / "scores"
-    )
-    with pytest.raises(DataError, match="Did you mean `our_words`"):
-        evaluate(settings)
-
-
 def test_a_study_refuses_tasks_of_the_harness() -> None:
     with pytest.raises(SettingsError, match="d2lora evaluate --choices lm_eval:arc_easy"):
         read_plan("demo", changes=["choices=lm_eval:arc_easy"])

@@ -169,7 +169,7 @@ def test_95_percent_intervals_cover_93_to_97_percent_of_the_time(
     first, second = make(generator, 3, 400_000, 0.03)
     truth = float((second - first).mean())
     covered = []
-    for trial in range(3000):
+    for trial in range(1500):
         d = paired_difference(*make(generator, 3, 200, 0.03), seed=trial)
         covered.append(d.low <= truth <= d.high)
     assert 0.93 <= np.mean(covered) <= 0.97
@@ -211,11 +211,11 @@ def test_intervals_over_seeds_cover_the_truth_where_seeds_differ(
     monkeypatch.setattr("d2lora.evaluation.stats.N_RESAMPLES", 500)
     generator = np.random.default_rng(8)
     covered = 0
-    for trial in range(1000):
+    for trial in range(500):
         d = paired_difference(*with_seeds(generator, n_seeds, seed_sd), seed=trial)
         assert d.over_seeds is not None
         covered += d.over_seeds[0] <= 0 <= d.over_seeds[1]
-    assert 0.92 <= covered / 1000 <= 1.0
+    assert 0.92 <= covered / 500 <= 1.0
 
 
 def test_nulls_whose_seeds_differ_are_seldom_decided_where_items_alone_would_decide_them(

@@ -22,7 +22,6 @@ from sklearn.preprocessing import MultiLabelBinarizer
 from d2lora import EvaluateSettings
 from d2lora.errors import D2LoraError, DataError, SettingsError
 from d2lora.evaluation.counts import Column, Counts, per_row
-from d2lora.evaluation.measure import TestSets
 from d2lora.evaluation.metrics import (
     METRICS,
     Scored,
@@ -33,6 +32,7 @@ from d2lora.evaluation.metrics import (
     title_of,
 )
 from d2lora.evaluation.stats import difference_of, interval_of, mean_interval, paired_difference
+from d2lora.evaluation.test_sets import TestSets
 from support import SHARED, needs_shared_data, write_rows
 
 WORDS = st.lists(

@@ -84,7 +84,7 @@ def test_test_rows_that_a_task_was_trained_on_are_reported_and_those_of_validati
 
 
 def rows_of(tmp_path: Path, data: str) -> list[Any]:
-    from d2lora.evaluation.measure import TestSets
+    from d2lora.evaluation.test_sets import TestSets
 
     return TestSets.read(EvaluateSettings(data=(data,), out=tmp_path / "unused")).rows
 

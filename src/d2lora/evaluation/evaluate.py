@@ -26,14 +26,7 @@ from d2lora.data.sources import BAD_ROWS, write_bad_rows
 from d2lora.data.trained_rows import TrainedRows, places
 from d2lora.errors import SettingsError, counted
 from d2lora.evaluation.closed import calibration_error
-from d2lora.evaluation.measure import (
-    BASE,
-    Measured,
-    TestSets,
-    check_rows,
-    labels_known,
-    measure,
-)
+from d2lora.evaluation.measure import BASE, Measured, check_rows, measure
 from d2lora.evaluation.scores import Evaluation, Forgetting, forgetting_table, scores_of_adapters
 from d2lora.evaluation.stats import (
     Difference,
@@ -43,6 +36,7 @@ from d2lora.evaluation.stats import (
     mean_interval,
     paired_difference,
 )
+from d2lora.evaluation.test_sets import TestSets, labels_known
 from d2lora.runtime.console import Reporter, table_console
 from d2lora.runtime.run_folder import (
     SETTINGS,

@@ -1,8 +1,7 @@
 """base + one adapter + test rows -> records of rows, held-out general loss, multiple choice."""
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,21 @@ import numpy as np
 from torch import nn
 
 from d2lora.adapters.base import Base
-from d2lora.adapters.manifest import Manifest, has_manifest
 from d2lora.data.batches import Question
-from d2lora.data.choices import ChoiceData, ChoiceQuestion, read_choice_questions
+from d2lora.data.choices import ChoiceQuestion
 from d2lora.data.encode import Encoder, Format
 from d2lora.data.encoded_sets import Prompts, encode_all, encode_pairs, encode_prompts, every
-from d2lora.data.reading import Say, TaskData, labels_of, read_task, with_references
-from d2lora.data.rows import Example, Fault, Message
-from d2lora.data.trained_rows import TestRow
-from d2lora.errors import DataError, SettingsError, listed
+from d2lora.data.rows import Example, Message
+from d2lora.errors import DataError, listed
 from d2lora.evaluation.closed import choose_labels
 from d2lora.evaluation.closed import questions_of as label_questions
-from d2lora.evaluation.counts import Column, per_row
+from d2lora.evaluation.counts import Column
 from d2lora.evaluation.decoding import Decoder, check_room
 from d2lora.evaluation.generate import adapted, decode, encoder_of
-from d2lora.evaluation.harness import HarnessTask, read_harness_tasks, split_names
-from d2lora.evaluation.metrics import Scored, measure_all, metrics_named, preference
-from d2lora.evaluation.shots import chosen_shots, with_shots
+from d2lora.evaluation.metrics import preference
+from d2lora.evaluation.outputs import columns_of_outputs, with_scores
+from d2lora.evaluation.shots import with_shots
+from d2lora.evaluation.test_sets import TestSets
 from d2lora.runtime.console import Reporter
 from d2lora.scoring.multiple_choice import continuation_scores
 from d2lora.scoring.pairs import pair_log_probabilities
@@ -34,160 +31,6 @@ from d2lora.scoring.scorer import TokenScorer, mean_loss
 from d2lora.settings import EvaluateSettings
 
 BASE = "base"
-
-
-@dataclass(frozen=True)
-class TestSets:
-    """What adapters are measured on; each may be empty."""
-
-    __test__ = False  # not a class of tests
-
-    task: TaskData | None
-    general: list[Example]
-    choices: list[ChoiceQuestion]
-    labels: tuple[str, ...] = ()
-    """What closed answers are chosen from; empty: not known from the data."""
-    shots: Sequence[Example] = ()
-    """Worked examples to show before each prompt, whole whatever the length limit."""
-    rows: list[TestRow] = field(default_factory=list[TestRow])
-    """All of them with their places, as they are in the files."""
-    faults: list[Fault] = field(default_factory=list[Fault])
-    """Bad rows that were skipped."""
-    harness_task: HarnessTask | None = None
-    """The task, where it is one of lm-evaluation-harness."""
-    harness_choices: Sequence[HarnessTask] = ()
-    """Multiple choice as lm-evaluation-harness has it."""
-
-    @property
-    def of_forgetting(self) -> bool:
-        """Whether there is something that adapters may forget."""
-        return bool(self.general or self.choices or self.harness_choices)
-
-    def without_task(self) -> "TestSets":
-        """Return what forgetting is measured on, alone."""
-        return replace(self, task=None, harness_task=None)
-
-    @classmethod
-    def read(cls, settings: EvaluateSettings, say: Say | None = None) -> "TestSets":
-        """Read the test rows that the settings name; `say` gets the formats of their rows.
-
-        Raises:
-            DataError: If rows are bad, or the task has no scored output.
-        """
-        skip_bad = settings.skip_bad_rows
-        task = general = choices = None
-        training = None
-        harness_task, harness_choices = _of_the_harness(settings)
-        if settings.data and harness_task is None:
-            task = read_task(settings.data, settings.task, skip_bad=skip_bad, say=say)
-            task = with_references(task)
-        if settings.training_data:
-            training = read_task(settings.training_data, settings.task, skip_bad=skip_bad)
-        elif settings.shots:
-            raise SettingsError("--shots needs the rows to show: give --training-data")
-        if task is not None and task.task.metrics:
-            # The gold answers are scored first: what a metric refuses it refuses before the time
-            # that outputs may take.
-            _columns(task, [example.completion for example in task.examples[: settings.limit]])
-        if task is not None and task.task.answers == "none":
-            raise DataError(
-                f"task {task.task.name} has no answers to score; give the rows as --general-text"
-            )
-        if settings.general_text:
-            general = read_task(settings.general_text, skip_bad=skip_bad, say=say)
-        files, _ = split_names(settings.choices)
-        if files:
-            choices = read_choice_questions(files, skip_bad=skip_bad, say=say)
-        rows = [
-            *_placed("task", task, settings.limit),
-            *_placed("general_text", general, None),
-            *_placed_choices(choices),
-        ]
-        return cls(
-            task,
-            list(general.examples) if general else [],
-            choices.questions if choices else [],
-            _labels(task, training),
-            chosen_shots(training.examples, settings.shots, settings.shots_seed)
-            if training and settings.shots
-            else (),
-            rows=rows,
-            faults=[fault for data in (task, general, choices) if data for fault in data.faults],
-            harness_task=harness_task,
-            harness_choices=harness_choices,
-        )
-
-
-def _of_the_harness(
-    settings: EvaluateSettings,
-) -> tuple[HarnessTask | None, list[HarnessTask]]:
-    """Return the tasks of lm-evaluation-harness: that of --data and those of --choices."""
-    files, data = split_names(settings.data)
-    _, choices = split_names(settings.choices)
-    if data and (files or len(data) > 1):
-        raise SettingsError("--data takes one task of lm-evaluation-harness, and no files with it")
-    if data and (settings.task != "auto" or settings.training_data):
-        raise SettingsError(
-            "a task of lm-evaluation-harness has its own prompts and shots: leave out --task and "
-            "--training-data"
-        )
-    if len(set(choices)) < len(choices):
-        raise SettingsError("--choices: each task of lm-evaluation-harness may be given once")
-    named = list(dict.fromkeys([*data, *choices]))
-    tasks = read_harness_tasks(named, settings.lm_eval_tasks, quiet=settings.quiet)
-    for name in choices:
-        if not tasks[name].is_multiple_choice:
-            raise DataError(
-                f"--choices lm_eval:{name}: not a task of multiple choice; give it as --data"
-            )
-    return tasks[data[0]] if data else None, [tasks[name] for name in choices]
-
-
-def _labels(task: TaskData | None, training: TaskData | None) -> tuple[str, ...]:
-    """Return the labels that the card lists or that training rows have."""
-    if task is None or task.task.answers != "closed":
-        return ()
-    return labels_of(training) if training else task.task.card.labels
-
-
-def labels_known(sets: TestSets, adapters: Sequence[Path], say: Say) -> tuple[str, ...]:
-    """Return the labels to choose from: the data's, else the adapters', else the test rows'."""
-    task = sets.task
-    if task is None or task.task.answers != "closed" or sets.labels:
-        return sets.labels
-    manifests = [Manifest.read(folder) for folder in adapters if has_manifest(folder)]
-    trained = {label for manifest in manifests for label in manifest.labels or ()}
-    if trained:
-        return tuple(sorted(trained))
-    labels = labels_of(task)
-    say(
-        f"warning: the {len(labels)} labels to choose from are those of the test rows, and others "
-        "may exist; give training rows as --training-data, or `labels` in the task card"
-    )
-    return labels
-
-
-def _placed(use: str, data: TaskData | None, limit: int | None) -> list[TestRow]:
-    if data is None:
-        return []
-    digests = _digests(data)
-    pairs = zip(data.rows[:limit], data.examples[:limit], strict=True)
-    return [TestRow(use, r.file, r.line, e.text, digests[r.file]) for r, e in pairs]
-
-
-def _placed_choices(data: ChoiceData | None) -> list[TestRow]:
-    """Return the test rows of questions, each with its right answer."""
-    if data is None:
-        return []
-    digests = _digests(data)
-    return [
-        TestRow("choices", r.file, r.line, f"{q.prompt}\n{q.choices[q.answer]}", digests[r.file])
-        for r, q in zip(data.rows, data.questions, strict=True)
-    ]
-
-
-def _digests(data: TaskData | ChoiceData) -> dict[str, str]:
-    return {str(source["file"]): str(source["sha256"]) for source in data.sources}
 
 
 @dataclass(frozen=True)
@@ -254,7 +97,7 @@ def _with_harness(
     if sets.harness_task is not None:
         own = sets.harness_task.scores(model, base, settings.limit, quiet=settings.quiet)
         records = [{"adapter": name, **record} for record in own.records]
-        task = TaskScores(_with_scores(records, own.columns), own.columns)
+        task = TaskScores(with_scores(records, own.columns), own.columns)
         measured = replace(measured, task=task)
     if sets.harness_choices:
         right = [] if measured.right is None else [measured.right]
@@ -295,12 +138,12 @@ def _score_task(
             outputs[index] = decode(base, ids), len(ids)
             bar.update(len(outputs))
     said = [outputs[index] for index in range(len(examples))]
-    columns = _columns(data, [output for output, _ in said])
+    columns = columns_of_outputs(data, [output for output, _ in said])
     records = [
         {**_record(name, index, example, output), "n_output_tokens": n_tokens}
         for index, (example, (output, n_tokens)) in enumerate(zip(examples, said, strict=True))
     ]
-    return TaskScores(_with_scores(records, columns), columns)
+    return TaskScores(with_scores(records, columns), columns)
 
 
 def _score_closed(
@@ -319,12 +162,12 @@ def _score_closed(
     prompts = _prompts(encoder, sets, settings)
     _say(prompts.report(settings.max_length), reporter)
     chosen = choose_labels(model, base, encoder, examples, prompts.ids, sets.labels)
-    columns = _columns(data, [one.label for one in chosen])
+    columns = columns_of_outputs(data, [one.label for one in chosen])
     records = [
         {**_record(name, index, example, one.label), "confidence": one.confidence}
         for index, (example, one) in enumerate(zip(examples, chosen, strict=True))
     ]
-    return TaskScores(_with_scores(records, columns), columns)
+    return TaskScores(with_scores(records, columns), columns)
 
 
 def _prompts(encoder: Encoder, sets: TestSets, settings: EvaluateSettings) -> Prompts:
@@ -335,46 +178,6 @@ def _prompts(encoder: Encoder, sets: TestSets, settings: EvaluateSettings) -> Pr
         return encode_prompts(encoder, examples, settings.max_length, settings.overlong)
     prompted = with_shots(encoder, examples, sets.shots, settings.max_new_tokens)
     return encode_prompts(encoder, prompted, settings.max_length, "error")
-
-
-def _columns(data: TaskData, outputs: Sequence[str]) -> dict[str, Column]:
-    """Return the scores of the first rows' outputs by the task's metrics, the main one first.
-
-    Raises:
-        D2LoraError: If a metric of the user's own cannot be used, or a target is not what a metric
-            compares with.
-    """
-    scored = [
-        Scored(
-            without_thoughts(output, data.task.card.thoughts),
-            example.completion,
-            (example.completion, *example.references),
-            row.values,
-        )
-        for output, example, row in zip(outputs, data.examples, data.rows, strict=False)
-    ]
-    return measure_all(metrics_named(data.task.metrics, data.task.named.folder), scored)
-
-
-def _with_scores(records: list[dict[str, Any]], columns: dict[str, Column]) -> list[dict[str, Any]]:
-    """Add its score by every column to each row's record."""
-    values = {name: per_row(column).tolist() for name, column in columns.items()}
-    return [
-        {**record, **{name: own[index] for name, own in values.items()}}
-        for index, record in enumerate(records)
-    ]
-
-
-def without_thoughts(output: str, marks: str) -> str:
-    """Return an output without what stands between two marks; a thought without end is all of it.
-
-    Where a template has opened the thought itself, the output holds the closing mark alone.
-    """
-    if not marks:
-        return output
-    opening, closing = marks.split()
-    left = re.sub(f"{re.escape(opening)}.*?{re.escape(closing)}", "", output, flags=re.DOTALL)
-    return left.rpartition(closing)[2].partition(opening)[0].strip()
 
 
 def check_rows(

@@ -161,7 +161,8 @@ class Calibration:
         return base
 
     def _scoring(self, task: str, tests: EvaluateSettings) -> float:
-        from d2lora.evaluation.measure import BASE, TestSets, measure
+        from d2lora.evaluation.measure import BASE, measure
+        from d2lora.evaluation.test_sets import TestSets
         from d2lora.runtime.console import Reporter
 
         if task not in self._scoring_s:

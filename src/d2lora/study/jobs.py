@@ -214,7 +214,8 @@ class Scored(Job):
         """Train where there is something to train, and score the test rows once."""
         import pandas as pd
 
-        from d2lora.evaluation.measure import BASE, TestSets, measure
+        from d2lora.evaluation.measure import BASE, measure
+        from d2lora.evaluation.test_sets import TestSets
         from d2lora.runtime.console import Reporter
 
         path = self.folder / "adapter" if self.training else self.adapter

@@ -1,0 +1,49 @@
+"""From outputs to scores: what a model said, without its thoughts, by the metrics of its task."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from d2lora.data.reading import TaskData
+from d2lora.evaluation.counts import Column, per_row
+from d2lora.evaluation.metrics import Scored, measure_all, metrics_named
+
+
+def columns_of_outputs(data: TaskData, outputs: Sequence[str]) -> dict[str, Column]:
+    """Return the scores of the first rows' outputs by the task's metrics, the main one first.
+
+    Raises:
+        D2LoraError: If a metric of the user's own cannot be used, or a target is not what a metric
+            compares with.
+    """
+    scored = [
+        Scored(
+            without_thoughts(output, data.task.card.thoughts),
+            example.completion,
+            (example.completion, *example.references),
+            row.values,
+        )
+        for output, example, row in zip(outputs, data.examples, data.rows, strict=False)
+    ]
+    return measure_all(metrics_named(data.task.metrics, data.task.named.folder), scored)
+
+
+def with_scores(records: list[dict[str, Any]], columns: dict[str, Column]) -> list[dict[str, Any]]:
+    """Add its score by every column to each row's record."""
+    values = {name: per_row(column).tolist() for name, column in columns.items()}
+    return [
+        {**record, **{name: own[index] for name, own in values.items()}}
+        for index, record in enumerate(records)
+    ]
+
+
+def without_thoughts(output: str, marks: str) -> str:
+    """Return an output without what stands between two marks; a thought without end is all of it.
+
+    Where a template has opened the thought itself, the output holds the closing mark alone.
+    """
+    if not marks:
+        return output
+    opening, closing = marks.split()
+    left = re.sub(f"{re.escape(opening)}.*?{re.escape(closing)}", "", output, flags=re.DOTALL)
+    return left.rpartition(closing)[2].partition(opening)[0].strip()

@@ -1,0 +1,172 @@
+"""What adapters are measured on: the test rows of a task, general text, multiple choice."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from d2lora.adapters.manifest import Manifest, has_manifest
+from d2lora.data.choices import ChoiceData, ChoiceQuestion, read_choice_questions
+from d2lora.data.reading import Say, TaskData, labels_of, read_task, with_references
+from d2lora.data.rows import Example, Fault
+from d2lora.data.trained_rows import TestRow
+from d2lora.errors import DataError, SettingsError
+from d2lora.evaluation.harness import HarnessTask, read_harness_tasks, split_names
+from d2lora.evaluation.outputs import columns_of_outputs
+from d2lora.evaluation.shots import chosen_shots
+from d2lora.settings import EvaluateSettings
+
+
+@dataclass(frozen=True)
+class TestSets:
+    """What adapters are measured on; each may be empty."""
+
+    __test__ = False  # not a class of tests
+
+    task: TaskData | None
+    general: list[Example]
+    choices: list[ChoiceQuestion]
+    labels: tuple[str, ...] = ()
+    """What closed answers are chosen from; empty: not known from the data."""
+    shots: Sequence[Example] = ()
+    """Worked examples to show before each prompt, whole whatever the length limit."""
+    rows: list[TestRow] = field(default_factory=list[TestRow])
+    """All of them with their places, as they are in the files."""
+    faults: list[Fault] = field(default_factory=list[Fault])
+    """Bad rows that were skipped."""
+    harness_task: HarnessTask | None = None
+    """The task, where it is one of lm-evaluation-harness."""
+    harness_choices: Sequence[HarnessTask] = ()
+    """Multiple choice as lm-evaluation-harness has it."""
+
+    @property
+    def of_forgetting(self) -> bool:
+        """Whether there is something that adapters may forget."""
+        return bool(self.general or self.choices or self.harness_choices)
+
+    def without_task(self) -> "TestSets":
+        """Return what forgetting is measured on, alone."""
+        return replace(self, task=None, harness_task=None)
+
+    @classmethod
+    def read(cls, settings: EvaluateSettings, say: Say | None = None) -> "TestSets":
+        """Read the test rows that the settings name; `say` gets the formats of their rows.
+
+        Raises:
+            DataError: If rows are bad, or the task has no scored output.
+        """
+        skip_bad = settings.skip_bad_rows
+        task = general = choices = None
+        training = None
+        harness_task, harness_choices = _of_the_harness(settings)
+        if settings.data and harness_task is None:
+            task = read_task(settings.data, settings.task, skip_bad=skip_bad, say=say)
+            task = with_references(task)
+        if settings.training_data:
+            training = read_task(settings.training_data, settings.task, skip_bad=skip_bad)
+        elif settings.shots:
+            raise SettingsError("--shots needs the rows to show: give --training-data")
+        if task is not None and task.task.metrics:
+            # The gold answers are scored first: what a metric refuses it refuses before the time
+            # that outputs may take.
+            columns_of_outputs(
+                task, [example.completion for example in task.examples[: settings.limit]]
+            )
+        if task is not None and task.task.answers == "none":
+            raise DataError(
+                f"task {task.task.name} has no answers to score; give the rows as --general-text"
+            )
+        if settings.general_text:
+            general = read_task(settings.general_text, skip_bad=skip_bad, say=say)
+        files, _ = split_names(settings.choices)
+        if files:
+            choices = read_choice_questions(files, skip_bad=skip_bad, say=say)
+        rows = [
+            *_placed("task", task, settings.limit),
+            *_placed("general_text", general, None),
+            *_placed_choices(choices),
+        ]
+        return cls(
+            task,
+            list(general.examples) if general else [],
+            choices.questions if choices else [],
+            _labels(task, training),
+            chosen_shots(training.examples, settings.shots, settings.shots_seed)
+            if training and settings.shots
+            else (),
+            rows=rows,
+            faults=[fault for data in (task, general, choices) if data for fault in data.faults],
+            harness_task=harness_task,
+            harness_choices=harness_choices,
+        )
+
+
+def _of_the_harness(
+    settings: EvaluateSettings,
+) -> tuple[HarnessTask | None, list[HarnessTask]]:
+    """Return the tasks of lm-evaluation-harness: that of --data and those of --choices."""
+    files, data = split_names(settings.data)
+    _, choices = split_names(settings.choices)
+    if data and (files or len(data) > 1):
+        raise SettingsError("--data takes one task of lm-evaluation-harness, and no files with it")
+    if data and (settings.task != "auto" or settings.training_data):
+        raise SettingsError(
+            "a task of lm-evaluation-harness has its own prompts and shots: leave out --task and "
+            "--training-data"
+        )
+    if len(set(choices)) < len(choices):
+        raise SettingsError("--choices: each task of lm-evaluation-harness may be given once")
+    named = list(dict.fromkeys([*data, *choices]))
+    tasks = read_harness_tasks(named, settings.lm_eval_tasks, quiet=settings.quiet)
+    for name in choices:
+        if not tasks[name].is_multiple_choice:
+            raise DataError(
+                f"--choices lm_eval:{name}: not a task of multiple choice; give it as --data"
+            )
+    return tasks[data[0]] if data else None, [tasks[name] for name in choices]
+
+
+def _labels(task: TaskData | None, training: TaskData | None) -> tuple[str, ...]:
+    """Return the labels that the card lists or that training rows have."""
+    if task is None or task.task.answers != "closed":
+        return ()
+    return labels_of(training) if training else task.task.card.labels
+
+
+def labels_known(sets: TestSets, adapters: Sequence[Path], say: Say) -> tuple[str, ...]:
+    """Return the labels to choose from: the data's, else the adapters', else the test rows'."""
+    task = sets.task
+    if task is None or task.task.answers != "closed" or sets.labels:
+        return sets.labels
+    manifests = [Manifest.read(folder) for folder in adapters if has_manifest(folder)]
+    trained = {label for manifest in manifests for label in manifest.labels or ()}
+    if trained:
+        return tuple(sorted(trained))
+    labels = labels_of(task)
+    say(
+        f"warning: the {len(labels)} labels to choose from are those of the test rows, and others "
+        "may exist; give training rows as --training-data, or `labels` in the task card"
+    )
+    return labels
+
+
+def _placed(use: str, data: TaskData | None, limit: int | None) -> list[TestRow]:
+    if data is None:
+        return []
+    digests = _digests(data)
+    pairs = zip(data.rows[:limit], data.examples[:limit], strict=True)
+    return [TestRow(use, r.file, r.line, e.text, digests[r.file]) for r, e in pairs]
+
+
+def _placed_choices(data: ChoiceData | None) -> list[TestRow]:
+    """Return the test rows of questions, each with its right answer."""
+    if data is None:
+        return []
+    digests = _digests(data)
+    return [
+        TestRow("choices", r.file, r.line, f"{q.prompt}\n{q.choices[q.answer]}", digests[r.file])
+        for r, q in zip(data.rows, data.questions, strict=True)
+    ]
+
+
+def _digests(data: TaskData | ChoiceData) -> dict[str, str]:
+    return {str(source["file"]): str(source["sha256"]) for source in data.sources}
