@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from d2lora import AdaptSettings, WarmupSettings, adapt, warm_up
+from d2lora import AdaptSettings, SelectSettings, WarmupSettings, adapt, select, warm_up
 from d2lora.adapters.base import load_base
 from d2lora.data.cards import read_card, shipped_cards
 from d2lora.data.choices import ChoiceQuestion
@@ -24,7 +24,7 @@ from d2lora.evaluation.generate import encoder_of
 from d2lora.evaluation.measure import questions_of
 from d2lora.evaluation.outputs import without_thoughts
 from d2lora.settings import BaseSettings
-from support import SHARED, needs_shared_data, write_rows
+from support import SHARED, needs_shared_data, read_rows, write_rows
 
 
 def card(folder: Path, text: str, name: str = "card.yaml") -> str:
@@ -389,3 +389,13 @@ def test_values_have_names_and_files_without_a_header_have_columns(tmp_path: Pat
     )
     with pytest.raises(DataError, match=r"line 2: field `label` is '2', which is none of 0, 1;"):
         read_task([rows], path)
+
+
+def test_rows_are_selected_for_a_task_that_a_card_describes(tmp_path: Path, general: str) -> None:
+    text = "prompt: '{story}'\ncompletion: '{kind}'\n"
+    rows = [{"story": f"Tom has {n} apples.", "kind": "fruit"} for n in range(4)]
+    settings = SelectSettings(
+        data=(general,), m=3, for_task=(write_rows(tmp_path / "task.jsonl", rows),),
+        for_card=card(tmp_path, text), out=tmp_path / "selection", quiet=True,
+    )  # fmt: skip
+    assert len(read_rows(select(settings).data)) == 3

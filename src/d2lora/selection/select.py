@@ -64,7 +64,10 @@ def _select(settings: SelectSettings, method: str) -> Selection:
     tokenizer = tokenizer_of(settings)
     encoder = Encoder(tokenizer, resolve_format(tokenizer, settings.chat_format))
     pool = read_pool(settings.data, settings.task, reporter.say)
-    tasks = [read_task([name], say=reporter.say).examples for name in settings.for_task]
+    tasks = [
+        read_task([name], settings.for_card, say=reporter.say).examples
+        for name in settings.for_task
+    ]
     seed = stream_seed(settings.seed, "source_cap")
     cleaned = clean(pool, settings, encoder, seed, reporter)
     reporter.say(cleaned.report())

@@ -58,6 +58,9 @@ class WarmupSettings(PhaseSettings):
     defaults; they are written to `selection` in the run folder. None: use the data as they are."""
     for_task: tuple[str, ...] = ()
     """Examples of the tasks to select rows for (short: --for)."""
+    for_card: str = "auto"
+    """How these are read: a task card or the name of one that ships. auto: detected from the fields
+    of each file's first row."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Train on so many tokens, instead of epochs: warm-ups on other rows then cost the same."""
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)

@@ -49,8 +49,9 @@ class SelectSettings(BaseSettings, HygieneSettings):
     task: str = "auto"
     """How rows of the pool are read: a task card or the name of one that ships. auto: detected
     from the fields of the first row."""
-    task_of_examples: str = "auto"
-    """The same for the rows of for_task."""
+    for_card: str = "auto"
+    """How the rows of for_task are read: a task card or the name of one that ships. auto: detected
+    from the fields of each file's first row."""
     chat_format: ChatFormat | None = None
     """template, plain or auto, as for warmup. None: auto."""
     cache: Path | None = None

@@ -114,8 +114,8 @@ def identity_of(settings: Settings) -> dict[str, Any]:
         values[name] = [content_of(path) for path in values[name] or ()]
     if values.get("chat_template"):
         values["chat_template"] = content_of(str(values["chat_template"]))
-    if "task" in values:
-        values["task"] = _task_content(values["task"])
+    for name in {"task", "for_card"} & values.keys():
+        values[name] = _task_content(values[name])
     if isinstance(settings, BaseSettings):
         values["base"] = _base_content(settings)
         values.pop("gguf_file", None)
