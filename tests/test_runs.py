@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from d2lora.runtime.run_folder import (
 )
 from d2lora.settings import BaseSettings, TrainSettings
 from d2lora.training import checkpoint
+from d2lora.training.progress import Progress
 from support import dies_at_step, read_rows, write_rows
 
 FOLDERS = {
@@ -296,13 +298,14 @@ def test_the_moments_of_a_parameter_without_gradient_are_zero(tmp_path: Path) ->
     model["used"](torch.ones(1, 2)).sum().backward()
     optimizer.step()
     parameters = dict(model.named_parameters())
-    checkpoint.save(tmp_path, {"step": 1}, parameters, optimizer, {})
+    progress = {field.name: 1 for field in fields(Progress)}
+    checkpoint.save(tmp_path, progress, parameters, optimizer, {})
     moments = checkpoint.moments(tmp_path)
     assert moments.keys() == parameters.keys()
     assert moments["used.weight"][0].any()
     assert not moments["idle.weight"][0].any()
     fresh = adamw(model, TrainSettings())
-    assert checkpoint.load(tmp_path, parameters, fresh, {}) == {"step": 1}
+    assert checkpoint.load(tmp_path, parameters, fresh, {}) == progress
     assert {name for name, p in parameters.items() if p in fresh.state} == {
         "used.weight", "used.bias",
     }  # fmt: skip
