@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import save_tiny_base
-from d2lora import AdaptSettings
+from d2lora import AdaptSettings, EvaluateSettings, SettingsError
 from d2lora.settings import BaseSettings
 from d2lora.study.store import Job, identity_of, shared_base, versions
 
@@ -107,3 +107,16 @@ def test_an_adapter_is_known_by_its_files_wherever_it_lies(
     (tmp_path / "c" / "adapter_config.json").write_text('{"lora_alpha": 3}')
     keys = [key(init=str(tmp_path / name)) for name in ("a", "b", "c")]
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_task_is_known_by_its_card_and_by_the_metrics_of_its_own(tmp_path: Path) -> None:
+    card, metric = tmp_path / "card.yaml", tmp_path / "mine.py"
+    card.write_text("metrics: [mine.py:score]\n")
+    metric.write_text("def score(prediction, row):\n    return 1.0\n")
+    settings = EvaluateSettings(task=str(card), out=tmp_path / "e")
+    first = identity_of(settings)["task"]
+    metric.write_text("def score(prediction, row):\n    return 0.0\n")
+    assert identity_of(settings)["task"] != first
+    metric.unlink()
+    with pytest.raises(SettingsError, match=r"mine\.py: no such file"):
+        identity_of(settings)

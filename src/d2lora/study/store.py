@@ -148,11 +148,12 @@ def content_of(name: str) -> str:
 def _task_content(name: str) -> str:
     """Return what a task is known by: its name, or what its card and its own metrics hold."""
     from d2lora.data.cards import is_card_file, read_card
+    from d2lora.evaluation.metrics.own import file_of
 
     if not is_card_file(name):
         return name
     named = read_card(name)
-    files = [named.folder / m.rpartition(":")[0] for m in named.card.metrics if ".py:" in m]
+    files = [file_of(metric, named.folder) for metric in named.card.metrics if ".py" in metric]
     contents = " ".join(content_of(str(file)) for file in (Path(name), *files))
     return hashlib.sha256(contents.encode()).hexdigest()
 

@@ -44,7 +44,7 @@ class _Own:
 
     @classmethod
     def of(cls, name: str, folder: Path) -> "_Own":
-        file, called = _file_of(name, folder), name.rpartition(":")[2]
+        file, called = file_of(name, folder), name.rpartition(":")[2]
         with _refused(f"metric `{name}` cannot be loaded", file):
             found = runpy.run_path(str(file))
         function = found.get(called)
@@ -84,7 +84,12 @@ class _Own:
         return {str(column): float(value) for column, value in scores.items()}
 
 
-def _file_of(name: str, folder: Path) -> Path:
+def file_of(name: str, folder: Path) -> Path:
+    """Return the file of a metric of your own.
+
+    Raises:
+        SettingsError: If the name does not hold a file and a function, or there is no such file.
+    """
     path, _, called = name.rpartition(":")
     if not path.endswith(".py") or not called.isidentifier():
         raise SettingsError(
