@@ -48,10 +48,16 @@ def own_files(tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch) -
 SMALL = ("--set", "sizes=[16]", "seeds=1", "learning_rates=[0.001]")
 """Added to studies, which take minutes as they are written."""
 
+SMALL_FIT = shlex.split(
+    "--folds 2 --runs 1 --shots 0 --steps 4 --learning-rates 0.001 --max-new-tokens 8"
+)
+
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if words[0] == "study" and "--dry-run" not in words:
         words = [*words, *SMALL]
+    if words[0] == "fit":
+        words = [*words, *SMALL_FIT]
     try:
         code = main(words)
     except SystemExit as done:  # as completions end

@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from d2lora.evaluation.evaluate import evaluate
     from d2lora.evaluation.generate import generate
     from d2lora.evaluation.scores import Evaluation
+    from d2lora.fitting.fit import Fit, fit
     from d2lora.report.analysis import read_findings
     from d2lora.selection.select import Selection, select
     from d2lora.settings import (
         AdaptSettings,
         ConvertSettings,
         EvaluateSettings,
+        FitSettings,
         GenerateSettings,
         InspectSettings,
         PairsSettings,
@@ -66,6 +68,9 @@ _HOMES = {
     "TrainingError": "errors",
     "WarmStartError": "errors",
     "Evaluation": "evaluation.scores",
+    "Fit": "fitting.fit",
+    "FitSettings": "settings",
+    "fit": "fitting.fit",
     "evaluate": "evaluation.evaluate",
     "generate": "evaluation.generate",
     "inspect": "tools.inspect",
@@ -93,6 +98,8 @@ __all__ = [
     "DataError",
     "EvaluateSettings",
     "Evaluation",
+    "Fit",
+    "FitSettings",
     "GenerateSettings",
     "InspectSettings",
     "Inspection",
@@ -112,6 +119,7 @@ __all__ = [
     "adapt",
     "convert",
     "evaluate",
+    "fit",
     "generate",
     "inspect",
     "make_pairs",

@@ -46,6 +46,11 @@ COMMANDS = {
     "adapt": Command(
         "base + task data + initialization -> adapter", "AdaptSettings", "adaptation:command"
     ),
+    "fit": Command(
+        "task rows + initializations -> the best adapter, and how sure that is",
+        "FitSettings",
+        "fitting.fit:command",
+    ),
     "evaluate": Command(
         "base + adapters + task -> scores, records, forgetting",
         "EvaluateSettings",

@@ -7,16 +7,13 @@ content security policy lets run only the scripts whose hashes it names.
 import base64
 import hashlib
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from d2lora.report import tables, words
 from d2lora.report.canvas import DARK, LIGHT, Chart, Palette, scripts
 from d2lora.report.examples import Examples
 from d2lora.report.findings import Findings
+from d2lora.report.html import as_is, environment, own_file
 from d2lora.report.summary import cost_grid, pooled_grid
 
 SECTIONS = {
@@ -52,11 +49,11 @@ def page(
     """
     plan = findings.plan
     specs = {chart.name: chart.spec for charts in drawn.values() for chart in charts}
-    code = {"vega": _inline(scripts()), "page": _inline(_file("page.js"))}
-    return _environment().get_template("index.html.j2").render(
+    code = {"vega": _inline(scripts()), "page": _inline(own_file("page.js"))}
+    return environment("d2lora.report").get_template("index.html.j2").render(
         csp=_policy(code.values()),
-        style=Markup(_file("style.css")),  # noqa: S704  # our own file
-        code={name: Markup(text) for name, text in code.items()},  # noqa: S704  # our own
+        style=as_is(own_file("style.css")),
+        code={name: as_is(text) for name, text in code.items()},
         sections=SECTIONS,
         title=plan.question or f"Study {findings.path.resolve().name}",
         facts=_facts(findings),
@@ -84,24 +81,6 @@ def page(
     )  # fmt: skip
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("d2lora.report", "template"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    tests: dict[str, Any] = environment.tests
-    tests["numeric"] = _is_number
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment
-
-
-def _is_number(text: Any) -> bool:
-    return str(text)[:1] in tuple("+−0123456789")
-
-
 def _facts(findings: Findings) -> dict[str, str]:
     plan = findings.plan
     sizes = ", ".join(f"{n:,}" for n in plan.sizes)
@@ -113,10 +92,6 @@ def _facts(findings: Findings) -> dict[str, str]:
         "cells": f"{len(findings.cells):,}",
         "run": str(findings.provenance.get("date", "")).partition("T")[0],
     }
-
-
-def _file(name: str) -> str:
-    return (resources.files("d2lora.report") / "template" / name).read_text("utf-8")
 
 
 def _inline(script: str) -> str:

@@ -6,6 +6,7 @@ here and nowhere else.
 """
 
 from d2lora.settings.core import Settings
+from d2lora.settings.fitting import FitSettings
 from d2lora.settings.phases import AdaptSettings, PhaseSettings, WarmupSettings
 from d2lora.settings.sections import (
     FRESH,
@@ -43,6 +44,7 @@ __all__ = [
     "DemoSettings",
     "Epochs",
     "EvaluateSettings",
+    "FitSettings",
     "GenerateSettings",
     "GenerationSettings",
     "HygieneSettings",

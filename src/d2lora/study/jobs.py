@@ -180,7 +180,7 @@ class Trial(Job):
     def run(self) -> dict[str, Any]:
         """Train on the fold's rows; return the validation curve."""
         path = self.folder / "adapter"
-        values = _adapted(self.training, path)
+        values = adapted(self.training, path)
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         curve = [[r["step"], r["validation_loss"]] for r in rows if "validation_loss" in r]
@@ -219,7 +219,7 @@ class Scored(Job):
         from d2lora.runtime.console import Reporter
 
         path = self.folder / "adapter" if self.training else self.adapter
-        values = _adapted(self.training, self.folder / "adapter") if self.training else {}
+        values = adapted(self.training, self.folder / "adapter") if self.training else {}
         started = time.perf_counter()
         sets = TestSets.read(self.tests)
         if self.shots is not None:
@@ -246,7 +246,8 @@ class Scored(Job):
         }
 
 
-def _adapted(settings: AdaptSettings, path: Path) -> dict[str, Any]:
+def adapted(settings: AdaptSettings, path: Path) -> dict[str, Any]:
+    """Train an adapter, or resume a killed run; return what its manifest says."""
     from d2lora.adaptation import adapt
 
     if not (path / DONE).exists():

@@ -52,16 +52,16 @@ class Needs:
     def result(self, cell: Cell) -> Steps[dict[str, Any]]:
         """Lead to a cell's result."""
         last = yield from self.last_job(cell)
-        return (yield from self._need(last))
+        return (yield from self.need(last))
 
     def last_job(self, cell: Cell) -> Steps[Scored]:
         """Lead to the job that scores a cell."""
-        tests = self._tests(cell.task)
+        tests = self.tests(cell.task)
         place = (str(cell), (cell.task, cell.n), self.store)
         if cell.arm == BASE:
             return Scored(*place, tests)
         arm = self._arms[cell.arm]
-        warm_up = yield from self._warm_up(arm, cell.seed)
+        warm_up = yield from self.warm_up_of(arm, cell.seed)
         if arm.kind == "warm_only":
             assert warm_up is not None
             return Scored(*place, tests, adapter=warm_up.path)
@@ -69,10 +69,17 @@ class Needs:
             shots = adapt_settings(self.plan, arm, cell.task, cell.n, cell.seed, Path())
             return Scored(*place, tests, shots=shots)
         tuned = yield from self.tuned(cell)
-        whole = yield from self._training(cell, warm_up, **self._recipe(cell, tuned))
+        return Scored(
+            *place, tests, (yield from self.trained_as(cell, tuned)), keep=self.keep_adapters
+        )
+
+    def trained_as(self, cell: Cell, tuned: Tuned, **values: Any) -> Steps[AdaptSettings]:
+        """Lead to the settings of a cell's training at a learning rate and length."""
+        warm_up = yield from self.warm_up_of(self._arms[cell.arm], cell.seed)
+        whole = yield from self.training(cell, warm_up, **self.recipe(cell, tuned), **values)
         step = tuned.stop_of(_n_steps(cell.n, whole))
         end: dict[str, Any] = {"stop_step": step} if step != 0 else {"max_steps": 0}
-        return Scored(*place, tests, whole.changed(**end), keep=self.keep_adapters)
+        return whole.changed(**end)
 
     def tuned(self, cell: Cell) -> Steps[Tuned]:
         """Lead to the learning rate and length of a cell: given, or those of the lowest loss.
@@ -80,7 +87,7 @@ class Needs:
         A candidate of which any fold failed, as one at which training diverges, is out.
         """
         if cell not in self._tuned:
-            grid = self._grid(cell)
+            grid = self.grid(cell)
             if len(grid.learning_rates) == 1 and not grid.chooses_length:
                 self._tuned[cell] = Tuned(grid.learning_rates[0])
             else:
@@ -97,19 +104,20 @@ class Needs:
         """Lead to the trials behind the tuned settings, one job a fold; empty: none was needed."""
         found: dict[Candidate, list[Trial]] = {}
         if self.tunes(cell):
-            grid = self._grid(cell)
+            grid = self.grid(cell)
             for candidate in (yield from self._searched(cell, grid)):
-                found[candidate] = yield from self._trials(cell, grid, candidate)
+                found[candidate] = yield from self.trial_jobs(cell, grid, candidate)
         return found
 
     def tunes(self, cell: Cell) -> bool:
         """Say whether anything is tuned for a cell."""
         if cell.arm == BASE or self._arms[cell.arm].kind in UNTRAINED:
             return False
-        grid = self._grid(cell)
+        grid = self.grid(cell)
         return len(grid.learning_rates) > 1 or grid.chooses_length
 
-    def _grid(self, cell: Cell) -> SearchGrid:
+    def grid(self, cell: Cell) -> SearchGrid:
+        """Return the learning rates and lengths that are searched for a cell."""
         given = self.plan.learning_rate_of(cell.task, cell.arm, cell.n)
         tried = self.plan.learning_rates if given is None else (given,)
         return SearchGrid(tuple(sorted(set(tried))), chooses_length=bool(self.plan.steps))
@@ -120,25 +128,26 @@ class Needs:
         while new := grid.wanted(tried):
             jobs: dict[Candidate, list[Trial]] = {}
             for candidate in new:
-                jobs[candidate] = yield from self._trials(cell, grid, candidate)
-            yield from self._need_all([job for folds in jobs.values() for job in folds])
+                jobs[candidate] = yield from self.trial_jobs(cell, grid, candidate)
+            yield from self.need_all([job for folds in jobs.values() for job in folds])
             for candidate, folds in jobs.items():
                 results = [self.done.get(job.key) for job in folds]
                 curves = [result["curve"] for result in results if result is not None]
                 tried[candidate] = mean_curve(curves) if len(curves) == len(folds) else None
         return tried
 
-    def _trials(self, cell: Cell, grid: SearchGrid, candidate: Candidate) -> Steps[list[Trial]]:
+    def trial_jobs(self, cell: Cell, grid: SearchGrid, candidate: Candidate) -> Steps[list[Trial]]:
+        """Lead to the trials of a candidate, one a fold."""
         arm, learning_rate = self._arms[cell.arm], grid.learning_rate(candidate.place)
-        warm_up = yield from self._warm_up(arm, cell.seed)
-        recipe = self._recipe(cell, Tuned(learning_rate, candidate.doublings))
+        warm_up = yield from self.warm_up_of(arm, cell.seed)
+        recipe = self.recipe(cell, Tuned(learning_rate, candidate.doublings))
         n_folds = min(self.plan.folds, cell.n)
         parts: list[dict[str, Any]] = [{"fold": (fold, n_folds)} for fold in range(n_folds)]
         if n_folds == 1:
             parts = [{"validation_fraction": self.plan.validation_fraction}]
         trials: list[Trial] = []
         for number, part in enumerate(parts):
-            training = yield from self._training(cell, warm_up, **recipe, **part)
+            training = yield from self.training(cell, warm_up, **recipe, **part)
             n_steps = _n_steps(cell.n, training)
             every = max(1, math.ceil(n_steps / CURVE_POINTS))
             # What is read is the curve, so no weights are kept but for stopping early.
@@ -150,13 +159,13 @@ class Needs:
             trials.append(Trial(label, (cell.task, cell.n), self.store, training))
         return trials
 
-    def _recipe(self, cell: Cell, tuned: Tuned) -> dict[str, Any]:
+    def recipe(self, cell: Cell, tuned: Tuned) -> dict[str, Any]:
         """Return the settings of a learning rate and length, the schedule whole."""
         longest = self.plan.steps_of(cell.n)
         length = {} if longest is None else {"max_steps": longest * 2**tuned.doublings}
         return {"learning_rate": tuned.learning_rate, **length}
 
-    def _training(
+    def training(
         self, cell: Cell, warm_up: WarmUp | Ready | None, **values: Any
     ) -> Steps[AdaptSettings]:
         """Lead to the settings of a cell's training: each arm's initialization and rows."""
@@ -168,20 +177,20 @@ class Needs:
         changes: dict[str, Any]
         match arm.kind:
             case "longer":
-                result = yield from self._need(warm_up)
+                result = yield from self.need(warm_up)
                 n_steps = _n_steps(cell.n, plain) + result["cost"]["n_steps"]
                 changes = {"epochs": None, "max_steps": n_steps}
             case "merged":
                 merged = Merged(
                     f"{arm.warm_up}, merged", ("", 0), self.store, self._base(), warm_up
                 )
-                yield from self._need(merged)
+                yield from self.need(merged)
                 changes = {"base": str(merged.path)}
             case "mixed":
                 assert isinstance(warm_up, WarmUp), "checked with the plan"
                 place = (cell.task, cell.n)
                 mixed = Mixed(f"{cell}, rows", place, self.store, warm_up.settings, plain)
-                n_rows = (yield from self._need(mixed))["n_rows"]
+                n_rows = (yield from self.need(mixed))["n_rows"]
                 holds_out = plain.validation_fraction or plain.fold
                 changes = {
                     "data": (str(mixed.path),), "task": "instruct", "n": None, "fold": None,
@@ -191,7 +200,7 @@ class Needs:
                 }  # fmt: skip
             case "norms":
                 norms = Norms(f"{arm.warm_up}, random", ("", 0), self.store, warm_up, cell.seed)
-                yield from self._need(norms)
+                yield from self.need(norms)
                 changes = {"init": str(norms.path), **_INHERITED}
             case _:
                 scale = 0.0 if arm.kind == "warm_a" else plain.init_scale
@@ -209,16 +218,16 @@ class Needs:
         made = pairs_settings(self.plan, plain, cell.n, adapter, **longest)
         place = (cell.task, cell.n)
         pairs = Paired(f"{cell}, pairs", place, self.store, made)
-        yield from self._need(pairs)
+        yield from self.need(pairs)
         return plain.changed(data=(str(pairs.path),), task="preferences", n=None)
 
-    def _warm_up(self, arm: ArmPlan, seed: int) -> Steps[WarmUp | Ready | None]:
+    def warm_up_of(self, arm: ArmPlan, seed: int) -> Steps[WarmUp | Ready | None]:
         """Lead to an arm's warm-up, done; None where its kind needs none."""
         if arm.kind not in NEEDS_WARM_UP:
             return None
         name = arm.warm_up or ""
         job = yield from self.warm_up(name, seed % self.plan.warm_up_seeds_of(name))
-        yield from self._need(job)
+        yield from self.need(job)
         return job
 
     def warm_up(self, name: str, seed: int = 0) -> Steps[WarmUp | Ready]:
@@ -232,7 +241,7 @@ class Needs:
         if not _learns_as_is(settings):
             made = pairs_settings(self.plan, settings, settings.m, None)
             pairs = Paired(f"pairs for {label}", place, self.store, made)
-            yield from self._need(pairs)
+            yield from self.need(pairs)
             changes = {"data": (str(pairs.path),), "task": "preferences", "m": None}
             settings = settings.changed(**changes)
         return WarmUp(f"warm-up {label}", place, self.store, settings)
@@ -240,7 +249,8 @@ class Needs:
     def _base(self) -> BaseSettings:
         return BaseSettings(**base_values(self.plan))
 
-    def _tests(self, name: str) -> EvaluateSettings:
+    def tests(self, name: str) -> EvaluateSettings:
+        """Return how a task's adapters are scored."""
         task = self.plan.tasks[name]
         own = {**self.plan.adapt, **task.adapt}
         return EvaluateSettings(
@@ -257,13 +267,15 @@ class Needs:
             quiet=True,
         )
 
-    def _need(self, job: Job) -> Steps[dict[str, Any]]:
-        yield from self._need_all([job])
+    def need(self, job: Job) -> Steps[dict[str, Any]]:
+        """Lead to the result of a job that must not fail."""
+        yield from self.need_all([job])
         if job.key in self.failed:
             raise CellFailedError(f"{job.label}: {self.failed[job.key]}")
         return self.done[job.key]
 
-    def _need_all(self, jobs: Sequence[Job]) -> Steps[None]:
+    def need_all(self, jobs: Sequence[Job]) -> Steps[None]:
+        """Lead to the end of jobs, done or failed."""
         missing = self.look_for(jobs)
         if missing:
             yield missing

@@ -1,0 +1,408 @@
+"""The search of a fit, as steps over runs in the store.
+
+1. Learning rates and lengths of every initialization, by the loss on rows held out: all on the
+   first fold, the better half of each initialization on twice the folds, and so on (successive
+   halving, Jamieson and Talwalkar 2016, arXiv 1502.07943).
+2. What the best of each answers to the rows of every fold, beside the base with and without
+   examples in its prompt. Test rows decide nothing.
+3. Whether the average of several runs of the winner loses to one of them, by the same rows.
+4. The winner, trained on all rows.
+5. What half and a quarter of the rows would have brought.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from d2lora.data.reading import TaskData
+from d2lora.errors import DataError, RunError, counted
+from d2lora.fitting.compare import Answers, LearningCurve, mean_of, of_folds
+from d2lora.fitting.jobs import Averaged, AveragedWhole, HeldOut, Prompted, Split, Trained
+from d2lora.fitting.ledger import Ledger
+from d2lora.fitting.plan import TASK
+from d2lora.settings import AdaptSettings, FitSettings
+from d2lora.study.cells import BASE, Cell
+from d2lora.study.jobs import Scored, Trial
+from d2lora.study.needs import Needs
+from d2lora.study.steps import Steps
+from d2lora.study.store import Job
+from d2lora.study.tuning import Candidate, Curve, SearchGrid, Tuned, mean_curve
+
+LEAST_ROWS_OF_CURVE = 16
+"""Rows from which on a learning curve is drawn."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A learning rate and length that were tried."""
+
+    learning_rate: float
+    n_folds: int
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What one initialization came to."""
+
+    name: str
+    tuned: Tuned
+    tried: list[Tried]
+    answers: Answers | None = None
+    """To the rows held out. None: there was no time."""
+
+
+@dataclass(frozen=True)
+class Soup:
+    """The average of several runs against one of them, on rows held out."""
+
+    n_runs: int
+    average: Answers
+    single: Answers
+    """The mean of the runs."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the average does not lose."""
+        return not self.single.beats(self.average)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit found."""
+
+    data: TaskData
+    """The n rows."""
+    candidates: list[Candidates]
+    winner: str
+    prompted: dict[str, Answers]
+    """Name -> the base with and without examples in its prompt."""
+    soup: Soup | None
+    runs: list[AdaptSettings]
+    """The final runs on all n rows."""
+    adapter: Trained | AveragedWhole
+    curve: LearningCurve | None
+    tests: dict[str, dict[str, Any]]
+    """Name -> what was measured on test rows, general text and multiple choice."""
+    ledger: Ledger = field(repr=False)
+
+
+class Search:
+    """Leads to what a fit finds; asked again, it starts from the beginning, as all steps do."""
+
+    def __init__(self, settings: FitSettings, needs: Needs, n: int, n_workers: int) -> None:
+        """Name the runs' store by `needs`; n are the rows to use."""
+        self._settings, self._needs, self._n = settings, needs, n
+        self._n_workers = n_workers
+        self._arms = [arm.name for arm in needs.plan.arms]
+        self._ledger = Ledger(settings.budget_s, n_workers)
+
+    def fitted(self) -> Steps[Fitted]:
+        """Lead to the result."""
+        self._ledger = Ledger(self._settings.budget_s, self._n_workers)
+        found = yield from self._tuned()
+        split = Split.of((yield from self._settings_of(found[0], fold=0)), self._n)
+        whole: dict[str, AdaptSettings] = {}
+        for one in found:
+            whole[one.name] = yield from self._needs.trained_as(self._cell(one.name), one.tuned)
+        reserve_s = self._ledger.training_s(max(whole.values(), key=lambda s: s.max_steps or 0))
+        found = yield from self._with_answers(found, split.data, reserve_s)
+        prompted = yield from self._prompted(found[0], split.data, reserve_s)
+        winner = _best(found)
+        reserve_s = self._ledger.training_s(whole[winner.name])
+        soup = yield from self._soup(winner, split.data, reserve_s)
+        n_runs = soup.n_runs if soup is not None and soup.kept else 1
+        jobs = [
+            Trained(f"{winner.name}, final run {run}", (TASK, self._n), self._needs.store, own)
+            for run in range(n_runs)
+            if (own := whole[winner.name].changed(seed_order=run))
+        ]
+        yield from self._run(jobs)
+        adapter: Trained | AveragedWhole = jobs[0]
+        if n_runs > 1:
+            place = ("average of the final runs", (TASK, 0), self._needs.store)
+            adapter = AveragedWhole(*place, tuple(jobs))
+            yield from self._run([adapter])
+        curve = yield from self._curve(winner, split.data)
+        tests = yield from self._tests(adapter)
+        return Fitted(
+            split.data, found, winner.name, prompted, soup, [job.training for job in jobs],
+            adapter, curve, tests, self._ledger,
+        )  # fmt: skip
+
+    def _run(self, jobs: Sequence[Job]) -> Steps[list[dict[str, Any]]]:
+        """Lead to the results of jobs that must not fail."""
+        yield from self._try(jobs)
+        for job in jobs:
+            if job.key in self._needs.failed:
+                raise RunError(f"{job.label}: {self._needs.failed[job.key]}")
+        return [self._needs.done[job.key] for job in jobs]
+
+    def _try(self, jobs: Sequence[Job]) -> Steps[None]:
+        """Lead to the end of jobs, done or failed."""
+        yield from self._needs.need_all(jobs)
+        self._ledger.note(jobs, self._needs.done)
+
+    def _cell(self, arm: str, n: int | None = None) -> Cell:
+        return Cell(arm, TASK, n or self._n, self._settings.seed)
+
+    # 1. Learning rates and lengths
+
+    def _tuned(self) -> Steps[list[Candidates]]:
+        """Lead to the learning rate and length of every initialization."""
+        trials = {arm: _Trials(self._needs, self._cell(arm)) for arm in self._arms}
+        yield from self._searched(trials, self._settings.folds)
+        return [own.chosen(arm) for arm, own in trials.items()]
+
+    def _searched(self, trials: "Mapping[str, _Trials]", most_folds: int) -> Steps[None]:
+        """Lead to the trials of a search by successive halving."""
+        while True:
+            jobs: list[Trial] = []
+            for own in trials.values():
+                jobs += yield from own.wanted()
+            if not jobs:
+                break
+            yield from self._try(jobs)
+            for own in trials.values():
+                own.take()
+        n_folds = 1
+        while n_folds < most_folds:
+            n_folds = min(2 * n_folds, most_folds)
+            jobs = []
+            for own in trials.values():
+                jobs += yield from own.halved(n_folds)
+            if not self._ledger.affords(
+                f"trials on {n_folds} folds",
+                self._ledger.training_s(*(job.training for job in jobs)),
+            ):
+                break
+            yield from self._try(jobs)
+            for own in trials.values():
+                own.take()
+
+    # 2. Answers to rows that were held out
+
+    def _with_answers(
+        self, found: Sequence[Candidates], data: TaskData, reserve_s: float
+    ) -> Steps[list[Candidates]]:
+        """Lead to what every initialization answers, the one of the lowest loss first."""
+        answered: dict[str, Answers] = {}
+        for one in sorted(found, key=_loss):
+            jobs = yield from self._held_out(one)
+            needed_s = self._ledger.answering_s([job.training for job in jobs])
+            if not self._ledger.affords(f"answers after {one.name}", needed_s, reserve_s):
+                continue
+            answered[one.name] = of_folds(data, (yield from self._run(jobs)))
+        return [Candidates(one.name, one.tuned, one.tried, answered.get(one.name)) for one in found]
+
+    def _prompted(
+        self, one: Candidates, data: TaskData, reserve_s: float
+    ) -> Steps[dict[str, Answers]]:
+        """Lead to what the base answers with and without examples in its prompt."""
+        if data.task.answers == "none":
+            return {}
+        found: dict[str, Answers] = {}
+        training = yield from self._folds_of(one)
+        fewest = min(len(Split.of(own, self._n).trained) for own in training)
+        shots = min(self._settings.shots, fewest)
+        for n_shots in dict.fromkeys((0, shots)):
+            name = f"base, {counted(n_shots, 'example')} in the prompt" if n_shots else "base"
+            if not self._ledger.affords(name, self._ledger.answering_s(training), reserve_s):
+                continue
+            jobs = [Prompted(*self._place(name, i), own, *self._asked(), shots=n_shots)
+                    for i, own in enumerate(training)]  # fmt: skip
+            found[name] = of_folds(data, (yield from self._run(jobs)))
+        return found
+
+    def _held_out(
+        self, one: Candidates, n: int | None = None, order: int = 0
+    ) -> Steps[list[HeldOut]]:
+        training = yield from self._folds_of(one, n)
+        return [
+            HeldOut(
+                *self._place(f"{one.name}, n = {n or self._n}, order {order}", fold),
+                own.changed(seed_order=order), *self._asked(),
+            )
+            for fold, own in enumerate(training)
+        ]  # fmt: skip
+
+    def _folds_of(self, one: Candidates, n: int | None = None) -> Steps[list[AdaptSettings]]:
+        """Lead to the settings of training without each of the folds."""
+        runs: list[AdaptSettings] = []
+        for fold in range(min(self._settings.folds, n or self._n)):
+            own = yield from self._settings_of(one, fold=fold, n=n)
+            runs.append(own)
+        return runs
+
+    def _settings_of(
+        self, one: Candidates, *, fold: int, n: int | None = None
+    ) -> Steps[AdaptSettings]:
+        n_folds = min(self._settings.folds, n or self._n)
+        own = yield from self._needs.trained_as(
+            self._cell(one.name, n), one.tuned, fold=(fold, n_folds), keep_best=False
+        )
+        # The rows left out decide nothing here; to look at them each epoch takes time.
+        return own.changed(eval_every=own.max_steps or 1)
+
+    def _place(self, what: str, fold: int) -> tuple[str, tuple[str, int], Any]:
+        return f"{what}, fold {fold}", (TASK, self._n), self._needs.store
+
+    def _asked(self) -> tuple[Any, int]:
+        """Return how rows left out are answered, and the rows of the fit."""
+        none: dict[str, Any] = {"data": (), "general_text": (), "choices": (), "limit": None}
+        return self._needs.tests(TASK).changed(**none), self._n
+
+    # 3. The average of several runs
+
+    def _soup(self, winner: Candidates, data: TaskData, reserve_s: float) -> Steps[Soup | None]:
+        """Lead to the average of several runs of the winner, compared with one of them."""
+        n_runs = self._settings.runs
+        if n_runs == 1 or winner.answers is None:
+            return None
+        jobs: list[list[HeldOut]] = []
+        for order in range(n_runs):
+            own = yield from self._held_out(winner, order=order)
+            jobs.append(own)
+        new = [job.training for own in jobs[1:] for job in own]
+        finally_s = (n_runs - 1) * reserve_s
+        if not self._ledger.affords(
+            f"the average of {n_runs} runs",
+            self._ledger.answering_s(new) + finally_s,
+            reserve_s,
+        ):
+            return None
+        results = yield from self._run([job for own in jobs for job in own])
+        n_folds = len(jobs[0])
+        singles = [
+            of_folds(data, results[i : i + n_folds]) for i in range(0, len(results), n_folds)
+        ]
+        averages = [
+            Averaged(
+                *self._place(f"{winner.name}, average of {n_runs}", fold),
+                jobs[0][fold].training, *self._asked(), tuple(own[fold] for own in jobs),
+            )
+            for fold in range(n_folds)
+        ]  # fmt: skip
+        averaged = yield from self._run(averages)
+        return Soup(n_runs, of_folds(data, averaged), mean_of(singles))
+
+    # 5. The learning curve
+
+    def _curve(self, winner: Candidates, data: TaskData) -> Steps[LearningCurve | None]:
+        """Lead to the winner's scores after training on a quarter and a half of the rows."""
+        if self._n < LEAST_ROWS_OF_CURVE or winner.answers is None:
+            return None
+        sizes = [self._n // 4, self._n // 2]
+        jobs = yield from self._held_out(winner, sizes[0])
+        needed_s = 2 * 2 * self._ledger.answering_s([job.training for job in jobs])
+        if not self._ledger.affords("the learning curve", needed_s):
+            return None
+        found: list[Answers] = []
+        for n in sizes:
+            # Fewer rows may want fewer steps.
+            grid = SearchGrid((winner.tuned.learning_rate,), chooses_length=True)
+            own = _Trials(self._needs, self._cell(winner.name, n), grid)
+            yield from self._searched({winner.name: own}, 2)
+            held_out = yield from self._held_out(own.chosen(winner.name), n)
+            found.append(of_folds(data, (yield from self._run(held_out))))
+        share = 1 - 1 / self._settings.folds
+        return LearningCurve.of([n * share for n in (*sizes, self._n)], [*found, winner.answers])
+
+    # The test, once
+
+    def _tests(self, adapter: Trained | AveragedWhole) -> Steps[dict[str, dict[str, Any]]]:
+        """Lead to what is measured on test rows, general text and multiple choice."""
+        tests = self._needs.tests(TASK)
+        if not (tests.data or tests.general_text or tests.choices):
+            return {}
+        place = ((TASK, 0), self._needs.store, tests)
+        jobs = [
+            Scored(f"{BASE}, test", *place),
+            Scored(f"{adapter.label}, test", *place, adapter=adapter.path),
+        ]
+        results = yield from self._run(jobs)
+        return dict(zip((BASE, "adapter"), results, strict=True))
+
+
+class _Trials:
+    """The trials of one initialization: what was tried, on how many folds."""
+
+    def __init__(self, needs: Needs, cell: Cell, grid: SearchGrid | None = None) -> None:
+        self._needs, self._cell = needs, cell
+        self._grid = grid or needs.grid(cell)
+        self._curves: dict[Candidate, Curve | None] = {}
+        self._n_folds: dict[Candidate, int] = {}
+        self._asked: dict[Candidate, list[Trial]] = {}
+
+    def wanted(self) -> Steps[list[Trial]]:
+        """Lead to the trials, on the first fold, that the search asks for next."""
+        new = self._grid.wanted(self._curves)
+        return (yield from self._ask(new, 1))
+
+    def halved(self, n_folds: int) -> Steps[list[Trial]]:
+        """Lead to the trials of the better half of what was tried last, on more folds."""
+        most = max(self._n_folds.values(), default=1)
+        alive = [c for c, n in self._n_folds.items() if n == most and self._curves[c]]
+        alive.sort(key=lambda c: (self._loss(c), c))
+        return (yield from self._ask(alive[: math.ceil(len(alive) / 2)], n_folds))
+
+    def _ask(self, candidates: Sequence[Candidate], n_folds: int) -> Steps[list[Trial]]:
+        self._asked = {}
+        for candidate in candidates:
+            jobs = yield from self._needs.trial_jobs(self._cell, self._grid, candidate)
+            self._asked[candidate] = jobs[:n_folds]
+        return [job for jobs in self._asked.values() for job in jobs]
+
+    def take(self) -> None:
+        """Read the curves of what was asked for."""
+        for candidate, jobs in self._asked.items():
+            results = [self._needs.done.get(job.key) for job in jobs]
+            curves = [result["curve"] for result in results if result is not None]
+            whole = len(curves) == len(jobs)
+            self._curves[candidate] = mean_curve(curves) if whole else None
+            self._n_folds[candidate] = len(jobs)
+
+    def chosen(self, name: str) -> Candidates:
+        """Return the best of what was tried on the most folds.
+
+        Raises:
+            DataError: If every trial failed.
+        """
+        most = max((n for c, n in self._n_folds.items() if self._curves[c]), default=0)
+        last = {c: curve for c, curve in self._curves.items() if self._n_folds[c] == most}
+        tuned = Tuned.of(self._grid, last)
+        if tuned is None:
+            reason = next(iter(self._needs.failed.values()), "no row can be held out")
+            raise DataError(f"{name}: no learning rate could be used: {reason}")
+        tried = [
+            Tried(self._grid.learning_rate(c.place), self._n_folds[c], *self._grid.end(curve))
+            for c, curve in self._curves.items()
+            if curve
+        ]
+        return Candidates(name, tuned, tried)
+
+    def _loss(self, candidate: Candidate) -> float:
+        curve = self._curves[candidate]
+        return self._grid.end(curve)[1] if curve else math.inf
+
+
+def _loss(one: Candidates) -> float:
+    """Return the lowest loss of the trials on the most folds."""
+    most = max(tried.n_folds for tried in one.tried)
+    return min(tried.loss for tried in one.tried if tried.n_folds == most)
+
+
+def _best(found: Sequence[Candidates]) -> Candidates:
+    """Return the winner: by answers where they are there, else by the loss of the trials."""
+    answered = [(one, one.answers) for one in found if one.answers is not None]
+    if not answered:
+        return min(found, key=_loss)
+    best, answers = min(answered, key=lambda pair: pair[1].loss)
+    # The one of the lowest loss stays, but where the task's own score says otherwise.
+    for one, own in answered:
+        change = own.change_from(answers)
+        if change is not None and change.low > 0:
+            best, answers = one, own
+    return best
