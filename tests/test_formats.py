@@ -23,7 +23,7 @@ from d2lora.data.encode import Encoder
 from d2lora.data.formats import FORMATS
 from d2lora.data.reading import read_task
 from d2lora.data.rows import Message
-from d2lora.data.tasks import task_of
+from d2lora.data.tasks import answers_of, task_of
 from d2lora.errors import DataError
 from d2lora.selection.pool import read_pool
 from d2lora.study.mixture import write_mixture
@@ -208,7 +208,12 @@ def test_text_beside_a_label_is_no_document_unless_that_is_asked_for(
         ({"messages": [{"role": "user", "content": {"a": 1}}]}, "found dict"),
         ({"messages": [{"role": "user", "content": []}]}, "not empty"),
         ({"messages": BOTH, "system": "Another."}, "differs from `system`"),
-        ({"messages": TOOL_TURNS[:2]}, "the last turn calls a tool"),
+        ({"messages": BOTH, "tools": "weather("}, "`tools` is a text that is not JSON"),
+        ({"messages": BOTH, "tools": ["weather"]}, "`tools` must be a list of objects"),
+        (
+            {"prompt": "p", "chosen": TOOL_TURNS[1:2], "rejected": TOOL_TURNS[3:]},
+            "calls a tool; preferences are between texts",
+        ),
         ({"messages": [{**ASKS, "tool_calls": [CALL]}]}, "of an assistant's turn"),
         ({"messages": [ASKS, {"role": "assistant", "tool_calls": [3]}]}, "must have a `name`"),
         ({"instruction": "i", "output": "o", "history": "h"}, "list of pairs"),
@@ -269,6 +274,68 @@ def test_tool_calls_reach_a_template_that_shows_them(
         "<assistant>"
     )
     assert tokenizer.decode(encoded.ids[encoded.n_prompt :]) == "Yes, it is raining in Lund.<|eos|>"
+
+
+OFFERS = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}" + TOOLS
+OFFERED = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("offered", [OFFERED, json.dumps(OFFERED)])
+def test_an_answer_that_calls_a_tool_is_learnt_as_the_template_writes_it(
+    tmp_path: Path, tiny_base: str, offered: object
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = OFFERS
+    encoder = Encoder(tokenizer, "template")
+    row = {"messages": TOOL_TURNS[:2], "tools": offered}
+    data = write_rows(tmp_path / "rows.jsonl", [row])
+    (example,) = read_task([data], check=encoder.check).examples
+    encoded = encoder.encode(example)
+    prompt, answer = encoded.ids[: encoded.n_prompt], encoded.ids[encoded.n_prompt :]
+    assert tokenizer.decode(prompt) == ("[weather]<user>Is it raining in Lund?<|eos|><assistant>")
+    assert tokenizer.decode(answer) == "weather(Lund)<|eos|>"
+    assert json.loads(example.completion) == CALL["function"]
+    assert encoder.as_written(example).completion == "weather(Lund)"
+    assert list(prompt) == encoder.prompt_of(example)
+
+
+def test_an_answer_of_text_and_calls_shows_both(tmp_path: Path, tiny_base: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = TOOLS
+    says = {**TOOL_TURNS[1], "content": "Let me see."}
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": [ASKS, says]}])
+    (example,) = read_task([data]).examples
+    encoded = Encoder(tokenizer, "template").encode(example)
+    assert tokenizer.decode(encoded.ids[encoded.n_prompt :]) == "Let me see.weather(Lund)<|eos|>"
+
+
+def test_calls_are_among_the_turns_that_are_learnt_where_every_one_is(tmp_path: Path) -> None:
+    card = tmp_path / "card.yaml"
+    card.write_text("turns: every\n")
+    data = read_task([write_rows(tmp_path / "rows.jsonl", [{"messages": TOOL_TURNS}])], str(card))
+    call, answer = answers_of(data.task, data.examples[0])
+    assert call.more["tool_calls"] == [CALL]
+    assert (answer.completion, answer.more) == ("Yes, it is raining in Lund.", {})
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "fault"),
+    [
+        (NO_CALLS, {"messages": TOOL_TURNS[:2]}, "the answer calls a tool, and .* leaves that out"),
+        (None, {"messages": TOOL_TURNS[:2]}, "the answer calls a tool, which the plain chat"),
+        (TOOLS, {"messages": BOTH, "tools": OFFERED}, "`tools` are left out by"),
+        (None, {"messages": BOTH, "tools": OFFERED}, "`tools` cannot be expressed in the plain"),
+    ],
+)
+def test_what_a_format_cannot_show_of_tools_makes_a_bad_row(
+    tmp_path: Path, tiny_base: str, template: str | None, row: dict[str, Any], fault: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer, "template" if template else "plain")
+    data = write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(DataError, match=rf"line 1: .*{fault}"):
+        read_task([data], check=encoder.check)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ A row is of the first format in `FORMATS` all of whose `needs` it has. A field t
 there, so a table of rows of several formats reads as each of them.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +18,10 @@ Fields = Mapping[str, Any]
 Prompt = tuple[Message, ...]
 
 SYSTEM = ("system", "system_prompt")
-BESIDE = (*SYSTEM, "history", "context")
-"""Read beside a question: a system turn, turns that came before, text that belongs to it."""
+TOOLS = "tools"
+BESIDE = (*SYSTEM, "history", "context", TOOLS)
+"""Read beside a question: a system turn, turns that came before, text that belongs to it, the tools
+that the model is offered."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Conversation(Format):
     """A format of questions and answers."""
 
     prompt: Callable[[Fields], Prompt]
-    answer: Callable[[Fields], str]
+    answer: Callable[[Fields], Message]
 
     def read(self, row: Fields) -> Example:
         """Read a row.
@@ -53,7 +56,8 @@ class Conversation(Format):
         """
         source = row.get("source")
         named = source if isinstance(source, str) else ""
-        return Example(self.prompt(row), self.answer(row), named)
+        asked = Example(self.prompt(row), "", named, tools=_tools(row))
+        return asked.answered(self.answer(row))
 
 
 def format_of(formats: Sequence[Format], row: Fields) -> Format | None:
@@ -134,29 +138,30 @@ def _optional(row: Fields, name: str) -> str | None:
     return text_field(row, name)
 
 
-def _answer(row: Fields, field: str) -> str:
+def _tools(row: Fields) -> tuple[Mapping[str, Any], ...]:
+    """Return the tools that a row offers, as OpenAI's API describes them; they may be JSON text."""
+    tools = row.get(TOOLS)
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError):
+            raise BadRowError(f"`{TOOLS}` is a text that is not JSON: {tools!r:.60}") from None
+    if tools is None:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRowError(f"`{TOOLS}` must be a list of objects, found {tools!r:.60}")
+    return tuple(tools)
+
+
+def _answer(row: Fields, field: str) -> Message:
     """Return an answer: text, or one turn of the assistant."""
     if not isinstance(row.get(field), list):
-        return text_field(row, field)
+        return Message("assistant", text_field(row, field))
     turns = turns_of(row, field)
     if len(turns) != 1 or turns[0].role != "assistant":
         found = ", ".join(turn.role for turn in turns)
         raise BadRowError(f"`{field}` must hold one turn, the assistant's, found {found}")
-    return learnt(turns[0])
-
-
-def learnt(turn: Message) -> str:
-    """Return what is learnt of an assistant's turn.
-
-    Raises:
-        BadRowError: If it calls a tool.
-    """
-    if turn.of_tools:
-        raise BadRowError(
-            "the last turn calls a tool, and only a text answer can be learnt; end the "
-            "conversation with such an answer"
-        )
-    return turn.content
+    return turns[0]
 
 
 def _turns_given(row: Fields, field: str) -> Prompt:
@@ -168,17 +173,17 @@ def _turns_given(row: Fields, field: str) -> Prompt:
     return _after_system(row, before)
 
 
-def _last_answer(row: Fields, field: str) -> str:
+def _last_answer(row: Fields, field: str) -> Message:
     last = turns_of(row, field)[-1]
     if last.role != "assistant":
         raise BadRowError(f"the last turn must be the assistant's, found {last.role!r}")
-    return learnt(last)
+    return last
 
 
 def _turns(name: str, field: str) -> Conversation:
     """Return a format of whole conversations, the last answer of which is learnt."""
     prompt, answer = partial(_turns_given, field=field), partial(_last_answer, field=field)
-    return Conversation(name, (field,), (*SYSTEM, "source"), prompt=prompt, answer=answer)
+    return Conversation(name, (field,), (*SYSTEM, TOOLS, "source"), prompt=prompt, answer=answer)
 
 
 def _asked(name: str, question: str, answer: str, *inputs: str) -> Conversation:
@@ -206,7 +211,7 @@ PROMPTS = tuple(
         name=f"prompts in `{known.needs[0]}`",
         needs=known.needs[:1],
         reads=(*known.reads, *_ANSWERS),
-        answer=lambda _: "",
+        answer=lambda _: Message("assistant", ""),
     )
     for known in FORMATS
 )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from d2lora.data.formats import BESIDE, Format, beside, learnt
+from d2lora.data.formats import BESIDE, Format, beside
 from d2lora.data.rows import BadRowError, Example, Message, Role, fields_of, text_field, user
 from d2lora.data.turns import turns_of
 
@@ -82,7 +82,9 @@ def _answer(row: Mapping[str, Any], name: str, prompt: tuple[Message, ...] | Non
         raise BadRowError(f"the last turn of `{name}` must be the assistant's")
     if prompt is not None and len(turns) > 1 and tuple(turns[:-1]) != prompt:
         raise BadRowError(f"`{name}` repeats a prompt, but not the one in `prompt`")
-    return learnt(turns[-1])
+    if turns[-1].of_tools:
+        raise BadRowError(f"the last turn of `{name}` calls a tool; preferences are between texts")
+    return turns[-1].content
 
 
 def _common_prompt(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:

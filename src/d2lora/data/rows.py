@@ -58,8 +58,28 @@ class Example:
     """The worse completion, where the row is a preference and `completion` the chosen one."""
     references: tuple[str, ...] = ()
     """Other right answers than `completion`, for scoring."""
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Of an answer that calls tools: `content` and `tool_calls`, for the chat template to write;
+    the `completion` is then a plain text of both."""
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    """Tools that the model is offered, which a chat template shows."""
     place: str = field(default="", compare=False)
     """Where the row stands, for messages: file and line."""
+
+    @property
+    def answer(self) -> Message:
+        """The completion as a turn."""
+        if not self.more:
+            return Message("assistant", self.completion)
+        return Message("assistant", self.more["content"], {"tool_calls": self.more["tool_calls"]})
+
+    def answered(self, turn: Message) -> "Example":
+        """Return it with an assistant's turn as the completion."""
+        if not turn.of_tools:
+            return replace(self, completion=turn.content, more={})
+        calls = [json.dumps(c["function"], ensure_ascii=False) for c in turn.more["tool_calls"]]
+        text = "\n".join([turn.content, *calls] if turn.content else calls)
+        return replace(self, completion=text, more={"content": turn.content, **turn.more})
 
     @property
     def question(self) -> str:

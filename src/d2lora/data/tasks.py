@@ -265,15 +265,12 @@ def task_of(name: str, first_row: Fields) -> Task:
 
 
 def answers_of(task: Task, example: Example) -> list[Example]:
-    """Return what is learnt of an example: its answer, or each of its turns as one.
-
-    An answer that calls a tool is not among them.
-    """
+    """Return what is learnt of an example: its answer, or each of the assistant's turns."""
     if task.card.turns == "last":
         return [example]
     earlier = [
-        replace(example, prompt=example.prompt[:place], completion=turn.content)
+        replace(example, prompt=example.prompt[:place]).answered(turn)
         for place, turn in enumerate(example.prompt)
-        if turn.role == "assistant" and place and not turn.of_tools
+        if turn.role == "assistant" and place
     ]
     return [*earlier, example]

@@ -61,7 +61,7 @@ def _fields(example: Example) -> list[_Field]:
         for place, turn in enumerate(example.prompt)
         for span in _spans_of(turn)
     ]
-    if example.completion:
+    if example.completion and not example.more:  # calls are kept whole
         found.append(_Field(example.completion, lambda text: replace(example, completion=text)))
     if example.rejected:
         found.append(_Field(example.rejected, lambda text: replace(example, rejected=text)))

@@ -10,8 +10,9 @@ from torch import nn
 
 from d2lora.adapters.base import Base
 from d2lora.data.batches import Question
+from d2lora.data.chat_text import Format
 from d2lora.data.choices import ChoiceQuestion
-from d2lora.data.encode import Encoder, Format
+from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import Prompts, encode_all, encode_pairs, encode_prompts, every
 from d2lora.data.rows import Example, Message
 from d2lora.errors import DataError, listed
@@ -122,6 +123,7 @@ def _score_task(
     data = sets.task
     if data is None:
         return TaskScores([], {})
+    data = replace(data, examples=[encoder.as_written(example) for example in data.examples])
     examples = data.examples[: settings.limit]
     if data.task.answers == "pairs":
         return _score_preferences(model, base, encoder, name, examples, settings, reporter)

@@ -47,4 +47,4 @@ def _with(encoder: Encoder, example: Example, shots: Sequence[Example], limit: i
 
 def _turns(shot: Example) -> list[Message]:
     asked = [turn for turn in shot.prompt if turn.role != "system"]
-    return [*asked, Message("assistant", shot.completion)]
+    return [*asked, shot.answer]

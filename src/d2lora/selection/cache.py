@@ -72,6 +72,8 @@ def block_key(fingerprint: str, examples: Sequence[Example]) -> str:
     for example in examples:
         turns = [(turn.role, turn.content, *turn.more.items()) for turn in example.prompt]
         digest.update(repr((turns, example.completion)).encode())
+        if example.more or example.tools:
+            digest.update(repr((example.more, example.tools)).encode())
     return digest.hexdigest()
 
 

@@ -64,7 +64,7 @@ def _lines(rows: list[Example]) -> str:
     for row in rows:
         if not row.prompt:
             raise SettingsError("rows of `text` alone cannot be mixed with those of a task")
-        turns = [turn.to_dict() for turn in row.prompt]
-        turns.append({"role": "assistant", "content": row.completion})
-        lines.append(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+        turns = [turn.to_dict() for turn in (*row.prompt, row.answer)]
+        tools = {"tools": list(row.tools)} if row.tools else {}
+        lines.append(json.dumps({"messages": turns, **tools}, ensure_ascii=False) + "\n")
     return "".join(lines)

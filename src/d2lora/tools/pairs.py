@@ -199,6 +199,7 @@ def _pair(
     rejected = min(worse, key=lambda sample: (sample.score, sample.text))
     return {
         "prompt": [turn.to_dict() for turn in example.prompt],
+        **({"tools": list(example.tools)} if example.tools else {}),
         "chosen": [{"role": "assistant", "content": chosen.text}],
         "rejected": [{"role": "assistant", "content": rejected.text}],
         "chosen_is": "gold" if chosen is gold else "sample",
