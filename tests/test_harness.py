@@ -13,12 +13,14 @@ from d2lora import (
     DataError,
     EvaluateSettings,
     SettingsError,
+    StudySettings,
     adapt,
     evaluate,
 )
 from d2lora.embedded import choice_rows, word_problem_rows
-from d2lora.study.read_plan import read_plan
-from support import write_rows
+from d2lora.runtime.run_folder import provenance
+from d2lora.study.run import run_study
+from support import small_plan, write_rows
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -150,6 +152,39 @@ def test_names_that_are_no_single_task_are_refused_with_what_to_do(
     refused(SettingsError, "leave out --task", data=("lm_eval:our_words",), task="gsm8k")
 
 
-def test_a_study_refuses_tasks_of_the_harness() -> None:
-    with pytest.raises(SettingsError, match="d2lora evaluate --choices lm_eval:arc_easy"):
-        read_plan("demo", changes=["choices=lm_eval:arc_easy"])
+def test_a_study_measures_forgetting_on_a_task_of_the_harness(
+    tmp_path: Path, tiny_base: str, general: str, titles: str, tasks: Path
+) -> None:
+    plan = small_plan(tmp_path, tiny_base, general, titles)
+    plan |= {
+        "arms": ["fresh"], "sizes": [4], "seeds": 1, "learning_rates": [0.03],
+        "choices": ["lm_eval:our_words"], "lm_eval_tasks": str(tasks),
+    }  # fmt: skip
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan))
+    place: dict[str, Any] = {"plan": (str(path),), "store": tmp_path / "store", "quiet": True}
+    study = run_study(StudySettings(out=tmp_path / "s", executor="inline", **place))
+    study.check()
+    base, cell = study.results
+    alone = evaluate(
+        EvaluateSettings(
+            base=tiny_base, adapters=(cell["adapter"],), out=tmp_path / "e", quiet=True,
+            choices=("lm_eval:our_words",), lm_eval_tasks=tasks,
+        )
+    )  # fmt: skip
+    for row, name in ((base, "base"), (cell, cell["adapter"])):
+        accuracy = alone.forgetting[name].choice_accuracy
+        assert accuracy is not None
+        assert np.mean(row["choices_right"]) == accuracy.mean
+    assert "lm_eval" in provenance()["versions"]
+
+
+def test_a_study_names_a_task_that_the_harness_does_not_have_at_its_start(
+    tmp_path: Path, tiny_base: str, general: str, titles: str, tasks: Path
+) -> None:
+    plan = small_plan(tmp_path, tiny_base, general, titles)
+    plan |= {"choices": ["lm_eval:our_word"], "lm_eval_tasks": str(tasks)}
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan))
+    with pytest.raises(DataError, match=r"no such task\. Did you mean `our_words`"):
+        run_study(StudySettings(plan=(str(path),), out=tmp_path / "s", quiet=True))

@@ -57,5 +57,6 @@ def plan_of(settings: FitSettings, starts: Sequence[Path], rank: int, n: int) ->
         folds=settings.folds,
         general_text=settings.general_text,
         choices=settings.choices,
+        lm_eval_tasks=settings.lm_eval_tasks,
         keep_out_words=settings.keep_out_words,
     )  # fmt: skip

@@ -251,7 +251,13 @@ class Search:
 
     def _asked(self) -> tuple[Any, int]:
         """Return how rows left out are answered, and the rows of the fit."""
-        none: dict[str, Any] = {"data": (), "general_text": (), "choices": (), "limit": None}
+        none: dict[str, Any] = {
+            "data": (),
+            "general_text": (),
+            "choices": (),
+            "limit": None,
+            "lm_eval_tasks": None,
+        }
         return self._needs.tests(TASK).changed(**none), self._n
 
     # 3. The average of several runs

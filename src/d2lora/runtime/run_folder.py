@@ -34,6 +34,8 @@ METRICS = "metrics.jsonl"
 _FREE = {"out", "resume", "quiet", "threads", "checkpoint_every"}
 """Settings that a resumed run may change: how it is shown or reached, not what comes out."""
 Stamp = tuple[str, int, int, int]
+IN_EXTRAS = ("lm_eval",)
+"""Libraries whose versions are named where they are there: they score."""
 LIBRARIES = ("d2lora", "torch", "transformers", "peft", "accelerate", "tokenizers", "datasets")
 
 
@@ -235,6 +237,9 @@ def provenance() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    for name in IN_EXTRAS:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -46,7 +46,10 @@ class FitSettings(BaseSettings, FormatSettings):
     general_text: tuple[str, ...] = ()
     """Held-out general rows; forgetting is the change of loss on them."""
     choices: tuple[str, ...] = ()
-    """Multiple-choice rows; forgetting is the change of accuracy on them."""
+    """Multiple-choice rows, and tasks `lm_eval:NAME` of lm-evaluation-harness; forgetting is the
+    change of accuracy on them."""
+    lm_eval_tasks: Path | None = None
+    """Folder of your own tasks (YAML) of lm-evaluation-harness."""
     folds: int = Field(default=4, ge=2)
     """Folds of the cross-validation within the n rows."""
     learning_rates: tuple[LearningRate, ...] = Field(default=(3e-4, 1e-3, 3e-3), min_length=1)

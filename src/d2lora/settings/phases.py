@@ -63,6 +63,14 @@ class WarmupSettings(PhaseSettings):
     of each file's first row."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Train on so many tokens, instead of epochs: warm-ups on other rows then cost the same."""
+    meta_steps: int | None = Field(default=None, ge=1)
+    """Meta warm-up (Reptile): the warm-up is cut into small tasks of so many optimizer steps, each
+    on a few rows of one source (field `source`, else the file), and the weights move towards where
+    each ends. None: plain warm-up."""
+    meta_rows: int = Field(default=16, ge=2)
+    """Rows of such a task."""
+    meta_rate: float = Field(default=1.0, gt=0, le=1)
+    """Share of the way that the weights move after the first of them; it falls to zero."""
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of the rows held out: the manifest reports the loss on them before and after."""
 
@@ -82,6 +90,18 @@ class WarmupSettings(PhaseSettings):
         for name in ("epochs", "max_steps"):
             if self.max_tokens is not None and getattr(self, name) is not None:
                 raise ValueError(f"{name} and max_tokens both set the length of training: give one")
+        return self
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        given = self.model_fields_set & {"meta_rows", "meta_rate"}
+        changed = [
+            n for n in sorted(given) if getattr(self, n) != type(self).model_fields[n].default
+        ]
+        if self.meta_steps is None and changed:
+            raise ValueError(f"{changed[0]} is a setting of a meta warm-up: give meta_steps, too")
+        if self.meta_steps is not None and self.stop_step is not None:
+            raise ValueError("stop_step would end a meta warm-up within a task: give max_steps")
         return self
 
     @field_validator("reference")

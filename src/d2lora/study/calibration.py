@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from d2lora.data.sources import is_local, split_validation
 from d2lora.errors import D2LoraError
+from d2lora.evaluation.harness import split_names
 from d2lora.runtime.run_folder import METRICS
 from d2lora.settings import AdaptSettings, EvaluateSettings, WarmupSettings
 from d2lora.study.jobs import Mixed, Scored, Trial, WarmUp
@@ -67,7 +68,7 @@ class Calibration:
 
         tasks = self._plan.tasks.values()
         files = [f for task in tasks for f in (*task.data, *task.test)]
-        files += [*self._plan.general_text, *self._plan.choices]
+        files += [*self._plan.general_text, *split_names(self._plan.choices)[0]]
         away = [name for name in files if not is_local(name)]
         if away:
             return f"{away[0]} is not on this machine"

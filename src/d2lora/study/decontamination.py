@@ -19,6 +19,7 @@ from d2lora.data.rows import place
 from d2lora.data.sources import Row, is_remote, read_source
 from d2lora.data.tasks import header_of
 from d2lora.errors import DataError, listed
+from d2lora.evaluation.harness import split_names
 from d2lora.runtime.run_folder import write_text
 from d2lora.study.plan import StudyPlan
 from d2lora.study.recipes import warm_up_settings
@@ -134,8 +135,10 @@ class _Cleaner:
     ) -> None:
         self._folder, self._world, self._say, self._fetch = folder, world, say, fetch
         self._n_words = plan.keep_out_words
+        # Rows of the harness's tasks are not at hand.
+        choices, _ = split_names(plan.choices)
         self._tests = tuple(
-            dict.fromkeys([*(f for task in plan.tasks.values() for f in task.test), *plan.choices])
+            dict.fromkeys([*(f for task in plan.tasks.values() for f in task.test), *choices])
         )
         self._general = plan.general_text
         self._tasks = {file: task.task for task in plan.tasks.values() for file in task.test}

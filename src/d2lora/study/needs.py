@@ -262,6 +262,7 @@ class Needs:
             limit=task.n_test,
             general_text=self.plan.general_text,
             choices=self.plan.choices,
+            lm_eval_tasks=self.plan.lm_eval_tasks,
             max_new_tokens=task.max_new_tokens,
             **{name: own[name] for name in _ALIKE if name in own},
             quiet=True,

@@ -120,7 +120,10 @@ class StudyPlan(BaseSettings):
     general_text: tuple[str, ...] = ()
     """Held-out general rows; forgetting is the change of loss on them."""
     choices: tuple[str, ...] = ()
-    """Multiple-choice rows; forgetting is the change of accuracy on them."""
+    """Multiple-choice rows, and tasks `lm_eval:NAME` of lm-evaluation-harness; forgetting is the
+    change of accuracy on them."""
+    lm_eval_tasks: Path | None = None
+    """Folder of your own tasks (YAML) of lm-evaluation-harness."""
     keep_out_words: int = Field(default=13, ge=0)
     """Consecutive words shared with a test or multiple-choice row that make a training row
     contaminated: it is removed. 0: only the same question does."""
@@ -136,17 +139,6 @@ class StudyPlan(BaseSettings):
     @classmethod
     def _one_file(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
-
-    @field_validator("choices")
-    @classmethod
-    def _files(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name.startswith("lm_eval:"):
-                raise ValueError(
-                    f"{name}: a study reads files of multiple choice; afterwards `d2lora evaluate "
-                    f"--choices {name}` takes the adapters of its store"
-                )
-        return names
 
     @field_validator("sizes", "learning_rates")
     @classmethod

@@ -14,6 +14,7 @@ from d2lora.data.reading import Say, read_task
 from d2lora.data.sources import is_remote
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, ModelError, RunError, listed
+from d2lora.evaluation.harness import read_harness_tasks, split_names
 from d2lora.runtime.claims import check_writable
 from d2lora.runtime.run_folder import present
 from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
@@ -87,8 +88,18 @@ def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> Non
             faults.append(
                 f"tasks.{name}: n = {max(plan.sizes)} is requested, but it has {rows} rows"
             )
+    faults += _faults_of_choices(plan)
     if faults:
         raise DataError(f"the study cannot run:\n{listed(faults)}")
+
+
+def _faults_of_choices(plan: StudyPlan) -> list[str]:
+    """Look for the tasks of lm-evaluation-harness that forgetting is measured on."""
+    try:
+        read_harness_tasks(split_names(plan.choices)[1], plan.lm_eval_tasks, quiet=True)
+    except D2LoraError as error:
+        return [f"choices: {error}"]
+    return []
 
 
 def _faults_of_formats(plan: StudyPlan) -> list[str]:

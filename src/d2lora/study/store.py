@@ -112,6 +112,10 @@ def identity_of(settings: Settings) -> dict[str, Any]:
     values = {k: v for k, v in own.items() if k not in _FREE}
     for name in _FILES & values.keys():
         values[name] = [content_of(path) for path in values[name] or ()]
+    if values.get("lm_eval_tasks"):
+        values["lm_eval_tasks"] = _folder_content(str(values["lm_eval_tasks"]))
+    if any(name.startswith("lm_eval:") for name in own.get("choices", ())):
+        values["lm_eval"] = provenance()["versions"].get("lm_eval")
     if values.get("chat_template"):
         values["chat_template"] = content_of(str(values["chat_template"]))
     for name in {"task", "for_card"} & values.keys():
@@ -143,6 +147,14 @@ def content_of(name: str) -> str:
     """Return the SHA-256 of a file; of what is not a file here, as a hub data set, the name."""
     path = Path(name)
     return _sha256(stamp_of(path)) if path.is_file() else name
+
+
+def _folder_content(name: str) -> str:
+    """Return what a folder is known by: the contents of its files, by their places in it."""
+    folder = Path(name)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    parts = [f"{path.relative_to(folder)} {content_of(str(path))}" for path in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _task_content(name: str) -> str:

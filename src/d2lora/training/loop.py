@@ -24,13 +24,14 @@ from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import RunFolder
 from d2lora.scoring.scorer import TokenScorer, pass_tokens
-from d2lora.settings import TrainSettings
+from d2lora.settings import TrainSettings, WarmupSettings
 from d2lora.settings.seeds import seed_of
 from d2lora.training import checkpoint
 from d2lora.training.cost import Cost, TrainingFlops, peak_memory_bytes
+from d2lora.training.episodes import EpisodeSchedule
 from d2lora.training.objectives import Objective
 from d2lora.training.progress import Best, Progress, as_logged, held_out, judge
-from d2lora.training.schedule import StepSchedule, learning_rate_at
+from d2lora.training.schedule import StepSchedule
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,14 @@ class Lesson(Generic[T]):
     pad_id: int
     max_tokens: int | None = None
     """End with the step that sees so many tokens, in place of the settings' end."""
+    origins: Sequence[str] = ()
+    """Of a meta warm-up: the source of each training row."""
 
     def schedule(self, settings: TrainSettings) -> StepSchedule:
         """Return the steps of a run, which ends as the settings say or with `max_tokens`."""
         schedule = StepSchedule.of(len(self.train), settings, seed_of(settings, "order"))
+        if isinstance(settings, WarmupSettings) and settings.meta_steps is not None:
+            schedule = EpisodeSchedule.of_sources(schedule, self.origins, settings)
         if self.max_tokens is None:
             return schedule
         return schedule.until(self.max_tokens, [item.n_tokens for item in self.train])
@@ -80,6 +85,8 @@ class _Loop(Generic[T]):
     flops: TrainingFlops
     progress: Progress = field(default_factory=Progress)
     best: Best = field(default_factory=Best)
+    anchor: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Of a meta warm-up: the weights that the present episode began with."""
 
     @classmethod
     def of(cls, model: nn.Module, lesson: Lesson[T], settings: TrainSettings) -> "_Loop[T]":
@@ -116,7 +123,15 @@ class _Loop(Generic[T]):
 
     def is_due(self, every: int) -> bool:
         """Say whether something that comes every so many steps, and at the end, is due."""
-        return self.progress.step % every == 0 or self.progress.step == self.schedule.last_step
+        return self.has_come(every) or self.progress.step == self.schedule.last_step
+
+    def has_come(self, every: int) -> bool:
+        """Say whether so many steps have passed again.
+
+        In a meta warm-up at the end of an episode: within it the weights are those of its task.
+        """
+        step, length = self.progress.step, self.schedule.steps_per_episode
+        return step % length == 0 and step // every > (step - length) // every
 
     def validate(self) -> dict[str, float]:
         """Return the held-out loss and metrics."""
@@ -174,7 +189,7 @@ def train(
                 if lesson.valid and loop.is_due(settings.eval_every or schedule.steps_per_epoch):
                     judge(loop.validate(), progress, best, parameters, settings, run, reporter)
                 every = settings.checkpoint_every
-                if every and progress.step % every == 0 and is_main_process():
+                if every and loop.has_come(every) and is_main_process():
                     checkpoint.save(
                         run.path, asdict(progress), parameters, loop.optimizer, best.weights
                     )
@@ -192,6 +207,8 @@ def _begin(loop: _Loop[T], run: RunFolder, reporter: Reporter, *, resume: bool) 
         before = loop.validate()
         loop.progress.validation_before = loop.progress.validation_last = before["loss"]
         run.log(step=0, **as_logged(before))
+    if isinstance(loop.schedule, EpisodeSchedule):
+        loop.anchor = {name: p.detach().clone() for name, p in loop.parameters.items()}
 
 
 def _step(loop: _Loop[T]) -> dict[str, float]:
@@ -202,7 +219,7 @@ def _step(loop: _Loop[T]) -> dict[str, float]:
     """
     settings, progress = loop.settings, loop.progress
     items = [loop.lesson.train[index] for index in loop.schedule.batch(progress.step)]
-    learning_rate = learning_rate_at(progress.step, loop.schedule.n_steps, settings)
+    learning_rate = loop.schedule.learning_rate(progress.step, settings)
     loop.model.train()
     measured = _backward(loop, items)
     loss = measured["loss"]
@@ -218,12 +235,27 @@ def _step(loop: _Loop[T]) -> dict[str, float]:
     loop.optimizer.step()
     loop.optimizer.zero_grad()
     progress.step += 1
+    _end_episode(loop)
     progress.n_tokens += sum(item.n_tokens for item in items)
     progress.n_supervised_tokens += sum(item.n_supervised for item in items)
     progress.flops += sum(loop.flops.of_rows(i.n_rows, i.n_tokens, i.n_supervised) for i in items)
     progress.first_loss = loss if progress.first_loss is None else progress.first_loss
     progress.last_loss = loss
     return {**measured, "learning_rate": learning_rate, "grad_norm": norm}
+
+
+def _end_episode(loop: _Loop[T]) -> None:
+    """Move the weights of a meta warm-up, where an episode ends, and start the next one."""
+    if not isinstance(loop.schedule, EpisodeSchedule):
+        return
+    share = loop.schedule.moves_after(loop.progress.step)
+    if share is None:
+        return
+    with torch.no_grad():
+        for name, parameter in loop.parameters.items():
+            loop.anchor[name].lerp_(parameter, share)
+            parameter.copy_(loop.anchor[name])
+    loop.optimizer.state.clear()
 
 
 def _backward(loop: _Loop[T], items: Sequence[T]) -> dict[str, float]:

@@ -74,7 +74,9 @@ def run_phase(phase: Phase) -> None:
         phase = replace(phase, rows=rows)
         max_tokens = settings.max_tokens if isinstance(settings, WarmupSettings) else None
         objective = objective_of(settings)
-        lesson = Lesson(rows.train, rows.valid, objective, phase.base.pad_id, max_tokens)
+        lesson = Lesson(
+            rows.train, rows.valid, objective, phase.base.pad_id, max_tokens, rows.origins
+        )
         warnings = [] if start is None or start.warning is None else [start.warning]
         warnings += _warned(
             (too_short(lesson.schedule(settings).n_steps), _unheeded(settings, rows)),

@@ -14,7 +14,7 @@ from d2lora.data.tasks import AUTO, answers_of
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import DataError, counted
 from d2lora.runtime.console import Reporter
-from d2lora.settings import PhaseSettings
+from d2lora.settings import PhaseSettings, WarmupSettings
 from d2lora.settings.seeds import seed_of
 
 
@@ -34,6 +34,8 @@ class Rows:
     """The training rows' digests."""
     labels: tuple[str, ...] = ()
     """The labels of closed answers, those of all rows read."""
+    origins: Sequence[str] = ()
+    """Of a meta warm-up: the source of each training row, a name or its file."""
 
 
 def prepare_rows(
@@ -90,7 +92,14 @@ def prepare_rows(
         reporter.say(f"{counted(len(train_items), 'answer')} of these rows are learnt")
     trained = TrainedRows.of(examples[encoded.kept[index]] for index in train_rows)
     labels = labels_of(data) if data.task.answers == "closed" else ()
-    return Rows(train_items, valid, data.sources, selection, data.faults, kept_out, trained, labels)
+    origins: list[str] = []
+    if isinstance(settings, WarmupSettings) and settings.meta_steps is not None:
+        places = [chosen[encoded.kept[index]] for index in train_rows]
+        origins = [data.examples[place].source or data.rows[place].file for place in places]
+    return Rows(
+        train_items, valid, data.sources, selection, data.faults, kept_out, trained, labels,
+        origins,
+    )  # fmt: skip
 
 
 def _without_leaks(

@@ -25,6 +25,8 @@ class StepSchedule:
     order_seed: int
     stop_step: int | None = None
     """Step to end after; None: the schedule's last."""
+    steps_per_episode: int = 1
+    """Steps behind which the weights are judged and kept; more in a meta warm-up alone."""
 
     @classmethod
     def of(cls, n_rows: int, settings: TrainSettings, order_seed: int) -> "StepSchedule":
@@ -61,6 +63,10 @@ class StepSchedule:
                 "give --max-steps the length of the schedule"
             )
         return self.stop_step
+
+    def learning_rate(self, step: int, settings: TrainSettings) -> float:
+        """Return the learning rate of optimizer step `step` (from 0)."""
+        return learning_rate_at(step, self.n_steps, settings)
 
     @property
     def steps_per_epoch(self) -> int:
