@@ -30,7 +30,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory, titles: str) -> str:
-    return write_rows(tmp_path_factory.mktemp("fit") / "rows.jsonl", read_rows(Path(titles))[:20])
+    hostile, *others = read_rows(Path(titles))[:20]
+    hostile["text"] = f"<script>alert(1)</script> {hostile['text']}"
+    return write_rows(tmp_path_factory.mktemp("fit") / "rows.jsonl", [hostile, *others])
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +143,7 @@ def test_a_fit_says_what_it_found_and_how_sure_that_is(fitted: Fit) -> None:
     assert "Twice the rows brought" in text
     assert "Test rows (6, scored once)" in text
     page = (fitted.path / "index.html").read_text()
+    assert "<script" not in page
     assert "Content-Security-Policy" in page
     assert read_json(fitted.path / "fit.json")["winner"] in page
 

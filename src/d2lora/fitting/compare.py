@@ -27,6 +27,8 @@ class Answers:
     """Nats per token of each row's completion, shape (I,)."""
     columns: Mapping[str, Column]
     """Scores by the task's metrics; none where it has no answers to score."""
+    outputs: Sequence[str] = ()
+    """What was answered; none where several runs are one."""
 
     @property
     def loss(self) -> float:
@@ -77,7 +79,8 @@ def of_folds(data: TaskData, results: Sequence[Mapping[str, Any]]) -> Answers:
     by_row = np.array([losses[place] for place in places])
     if not data.task.metrics:
         return Answers(by_row, {})
-    return Answers(by_row, columns_of_outputs(data, [outputs[place] for place in places]))
+    said = [outputs[place] for place in places]
+    return Answers(by_row, columns_of_outputs(data, said), said)
 
 
 def mean_of(many: Sequence[Answers]) -> Answers:

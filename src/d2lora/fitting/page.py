@@ -44,13 +44,37 @@ def candidates(found: Fitted) -> Grid:
 def trials(found: Fitted) -> Grid:
     """Return the table of all trials."""
     rows = [
-        (one.name, f"{t.learning_rate:g}", str(t.n_folds), str(t.step), f"{t.loss:.3f}")
+        (
+            one.name,
+            f"{t.learning_rate:g}",
+            str(t.n_steps),
+            str(t.n_folds),
+            str(t.step),
+            f"{t.loss:.3f}",
+        )
         for one in found.candidates
         for t in sorted(one.tried, key=lambda t: (-t.n_folds, t.loss))
     ]
-    return Grid(
-        "Trials", ("what", "learning rate", "folds", "best step", "loss, nats per token"), rows
-    )
+    columns = ("what", "learning rate", "steps", "folds", "best step", "loss, nats per token")
+    return Grid("Trials, the loss on rows held out", columns, rows)
+
+
+def examples(found: Fitted) -> Grid:
+    """Return the table of the first rows, and what was answered to them."""
+    kept = found.soup is not None and found.soup.kept
+    own = found.soup.average if found.soup and kept else words.winner_of(found).answers
+    asked = {"the winner": own, **found.prompted}
+    shown = {name: one.outputs for name, one in asked.items() if one is not None and one.outputs}
+    rows = [
+        (
+            example.prompt[-1].content if example.prompt else "",
+            example.completion,
+            *(outputs[place] for outputs in shown.values()),
+        )
+        for place, example in enumerate(found.data.examples[:_OUTPUTS])
+    ]
+    title = "Answers to rows that were not trained on"
+    return Grid(title, ("row", "right answer", *shown), rows if shown else [])
 
 
 def _scores(answers: Answers | None) -> tuple[str, str]:
@@ -136,6 +160,7 @@ def page(
             verdict=words.verdict(found),
             cautions=[*words.cautions(found), *about["contamination"]],
             tables=[candidates(found), trials(found)],
+            examples=examples(found),
             bill=words.bill(found, found.ledger.n_workers),
             commands=commands,
             settings=settings.to_yaml(),

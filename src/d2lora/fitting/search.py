@@ -38,8 +38,11 @@ class Tried:
     """A learning rate and length that were tried."""
 
     learning_rate: float
+    n_steps: int
+    """Length of the schedule."""
     n_folds: int
     step: int
+    """Of the lowest loss."""
     loss: float
 
 
@@ -383,7 +386,12 @@ class _Trials:
             reason = next(iter(self._needs.failed.values()), "no row can be held out")
             raise DataError(f"{name}: no learning rate could be used: {reason}")
         tried = [
-            Tried(self._grid.learning_rate(c.place), self._n_folds[c], *self._grid.end(curve))
+            Tried(
+                self._grid.learning_rate(c.place),
+                curve[-1][0],
+                self._n_folds[c],
+                *self._grid.end(curve),
+            )
             for c, curve in self._curves.items()
             if curve
         ]

@@ -131,7 +131,7 @@ def _change(better: Answers, other: Answers) -> str:
     need = _rows_to_see(per_row(better.main) - per_row(other.main))
     surer = f"; some {need:,} rows would show a difference of that size" if need else ""
     loss = better.loss - other.loss
-    return f"{text}: no difference seen{surer}. The loss is {loss:+.3f} nats per token."
+    return f"{text}: no difference seen{surer}; loss {loss:+.3f} nats per token."
 
 
 def _loss_change(better: Answers, other: Answers) -> tuple[float, float, float]:
@@ -219,7 +219,7 @@ def _forgotten(base: dict[str, Any], adapter: dict[str, Any]) -> list[str]:
         parts.append(f"{change:+.1f} points on multiple choice")
     if not parts:
         return ["Forgetting was not measured: give --general-text or --choices."]
-    return [f"Against the base: {' and '.join(parts)}."]
+    return [f"Forgotten, against the base: {' and '.join(parts)}."]
 
 
 def bill(found: Fitted, n_workers: int) -> str:
