@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from adapters import PROBE, assert_untouched, logits, losses, run, state, weights
 from d2lora import SettingsError, TrainingError, WarmStart, WarmStartError, WarmupSettings, warm_up
 from d2lora.adapters.base import Base, load_base
+from d2lora.data.trained_rows import TrainedRows
 from d2lora.settings import BaseSettings
 from d2lora.training import phase
 from d2lora.training.data_initialization import DATA_DRIVEN
@@ -260,3 +261,17 @@ def test_dora_trains_magnitudes_and_a_warm_start_hands_it_on(
         run(
             tmp_path / "b", tiny_base, problems, init=str(warm_start.path), rank=None, dora=True
         )  # fmt: skip
+
+
+def test_an_adapter_of_a_task_is_a_warm_start_for_another(
+    tmp_path: Path, tiny_base: str, problems: str, titles: str, loaded: Base
+) -> None:
+    first = run(tmp_path / "first", tiny_base, problems, loaded)
+    same = run(tmp_path / "same", tiny_base, titles, loaded, init=str(first.path), max_steps=0)
+    own, copy = (load_file(a.path / "adapter_model.safetensors") for a in (first, same))
+    assert all(torch.equal(own[name], copy[name]) for name in own)
+    assert same.manifest.lineage[-1].fingerprint == first.manifest.adapter_fingerprint
+    assert same.manifest.initialization is not None
+    assert same.manifest.initialization["name"] == "adapter"
+    trained = [TrainedRows.read(a.path) for a in (first, same)]
+    assert (trained[0] | trained[1]) == trained[1]

@@ -67,15 +67,16 @@ def _initialized(
         return
     shape = warm_start.inherited_shape(settings)
     model = warm_start.apply_to(base.model, dropout=settings.dropout, scale=settings.init_scale)
+    manifest = warm_start.manifest
     reporter.say(
-        f"initialized from the warm start {warm_start.path}; inherited: rank {shape.rank}, alpha "
-        f"{shape.alpha:g}, targets {' '.join(shape.targets)}, chat format "
-        f"{warm_start.manifest.chat_format}"
+        f"initialized from the {manifest.kind} {warm_start.path}; inherited: rank {shape.rank}, "
+        f"alpha {shape.alpha:g}, targets {' '.join(shape.targets)}, chat format "
+        f"{manifest.chat_format}"
         + (f"; strength {settings.init_scale:g}" if settings.init_scale != 1 else "")
     )
-    lineage = (*warm_start.manifest.lineage, ancestor_of(warm_start.path, warm_start.manifest))
+    lineage = (*manifest.lineage, ancestor_of(warm_start.path, manifest))
     try:
-        about, trained = Initialization("warm start"), TrainedRows.read(warm_start.path)
+        about, trained = Initialization(manifest.kind), TrainedRows.read(warm_start.path)
         yield InitializedAdapter(model, shape, about, lineage, trained=trained)
     finally:
         detach_adapter(model)

@@ -20,7 +20,7 @@ from d2lora.adapters.attach import attach_adapter
 from d2lora.adapters.base import fingerprint_of_model
 from d2lora.adapters.files import read_adapter_config
 from d2lora.adapters.lora import LoraShape
-from d2lora.adapters.manifest import Adapter, Manifest, differences
+from d2lora.adapters.manifest import Adapter, Manifest, differences, has_manifest
 from d2lora.adapters.targets import ALL_LINEAR
 from d2lora.errors import ModelError, WarmStartError, did_you_mean
 from d2lora.runtime.run_folder import DONE
@@ -32,10 +32,10 @@ class WarmStart(Adapter):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Open a warm start's folder.
+        """Open a warm start's folder; an adapter made by `adapt` can be started from as well.
 
         Raises:
-            WarmStartError: If it is not a finished warm start.
+            WarmStartError: If it is neither, or not finished.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -43,12 +43,13 @@ class WarmStart(Adapter):
                 f"{folder}: no such folder; make a warm start with d2lora warmup."
                 f"{did_you_mean(str(path), (FRESH, *PEFT_INITS))}"
             )
-        if not (folder / "warm_start.json").is_file():
+        if not has_manifest(folder):
             if (folder / "settings.yaml").is_file() and not (folder / DONE).is_file():
-                raise WarmStartError(
-                    f"{folder}: the warm-up is unfinished; continue it with d2lora warmup --resume"
-                )
-            raise WarmStartError(f"{folder}: not a warm start: it has no warm_start.json")
+                raise WarmStartError(f"{folder}: the run is unfinished; continue it with --resume")
+            raise WarmStartError(
+                f"{folder}: not a warm start: it has no warm_start.json, nor the adapter.json of "
+                "d2lora adapt"
+            )
         try:
             read_adapter_config(folder)
         except ModelError as error:

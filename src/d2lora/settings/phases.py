@@ -116,9 +116,10 @@ class AdaptSettings(PhaseSettings):
     """`d2lora adapt`: base + scarce task data + initialization -> adapter."""
 
     init: str = FRESH
-    """Initialization of the adapter: the folder of a warm start, `fresh` (random A, zero B) or one
-    of PEFT's: gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, corda, loftq, lora_ga. Those
-    that change the base are converted when saved, to an ordinary adapter of twice the rank."""
+    """Initialization of the adapter: the folder of a warm start or of another adapter made by
+    d2lora, `fresh` (random A, zero B) or one of PEFT's: gaussian, orthogonal, pissa,
+    pissa_niter_N, olora, eva, corda, loftq, lora_ga. Those that change the base are converted when
+    saved, to an ordinary adapter of twice the rank."""
     init_scale: float = Field(default=1.0, ge=0, le=1)
     """Strength of the warm start: its B is multiplied by this. 0: its A with zero B."""
     n: int | None = Field(default=None, ge=1)
