@@ -18,6 +18,7 @@ from typing import Any
 
 from d2lora.adapters.base_files import base_folder
 from d2lora.data.reading import TaskData, read_task
+from d2lora.data.sources import nested_order
 from d2lora.errors import D2LoraError, DataError, RunError, SettingsError, counted
 from d2lora.fitting.page import page, show, to_json
 from d2lora.fitting.plan import TASK, plan_of
@@ -36,6 +37,7 @@ from d2lora.runtime.run_folder import (
     write_text,
 )
 from d2lora.settings import FitSettings
+from d2lora.settings.seeds import stream_seed
 from d2lora.study.decontamination import contamination_lines, decontaminated
 from d2lora.study.executors import Submit, executor, layout
 from d2lora.study.needs import Needs
@@ -113,6 +115,9 @@ def _fit(settings: FitSettings, reporter: Reporter) -> Fit:
             f"{counted(n, 'row')}, {counted(len(plan.arms), 'initialization')}, rank {rank}: "
             f"cross-validation in {settings.folds} folds, {counted(n_workers, 'run')} at a time"
         )
+        rows = read_task(plan.tasks[TASK].data, settings.task, skip_bad=settings.skip_bad_rows)
+        chosen = nested_order(len(rows.examples), stream_seed(settings.seed, "subset"))[:n]
+        _say_twice([rows.examples[index].question for index in chosen], reporter)
         search = Search(settings, needs, n, n_workers)
         found = _reached(search.fitted, needs, submit, reporter)
     _write(settings, plan, found, lines)
@@ -139,14 +144,17 @@ def _rows(settings: FitSettings, reporter: Reporter) -> TaskData:
         raise DataError(f"{n} rows are requested, but the data has {len(data.examples)}")
     if n < 2:
         raise DataError(f"{counted(n, 'row')}: at least 2 are needed, one to hold out")
-    questions = [example.question for example in data.examples]
+    return data
+
+
+def _say_twice(questions: Sequence[str], reporter: Reporter) -> None:
+    """Warn of rows of which one may be trained on while its like is held out."""
     twice = len(questions) - len(set(questions))
     if twice:
         reporter.say(
             f"warning: {counted(twice, 'row')} of {len(questions):,} ask what another asks; where "
             "one is trained on and the other held out, scores by cross-validation are too high"
         )
-    return data
 
 
 @contextmanager

@@ -33,8 +33,12 @@ def candidates(found: Fitted) -> Grid:
     for one in found.candidates:
         setting = f"{one.tuned.learning_rate:g}", str(_end(one.tuned.step, one.tuned.curve))
         rows.append((one.name, *setting, *_scores(one.answers)))
+    if found.longer is not None:
+        whole = found.longer.whole
+        setting = f"{whole.tuned.learning_rate:g}", str(whole.tuned.curve[-1][0])
+        rows.append((f"{whole.name}, to the end", *setting, *_scores(whole.answers)))
     if found.soup is not None:
-        title = f"{found.winner}, average of {found.soup.n_runs}"
+        title = f"{found.winner.name}, average of {found.soup.n_runs}"
         rows.append((title, NONE, NONE, *_scores(found.soup.average)))
     rows += [(name, NONE, NONE, *_scores(answers)) for name, answers in found.prompted.items()]
     columns = ("what", "learning rate", "steps", score, "nats per token")
@@ -62,7 +66,7 @@ def trials(found: Fitted) -> Grid:
 def examples(found: Fitted) -> Grid:
     """Return the table of the first rows, and what was answered to them."""
     kept = found.soup is not None and found.soup.kept
-    own = found.soup.average if found.soup and kept else words.winner_of(found).answers
+    own = found.soup.average if found.soup and kept else found.winner.answers
     asked = {"the winner": own, **found.prompted}
     shown = {name: one.outputs for name, one in asked.items() if one is not None and one.outputs}
     rows = [
@@ -92,7 +96,7 @@ def to_json(found: Fitted) -> dict[str, Any]:
     """Return the findings as plain values."""
     curve = found.curve
     return {
-        "winner": found.winner,
+        "winner": found.winner.name,
         "verdict": words.verdict(found),
         "cautions": words.cautions(found),
         "candidates": [

@@ -5,14 +5,16 @@
    halving, Jamieson and Talwalkar 2016, arXiv 1502.07943).
 2. What the best of each answers to the rows of every fold, beside the base with and without
    examples in its prompt. Test rows decide nothing.
-3. Whether the average of several runs of the winner loses to one of them, by the same rows.
-4. The winner, trained on all rows.
-5. What half and a quarter of the rows would have brought.
+3. Whether the winner answers better where it is trained to the end of its schedule and not to its
+   lowest loss: the loss may rise while answers still get better.
+4. Whether the average of several runs of the winner loses to one of them.
+5. The winner, trained on all rows.
+6. What half and a quarter of the rows would have brought.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from d2lora.data.reading import TaskData
@@ -58,6 +60,22 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class Longer:
+    """Training to the end of the schedule, against the step of the lowest loss."""
+
+    whole: Candidates
+    stopped: Candidates
+
+    @property
+    def kept(self) -> bool:
+        """Whether it answers better, by the task's own score."""
+        assert self.whole.answers is not None
+        assert self.stopped.answers is not None
+        change = self.whole.answers.change_from(self.stopped.answers)
+        return change is not None and change.low > 0
+
+
+@dataclass(frozen=True)
 class Soup:
     """The average of several runs against one of them, on rows held out."""
 
@@ -79,9 +97,10 @@ class Fitted:
     data: TaskData
     """The n rows."""
     candidates: list[Candidates]
-    winner: str
+    winner: Candidates
     prompted: dict[str, Answers]
     """Name -> the base with and without examples in its prompt."""
+    longer: Longer | None
     soup: Soup | None
     runs: list[AdaptSettings]
     """The final runs on all n rows."""
@@ -107,20 +126,23 @@ class Search:
         self._ledger = Ledger(self._settings.budget_s, self._n_workers)
         found = yield from self._tuned()
         split = Split.of((yield from self._settings_of(found[0], fold=0)), self._n)
-        whole: dict[str, AdaptSettings] = {}
+        reserve_s = 0.0
         for one in found:
-            whole[one.name] = yield from self._needs.trained_as(self._cell(one.name), one.tuned)
-        reserve_s = self._ledger.training_s(max(whole.values(), key=lambda s: s.max_steps or 0))
+            whole = yield from self._needs.trained_as(self._cell(one.name), one.tuned)
+            reserve_s = max(reserve_s, self._ledger.training_s(whole))
         found = yield from self._with_answers(found, split.data, reserve_s)
         prompted = yield from self._prompted(found[0], split.data, reserve_s)
         winner = _best(found)
-        reserve_s = self._ledger.training_s(whole[winner.name])
+        longer = yield from self._longer(winner, split.data, reserve_s)
+        winner = longer.whole if longer is not None and longer.kept else winner
+        whole = yield from self._needs.trained_as(self._cell(winner.name), winner.tuned)
+        reserve_s = self._ledger.training_s(whole)
         soup = yield from self._soup(winner, split.data, reserve_s)
         n_runs = soup.n_runs if soup is not None and soup.kept else 1
         jobs = [
             Trained(f"{winner.name}, final run {run}", (TASK, self._n), self._needs.store, own)
             for run in range(n_runs)
-            if (own := whole[winner.name].changed(seed_order=run))
+            if (own := whole.changed(seed_order=run))
         ]
         yield from self._run(jobs)
         adapter: Trained | AveragedWhole = jobs[0]
@@ -131,7 +153,7 @@ class Search:
         curve = yield from self._curve(winner, split.data)
         tests = yield from self._tests(adapter)
         return Fitted(
-            split.data, found, winner.name, prompted, soup, [job.training for job in jobs],
+            split.data, found, winner, prompted, longer, soup, [job.training for job in jobs],
             adapter, curve, tests, self._ledger,
         )  # fmt: skip
 
@@ -198,7 +220,7 @@ class Search:
             if not self._ledger.affords(f"answers after {one.name}", needed_s, reserve_s):
                 continue
             answered[one.name] = of_folds(data, (yield from self._run(jobs)))
-        return [Candidates(one.name, one.tuned, one.tried, answered.get(one.name)) for one in found]
+        return [replace(one, answers=answered.get(one.name)) for one in found]
 
     def _prompted(
         self, one: Candidates, data: TaskData, reserve_s: float
@@ -263,7 +285,22 @@ class Search:
         }
         return self._needs.tests(TASK).changed(**none), self._n
 
-    # 3. The average of several runs
+    # 3. To the end of the schedule
+
+    def _longer(self, winner: Candidates, data: TaskData, reserve_s: float) -> Steps[Longer | None]:
+        """Lead to the winner's answers after its whole schedule; None where it ends there."""
+        tuned = winner.tuned
+        if winner.answers is None or not data.task.metrics or tuned.step in (None, _last(tuned)):
+            return None
+        whole = replace(winner, tuned=replace(tuned, step=None), answers=None)
+        jobs = yield from self._held_out(whole)
+        needed_s = self._ledger.answering_s([job.training for job in jobs])
+        if not self._ledger.affords("training to the end of the schedule", needed_s, reserve_s):
+            return None
+        answers = of_folds(data, (yield from self._run(jobs)))
+        return Longer(replace(whole, answers=answers), winner)
+
+    # 4. The average of several runs
 
     def _soup(self, winner: Candidates, data: TaskData, reserve_s: float) -> Steps[Soup | None]:
         """Lead to the average of several runs of the winner, compared with one of them."""
@@ -297,7 +334,7 @@ class Search:
         averaged = yield from self._run(averages)
         return Soup(n_runs, of_folds(data, averaged), mean_of(singles))
 
-    # 5. The learning curve
+    # 6. The learning curve
 
     def _curve(self, winner: Candidates, data: TaskData) -> Steps[LearningCurve | None]:
         """Lead to the winner's scores after training on a quarter and a half of the rows."""
@@ -400,6 +437,10 @@ class _Trials:
     def _loss(self, candidate: Candidate) -> float:
         curve = self._curves[candidate]
         return self._grid.end(curve)[1] if curve else math.inf
+
+
+def _last(tuned: Tuned) -> int:
+    return tuned.curve[-1][0] if tuned.curve else 0
 
 
 def _loss(one: Candidates) -> float:

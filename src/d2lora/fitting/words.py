@@ -11,7 +11,7 @@ from d2lora.evaluation.crossed import Array
 from d2lora.evaluation.metrics import main_column, title_of
 from d2lora.evaluation.stats import Interval, mean_interval, paired_difference
 from d2lora.fitting.compare import Answers, LearningCurve
-from d2lora.fitting.search import Candidates, Fitted, Soup
+from d2lora.fitting.search import Candidates, Fitted, Longer, Soup
 
 _POWER = (1.96 + 0.84) ** 2
 """Of a two-sided test at 5 % with a power of 80 %, squared (Cohen 1988, section 2.4)."""
@@ -30,19 +30,16 @@ def score_name(found: Fitted) -> str:
     return ""
 
 
-def winner_of(found: Fitted) -> Candidates:
-    """Return the initialization that won."""
-    return next(one for one in found.candidates if one.name == found.winner)
-
-
 def verdict(found: Fitted) -> list[str]:
     """Return the findings, the most important first."""
-    won = winner_of(found)
+    won = found.winner
     lines = [_best(found, won)]
     lines += [
         _against(won, one) for one in found.candidates if one.name != won.name and one.answers
     ]
     lines += _against_prompts(found, won)
+    if found.longer is not None:
+        lines.append(_longer(found.longer))
     if found.soup is not None:
         lines.append(_soup(found.soup))
     if found.curve is not None:
@@ -55,7 +52,7 @@ def verdict(found: Fitted) -> list[str]:
 
 def cautions(found: Fitted) -> list[str]:
     """Return what weakens the findings."""
-    won = winner_of(found)
+    won = found.winner
     lines = [
         "Scores by cross-validation are of adapters trained on fewer rows than the final one; "
         "their intervals are over rows, and somewhat too narrow, as folds share training rows. "
@@ -160,6 +157,17 @@ def _against_prompts(found: Fitted, won: Candidates) -> list[str]:
             text += " Prompting does better than training here: no adapter is needed."
         lines.append(text)
     return lines
+
+
+def _longer(longer: Longer) -> str:
+    whole, stopped = longer.whole, longer.stopped
+    assert whole.answers is not None
+    assert stopped.answers is not None
+    fate = "kept" if longer.kept else "not kept"
+    return (
+        f"Trained for all {whole.tuned.curve[-1][0]} steps against {stopped.tuned.step}, where the "
+        f"loss is lowest: {_change(whole.answers, stopped.answers)} It is {fate}."
+    )
 
 
 def _soup(soup: Soup) -> str:
