@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -17,6 +18,7 @@ from d2lora import SettingsError, TrainingError, WarmStart, WarmStartError, Warm
 from d2lora.adapters.base import Base, load_base
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.settings import BaseSettings
+from d2lora.study.read_plan import read_plan
 from d2lora.training import phase
 from d2lora.training.data_initialization import DATA_DRIVEN
 from d2lora.training.initialization import InitializedAdapter
@@ -275,3 +277,26 @@ def test_an_adapter_of_a_task_is_a_warm_start_for_another(
     assert same.manifest.initialization["name"] == "adapter"
     trained = [TrainedRows.read(a.path) for a in (first, same)]
     assert (trained[0] | trained[1]) == trained[1]
+
+
+def test_an_adapter_made_by_peft_alone_is_a_start(
+    tmp_path: Path, tiny_base: str, titles: str, loaded: Base
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"])
+    config.init_lora_weights = False
+    get_peft_model(model, config).save_pretrained(str(tmp_path / "peft"))
+    same = run(
+        tmp_path / "same", tiny_base, titles, loaded, init=str(tmp_path / "peft"), max_steps=0,
+        rank=None,
+    )  # fmt: skip
+    own = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    copy = load_file(same.path / "adapter_model.safetensors")
+    assert own.keys() == copy.keys()
+    assert all(torch.equal(own[name], copy[name]) for name in own)
+    lora = same.manifest.lora
+    assert (lora.rank, lora.alpha, lora.targets) == (3, 5.0, ("down_proj", "q_proj"))
+    plan = {"warm_ups": {"theirs": {"path": str(tmp_path / "peft")}}}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    with pytest.raises(SettingsError, match="what it cost, which a study reports, is not known"):
+        read_plan(str(tmp_path / "plan.yaml"))

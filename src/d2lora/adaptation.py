@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from d2lora.adapters.attach import detach_adapter
 from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.lora import LoraShape
-from d2lora.adapters.manifest import Adapter, ancestor_of
+from d2lora.adapters.manifest import Adapter, ancestor_of, check_fit
 from d2lora.data.batches import Item
 from d2lora.data.encode import Encoder
 from d2lora.data.trained_rows import TrainedRows
@@ -66,6 +66,8 @@ def _initialized(
             yield adapter
         return
     shape = warm_start.inherited_shape(settings)
+    if warning := check_fit(warm_start.path, base):
+        reporter.say(warning)
     model = warm_start.apply_to(base.model, dropout=settings.dropout, scale=settings.init_scale)
     manifest = warm_start.manifest
     reporter.say(
@@ -88,6 +90,8 @@ def _inherited_format(settings: AdaptSettings, warm_start: WarmStart | None) -> 
     if warm_start is None:
         return wanted
     own = warm_start.manifest.chat_format
+    if own == "auto":  # not known
+        return wanted
     if wanted not in (None, "auto", own):
         raise WarmStartError(
             f"--chat-format {wanted} contradicts the warm start {warm_start.path}, made with "

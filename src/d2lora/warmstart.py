@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from d2lora.adapters.attach import attach_adapter
 from d2lora.adapters.base import fingerprint_of_model
-from d2lora.adapters.files import read_adapter_config
+from d2lora.adapters.files import ADAPTER_CONFIG, read_adapter_config
 from d2lora.adapters.lora import LoraShape
 from d2lora.adapters.manifest import Adapter, Manifest, differences, has_manifest
 from d2lora.adapters.targets import ALL_LINEAR
@@ -32,10 +32,10 @@ class WarmStart(Adapter):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Open a warm start's folder; an adapter made by `adapt` can be started from as well.
+        """Open a warm start's folder; any LoRA adapter in PEFT's format can be started from.
 
         Raises:
-            WarmStartError: If it is neither, or not finished.
+            WarmStartError: If it is none, or not finished.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -46,15 +46,17 @@ class WarmStart(Adapter):
         if not has_manifest(folder):
             if (folder / "settings.yaml").is_file() and not (folder / DONE).is_file():
                 raise WarmStartError(f"{folder}: the run is unfinished; continue it with --resume")
-            raise WarmStartError(
-                f"{folder}: not a warm start: it has no warm_start.json, nor the adapter.json of "
-                "d2lora adapt"
-            )
+            if not (folder / ADAPTER_CONFIG).is_file():
+                raise WarmStartError(
+                    f"{folder}: not a warm start: it has no warm_start.json, and no "
+                    f"{ADAPTER_CONFIG} of a PEFT adapter"
+                )
         try:
             read_adapter_config(folder)
+            known = has_manifest(folder)
+            return cls(folder, Manifest.read(folder) if known else Manifest.of_foreign(folder))
         except ModelError as error:
             raise WarmStartError(str(error)) from None
-        return cls(folder, Manifest.read(folder))
 
     def apply_to(
         self, model: PreTrainedModel, *, dropout: float | None = None, scale: float = 1.0

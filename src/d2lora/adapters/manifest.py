@@ -36,6 +36,7 @@ class BaseRecord(_Part):
     id: str
     revision: str | None
     fingerprint: str
+    """Of its weights; empty where an adapter's maker did not record it."""
     quantization: str | None = None
     """How its weights were quantized where they come from, such as GGUF; None: they were not."""
 
@@ -71,7 +72,8 @@ class Manifest(_Part):
     kind: Literal["warm start", "adapter"]
     base: BaseRecord
     objective: str
-    chat_format: Literal["template", "plain"]
+    chat_format: Literal["auto", "template", "plain"]
+    """`auto`: not known, as of an adapter made elsewhere."""
     lora: LoraRecord
     data: list[dict[str, Any]]
     n_examples: int
@@ -120,6 +122,34 @@ class Manifest(_Part):
         raise ModelError(f"{folder}: no manifest ({' or '.join(MANIFESTS.values())})")
 
     @classmethod
+    def of_foreign(cls, folder: Path) -> Self:
+        """Return what is known of a plain PEFT adapter that has no manifest.
+
+        Raises:
+            ModelError: If it is not a LoRA adapter.
+        """
+        config = read_adapter_config(folder)
+        name = config.base_model_name_or_path or ""
+        return cls(
+            format_version=FORMAT_VERSION,
+            kind="adapter",
+            base=BaseRecord(id=name, revision=config.revision, fingerprint=""),
+            objective="sft",
+            chat_format="auto",
+            lora=LoraRecord.of(LoraShape.of(config)),
+            data=[],
+            n_examples=0,
+            selection="",
+            settings={},
+            cost={},
+            validation_loss_before=None,
+            validation_loss_after=None,
+            lineage=[],
+            adapter_fingerprint=fingerprint_of_adapter(folder),
+            provenance={},
+        )
+
+    @classmethod
     def _parse(cls, path: Path) -> Self:
         values = read_json(path)
         version = values.get("format_version")
@@ -141,7 +171,7 @@ class Manifest(_Part):
         Raises:
             ModelError: If it has other weights; a WarmStartError for a warm start.
         """
-        if self.base.fingerprint != fingerprint:
+        if self.base.fingerprint and self.base.fingerprint != fingerprint:
             kind = WarmStartError if self.kind == "warm start" else ModelError
             raise kind(
                 f"{folder} was made on {self.base.id} (fingerprint {self.base.fingerprint[:12]}), "

@@ -52,7 +52,7 @@ def names_of(starts: Sequence[Path]) -> list[str]:
 
 def at_rank(start: Path, rank: int, folder: Path) -> Path:
     """Return a warm start of that rank: itself, or a conversion of it, which is made once."""
-    manifest = Manifest.read(start)
+    manifest = WarmStart.load(start).manifest
     if manifest.lora.rank == rank:
         return start
     out = folder / f"{manifest.adapter_fingerprint[:12]}-rank-{rank}"
@@ -65,7 +65,7 @@ def rank_of(settings: FitSettings, starts: Sequence[Path]) -> int:
     """Return the rank that all candidates have."""
     if settings.rank is not None:
         return settings.rank
-    return Manifest.read(starts[0]).lora.rank if starts else DEFAULT_RANK
+    return WarmStart.load(starts[0]).manifest.lora.rank if starts else DEFAULT_RANK
 
 
 def _beside(base: str) -> list[Path]:

@@ -31,8 +31,8 @@ class FitSettings(BaseSettings, FormatSettings):
     n: int | None = Field(default=None, ge=2)
     """Rows to use, a seeded subset. None: all."""
     warm_starts: tuple[str, ...] | None = None
-    """Warm starts to try. None: those beside the base, and the one that comes with d2lora where the
-    base is smollm2. Give `none` for none."""
+    """Warm starts, or other LoRA adapters in PEFT's format, to try. None: those beside the base,
+    and the one that comes with d2lora where the base is smollm2. Give `none` for none."""
     inits: tuple[str, ...] = (FRESH,)
     """Initializations to try beside them: `fresh` or PEFT's, as `d2lora adapt --init` takes
     them."""

@@ -116,8 +116,8 @@ class AdaptSettings(PhaseSettings):
     """`d2lora adapt`: base + scarce task data + initialization -> adapter."""
 
     init: str = FRESH
-    """Initialization of the adapter: the folder of a warm start or of another adapter made by
-    d2lora, `fresh` (random A, zero B) or one of PEFT's: gaussian, orthogonal, pissa,
+    """Initialization of the adapter: the folder of a warm start or of any LoRA adapter in PEFT's
+    format, `fresh` (random A, zero B) or one of PEFT's: gaussian, orthogonal, pissa,
     pissa_niter_N, olora, eva, corda, loftq, lora_ga. Those that change the base are converted when
     saved, to an ordinary adapter of twice the rank."""
     init_scale: float = Field(default=1.0, ge=0, le=1)

@@ -257,10 +257,10 @@ def adapted(settings: AdaptSettings, path: Path) -> dict[str, Any]:
 
 
 def _manifest_values(adapter: Path) -> dict[str, Any]:
-    """Return what a study needs of a finished run's manifest."""
-    from d2lora.adapters.manifest import Manifest
+    """Return what a study needs of a manifest; of an adapter made elsewhere nothing is known."""
+    from d2lora.warmstart import WarmStart
 
-    manifest = Manifest.read(adapter)
+    manifest = WarmStart.load(adapter).manifest
     return {
         "cost": manifest.cost,
         "validation_loss_before": manifest.validation_loss_before,

@@ -11,6 +11,8 @@ from typing import Any, get_args
 
 import yaml
 
+from d2lora.adapters.files import ADAPTER_CONFIG
+from d2lora.adapters.manifest import has_manifest
 from d2lora.errors import SettingsError, did_you_mean, listed
 from d2lora.settings import AdaptSettings, PairsSettings
 from d2lora.settings.yaml_text import parse_yaml
@@ -163,8 +165,14 @@ def _faults_of_path(name: str, values: Mapping[str, Any]) -> list[str]:
         for other in values
         if other != "path"
     ]
-    if not isinstance(values["path"], str):
-        faults.append(f"warm_ups.{name}.path: expected a folder, got {values['path']!r}")
+    path = values["path"]
+    if not isinstance(path, str):
+        faults.append(f"warm_ups.{name}.path: expected a folder, got {path!r}")
+    elif (Path(path) / ADAPTER_CONFIG).is_file() and not has_manifest(Path(path)):
+        faults.append(
+            f"warm_ups.{name}.path: {path} was not made by d2lora, and what it cost, which a study "
+            "reports, is not known; d2lora adapt and fit take it"
+        )
     return faults
 
 
