@@ -34,15 +34,15 @@ class Split:
         """Split n rows as a run with these settings does, which may train on fewer."""
         data = read_task(settings.data, settings.task, skip_bad=settings.skip_bad_rows)
         chosen = nested_order(len(data.examples), seed_of(settings, "subset"))[:n]
-        examples, rows = ([of[i] for i in chosen] for of in (data.examples, data.rows))
-        data = replace(data, examples=_with_answers(data, examples), rows=rows)
+        examples = _with_answers(data, [data.examples[index] for index in chosen])
+        data = replace(data, examples=examples, rows=[data.rows[index] for index in chosen])
         trained, _ = split_validation(range(settings.n or n), 0.0, settings.fold)
         return cls(data, trained, sorted(set(range(n)) - set(trained)))
 
     def rows(self, places: Sequence[int]) -> TaskData:
         """Return some of the rows as a task's data."""
-        examples, rows = ([of[i] for i in places] for of in (self.data.examples, self.data.rows))
-        return replace(self.data, examples=examples, rows=rows)
+        examples = [self.data.examples[place] for place in places]
+        return replace(self.data, examples=examples, rows=[self.data.rows[p] for p in places])
 
 
 def _with_answers(data: TaskData, examples: Sequence[Example]) -> list[Example]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from d2lora.fitting.starts import names_of
 from d2lora.settings import BaseSettings, FitSettings
-from d2lora.study.plan import StudyPlan
+from d2lora.study.plan import ArmPlan, StudyPlan, TaskPlan
 
 TASK = "task"
 _LONGEST = {16: 48, 64: 128, 256: 256, 1024: 512}
@@ -31,26 +31,22 @@ def plan_of(settings: FitSettings, starts: Sequence[Path], rank: int, n: int) ->
     }
     if settings.batch_size is not None:
         adapt["batch_size"] = settings.batch_size
+    task = TaskPlan(
+        data=settings.data,
+        test=settings.test,
+        task=settings.task,
+        n_test=settings.n_test,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    warm = [ArmPlan(kind="warm", name=f"warm start {name}", warm_up=name) for name in names]
+    new = [ArmPlan(kind="init", name=init, init=init) for init in settings.inits]
     return StudyPlan(
         **{name: getattr(settings, name) for name in BaseSettings.model_fields},
-        warm_ups={
-            name: {"path": str(path)} for name, path in zip(names, starts, strict=True)
-        },
-        tasks={
-            TASK: {
-                "data": settings.data,
-                "test": settings.test,
-                "task": settings.task,
-                "n_test": settings.n_test,
-                "max_new_tokens": settings.max_new_tokens,
-            }
-        },
+        warm_ups={name: {"path": str(path)} for name, path in zip(names, starts, strict=True)},
+        tasks={TASK: task},
         sizes=(n,),
         seeds=1,
-        arms=[
-            *({"kind": "warm", "name": f"warm start {name}", "warm_up": name} for name in names),
-            *({"kind": "init", "name": init, "init": init} for init in settings.inits),
-        ],
+        arms=(*warm, *new),
         adapt=adapt,
         steps=_LONGEST if settings.steps is None else {n: settings.steps},
         learning_rates=settings.learning_rates,
@@ -59,4 +55,4 @@ def plan_of(settings: FitSettings, starts: Sequence[Path], rank: int, n: int) ->
         choices=settings.choices,
         lm_eval_tasks=settings.lm_eval_tasks,
         keep_out_words=settings.keep_out_words,
-    )  # fmt: skip
+    )
