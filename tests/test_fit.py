@@ -269,3 +269,11 @@ def test_a_fit_does_not_write_into_a_folder_of_something_else(
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="not a fit"):
         fit(settings(tiny_base, rows, tmp_path))
+
+
+def test_documents_are_fitted_by_their_loss_alone(tmp_path: Path, tiny_base: str) -> None:
+    texts = [{"text": f"The river number {n} is long and cold."} for n in range(6)]
+    data = write_rows(tmp_path / "texts.jsonl", texts)
+    done = fit(settings(tiny_base, data, tmp_path / "best", task="text", runs=1))
+    assert done.found.prompted == {}
+    assert "nats per token" in verdict(done.found)[0]

@@ -99,11 +99,16 @@ def test_a_plan_says_once_how_long_to_train(tmp_path: Path) -> None:
     assert read_plan(str(plan)).adapt["max_steps"] == 3
 
 
-def test_copies_of_sizes_rates_and_tasks_are_refused(plan: dict[str, Any], tmp_path: Path) -> None:
+def test_copies_of_sizes_rates_and_tasks_and_tasks_without_tests_are_refused(
+    plan: dict[str, Any], tmp_path: Path
+) -> None:
     for copied in ({"sizes": [4, 4]}, {"learning_rates": [0.1, 0.1]}):
         with pytest.raises(SettingsError, match="each may be given once"):
             run_study(settings(tmp_path, plan | copied))
     twin = {**plan["tasks"]["titles"], "title": "Again"}
+    untested = {"titles": {**plan["tasks"]["titles"], "test": []}}
+    with pytest.raises(SettingsError, match=r"tasks\.titles: give test rows as `test`"):
+        run_study(settings(tmp_path, plan | {"tasks": untested}))
     with pytest.raises(SettingsError, match="tasks again and titles are the same"):
         run_study(settings(tmp_path, plan | {"tasks": {**plan["tasks"], "again": twin}}))
 
@@ -169,7 +174,7 @@ def test_every_shipped_plan_is_whole(name: str) -> None:
     assert read_plan(name).question
 
 
-ON_THE_REAL_BASE = {"demo", "intents", "smollm2"}
+ON_THE_REAL_BASE = {"demo", "intents", "slots", "smollm2"}
 """Plans whose estimate takes minutes, as it measures some steps of everything."""
 
 

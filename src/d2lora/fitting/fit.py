@@ -85,6 +85,8 @@ def _fit(settings: FitSettings, reporter: Reporter) -> Fit:
     data = _rows(settings, reporter)
     base_folder(settings.base, settings.revision, settings.gguf_file)
     starts = warm_starts_of(settings)
+    if not starts and settings.warm_starts is None:
+        reporter.say(f"no warm start was found beside {settings.base}: name some as --warm-starts")
     if not starts and not settings.inits:
         raise SettingsError("nothing to try: give --warm-starts or --inits")
     check_writable(store, "--out")
@@ -169,9 +171,10 @@ def _as_of_a_fit() -> Generator[None]:
 
 def _check(plan: StudyPlan, settings: FitSettings, reporter: Reporter) -> None:
     """Open all that the fit needs, and say what its limits cut."""
+    check(plan)
     task = plan.tasks[TASK]
+    # Every row is answered; without test rows their limits are those that count.
     own = plan.changed(tasks={TASK: task.changed(test=task.test or task.data)})
-    check(own)
     for message in cut_short(own):
         reporter.say(f"warning: {message.removeprefix(f'tasks.{TASK}: ')}")
     if not settings.test:

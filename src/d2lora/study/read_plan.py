@@ -185,7 +185,9 @@ def _forbidden(place: str, values: Mapping[str, Any], fixed: set[str]) -> list[s
 
 
 def _faults_of_names(plan: StudyPlan) -> list[str]:
-    faults: list[str] = []
+    faults = [
+        f"tasks.{name}: give test rows as `test`" for name, t in plan.tasks.items() if not t.test
+    ]
     arms = _named(plan)
     names = [arm.name for arm in arms]
     for arm in plan.arms:

@@ -75,11 +75,11 @@ def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> Non
             continue
         try:
             rows = len(read_task(task.data, task.task).examples)
-            tests = read_task(task.test, task.task, say=say)
+            tests = read_task(task.test, task.task, say=say) if task.test else None
         except D2LoraError as error:
             faults.append(f"tasks.{name}: {error}")
             continue
-        if tests.task.answers == "none":
+        if tests is not None and tests.task.answers == "none":
             faults.append(
                 f"tasks.{name}: task {tests.task.name} has no answers to score; give such rows as "
                 "general_text"
