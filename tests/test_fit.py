@@ -167,6 +167,12 @@ def test_a_fit_without_time_left_still_keeps_room_for_the_final_run() -> None:
     assert ledger.left_out == ["as much beside the final run"]
 
 
+def test_a_run_that_two_stages_ask_for_is_paid_once(fitted: Fit) -> None:
+    results = (fitted.path / "store").glob("*/result.json")
+    whole_s = sum(read_json(file)["job_s"] for file in results)
+    assert fitted.found.ledger.spent_s == pytest.approx(whole_s, rel=0.01)
+
+
 def test_a_candidate_beats_another_by_its_score_where_that_can_tell() -> None:
     even = np.tile([0.0, 1.0], 10)
     better, worse = (

@@ -198,10 +198,10 @@ class Search:
             jobs = []
             for own in trials.values():
                 jobs += yield from own.halved(n_folds)
-            if not self._ledger.affords(
-                f"trials on {n_folds} folds",
-                self._ledger.training_s(*(job.training for job in jobs)),
-            ):
+            new = self._ledger.new(jobs)
+            needed_s = self._ledger.training_s(*(job.training for job in new))
+            reserve_s = max((self._ledger.training_s(job.training) for job in jobs), default=0.0)
+            if not self._ledger.affords(f"trials on {n_folds} folds", needed_s, reserve_s):
                 break
             yield from self._try(jobs)
             for own in trials.values():
@@ -216,7 +216,7 @@ class Search:
         answered: dict[str, Answers] = {}
         for one in sorted(found, key=_loss):
             jobs = yield from self._held_out(one)
-            needed_s = self._ledger.answering_s([job.training for job in jobs])
+            needed_s = self._ledger.answering_s(jobs)
             if not self._ledger.affords(f"answers after {one.name}", needed_s, reserve_s):
                 continue
             answered[one.name] = of_folds(data, (yield from self._run(jobs)))
@@ -234,10 +234,13 @@ class Search:
         shots = min(self._settings.shots, fewest)
         for n_shots in dict.fromkeys((0, shots)):
             name = f"base, {counted(n_shots, 'example')} in the prompt" if n_shots else "base"
-            if not self._ledger.affords(name, self._ledger.answering_s(training), reserve_s):
+            jobs = [
+                Prompted(*self._place(name, fold), own, *self._asked(), shots=n_shots)
+                for fold, own in enumerate(training)
+            ]
+            needed_s = self._ledger.answering_s(jobs, trains=False)
+            if not self._ledger.affords(name, needed_s, reserve_s):
                 continue
-            jobs = [Prompted(*self._place(name, i), own, *self._asked(), shots=n_shots)
-                    for i, own in enumerate(training)]  # fmt: skip
             found[name] = of_folds(data, (yield from self._run(jobs)))
         return found
 
@@ -294,7 +297,7 @@ class Search:
             return None
         whole = replace(winner, tuned=replace(tuned, step=None), answers=None)
         jobs = yield from self._held_out(whole)
-        needed_s = self._ledger.answering_s([job.training for job in jobs])
+        needed_s = self._ledger.answering_s(jobs)
         if not self._ledger.affords("training to the end of the schedule", needed_s, reserve_s):
             return None
         answers = of_folds(data, (yield from self._run(jobs)))
@@ -311,11 +314,10 @@ class Search:
         for order in range(n_runs):
             own = yield from self._held_out(winner, order=order)
             jobs.append(own)
-        new = [job.training for own in jobs[1:] for job in own]
         finally_s = (n_runs - 1) * reserve_s
         if not self._ledger.affords(
             f"the average of {n_runs} runs",
-            self._ledger.answering_s(new) + finally_s,
+            self._ledger.answering_s([job for own in jobs for job in own]) + finally_s,
             reserve_s,
         ):
             return None
@@ -342,7 +344,7 @@ class Search:
             return None
         sizes = [self._n // 4, self._n // 2]
         jobs = yield from self._held_out(winner, sizes[0])
-        needed_s = 2 * 2 * self._ledger.answering_s([job.training for job in jobs])
+        needed_s = 2 * 2 * self._ledger.answering_s(jobs)
         if not self._ledger.affords("the learning curve", needed_s):
             return None
         found: list[Answers] = []
