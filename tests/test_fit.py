@@ -19,9 +19,9 @@ from d2lora.data.reading import read_task
 from d2lora.errors import DataError, RunError, SettingsError
 from d2lora.fitting.compare import Answers, LearningCurve, of_folds
 from d2lora.fitting.fit import Fit, fit
+from d2lora.fitting.found import Contender, Longer
 from d2lora.fitting.jobs import Split
 from d2lora.fitting.ledger import Ledger
-from d2lora.fitting.search import Candidates, Longer
 from d2lora.fitting.words import verdict
 from d2lora.runtime.run_folder import read_json
 from d2lora.settings import AdaptSettings, FitSettings
@@ -193,7 +193,7 @@ def test_a_candidate_beats_another_by_its_loss_where_the_score_cannot_tell() -> 
 def test_the_whole_schedule_is_kept_only_where_the_score_shows_that_it_answers_better() -> None:
     tuned = Tuned(1e-3, step=4, curve=((0, 3.0), (4, 1.0), (8, 2.0)))
     scores = np.linspace(0.0, 0.5, 20)
-    stopped = Candidates("fresh", tuned, [], Answers(np.full(20, 1.0), {"rougeL": scores}))
+    stopped = Contender("fresh", tuned, [], Answers(np.full(20, 1.0), {"rougeL": scores}))
     better, worse = (
         replace(stopped, answers=Answers(np.full(20, 2.0), {"rougeL": scores + by}))
         for by in (0.3, -0.01)

@@ -20,10 +20,11 @@ from d2lora.adapters.base_files import base_folder
 from d2lora.data.reading import TaskData, read_task
 from d2lora.data.sources import nested_order
 from d2lora.errors import D2LoraError, DataError, RunError, SettingsError, counted
+from d2lora.fitting.found import Fitted
 from d2lora.fitting.page import page, show, to_json
 from d2lora.fitting.plan import TASK, plan_of
 from d2lora.fitting.repeat import commands_of
-from d2lora.fitting.search import Fitted, Search
+from d2lora.fitting.search import Search
 from d2lora.fitting.starts import at_rank, rank_of, warm_starts_of
 from d2lora.runtime.claims import check_writable, claimed
 from d2lora.runtime.console import Reporter, table_console

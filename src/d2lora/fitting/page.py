@@ -8,7 +8,7 @@ from rich.console import Console
 from d2lora.evaluation.stats import Interval
 from d2lora.fitting import words
 from d2lora.fitting.compare import Answers
-from d2lora.fitting.search import Fitted
+from d2lora.fitting.found import Fitted
 from d2lora.report.html import as_is, environment, own_file
 from d2lora.runtime.grids import NONE, Grid, as_table
 from d2lora.settings import FitSettings

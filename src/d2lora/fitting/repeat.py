@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from d2lora.fitting.found import Fitted
 from d2lora.fitting.jobs import averaging
-from d2lora.fitting.search import Fitted
 from d2lora.settings import Settings
 
 _UNSEEN = {"out", "quiet", "measure_start"}

@@ -12,103 +12,28 @@
 6. What half and a quarter of the rows would have brought.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from d2lora.data.reading import TaskData
-from d2lora.errors import DataError, RunError, counted
+from d2lora.errors import RunError, counted
 from d2lora.fitting.compare import Answers, LearningCurve, mean_of, of_folds
+from d2lora.fitting.found import Contender, Fitted, Longer, Soup
 from d2lora.fitting.jobs import Averaged, AveragedWhole, HeldOut, Prompted, Split, Trained
 from d2lora.fitting.ledger import Ledger
 from d2lora.fitting.plan import TASK
+from d2lora.fitting.trials import Trials
 from d2lora.settings import AdaptSettings, FitSettings
 from d2lora.study.cells import BASE, Cell
 from d2lora.study.jobs import Scored, Trial
 from d2lora.study.needs import Needs
 from d2lora.study.steps import Steps
 from d2lora.study.store import Job
-from d2lora.study.tuning import Candidate, Curve, SearchGrid, Tuned, mean_curve
+from d2lora.study.tuning import SearchGrid, Tuned
 
 LEAST_ROWS_OF_CURVE = 16
 """Rows from which on a learning curve is drawn."""
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A learning rate and length that were tried."""
-
-    learning_rate: float
-    n_steps: int
-    """Length of the schedule."""
-    n_folds: int
-    step: int
-    """Of the lowest loss."""
-    loss: float
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """What one initialization came to."""
-
-    name: str
-    tuned: Tuned
-    tried: list[Tried]
-    answers: Answers | None = None
-    """To the rows held out. None: there was no time."""
-
-
-@dataclass(frozen=True)
-class Longer:
-    """Training to the end of the schedule, against the step of the lowest loss."""
-
-    whole: Candidates
-    stopped: Candidates
-
-    @property
-    def kept(self) -> bool:
-        """Whether it answers better, by the task's own score."""
-        assert self.whole.answers is not None
-        assert self.stopped.answers is not None
-        change = self.whole.answers.change_from(self.stopped.answers)
-        return change is not None and change.low > 0
-
-
-@dataclass(frozen=True)
-class Soup:
-    """The average of several runs against one of them, on rows held out."""
-
-    n_runs: int
-    average: Answers
-    single: Answers
-    """The mean of the runs."""
-
-    @property
-    def kept(self) -> bool:
-        """Whether the average does not lose."""
-        return not self.single.beats(self.average)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What a fit found."""
-
-    data: TaskData
-    """The n rows."""
-    candidates: list[Candidates]
-    winner: Candidates
-    prompted: dict[str, Answers]
-    """Name -> the base with and without examples in its prompt."""
-    longer: Longer | None
-    soup: Soup | None
-    runs: list[AdaptSettings]
-    """The final runs on all n rows."""
-    adapter: Trained | AveragedWhole
-    curve: LearningCurve | None
-    tests: dict[str, dict[str, Any]]
-    """Name -> what was measured on test rows, general text and multiple choice."""
-    ledger: Ledger = field(repr=False)
 
 
 class Search:
@@ -175,13 +100,13 @@ class Search:
 
     # 1. Learning rates and lengths
 
-    def _tuned(self) -> Steps[list[Candidates]]:
+    def _tuned(self) -> Steps[list[Contender]]:
         """Lead to the learning rate and length of every initialization."""
-        trials = {arm: _Trials(self._needs, self._cell(arm)) for arm in self._arms}
+        trials = {arm: Trials(self._needs, self._cell(arm)) for arm in self._arms}
         yield from self._searched(trials, self._settings.folds)
         return [own.chosen(arm) for arm, own in trials.items()]
 
-    def _searched(self, trials: "Mapping[str, _Trials]", most_folds: int) -> Steps[None]:
+    def _searched(self, trials: "Mapping[str, Trials]", most_folds: int) -> Steps[None]:
         """Lead to the trials of a search by successive halving."""
         while True:
             jobs: list[Trial] = []
@@ -210,8 +135,8 @@ class Search:
     # 2. Answers to rows that were held out
 
     def _with_answers(
-        self, found: Sequence[Candidates], data: TaskData, reserve_s: float
-    ) -> Steps[list[Candidates]]:
+        self, found: Sequence[Contender], data: TaskData, reserve_s: float
+    ) -> Steps[list[Contender]]:
         """Lead to what every initialization answers, the one of the lowest loss first."""
         answered: dict[str, Answers] = {}
         for one in sorted(found, key=_loss):
@@ -223,7 +148,7 @@ class Search:
         return [replace(one, answers=answered.get(one.name)) for one in found]
 
     def _prompted(
-        self, one: Candidates, data: TaskData, reserve_s: float
+        self, one: Contender, data: TaskData, reserve_s: float
     ) -> Steps[dict[str, Answers]]:
         """Lead to what the base answers with and without examples in its prompt."""
         if data.task.answers == "none":
@@ -245,7 +170,7 @@ class Search:
         return found
 
     def _held_out(
-        self, one: Candidates, n: int | None = None, order: int = 0
+        self, one: Contender, n: int | None = None, order: int = 0
     ) -> Steps[list[HeldOut]]:
         training = yield from self._folds_of(one, n)
         return [
@@ -256,7 +181,7 @@ class Search:
             for fold, own in enumerate(training)
         ]  # fmt: skip
 
-    def _folds_of(self, one: Candidates, n: int | None = None) -> Steps[list[AdaptSettings]]:
+    def _folds_of(self, one: Contender, n: int | None = None) -> Steps[list[AdaptSettings]]:
         """Lead to the settings of training without each of the folds."""
         runs: list[AdaptSettings] = []
         for fold in range(min(self._settings.folds, n or self._n)):
@@ -265,7 +190,7 @@ class Search:
         return runs
 
     def _settings_of(
-        self, one: Candidates, *, fold: int, n: int | None = None
+        self, one: Contender, *, fold: int, n: int | None = None
     ) -> Steps[AdaptSettings]:
         n_folds = min(self._settings.folds, n or self._n)
         own = yield from self._needs.trained_as(
@@ -290,7 +215,7 @@ class Search:
 
     # 3. To the end of the schedule
 
-    def _longer(self, winner: Candidates, data: TaskData, reserve_s: float) -> Steps[Longer | None]:
+    def _longer(self, winner: Contender, data: TaskData, reserve_s: float) -> Steps[Longer | None]:
         """Lead to the winner's answers after its whole schedule; None where it ends there."""
         tuned = winner.tuned
         if winner.answers is None or not data.task.metrics or tuned.step in (None, _last(tuned)):
@@ -305,7 +230,7 @@ class Search:
 
     # 4. The average of several runs
 
-    def _soup(self, winner: Candidates, data: TaskData, reserve_s: float) -> Steps[Soup | None]:
+    def _soup(self, winner: Contender, data: TaskData, reserve_s: float) -> Steps[Soup | None]:
         """Lead to the average of several runs of the winner, compared with one of them."""
         n_runs = self._settings.runs
         if n_runs == 1 or winner.answers is None:
@@ -338,7 +263,7 @@ class Search:
 
     # 6. The learning curve
 
-    def _curve(self, winner: Candidates, data: TaskData) -> Steps[LearningCurve | None]:
+    def _curve(self, winner: Contender, data: TaskData) -> Steps[LearningCurve | None]:
         """Lead to the winner's scores after training on a quarter and a half of the rows."""
         if self._n < LEAST_ROWS_OF_CURVE or winner.answers is None:
             return None
@@ -351,7 +276,7 @@ class Search:
         for n in sizes:
             # Fewer rows may want fewer steps.
             grid = SearchGrid((winner.tuned.learning_rate,), chooses_length=True)
-            own = _Trials(self._needs, self._cell(winner.name, n), grid)
+            own = Trials(self._needs, self._cell(winner.name, n), grid)
             yield from self._searched({winner.name: own}, 2)
             held_out = yield from self._held_out(own.chosen(winner.name), n)
             found.append(of_folds(data, (yield from self._run(held_out))))
@@ -374,84 +299,17 @@ class Search:
         return dict(zip((BASE, "adapter"), results, strict=True))
 
 
-class _Trials:
-    """The trials of one initialization: what was tried, on how many folds."""
-
-    def __init__(self, needs: Needs, cell: Cell, grid: SearchGrid | None = None) -> None:
-        self._needs, self._cell = needs, cell
-        self._grid = grid or needs.grid(cell)
-        self._curves: dict[Candidate, Curve | None] = {}
-        self._n_folds: dict[Candidate, int] = {}
-        self._asked: dict[Candidate, list[Trial]] = {}
-
-    def wanted(self) -> Steps[list[Trial]]:
-        """Lead to the trials, on the first fold, that the search asks for next."""
-        new = self._grid.wanted(self._curves)
-        return (yield from self._ask(new, 1))
-
-    def halved(self, n_folds: int) -> Steps[list[Trial]]:
-        """Lead to the trials of the better half of what was tried last, on more folds."""
-        most = max(self._n_folds.values(), default=1)
-        alive = [c for c, n in self._n_folds.items() if n == most and self._curves[c]]
-        alive.sort(key=lambda c: (self._loss(c), c))
-        return (yield from self._ask(alive[: math.ceil(len(alive) / 2)], n_folds))
-
-    def _ask(self, candidates: Sequence[Candidate], n_folds: int) -> Steps[list[Trial]]:
-        self._asked = {}
-        for candidate in candidates:
-            jobs = yield from self._needs.trial_jobs(self._cell, self._grid, candidate)
-            self._asked[candidate] = jobs[:n_folds]
-        return [job for jobs in self._asked.values() for job in jobs]
-
-    def take(self) -> None:
-        """Read the curves of what was asked for."""
-        for candidate, jobs in self._asked.items():
-            results = [self._needs.done.get(job.key) for job in jobs]
-            curves = [result["curve"] for result in results if result is not None]
-            whole = len(curves) == len(jobs)
-            self._curves[candidate] = mean_curve(curves) if whole else None
-            self._n_folds[candidate] = len(jobs)
-
-    def chosen(self, name: str) -> Candidates:
-        """Return the best of what was tried on the most folds.
-
-        Raises:
-            DataError: If every trial failed.
-        """
-        most = max((n for c, n in self._n_folds.items() if self._curves[c]), default=0)
-        last = {c: curve for c, curve in self._curves.items() if self._n_folds[c] == most}
-        tuned = Tuned.of(self._grid, last)
-        if tuned is None:
-            reason = next(iter(self._needs.failed.values()), "no row can be held out")
-            raise DataError(f"{name}: no learning rate could be used: {reason}")
-        tried = [
-            Tried(
-                self._grid.learning_rate(c.place),
-                curve[-1][0],
-                self._n_folds[c],
-                *self._grid.end(curve),
-            )
-            for c, curve in self._curves.items()
-            if curve
-        ]
-        return Candidates(name, tuned, tried)
-
-    def _loss(self, candidate: Candidate) -> float:
-        curve = self._curves[candidate]
-        return self._grid.end(curve)[1] if curve else math.inf
-
-
 def _last(tuned: Tuned) -> int:
     return tuned.curve[-1][0] if tuned.curve else 0
 
 
-def _loss(one: Candidates) -> float:
+def _loss(one: Contender) -> float:
     """Return the lowest loss of the trials on the most folds."""
     most = max(tried.n_folds for tried in one.tried)
     return min(tried.loss for tried in one.tried if tried.n_folds == most)
 
 
-def _best(found: Sequence[Candidates]) -> Candidates:
+def _best(found: Sequence[Contender]) -> Contender:
     """Return the winner: by answers where they are there, else by the loss of the trials."""
     answered = [(one, one.answers) for one in found if one.answers is not None]
     if not answered:

@@ -11,7 +11,7 @@ from d2lora.evaluation.crossed import Array
 from d2lora.evaluation.metrics import main_column, title_of
 from d2lora.evaluation.stats import Interval, mean_interval, paired_difference
 from d2lora.fitting.compare import Answers, LearningCurve
-from d2lora.fitting.search import Candidates, Fitted, Longer, Soup
+from d2lora.fitting.found import Contender, Fitted, Longer, Soup
 
 _POWER = (1.96 + 0.84) ** 2
 """Of a two-sided test at 5 % with a power of 80 %, squared (Cohen 1988, section 2.4)."""
@@ -79,7 +79,7 @@ def cautions(found: Fitted) -> list[str]:
     return lines
 
 
-def _best(found: Fitted, won: Candidates) -> str:
+def _best(found: Fitted, won: Contender) -> str:
     text = (
         f"Best: {won.name}, learning rate {won.tuned.learning_rate:g}, "
         f"{counted(_steps(found), 'step')}"
@@ -101,7 +101,7 @@ def _steps(found: Fitted) -> int:
     return min(run.max_steps or 0, run.stop_step or run.max_steps or 0)
 
 
-def _against(won: Candidates, other: Candidates) -> str:
+def _against(won: Contender, other: Contender) -> str:
     assert won.answers is not None
     assert other.answers is not None
     return f"{_subject(won.name)} against {other.name}: {_change(won.answers, other.answers)}"
@@ -147,7 +147,7 @@ def _rows_to_see(differences: Array) -> int | None:
     return round(rows, -digits)
 
 
-def _against_prompts(found: Fitted, won: Candidates) -> list[str]:
+def _against_prompts(found: Fitted, won: Contender) -> list[str]:
     if won.answers is None:
         return []
     lines: list[str] = []
