@@ -49,7 +49,8 @@ SMALL = ("--set", "sizes=[16]", "seeds=1", "learning_rates=[0.001]")
 """Added to studies, which take minutes as they are written."""
 
 SMALL_FIT = shlex.split(
-    "--folds 2 --runs 1 --shots 0 --steps 4 --learning-rates 0.001 --max-new-tokens 8"
+    "--folds 2 --runs 1 --shots 0 --steps 2 --learning-rates 0.001 --max-new-tokens 8 "
+    "--executor inline"
 )
 
 
