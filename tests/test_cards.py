@@ -2,10 +2,14 @@
 
 import gzip
 import json
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from d2lora import AdaptSettings, SelectSettings, WarmupSettings, adapt, select, warm_up
 from d2lora.adapters.base import load_base
@@ -134,6 +138,13 @@ def test_faults_of_rows_name_the_row_the_field_and_the_line_of_the_card(tmp_path
         ("answers: maybe", "(line 1)"),
         ("prompt: a\nprompt: b", "given twice"),
         ("[1]", "expected `name: value` lines, found list"),
+        ("prompt: text", "it shows no field; write the name of one in braces: {text}"),
+        ("completion: yes or no", "it shows no field"),
+        (
+            "values: {lable: {0: no}}\nprompt: '{text}'\ncompletion: '{label}'",
+            "names `lable`, which is not among the fields that the card shows",
+        ),
+        ("answers: closed\nlabels: [no, yes, 'no ']", "`no` is given more than once"),
     ],
 )
 def test_a_card_that_is_none_says_why_and_where(tmp_path: Path, text: str, message: str) -> None:
@@ -372,7 +383,7 @@ def test_a_list_in_a_template_says_how_to_show_it(tmp_path: Path) -> None:
 def test_values_have_names_and_files_without_a_header_have_columns(tmp_path: Path) -> None:
     text = """
     header: [label, text]
-    values: {label: {0: "no", 1: "yes"}}
+    values: {label: {0: no, 1: yes}}
     prompt: "{text}"
     completion: "{label}"
     answers: closed
@@ -389,6 +400,80 @@ def test_values_have_names_and_files_without_a_header_have_columns(tmp_path: Pat
     )
     with pytest.raises(DataError, match=r"line 2: field `label` is '2', which is none of 0, 1;"):
         read_task([rows], path)
+
+
+def test_values_are_named_by_column_name_or_path_and_in_lists(tmp_path: Path) -> None:
+    row = {"id": 1, "data": {"kind": 0, "tags": [True, False]}, "label": 1}
+    for field, template in {"l": "{l}", "label": "{l}", "data.kind": "{data.kind}"}.items():
+        text = f"columns: {{l: label}}\nvalues: {{{field}: {{0: no, 1: yes}}}}\nprompt: '{{id}}'\n"
+        [example] = examples(tmp_path, f"{text}completion: '{template}'", row)
+        assert example.completion == ("no" if "kind" in field else "yes")
+    text = "columns: {t: 'data.tags[*]'}\nvalues: {t: {true: on, false: off}}\nprompt: '{t}'"
+    [example] = examples(tmp_path, f"{text}\ncompletion: '{{t:json}}'", row)
+    assert (example.prompt[0].content, example.completion) == ("on\noff", '["on", "off"]')
+
+
+def test_a_column_with_a_name_keeps_its_kind_of_value(tmp_path: Path) -> None:
+    [example] = examples(
+        tmp_path,
+        "columns: {n: a.n, ok: a.ok, tags: 'a.tags[*]'}\n"
+        "prompt: '{n:.2f} {tags}'\ncompletion: '{n:json} {ok:json} {tags:json}'",
+        {"a": {"n": 5, "ok": True, "tags": ["x", "y"]}},
+    )
+    assert example.prompt[0].content == "5.00 x\ny"
+    assert example.completion == '5 true ["x", "y"]'
+
+
+def test_labels_with_white_space_around_them_are_one(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,kind\na,card\nb,card \nc,rate\n", encoding="utf-8")
+    text = "columns: {prompt: text, completion: kind}\nanswers: closed"
+    assert labels_of(read_task([str(file)], card(tmp_path, text))) == ("card", "rate")
+
+
+def test_a_header_that_the_card_gives_too_is_no_row(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,kind\na,card\n", encoding="utf-8")
+    text = "header: [text, kind]\nprompt: '{text}'\ncompletion: '{kind}'"
+    with pytest.raises(DataError, match="line 1: a header, as the task card's `header` has it"):
+        read_task([str(file)], card(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "message"),
+    [
+        ("{x:g}", {"x": 10**400}, "int too large to convert to float"),
+        ("{x?}", {"x?": "Why"}, "called `x?`; give it another name in `columns`"),
+    ],
+)
+def test_a_field_that_cannot_be_shown_as_written_is_a_bad_row(
+    tmp_path: Path, template: str, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError) as error:
+        examples(tmp_path, f"prompt: '{template}'", {**row, "completion": "y"})
+    assert message in str(error.value)
+
+
+def test_dates_and_decimals_of_parquet_are_text_and_nan_is_null(tmp_path: Path) -> None:
+    columns = {
+        "day": [date(2024, 1, 31)], "price": [Decimal("1.50")], "x": [float("nan")], "b": [b"1"],
+    }  # fmt: skip
+    file = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table(columns), file)
+    text = "prompt: '{day} {x?}'\ncompletion: '{price} {price:.1f}'"
+    [example] = read_task([str(file)], card(tmp_path, text)).examples
+    assert (example.prompt[0].content, example.completion) == ("2024-01-31 ", "1.50 1.5")
+    with pytest.raises(DataError, match="field `b` holds bytes"):
+        read_task([str(file)], card(tmp_path, "prompt: '{b}'\ncompletion: '{day}'"))
+
+
+def test_parts_of_fields_that_a_card_shows_count_as_used(tmp_path: Path) -> None:
+    said: list[str] = []
+    rows = [{"a.b": "x", "c": [{"q": "y", "r": 1}], "d": 2}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    text = "prompt: '{a.b}'\ncompletion: '{c[0].q}'"
+    read_task([file], card(tmp_path, text), say=said.append)
+    assert said == [f"{file}: rows by format: 1 card; not used: `d`"]
 
 
 def test_rows_are_selected_for_a_task_that_a_card_describes(tmp_path: Path, general: str) -> None:

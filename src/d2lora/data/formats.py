@@ -33,11 +33,14 @@ class Format:
     """Fields that a row of the format has."""
     reads: tuple[str, ...] = ()
     """Fields that are read where they are there."""
+    turned: tuple[str, ...] | None = None
+    """Fields that may hold turns. None: all of them."""
 
     def unused(self, row: Fields) -> set[str]:
         """Return the fields of a row that are not read; those of turns as `messages[].name`."""
         read = {*self.needs, *self.reads}
-        within = {f"{field}[].{name}" for field in read for name in unread_of(row.get(field))}
+        turned = read if self.turned is None else self.turned
+        within = {f"{field}[].{name}" for field in turned for name in unread_of(row.get(field))}
         return {name for name, value in row.items() if value is not None} - read | within
 
 
