@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from d2lora import AdaptSettings, SelectSettings, WarmupSettings, adapt, select, warm_up
-from d2lora.adapters.base import load_base
+from d2lora.adapters.base import load_base, tokenizer_of
 from d2lora.data.cards import read_card, shipped_cards
 from d2lora.data.choices import ChoiceQuestion
 from d2lora.data.contamination import Guard, leaks_of
@@ -27,7 +27,8 @@ from d2lora.errors import DataError, SettingsError
 from d2lora.evaluation.generate import encoder_of
 from d2lora.evaluation.measure import questions_of
 from d2lora.evaluation.outputs import without_thoughts
-from d2lora.settings import BaseSettings
+from d2lora.settings import BaseSettings, InspectSettings
+from d2lora.tools.rows import see_rows
 from support import SHARED, needs_shared_data, read_rows, write_rows
 
 
@@ -325,12 +326,40 @@ def test_another_chat_template_and_its_arguments_are_learnt_and_inherited(
     assert loaded.tokenizer.chat_template is None
 
 
-@pytest.mark.parametrize("argument", ["thinking", "a b=1", "x=[1]", "=1"])
-def test_an_argument_of_a_template_that_is_none_is_refused(tiny_base: str, argument: str) -> None:
-    with pytest.raises(SettingsError, match="expected name=value"):
-        load_base(
-            BaseSettings(base=tiny_base, template_args=(argument,), chat_template=Path(__file__))
-        )
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("thinking",), "expected name=value"), (("a b=1",), "expected name=value"),
+        (("x=[1]",), "expected name=value"), (("=1",), "expected name=value"),
+        (("thinkin=1",), "`thinkin` is no name in the chat template. Did you mean `thinking`?"),
+        (("thinking=1", "thinking=0"), "`thinking` is given twice"),
+        (("add_generation_prompt=false",), "`add_generation_prompt` is not to be set"),
+    ],
+)  # fmt: skip
+def test_an_argument_that_a_template_does_not_take_is_refused(
+    tmp_path: Path, tiny_base: str, arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    base = BaseSettings(
+        base=tiny_base, template_args=arguments, chat_template=tmp_path / "chat.jinja"
+    )
+    with pytest.raises(SettingsError) as error:
+        tokenizer_of(base)
+    assert message in str(error.value)
+
+
+def test_a_template_file_may_have_a_byte_order_mark_and_is_refused_in_the_plain_format(
+    tmp_path: Path, tiny_base: str
+) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text(TEMPLATE, encoding="utf-8-sig")
+    base = BaseSettings(base=tiny_base, chat_template=file, template_args=("thinking=2024-01-31",))
+    given = tokenizer_of(base).chat_template
+    assert given == '{% set thinking = "2024-01-31" %}' + TEMPLATE
+    with pytest.raises(SettingsError, match="the chat format is plain, and --chat-template"):
+        Encoder.of_tokenizer(base, "plain")
+    with pytest.raises(SettingsError, match="the chat format is plain, and --chat-template"):
+        Encoder.of(load_base(base), "plain")
 
 
 def test_every_answer_of_a_conversation_is_learnt_where_the_card_says_so(tmp_path: Path) -> None:
@@ -346,6 +375,16 @@ def test_every_answer_of_a_conversation_is_learnt_where_the_card_says_so(tmp_pat
         assert [answer.completion for answer in answers] == learnt
         before = [turn.content for turn in answers[0].prompt]
         assert before == (["s", "a", "b", "c"] if turns == "last" else ["s", "a"])
+
+
+def test_rows_shown_have_every_answer_that_is_learnt(tmp_path: Path, tiny_base: str) -> None:
+    said = [{"role": "user" if n % 2 == 0 else "assistant", "content": f"t{n}"} for n in range(4)]
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": said}])
+    seen = see_rows(
+        InspectSettings(base=tiny_base, data=(data,), task=card(tmp_path, "turns: every"))
+    )
+    assert (seen.n_rows, seen.n_answers) == (1, 2)
+    assert seen.n_supervised == sum(row.n_supervised for row in seen.first)
 
 
 def test_every_answer_counts_in_training(

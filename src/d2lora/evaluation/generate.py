@@ -18,6 +18,7 @@ from d2lora.data.encoded_sets import encode_prompts
 from d2lora.data.files import text_lines
 from d2lora.data.reading import read_task
 from d2lora.data.rows import Example, kind_of, user
+from d2lora.data.tasks import AUTO
 from d2lora.errors import DataError, SettingsError
 from d2lora.evaluation.decoding import Decoder, Sampling, check_room
 from d2lora.runtime.claims import claimed
@@ -95,6 +96,12 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     """
     if (settings.prompt is None) == (settings.prompts is None):
         raise SettingsError("give either --prompt TEXT or --prompts FILE")
+    as_it_is = settings.prompts is None or kind_of(Path(settings.prompts)) == ".txt"
+    if as_it_is and settings.task != AUTO:
+        raise SettingsError(
+            f"--task {settings.task} is about rows with fields, and this prompt is taken as it is; "
+            "leave it out, or give the rows as --prompts FILE"
+        )
     examples = _examples(settings)
     adapter = None if settings.adapter is None else Path(settings.adapter)
     base = load_base(settings)

@@ -130,7 +130,7 @@ def _score_task(
     if data.task.answers == "closed":
         return _score_closed(model, base, encoder, name, sets, settings, reporter)
     decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size)
-    prompts = _prompts(encoder, sets, settings)
+    prompts = prompts_of(encoder, sets, settings)
     _say(prompts.report(settings.max_length), reporter)
     places = [example.place for example in examples]
     _say(check_room(prompts.ids, places, model, settings.max_new_tokens), reporter)
@@ -161,7 +161,7 @@ def _score_closed(
     data = sets.task
     assert data is not None
     examples = data.examples[: settings.limit]
-    prompts = _prompts(encoder, sets, settings)
+    prompts = prompts_of(encoder, sets, settings)
     _say(prompts.report(settings.max_length), reporter)
     chosen = choose_labels(model, base, encoder, examples, prompts.ids, sets.labels)
     columns = columns_of_outputs(data, [one.label for one in chosen])
@@ -172,14 +172,18 @@ def _score_closed(
     return TaskScores(with_scores(records, columns), columns)
 
 
-def _prompts(encoder: Encoder, sets: TestSets, settings: EvaluateSettings) -> Prompts:
+def prompts_of(encoder: Encoder, sets: TestSets, settings: EvaluateSettings) -> Prompts:
     """Return the prompts of the task's test rows as token ids."""
     assert sets.task is not None
     examples = sets.task.examples[: settings.limit]
     if not sets.shots:
         return encode_prompts(encoder, examples, settings.max_length, settings.overlong)
-    prompted = with_shots(encoder, examples, sets.shots, settings.max_new_tokens)
-    return encode_prompts(encoder, prompted, settings.max_length, "error")
+    room = settings.max_new_tokens
+    if sets.task.task.answers == "closed" and examples:
+        answered = [replace(examples[0], completion=label) for label in sets.labels]
+        room = max(item.n_supervised for item in every(encoder.encode, answered))
+    prompted = with_shots(encoder, examples, sets.shots, room)
+    return Prompts(every(encoder.prompt_of, prompted.examples), n_fewer_shots=prompted.n_fewer)
 
 
 def check_rows(
@@ -203,7 +207,7 @@ def check_rows(
             kept.add(tuple(pairs.kept))
         if data is not None and data.task.answers in ("open", "closed"):
             examples = data.examples[: settings.limit]
-            prompts = _prompts(encoder, sets, settings)
+            prompts = prompts_of(encoder, sets, settings)
             if data.task.answers == "closed":
                 label_questions(encoder, examples, prompts.ids, sets.labels)
             else:

@@ -27,7 +27,8 @@ from d2lora.data.sources import BAD_ROWS, nested_order, write_bad_rows
 from d2lora.errors import DataError, counted
 from d2lora.evaluation.decoding import Decoder, Sampling, check_room
 from d2lora.evaluation.generate import adapted, decode, encoder_of
-from d2lora.evaluation.metrics import Metric, Scored, metric_named
+from d2lora.evaluation.metrics import Metric, metric_named
+from d2lora.evaluation.outputs import scored_output
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import (
     SETTINGS,
@@ -77,9 +78,8 @@ class _Score:
         return cls(metric_named(data.task.metrics[0], data.task.named.folder), data)
 
     def __call__(self, output: str, example: Example) -> float:
-        answers = (example.completion, *example.references)
-        row = self.data.rows[example.row].values
-        scores = self.metric.score([Scored(output, example.completion, answers, row)])
+        row = self.data.rows[example.row]
+        scores = self.metric.score([scored_output(output, example, row, self.data.task)])
         return next(iter(scores.values()))[0]
 
 

@@ -25,7 +25,7 @@ from d2lora.evaluation.metrics.translation import bleu, chrf
 from d2lora.runtime.extras import need_extra
 
 __all__ = [
-    "METRICS", "Metric", "Scored", "main_column", "measure_all", "metric_named", "metrics_named",
+    "METRICS", "Metric", "Scored", "measure_all", "metric_named", "metrics_named",
     "preference", "title_of",
 ]  # fmt: skip
 
@@ -55,7 +55,6 @@ _TITLES = {
     **{metric.columns[0]: metric.title for metric in METRICS.values()},
     PREFERENCE[0]: "preference accuracy",
 }
-_BESIDE = {column for metric in METRICS.values() for column in metric.columns[1:]}
 _FIELDS = frozenset("adapter row prompt target output n_output_tokens confidence".split())
 """What a record of a test row has beside its scores."""
 
@@ -104,11 +103,6 @@ def measure_all(metrics: Sequence[Metric], scored: Sequence[Scored]) -> dict[str
     by_metric = {metric.name: metric.measure(scored) for metric in metrics}
     _check_different((name, column) for name, found in by_metric.items() for column in found)
     return {name: column for found in by_metric.values() for name, column in found.items()}
-
-
-def main_column(columns: Sequence[str]) -> str:
-    """Return the name of the main one of a task's scores; empty where there is none."""
-    return next((column for column in columns if column not in _BESIDE), "")
 
 
 def title_of(column: str) -> str:
