@@ -135,6 +135,7 @@ def test_faults_of_rows_name_the_row_the_field_and_the_line_of_the_card(tmp_path
         ("prompt: '{a..b}'", "is not a path to a field"),
         ("labels: [a]", "labels are of `answers: closed`"),
         ("prompt: ''", "needs a `completion`"),
+        ("prompt: ''\ncompletion: '{x}'\nanswers: closed", "answers: closed needs a prompt"),
         ("answers: pairs\nprompt: '{x}'", "pairs have no templates"),
         ("answers: maybe", "(line 1)"),
         ("prompt: a\nprompt: b", "given twice"),
@@ -383,6 +384,10 @@ def test_rows_shown_have_every_answer_that_is_learnt(tmp_path: Path, tiny_base: 
     seen = see_rows(
         InspectSettings(base=tiny_base, data=(data,), task=card(tmp_path, "turns: every"))
     )
+    with pytest.raises(SettingsError, match="unknown metric `acuracy`"):
+        see_rows(
+            InspectSettings(base=tiny_base, data=(data,), task=card(tmp_path, "metrics: acuracy"))
+        )
     assert (seen.n_rows, seen.n_answers) == (1, 2)
     assert seen.n_supervised == sum(row.n_supervised for row in seen.first)
 

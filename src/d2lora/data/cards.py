@@ -133,6 +133,8 @@ class Card(Settings):
             )
         if self.prompt == "" and self.completion is None:
             raise ValueError("a card without a prompt needs a `completion`")
+        if self.prompt == "" and self.answers != "open":
+            raise ValueError(f"answers: {self.answers} needs a prompt, and `prompt` is empty")
         if unknown := [name for name in self.values if name not in self._fields()]:
             raise ValueError(
                 f"`values` names `{unknown[0]}`, which is not among the fields that the card shows"

@@ -92,6 +92,11 @@ class Example:
         """What is given and the completion, as one text."""
         return f"{self.question}\n{self.completion}"
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The same with each right answer."""
+        return tuple(f"{self.question}\n{one}" for one in (self.completion, *self.references))
+
 
 @dataclass(frozen=True)
 class Row:

@@ -235,8 +235,8 @@ class Task:
         except BadRowError as error:
             raise self._placed(error, "references") from None
         texts = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str) for text in texts):
-            error = BadRowError(f"field `{path}` must be a text or a list of texts")
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            error = BadRowError(f"field `{path}` must be a text or a list of texts, none empty")
             raise self._placed(error, "references")
         return tuple(texts)
 

@@ -165,14 +165,21 @@ def labels_known(sets: TestSets, adapters: Sequence[Path], say: Say) -> tuple[st
     if task is None or task.task.answers != "closed":
         return ()
     labels = sets.labels or _labels_of_others(task, adapters, say)
+    if unknown := never_chosen(task, labels):
+        say(f"warning: {unknown}")
+    return labels
+
+
+def never_chosen(task: TaskData, labels: Sequence[str]) -> str | None:
+    """Return a message on answers that are none of the labels; None where all are."""
     answers = [{example.completion, *example.references} for example in task.examples]
     unknown = [own for own in answers if own.isdisjoint(labels)]
-    if unknown:
-        say(
-            f"warning: {counted(len(unknown), 'test row')} with an answer that is none of the "
-            f"{len(labels)} labels, so it is never chosen: {min(unknown[0])!r:.60}"
-        )
-    return labels
+    if not unknown:
+        return None
+    return (
+        f"{counted(len(unknown), 'test row')} with an answer that is none of the {len(labels)} "
+        f"labels, so it is never chosen: {min(unknown[0])!r:.60}"
+    )
 
 
 def _labels_of_others(task: TaskData, adapters: Sequence[Path], say: Say) -> tuple[str, ...]:
@@ -193,7 +200,7 @@ def _placed(use: str, data: TaskData | None, limit: int | None) -> list[TestRow]
         return []
     digests = _digests(data)
     pairs = zip(data.rows[:limit], data.examples[:limit], strict=True)
-    return [TestRow(use, r.file, r.line, e.text, digests[r.file]) for r, e in pairs]
+    return [TestRow(use, r.file, r.line, e.texts, digests[r.file]) for r, e in pairs]
 
 
 def _placed_choices(data: ChoiceData | None) -> list[TestRow]:
@@ -202,7 +209,7 @@ def _placed_choices(data: ChoiceData | None) -> list[TestRow]:
         return []
     digests = _digests(data)
     return [
-        TestRow("choices", r.file, r.line, f"{q.prompt}\n{q.choices[q.answer]}", digests[r.file])
+        TestRow("choices", r.file, r.line, (f"{q.prompt}\n{q.choices[q.answer]}",), digests[r.file])
         for r, q in zip(data.rows, data.questions, strict=True)
     ]
 

@@ -10,12 +10,13 @@ from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.encoded_sets import answers_beyond, encode_prompts, every
-from d2lora.data.reading import Say, read_task
+from d2lora.data.reading import Say, labels_of, read_task
 from d2lora.data.sources import is_remote
 from d2lora.data.tasks import Task
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, ModelError, RunError, listed
 from d2lora.evaluation.harness import read_harness_tasks, split_names
+from d2lora.evaluation.test_sets import never_chosen
 from d2lora.runtime.claims import check_writable
 from d2lora.runtime.run_folder import present
 from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
@@ -163,6 +164,8 @@ def cut_short(plan: StudyPlan) -> list[str]:
         rows, tests = (
             read_task(files, task.task, check=encoder.check) for files in (task.data, task.test)
         )
+        if tests.task.answers == "closed" and (unknown := never_chosen(tests, labels_of(rows))):
+            messages.append(f"tasks.{name}: {unknown}")
         if tests.task.answers != "open":
             continue
         examples, length = tests.examples[: task.n_test], limits.max_length

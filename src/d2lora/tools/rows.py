@@ -17,6 +17,7 @@ from d2lora.data.encoded_sets import every
 from d2lora.data.reading import labels_of, read_task
 from d2lora.data.tasks import answers_of
 from d2lora.errors import counted
+from d2lora.evaluation.metrics import metrics_named
 from d2lora.runtime.console import Reporter, table_console
 from d2lora.runtime.run_folder import write_json
 from d2lora.settings import BaseSettings, InspectSettings
@@ -72,6 +73,7 @@ def see_rows(settings: InspectSettings) -> RowsSeen:
     )
     encoder = Encoder.of_tokenizer(base, settings.chat_format)
     data = read_task(settings.data, settings.task, say=Reporter().say, check=encoder.check)
+    metrics_named(data.task.metrics, data.task.named.folder)  # refused here, not after training
     examples = [answer for row in data.examples for answer in answers_of(data.task, row)]
     items = every(encoder.encode, examples)
     lengths = [item.length for item in items]
