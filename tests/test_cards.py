@@ -11,7 +11,17 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from d2lora import AdaptSettings, SelectSettings, WarmupSettings, adapt, select, warm_up
+from d2lora import (
+    AdaptSettings,
+    ConvertSettings,
+    ModelError,
+    SelectSettings,
+    WarmupSettings,
+    adapt,
+    convert,
+    select,
+    warm_up,
+)
 from d2lora.adapters.base import load_base, tokenizer_of
 from d2lora.data.cards import read_card, shipped_cards
 from d2lora.data.choices import ChoiceQuestion
@@ -23,7 +33,7 @@ from d2lora.data.rows import BadRowError, Example, Message
 from d2lora.data.sources import read_source
 from d2lora.data.tasks import answers_of, task_of
 from d2lora.data.truncation import fitted
-from d2lora.errors import DataError, SettingsError
+from d2lora.errors import DataError, SettingsError, WarmStartError
 from d2lora.evaluation.generate import encoder_of
 from d2lora.evaluation.measure import questions_of
 from d2lora.evaluation.outputs import without_thoughts
@@ -325,6 +335,16 @@ def test_another_chat_template_and_its_arguments_are_learnt_and_inherited(
     ids = encoder.prompt_ids((Message("user", "Hi"),))
     assert loaded.tokenizer.decode(ids).endswith("user: Hi\nassistant: ")
     assert loaded.tokenizer.chat_template is None
+    own["template_args"] = ("thinking=0",)
+    with pytest.raises(WarmStartError, match=r"contradict the warm start .* another template"):
+        adapt(AdaptSettings(**own, init=str(warm), data=(titles,), out=tmp_path / "b"))
+    plain = {**base, "adapter": str(adapter.path)}
+    other = adapt(AdaptSettings(**own, data=(titles,), out=tmp_path / "c", max_steps=1, quiet=True))
+    with pytest.raises(ModelError, match=r"another chat template than .* cannot be mixed"):
+        convert(ConvertSettings(**plain, mix=(str(other.path),), out=tmp_path / "mixed"))
+    convert(ConvertSettings(**plain, merge=True, out=tmp_path / "merged"))
+    merged = BaseSettings(base=str(tmp_path / "merged"))
+    assert tokenizer_of(merged).chat_template == adapter.manifest.chat_template
 
 
 @pytest.mark.parametrize(

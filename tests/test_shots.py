@@ -101,3 +101,15 @@ def test_thoughts_of_right_answers_are_not_compared_either(tmp_path: Path) -> No
     data = read_task(rows(tmp_path, "test", ("2 + 3", "<t>it is</t>5")), str(card))
     assert list(columns_of_outputs(data, ["<t>hm</t> 5"])["accuracy"]) == [1.0]
     assert data.examples == [Example(user("2 + 3"), "<t>it is</t>5")]
+
+
+def test_prompts_that_are_cut_leave_room_for_the_answer(tmp_path: Path, encoder: Encoder) -> None:
+    card = tmp_path / "card.yaml"
+    card.write_text("answers: closed\nlabels: [a much longer label, b]\n", encoding="utf-8")
+    data = rows(tmp_path, "long", ("word " * 200, "b"))
+    for values, room in (({"max_new_tokens": 20}, 20), ({"task": str(card)}, 5)):
+        asked = settings(tmp_path, data=data, overlong="truncate", **values)
+        sets = TestSets.read(asked)
+        cut = prompts_of(encoder, replace(sets, labels=labels_known(sets, [], print)), asked)
+        assert 64 < len(cut.ids[0]) <= 128 - room
+        assert "prompts longer than 1" in str(cut.report(1024))

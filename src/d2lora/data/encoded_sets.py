@@ -44,6 +44,8 @@ class Prompts(NamedTuple):
     ids: list[list[int]]
     n_truncated: int = 0
     n_tokens_cut: int = 0
+    limit: int = sys.maxsize
+    """Tokens that they were cut to, so that an answer has room."""
     n_fewer_shots: int | None = None
     """How many show fewer worked examples than asked for; None where none are to be shown."""
 
@@ -60,7 +62,7 @@ class Prompts(NamedTuple):
         if not self.n_truncated:
             return None
         message = f"truncated {self.n_truncated:,} of {len(self.ids):,} prompts longer than "
-        return f"{message}{max_length:,} tokens{_cut(self.n_tokens_cut)}"
+        return f"{message}{min(max_length, self.limit):,} tokens{_cut(self.n_tokens_cut)}"
 
     def _report_of_shots(self) -> str | None:
         if not self.n_fewer_shots:
@@ -99,19 +101,32 @@ def encode_pairs(
 
 
 def encode_prompts(
-    encoder: Encoder, examples: Sequence[Example], max_length: int, overlong: Overlong
+    encoder: Encoder,
+    examples: Sequence[Example],
+    max_length: int,
+    overlong: Overlong,
+    room: int = 0,
 ) -> Prompts:
     """Encode prompts; longer ones are cut as in training where that is asked for, else whole.
+
+    Args:
+        encoder: Of the base and the chat format.
+        examples: The rows.
+        max_length: As in training.
+        overlong: As in training.
+        room: Tokens of an answer. Where prompts are cut they leave it, up to half of what the base
+            takes.
 
     Raises:
         DataError: If examples cannot be encoded.
     """
+    limit = min(max_length, encoder.n_positions - min(room, encoder.n_positions // 2))
     whole = every(encoder.prompt_of, examples)
     if overlong != "truncate":
         return Prompts(whole)
-    ids = every(lambda example: encoder.prompt_of(example, max_length), examples)
+    ids = every(lambda example: encoder.prompt_of(example, limit), examples)
     cuts = [len(one) - len(other) for one, other in zip(whole, ids, strict=True)]
-    return Prompts(ids, sum(n > 0 for n in cuts), sum(cuts))
+    return Prompts(ids, sum(n > 0 for n in cuts), sum(cuts), limit)
 
 
 def answers_beyond(

@@ -107,7 +107,7 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     base = load_base(settings)
     encoder = encoder_of(adapter, base, settings.chat_format)
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
-    prompts = encode_prompts(encoder, examples, *lengths_of(adapter)).ids
+    prompts = encode_prompts(encoder, examples, *lengths_of(adapter), settings.max_new_tokens).ids
     places = [example.place for example in examples]
     warning = check_room(prompts, places, base.model, settings.max_new_tokens)
     for message in (warning, check_fit(adapter, base) if adapter else None):

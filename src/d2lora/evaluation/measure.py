@@ -176,12 +176,12 @@ def prompts_of(encoder: Encoder, sets: TestSets, settings: EvaluateSettings) -> 
     """Return the prompts of the task's test rows as token ids."""
     assert sets.task is not None
     examples = sets.task.examples[: settings.limit]
-    if not sets.shots:
-        return encode_prompts(encoder, examples, settings.max_length, settings.overlong)
     room = settings.max_new_tokens
     if sets.task.task.answers == "closed" and examples:
         answered = [replace(examples[0], completion=label) for label in sets.labels]
         room = max(item.n_supervised for item in every(encoder.encode, answered))
+    if not sets.shots:
+        return encode_prompts(encoder, examples, settings.max_length, settings.overlong, room)
     prompted = with_shots(encoder, examples, sets.shots, room)
     return Prompts(every(encoder.prompt_of, prompted.examples), n_fewer_shots=prompted.n_fewer)
 

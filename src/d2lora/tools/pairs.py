@@ -157,7 +157,9 @@ def _sampled(
     """Return the distinct samples of every prompt, scored, and the fast paths used."""
     folder = None if settings.adapter is None else Path(settings.adapter)
     encoder = encoder_of(folder, base, settings.chat_format)
-    prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
+    prompts = encode_prompts(
+        encoder, examples, settings.max_length, settings.overlong, settings.max_new_tokens
+    )
     if message := prompts.report(settings.max_length):
         reporter.say(message)
     places = [example.place for example in examples]
