@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from transformers import AddedToken
 
 from d2lora import (
     AdaptSettings,
@@ -34,7 +35,7 @@ from d2lora.data.sources import read_source
 from d2lora.data.tasks import answers_of, task_of
 from d2lora.data.truncation import fitted
 from d2lora.errors import DataError, SettingsError, WarmStartError
-from d2lora.evaluation.generate import encoder_of
+from d2lora.evaluation.generate import decode, encoder_of
 from d2lora.evaluation.measure import questions_of
 from d2lora.evaluation.outputs import without_thoughts
 from d2lora.settings import BaseSettings, InspectSettings
@@ -266,6 +267,16 @@ def test_thoughts_are_left_out_of_what_is_scored(output: str, scored: str) -> No
     assert without_thoughts(output, "") == output
 
 
+def test_marks_of_thoughts_are_kept_where_they_are_special_tokens(tiny_base: str) -> None:
+    base = load_base(BaseSettings(base=tiny_base))
+    marks = [AddedToken(mark, special=True) for mark in ("[T]", "[/T]")]
+    base.tokenizer.add_tokens(marks, special_tokens=True)
+    ids = base.tokenizer.encode("[T]so[/T]5", add_special_tokens=False)
+    ids.append(int(base.tokenizer.eos_token_id))
+    assert decode(base, ids) == "so5"
+    assert decode(base, ids, ["[T]", "[/T]"]) == "[T]so[/T]5"
+
+
 def test_compressed_files_and_objects_of_objects_are_read(tmp_path: Path) -> None:
     rows = [{"prompt": "é", "completion": "b"}, {"prompt": "c", "completion": "d"}]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -488,6 +499,18 @@ def test_a_column_with_a_name_keeps_its_kind_of_value(tmp_path: Path) -> None:
     assert example.completion == '5 true ["x", "y"]'
 
 
+def test_a_field_that_may_be_missing_has_a_name_too_and_is_reported_where_no_row_has_it(
+    tmp_path: Path,
+) -> None:
+    text = "columns: {note: meta.note}\nprompt: '{t} {note?}{nte?}'"
+    rows = [{"t": "a", "completion": "x", "meta": {"note": "b"}}, {"t": "a", "completion": "x"}]
+    found = examples(tmp_path, text, *rows)
+    assert [example.prompt[0].content for example in found] == ["a b", "a "]
+    said: list[str] = []
+    read_task([str(tmp_path / "rows.jsonl")], str(tmp_path / "card.yaml"), say=said.append)
+    assert said[0].endswith("rows by format: 2 card; in no row: `nte`")
+
+
 def test_labels_with_white_space_around_them_are_one(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("text,kind\na,card\nb,card \nc,rate\n", encoding="utf-8")
@@ -538,6 +561,10 @@ def test_parts_of_fields_that_a_card_shows_count_as_used(tmp_path: Path) -> None
     text = "prompt: '{a.b}'\ncompletion: '{c[0].q}'"
     read_task([file], card(tmp_path, text), say=said.append)
     assert said == [f"{file}: rows by format: 1 card; not used: `d`"]
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"q": "a", "b": "c", "r": [{"t": "d", "s": 1}]}])
+    text = "answers: pairs\ncolumns: {prompt: q, chosen: b, rejected: 'r[0].t'}"
+    read_task([pairs], card(tmp_path, text), say=said.append)
+    assert said[-1] == f"{pairs}: rows by format: 1 card"
 
 
 def test_rows_are_selected_for_a_task_that_a_card_describes(tmp_path: Path, general: str) -> None:

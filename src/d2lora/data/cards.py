@@ -232,7 +232,7 @@ def _parsed(name: str, text: str, path: Path | None) -> NamedCard:
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
         raise SettingsError(f"{where}: expected `name: value` lines, found {found}")
-    for field in ("labels", "metrics"):
+    for field in ("header", "labels", "metrics"):
         if isinstance(values.get(field), str):
             values[field] = [values[field]]
     try:

@@ -71,17 +71,26 @@ class Task:
         card, templates = self.card, self.named.templates
         paths = [*card.columns.values()]
         filled = [path for template in templates.values() for path in template.paths]
+        if card.prompt is not None and "completion" not in templates:
+            filled.append("completion")
         paths += [path for path in filled if column_of(path) not in card.columns]
         if card.references not in (None, SAME_PROMPT):
             paths.append(str(card.references))
         shown = list(dict.fromkeys(map(column_of, paths)))
         if card.columns or "prompt" in templates or card.prompt == "":
-            turned = shown if card.prompt is None else self._turned
-            return (Format(self.name, tuple(shown), tuple(paths), tuple(turned)),)
+            whole = [path for path in card.columns.values() if path in shown]
+            turned = whole if card.prompt is None else self._turned
+            return (Format(self.name, tuple(paths), tuple(shown), tuple(turned)),)
         known = (PREFERENCES,) if self.answers == "pairs" else FORMATS
         if not shown:
             return known
         return tuple(replace(form, reads=(*form.reads, *shown)) for form in known)
+
+    @cached_property
+    def _optional(self) -> set[str]:
+        """Names that a template shows where they are there."""
+        parts = [part for template in self.named.templates.values() for part in template.parts]
+        return {str(part.path) for part in parts if part.optional}
 
     @property
     def _turned(self) -> list[str]:
@@ -94,7 +103,9 @@ class Task:
     @property
     def prompts(self) -> tuple[Format, ...]:
         """What rows may look like of which the prompt alone is read."""
-        return PROMPTS if self.formats[0] is FORMATS[0] else self.formats
+        if self.formats[0] is FORMATS[0]:
+            return PROMPTS
+        return tuple(replace(f, needs=(), reads=(*f.needs, *f.reads)) for f in self.formats)
 
     def read(self, row: Fields) -> Example:
         """Read a row.
@@ -152,7 +163,7 @@ class Task:
             try:
                 value = value_at(row, path)
             except BadRowError as error:
-                if answered:
+                if answered and name not in self._optional:
                     raise self._placed(error, "columns") from None
             else:
                 named[name] = value

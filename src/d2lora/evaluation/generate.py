@@ -122,9 +122,14 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     ]
 
 
-def decode(base: Base, ids: Sequence[int]) -> str:
-    """Return a completion as text."""
-    text = base.tokenizer.decode(list(ids), skip_special_tokens=True)
+def decode(base: Base, ids: Sequence[int], kept: Sequence[str] = ()) -> str:
+    """Return a completion as text, without special tokens but those that are to be kept."""
+    shown = list(ids)
+    if kept:
+        added = base.tokenizer.added_tokens_decoder.items()
+        left_out = {id_ for id_, token in added if token.special and str(token) not in kept}
+        shown = [id_ for id_ in ids if id_ not in left_out]
+    text = base.tokenizer.decode(shown, skip_special_tokens=not kept)
     assert isinstance(text, str)
     return text.strip()
 

@@ -135,9 +135,10 @@ def _score_task(
     places = [example.place for example in examples]
     _say(check_room(prompts.ids, places, model, settings.max_new_tokens), reporter)
     outputs: dict[int, tuple[str, int]] = {}
+    marks = data.task.card.thoughts.split()
     with reporter.bar("generating", len(examples)) as bar:
         for index, ids in decoder.complete(prompts.ids):
-            outputs[index] = decode(base, ids), len(ids)
+            outputs[index] = decode(base, ids, marks), len(ids)
             bar.update(len(outputs))
     said = [outputs[index] for index in range(len(examples))]
     columns = columns_of_outputs(data, [output for output, _ in said])

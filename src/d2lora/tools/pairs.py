@@ -77,6 +77,11 @@ class _Score:
     def of(cls, data: TaskData) -> "_Score":
         return cls(metric_named(data.task.metrics[0], data.task.named.folder), data)
 
+    @property
+    def marks(self) -> list[str]:
+        """What thoughts stand between."""
+        return self.data.task.card.thoughts.split()
+
     def __call__(self, output: str, example: Example) -> float:
         row = self.data.rows[example.row]
         scores = self.metric.score([scored_output(output, example, row, self.data.task)])
@@ -174,7 +179,7 @@ def _sampled(
     ):
         decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
         for done, (index, ids) in enumerate(decoder.complete(repeated), 1):
-            texts[index // settings.samples][decode(base, ids)] = None
+            texts[index // settings.samples][decode(base, ids, score.marks)] = None
             bar.update(done)
     samples = [
         [_Sample(text, score(text, example)) for text in sorted(own)]

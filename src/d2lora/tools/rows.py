@@ -44,6 +44,8 @@ class RowsSeen:
 
     task: str
     chat_format: str
+    answers: str
+    """open, closed, pairs, or none of documents."""
     metrics: tuple[str, ...]
     labels: tuple[str, ...]
     """Of closed answers."""
@@ -81,6 +83,7 @@ def see_rows(settings: InspectSettings) -> RowsSeen:
     return RowsSeen(
         data.task.name,
         encoder.format,
+        data.task.answers,
         data.task.metrics,
         labels_of(data) if data.task.answers == "closed" else (),
         len(data.examples),
@@ -107,7 +110,8 @@ def print_rows(seen: RowsSeen, out: Path | None) -> None:
 
         write_json(out, asdict(seen))
     console = table_console()
-    scored = ", ".join(seen.metrics) or "nothing: documents"
+    unscored = {"none": "nothing: documents", "pairs": "which of two completions is likelier"}
+    scored = unscored.get(seen.answers) or ", ".join(seen.metrics)
     console.print(
         f"task {seen.task}, chat format {seen.chat_format}, scored by {scored}", markup=False
     )
