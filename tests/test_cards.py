@@ -208,6 +208,17 @@ def test_public_data_is_read_as_it_is_published(
 
 
 @needs_shared_data
+def test_every_published_number_is_shown_whole() -> None:
+    for part in ("train", "test"):
+        file = SHARED / "svamp" / f"{part}.json"
+        published = json.loads(file.read_text(encoding="utf-8"))
+        examples = read_task([str(file)], "svamp").examples
+        shown = [example.completion.removeprefix("#### ") for example in examples]
+        assert [float(one) for one in shown] == [row["Answer"] for row in published]
+        assert not any("e" in one for one in shown)
+
+
+@needs_shared_data
 def test_test_rows_of_one_prompt_are_one_with_all_their_answers() -> None:
     data = with_references(read_task([str(SHARED / "restaurants/test.csv")], "restaurants"))
     assert len(data.examples) == len(data.rows) == 200
@@ -530,6 +541,7 @@ def test_a_header_that_the_card_gives_too_is_no_row(tmp_path: Path) -> None:
     ("template", "row", "message"),
     [
         ("{x:g}", {"x": 10**400}, "int too large to convert to float"),
+        ("{x:g}", {"x": 1054997.0}, "{x:g} rounds 1054997.0 to 1.055e+06; write {x:.15g}"),
         ("{x?}", {"x?": "Why"}, "called `x?`; give it another name in `columns`"),
     ],
 )

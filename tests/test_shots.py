@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from d2lora import EvaluateSettings, SettingsError
+from d2lora import AdaptSettings, EvaluateSettings, SettingsError, adapt
 from d2lora.adapters.base import load_tokenizer
 from d2lora.data.encode import Encoder
 from d2lora.data.reading import read_task
@@ -93,6 +93,25 @@ def test_test_rows_whose_answer_is_no_label_are_warned_of(tmp_path: Path) -> Non
         "warning: 1 test row with an answer that is none of the 2 labels, so it is never chosen: "
         "'2'"
     ]
+
+
+def test_adapters_of_different_labels_are_warned_of(tmp_path: Path, tiny_base: str) -> None:
+    card = tmp_path / "card.yaml"
+    card.write_text("answers: closed\n", encoding="utf-8")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for out, answers in zip(folders, ("12", "23"), strict=True):
+        data = rows(tmp_path, f"train-{out.name}", *((f"say {n}", n) for n in answers))
+        adapt(
+            AdaptSettings(
+                base=tiny_base, data=data, task=str(card), max_steps=1, out=out, quiet=True
+            )
+        )
+    said: list[str] = []
+    sets = TestSets.read(settings(tmp_path, task=str(card)))
+    assert labels_known(sets, folders, said.append) == ("1", "2", "3")
+    assert "different labels, and all 3 are chosen from" in said[0]
+    assert labels_known(sets, folders[:1], said.append) == ("1", "2")
+    assert len(said) == 1
 
 
 def test_thoughts_of_right_answers_are_not_compared_either(tmp_path: Path) -> None:

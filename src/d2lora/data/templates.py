@@ -1,8 +1,8 @@
 """Templates of task cards: text with a row's fields in braces, as in `Which intent? {text}`.
 
 A field is named by its path. Texts stand as they are, lists of `[*]` one item a line, numbers and
-booleans as in JSON; `{x:json}` writes any value as JSON, `{x:g}` and the like format a number as
-Python does. `{x?}` may be missing, null or empty. `{{` and `}}` are braces.
+booleans as in JSON; `{x:json}` writes any value as JSON, `{x:.15g}` and the like format a number
+as Python does. `{x?}` may be missing, null or empty. `{{` and `}}` are braces.
 """
 
 import json
@@ -118,9 +118,14 @@ def _shown(value: Any, part: _Part) -> str:
                 f"{type(value).__name__}: {value!r:.60}"
             )
         try:
-            return format(value, part.form)
+            shown = format(value, part.form)
         except (ValueError, OverflowError) as error:
             raise BadRowError(f"{{{part.path}:{part.form}}}: {error}") from None
+        if part.form == "g" and float(shown) != value:
+            raise BadRowError(
+                f"{{{part.path}:g}} rounds {value} to {shown}; write {{{part.path}:.15g}}"
+            )
+        return shown
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, Items):

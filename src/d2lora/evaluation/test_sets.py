@@ -184,9 +184,15 @@ def never_chosen(task: TaskData, labels: Sequence[str]) -> str | None:
 
 def _labels_of_others(task: TaskData, adapters: Sequence[Path], say: Say) -> tuple[str, ...]:
     manifests = [Manifest.read(folder) for folder in adapters if has_manifest(folder)]
-    trained = {label for manifest in manifests for label in manifest.labels or ()}
+    trained = {tuple(manifest.labels) for manifest in manifests if manifest.labels}
     if trained:
-        return tuple(sorted(trained))
+        labels = tuple(sorted({label for own in trained for label in own}))
+        if len(trained) > 1:
+            say(
+                f"warning: the adapters were trained with different labels, and all {len(labels)} "
+                "are chosen from; give the task's training rows as --training-data"
+            )
+        return labels
     labels = labels_of(task)
     say(
         f"warning: the {len(labels)} labels to choose from are those of the test rows, and others "

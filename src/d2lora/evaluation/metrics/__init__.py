@@ -55,7 +55,9 @@ _TITLES = {
     **{metric.columns[0]: metric.title for metric in METRICS.values()},
     PREFERENCE[0]: "preference accuracy",
 }
-_FIELDS = frozenset("adapter row prompt target output n_output_tokens confidence".split())
+_FIELDS = frozenset(
+    "adapter row prompt target references output n_output_tokens confidence".split()
+)
 """What a record of a test row has beside its scores."""
 
 
