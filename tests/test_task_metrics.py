@@ -25,6 +25,7 @@ from d2lora.evaluation.counts import Column, Counts, per_row
 from d2lora.evaluation.metrics import (
     METRICS,
     Scored,
+    main_column,
     measure_all,
     metric_named,
     metrics_named,
@@ -382,7 +383,7 @@ def test_a_function_of_a_file_is_a_metric(own: Path) -> None:
         "words": [0.1, 0.3],
         "short": [1, 0],
     }
-    assert title_of("words") == "words"
+    assert main_column(["rouge1", "short"]) == title_of("rouge1") == "rouge1"
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def _inherited_template(
     settings: AdaptSettings, base: Base, warm_start: WarmStart | None
 ) -> str | None:
     """Return the chat template to use, None for the base's; as for the format."""
-    if warm_start is None or warm_start.manifest.chat_format == "plain":
+    if warm_start is None or warm_start.manifest.chat_format != "template":
         return None
     own = warm_start.manifest.chat_template
     if base.chat_template not in (None, own or own_template(load_tokenizer(settings))):

@@ -13,6 +13,7 @@ import numpy as np
 
 from d2lora.errors import RunError
 from d2lora.evaluation.crossed import pooled_difference, power
+from d2lora.evaluation.metrics import main_column
 from d2lora.evaluation.stats import Difference, difference_p, holm, mean_interval, paired_difference
 from d2lora.report.curves import mean_of, size_that_scores, steps_to_reach
 from d2lora.report.findings import (
@@ -88,7 +89,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _main_score(rows: Sequence[dict[str, Any]], task: str) -> str:
     scores = next((row["scores"] for row in rows if row["task"] == task), {})
-    return next(iter(scores), "")  # a task's main score is its first
+    return main_column(scores)
 
 
 def _levels(

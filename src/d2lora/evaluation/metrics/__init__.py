@@ -25,7 +25,7 @@ from d2lora.evaluation.metrics.translation import bleu, chrf
 from d2lora.runtime.extras import need_extra
 
 __all__ = [
-    "METRICS", "Metric", "Scored", "measure_all", "metric_named", "metrics_named",
+    "METRICS", "Metric", "Scored", "main_column", "measure_all", "metric_named", "metrics_named",
     "preference", "title_of",
 ]  # fmt: skip
 
@@ -105,6 +105,11 @@ def measure_all(metrics: Sequence[Metric], scored: Sequence[Scored]) -> dict[str
     by_metric = {metric.name: metric.measure(scored) for metric in metrics}
     _check_different((name, column) for name, found in by_metric.items() for column in found)
     return {name: column for found in by_metric.values() for name, column in found.items()}
+
+
+def main_column(columns: Iterable[str]) -> str:
+    """Return the name of the main one of a task's scores, its first; empty where there is none."""
+    return next(iter(columns), "")
 
 
 def title_of(column: str) -> str:
