@@ -11,6 +11,7 @@ from d2lora.adapters.base import load_tokenizer
 from d2lora.data.encode import Encoder
 from d2lora.data.reading import read_task
 from d2lora.data.rows import Example, user
+from d2lora.evaluation.counts import per_row
 from d2lora.evaluation.measure import prompts_of
 from d2lora.evaluation.outputs import columns_of_outputs
 from d2lora.evaluation.test_sets import TestSets, labels_known
@@ -25,7 +26,8 @@ def rows(folder: Path, name: str, *pairs: tuple[str, str]) -> tuple[str, ...]:
 
 def settings(folder: Path, **values: Any) -> EvaluateSettings:
     data = rows(folder, "test", ("one", "1"), ("two", "2"))
-    return EvaluateSettings(**{"data": data, "out": folder / "out", "quiet": True, **values})
+    given: dict[str, Any] = {"data": data, "out": folder / "out", "quiet": True, **values}
+    return EvaluateSettings(**given)
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_a_prompt_that_has_room_for_fewer_examples_is_counted(
 def test_training_rows_that_would_not_be_used_are_refused(
     tmp_path: Path, values: dict[str, Any], message: str
 ) -> None:
-    files = {True: rows(tmp_path, "train", ("three", "3"))}
+    files: dict[Any, tuple[str, ...]] = {True: rows(tmp_path, "train", ("three", "3"))}
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     files["pairs"] = (write_rows(tmp_path / "pairs.jsonl", [pair]),)
     named = ("training_data", "general_text", "data")
@@ -118,7 +120,7 @@ def test_thoughts_of_right_answers_are_not_compared_either(tmp_path: Path) -> No
     card = tmp_path / "card.yaml"
     card.write_text("thoughts: <t> </t>\nmetrics: [accuracy]\n", encoding="utf-8")
     data = read_task(rows(tmp_path, "test", ("2 + 3", "<t>it is</t>5")), str(card))
-    assert list(columns_of_outputs(data, ["<t>hm</t> 5"])["accuracy"]) == [1.0]
+    assert per_row(columns_of_outputs(data, ["<t>hm</t> 5"])["accuracy"]).tolist() == [1.0]
     assert data.examples == [Example(user("2 + 3"), "<t>it is</t>5")]
 
 
