@@ -1,7 +1,7 @@
 """YAML in which nothing is lost: a name given twice is an error, where PyYAML keeps the last."""
 
 from collections.abc import Hashable
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -29,10 +29,11 @@ class _Loader(yaml.SafeLoader):
 class _TextLoader(_Loader):
     """Leaves what looks like a number, a date or a boolean (`no`) as the text that it is."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: [(tag, written) for tag, written in known if tag in (_NULL, _MERGE)]
-        for first, known in _Loader.yaml_implicit_resolvers.items()
-    }
+
+_TextLoader.yaml_implicit_resolvers = {
+    first: [(tag, written) for tag, written in known if tag in (_NULL, _MERGE)]
+    for first, known in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def parse_yaml(text: str, *, texts: bool = False) -> Any:

@@ -121,7 +121,7 @@ def _refused(what: str, file: Path) -> Generator[None]:
         ) from error
 
 
-def _line(file: Path, error: Exception) -> str:
+def _line(file: Path, error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"\n  {error.filename}, line {error.lineno}\n    {(error.text or '').strip()}"
     frames = traceback.extract_tb(error.__traceback__)
