@@ -2,13 +2,28 @@
 
 import gzip
 import json
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
+from transformers import AddedToken
 
-from d2lora import AdaptSettings, SelectSettings, WarmupSettings, adapt, select, warm_up
-from d2lora.adapters.base import load_base
+from d2lora import (
+    AdaptSettings,
+    ConvertSettings,
+    ModelError,
+    SelectSettings,
+    WarmupSettings,
+    adapt,
+    convert,
+    select,
+    warm_up,
+)
+from d2lora.adapters.base import load_base, tokenizer_of
 from d2lora.data.cards import read_card, shipped_cards
 from d2lora.data.choices import ChoiceQuestion
 from d2lora.data.contamination import Guard, leaks_of
@@ -19,11 +34,12 @@ from d2lora.data.rows import BadRowError, Example, Message
 from d2lora.data.sources import read_source
 from d2lora.data.tasks import answers_of, task_of
 from d2lora.data.truncation import fitted
-from d2lora.errors import DataError, SettingsError
-from d2lora.evaluation.generate import encoder_of
+from d2lora.errors import DataError, SettingsError, WarmStartError
+from d2lora.evaluation.generate import decode, encoder_of
 from d2lora.evaluation.measure import questions_of
 from d2lora.evaluation.outputs import without_thoughts
-from d2lora.settings import BaseSettings
+from d2lora.settings import BaseSettings, InspectSettings
+from d2lora.tools.rows import see_rows
 from support import SHARED, needs_shared_data, read_rows, write_rows
 
 
@@ -130,10 +146,18 @@ def test_faults_of_rows_name_the_row_the_field_and_the_line_of_the_card(tmp_path
         ("prompt: '{a..b}'", "is not a path to a field"),
         ("labels: [a]", "labels are of `answers: closed`"),
         ("prompt: ''", "needs a `completion`"),
+        ("prompt: ''\ncompletion: '{x}'\nanswers: closed", "answers: closed needs a prompt"),
         ("answers: pairs\nprompt: '{x}'", "pairs have no templates"),
         ("answers: maybe", "(line 1)"),
         ("prompt: a\nprompt: b", "given twice"),
         ("[1]", "expected `name: value` lines, found list"),
+        ("prompt: text", "it shows no field; write the name of one in braces: {text}"),
+        ("completion: yes or no", "it shows no field"),
+        (
+            "values: {lable: {0: no}}\nprompt: '{text}'\ncompletion: '{label}'",
+            "names `lable`, which is not among the fields that the card shows",
+        ),
+        ("answers: closed\nlabels: [no, yes, 'no ']", "`no` is given more than once"),
     ],
 )
 def test_a_card_that_is_none_says_why_and_where(tmp_path: Path, text: str, message: str) -> None:
@@ -181,6 +205,17 @@ def test_public_data_is_read_as_it_is_published(
     assert len(data.examples) == n_rows
     assert data.examples[0].prompt[-1].content.startswith(prompt)
     assert data.examples[0].completion.startswith(completion)
+
+
+@needs_shared_data
+def test_every_published_number_is_shown_whole() -> None:
+    for part in ("train", "test"):
+        file = SHARED / "svamp" / f"{part}.json"
+        published = json.loads(file.read_text(encoding="utf-8"))
+        examples = read_task([str(file)], "svamp").examples
+        shown = [example.completion.removeprefix("#### ") for example in examples]
+        assert [float(one) for one in shown] == [row["Answer"] for row in published]
+        assert not any("e" in one for one in shown)
 
 
 @needs_shared_data
@@ -241,6 +276,16 @@ def test_contamination_is_found_by_the_card_of_the_test_rows(tmp_path: Path) -> 
 def test_thoughts_are_left_out_of_what_is_scored(output: str, scored: str) -> None:
     assert without_thoughts(output, "<t> </t>") == scored
     assert without_thoughts(output, "") == output
+
+
+def test_marks_of_thoughts_are_kept_where_they_are_special_tokens(tiny_base: str) -> None:
+    base = load_base(BaseSettings(base=tiny_base))
+    marks = [AddedToken(mark, special=True) for mark in ("[T]", "[/T]")]
+    base.tokenizer.add_tokens(marks, special_tokens=True)
+    ids = base.tokenizer.encode("[T]so[/T]5", add_special_tokens=False)
+    ids.append(int(base.tokenizer.eos_token_id))
+    assert decode(base, ids) == "so5"
+    assert decode(base, ids, ["[T]", "[/T]"]) == "[T]so[/T]5"
 
 
 def test_compressed_files_and_objects_of_objects_are_read(tmp_path: Path) -> None:
@@ -312,14 +357,52 @@ def test_another_chat_template_and_its_arguments_are_learnt_and_inherited(
     ids = encoder.prompt_ids((Message("user", "Hi"),))
     assert loaded.tokenizer.decode(ids).endswith("user: Hi\nassistant: ")
     assert loaded.tokenizer.chat_template is None
+    own["template_args"] = ("thinking=0",)
+    with pytest.raises(WarmStartError, match=r"contradict the warm start .* another template"):
+        adapt(AdaptSettings(**own, init=str(warm), data=(titles,), out=tmp_path / "b"))
+    plain = {**base, "adapter": str(adapter.path)}
+    other = adapt(AdaptSettings(**own, data=(titles,), out=tmp_path / "c", max_steps=1, quiet=True))
+    with pytest.raises(ModelError, match=r"another chat template than .* cannot be mixed"):
+        convert(ConvertSettings(**plain, mix=(str(other.path),), out=tmp_path / "mixed"))
+    convert(ConvertSettings(**plain, merge=True, out=tmp_path / "merged"))
+    merged = BaseSettings(base=str(tmp_path / "merged"))
+    assert tokenizer_of(merged).chat_template == adapter.manifest.chat_template
 
 
-@pytest.mark.parametrize("argument", ["thinking", "a b=1", "x=[1]", "=1"])
-def test_an_argument_of_a_template_that_is_none_is_refused(tiny_base: str, argument: str) -> None:
-    with pytest.raises(SettingsError, match="expected name=value"):
-        load_base(
-            BaseSettings(base=tiny_base, template_args=(argument,), chat_template=Path(__file__))
-        )
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("thinking",), "expected name=value"), (("a b=1",), "expected name=value"),
+        (("x=[1]",), "expected name=value"), (("=1",), "expected name=value"),
+        (("thinkin=1",), "`thinkin` is no name in the chat template. Did you mean `thinking`?"),
+        (("thinking=1", "thinking=0"), "`thinking` is given twice"),
+        (("add_generation_prompt=false",), "`add_generation_prompt` is not to be set"),
+    ],
+)  # fmt: skip
+def test_an_argument_that_a_template_does_not_take_is_refused(
+    tmp_path: Path, tiny_base: str, arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    base = BaseSettings(
+        base=tiny_base, template_args=arguments, chat_template=tmp_path / "chat.jinja"
+    )
+    with pytest.raises(SettingsError) as error:
+        tokenizer_of(base)
+    assert message in str(error.value)
+
+
+def test_a_template_file_may_have_a_byte_order_mark_and_is_refused_in_the_plain_format(
+    tmp_path: Path, tiny_base: str
+) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text(TEMPLATE, encoding="utf-8-sig")
+    base = BaseSettings(base=tiny_base, chat_template=file, template_args=("thinking=2024-01-31",))
+    given = tokenizer_of(base).chat_template
+    assert given == '{% set thinking = "2024-01-31" %}' + TEMPLATE
+    with pytest.raises(SettingsError, match="the chat format is plain, and --chat-template"):
+        Encoder.of_tokenizer(base, "plain")
+    with pytest.raises(SettingsError, match="the chat format is plain, and --chat-template"):
+        Encoder.of(load_base(base), "plain")
 
 
 def test_every_answer_of_a_conversation_is_learnt_where_the_card_says_so(tmp_path: Path) -> None:
@@ -335,6 +418,20 @@ def test_every_answer_of_a_conversation_is_learnt_where_the_card_says_so(tmp_pat
         assert [answer.completion for answer in answers] == learnt
         before = [turn.content for turn in answers[0].prompt]
         assert before == (["s", "a", "b", "c"] if turns == "last" else ["s", "a"])
+
+
+def test_rows_shown_have_every_answer_that_is_learnt(tmp_path: Path, tiny_base: str) -> None:
+    said = [{"role": "user" if n % 2 == 0 else "assistant", "content": f"t{n}"} for n in range(4)]
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": said}])
+    seen = see_rows(
+        InspectSettings(base=tiny_base, data=(data,), task=card(tmp_path, "turns: every"))
+    )
+    with pytest.raises(SettingsError, match="unknown metric `acuracy`"):
+        see_rows(
+            InspectSettings(base=tiny_base, data=(data,), task=card(tmp_path, "metrics: acuracy"))
+        )
+    assert (seen.n_rows, seen.n_answers) == (1, 2)
+    assert seen.n_supervised == sum(row.n_supervised for row in seen.first)
 
 
 def test_every_answer_counts_in_training(
@@ -372,7 +469,7 @@ def test_a_list_in_a_template_says_how_to_show_it(tmp_path: Path) -> None:
 def test_values_have_names_and_files_without_a_header_have_columns(tmp_path: Path) -> None:
     text = """
     header: [label, text]
-    values: {label: {0: "no", 1: "yes"}}
+    values: {label: {0: no, 1: yes}}
     prompt: "{text}"
     completion: "{label}"
     answers: closed
@@ -389,6 +486,97 @@ def test_values_have_names_and_files_without_a_header_have_columns(tmp_path: Pat
     )
     with pytest.raises(DataError, match=r"line 2: field `label` is '2', which is none of 0, 1;"):
         read_task([rows], path)
+
+
+def test_values_are_named_by_column_name_or_path_and_in_lists(tmp_path: Path) -> None:
+    row = {"id": 1, "data": {"kind": 0, "tags": [True, False]}, "label": 1}
+    for field, template in {"l": "{l}", "label": "{l}", "data.kind": "{data.kind}"}.items():
+        text = f"columns: {{l: label}}\nvalues: {{{field}: {{0: no, 1: yes}}}}\nprompt: '{{id}}'\n"
+        [example] = examples(tmp_path, f"{text}completion: '{template}'", row)
+        assert example.completion == ("no" if "kind" in field else "yes")
+    text = "columns: {t: 'data.tags[*]'}\nvalues: {t: {true: on, false: off}}\nprompt: '{t}'"
+    [example] = examples(tmp_path, f"{text}\ncompletion: '{{t:json}}'", row)
+    assert (example.prompt[0].content, example.completion) == ("on\noff", '["on", "off"]')
+
+
+def test_a_column_with_a_name_keeps_its_kind_of_value(tmp_path: Path) -> None:
+    [example] = examples(
+        tmp_path,
+        "columns: {n: a.n, ok: a.ok, tags: 'a.tags[*]'}\n"
+        "prompt: '{n:.2f} {tags}'\ncompletion: '{n:json} {ok:json} {tags:json}'",
+        {"a": {"n": 5, "ok": True, "tags": ["x", "y"]}},
+    )
+    assert example.prompt[0].content == "5.00 x\ny"
+    assert example.completion == '5 true ["x", "y"]'
+
+
+def test_a_field_that_may_be_missing_has_a_name_too_and_is_reported_where_no_row_has_it(
+    tmp_path: Path,
+) -> None:
+    text = "columns: {note: meta.note}\nprompt: '{t} {note?}{nte?}'"
+    rows = [{"t": "a", "completion": "x", "meta": {"note": "b"}}, {"t": "a", "completion": "x"}]
+    found = examples(tmp_path, text, *rows)
+    assert [example.prompt[0].content for example in found] == ["a b", "a "]
+    said: list[str] = []
+    read_task([str(tmp_path / "rows.jsonl")], str(tmp_path / "card.yaml"), say=said.append)
+    assert said[0].endswith("rows by format: 2 card; in no row: `nte`")
+
+
+def test_labels_with_white_space_around_them_are_one(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,kind\na,card\nb,card \nc,rate\n", encoding="utf-8")
+    text = "columns: {prompt: text, completion: kind}\nanswers: closed"
+    assert labels_of(read_task([str(file)], card(tmp_path, text))) == ("card", "rate")
+
+
+def test_a_header_that_the_card_gives_too_is_no_row(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,kind\na,card\n", encoding="utf-8")
+    text = "header: [text, kind]\nprompt: '{text}'\ncompletion: '{kind}'"
+    with pytest.raises(DataError, match="line 1: a header, as the task card's `header` has it"):
+        read_task([str(file)], card(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "message"),
+    [
+        ("{x:g}", {"x": 10**400}, "int too large to convert to float"),
+        ("{x:g}", {"x": 1054997.0}, "{x:g} rounds 1054997.0 to 1.055e+06; write {x:.15g}"),
+        ("{x?}", {"x?": "Why"}, "called `x?`; give it another name in `columns`"),
+    ],
+)
+def test_a_field_that_cannot_be_shown_as_written_is_a_bad_row(
+    tmp_path: Path, template: str, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError) as error:
+        examples(tmp_path, f"prompt: '{template}'", {**row, "completion": "y"})
+    assert message in str(error.value)
+
+
+def test_dates_and_decimals_of_parquet_are_text_and_nan_is_null(tmp_path: Path) -> None:
+    columns = {
+        "day": [date(2024, 1, 31)], "price": [Decimal("1.50")], "x": [float("nan")], "b": [b"1"],
+    }  # fmt: skip
+    file = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table(columns), file)
+    text = "prompt: '{day} {x?}'\ncompletion: '{price} {price:.1f}'"
+    [example] = read_task([str(file)], card(tmp_path, text)).examples
+    assert (example.prompt[0].content, example.completion) == ("2024-01-31 ", "1.50 1.5")
+    with pytest.raises(DataError, match="field `b` holds bytes"):
+        read_task([str(file)], card(tmp_path, "prompt: '{b}'\ncompletion: '{day}'"))
+
+
+def test_parts_of_fields_that_a_card_shows_count_as_used(tmp_path: Path) -> None:
+    said: list[str] = []
+    rows = [{"a.b": "x", "c": [{"q": "y", "r": 1}], "d": 2}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    text = "prompt: '{a.b}'\ncompletion: '{c[0].q}'"
+    read_task([file], card(tmp_path, text), say=said.append)
+    assert said == [f"{file}: rows by format: 1 card; not used: `d`"]
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"q": "a", "b": "c", "r": [{"t": "d", "s": 1}]}])
+    text = "answers: pairs\ncolumns: {prompt: q, chosen: b, rejected: 'r[0].t'}"
+    read_task([pairs], card(tmp_path, text), say=said.append)
+    assert said[-1] == f"{pairs}: rows by format: 1 card"
 
 
 def test_rows_are_selected_for_a_task_that_a_card_describes(tmp_path: Path, general: str) -> None:

@@ -41,7 +41,7 @@ def test_no_shipped_row_is_tested_on_that_was_trained_on() -> None:
     seen = TrainedRows.read(WARM_START)
     assert len(seen.rows) > 1000
     rows = [
-        TestRow("task", str(path), number, example.text, "")
+        TestRow("task", str(path), number, example.texts, "")
         for path in ROWS
         for number, example in enumerate(read_task([str(path)]).examples, 1)
     ]

@@ -136,6 +136,33 @@ def test_generated_answers_are_the_harness_s_row_by_row(
     assert not ours.forgetting[str(adapter.path)].choice_accuracy
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"doc_to_text": "{{prompt"}, "cannot be loaded: TemplateSyntaxError"),
+        (
+            {"doc_to_text": "{{nowhere}}"},
+            "cannot be loaded: UndefinedError: 'nowhere' is",
+        ),
+        ({"doc_to_target": "nowhere"}, "the target of row 1 is 'nowhere', which is none of its"),
+        ({"num_fewshot": 99, "fewshot_split": "test"}, "cannot be scored: ValueError"),
+        ({"metric_list": [{"metric": "acc", "aggregation": "median"}]}, "is a mean of rows"),
+    ],
+)
+def test_a_task_file_that_does_not_fit_its_rows_says_so(
+    tiny_base: str, tasks: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    task = yaml.safe_load((tasks / "our_words.yaml").read_text(encoding="utf-8"))
+    _write(tmp_path, {**task, **changes, "task": "changed"})
+    with pytest.raises(DataError, match=message):
+        evaluate(
+            EvaluateSettings(
+                base=tiny_base, data=("lm_eval:changed",), lm_eval_tasks=tmp_path, limit=2,
+                device="cpu", quiet=True, out=tmp_path / "scores",
+            )
+        )  # fmt: skip
+
+
 def test_names_that_are_no_single_task_are_refused_with_what_to_do(
     tasks: Path, tmp_path: Path
 ) -> None:

@@ -84,7 +84,6 @@ def test_every_metric_has_its_main_score_first_and_gives_1_to_the_gold_answer() 
         assert tuple(scores) == metric.columns
         for values in scores.values():
             assert values == pytest.approx([1, 1, 1]), name
-        assert main_column(list(scores)) == metric.columns[0]
         assert title_of(metric.columns[0]) == metric.title
 
 
@@ -357,6 +356,12 @@ def output(prediction, row):
 
 def alone(prediction):
     return 1
+
+def big(prediction, row):
+    return 10**400
+
+def leaving(prediction, row):
+    raise SystemExit
 """
 
 
@@ -378,7 +383,7 @@ def test_a_function_of_a_file_is_a_metric(own: Path) -> None:
         "words": [0.1, 0.3],
         "short": [1, 0],
     }
-    assert main_column(["words", "short"]) == title_of("words") == "words"
+    assert main_column(["rouge1", "short"]) == title_of("rouge1") == "rouge1"
 
 
 @pytest.mark.parametrize(
@@ -392,6 +397,8 @@ def test_a_function_of_a_file_is_a_metric(own: Path) -> None:
         ("alone", r"expected a function of the prediction and the row, found alone\(prediction\)"),
         ("shorts", r"has no function `shorts`. Did you mean `short`\?"),
         ("output", r"a score cannot be named `output`"),
+        ("big", r"expected a finite number for big of test row 1, found 10000"),
+        ("leaving", r"failed on test row 1: SystemExit"),
     ],
 )  # fmt: skip
 def test_what_a_function_does_wrong_is_said_with_its_row_and_line(

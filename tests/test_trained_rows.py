@@ -16,8 +16,10 @@ from d2lora import (
     convert,
     evaluate,
 )
+from d2lora.data.contamination import Guard
+from d2lora.data.reading import read_task
 from d2lora.data.rows import Example, user
-from d2lora.data.trained_rows import FILE, TrainedRows
+from d2lora.data.trained_rows import FILE, TestRow, TrainedRows
 from d2lora.embedded import choice_rows, general_rows
 from d2lora.evaluation.scores import Evaluation
 from d2lora.tools.convert import randomise
@@ -158,3 +160,36 @@ def test_a_damaged_record_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text('{"rows": ["12')
     with pytest.raises(ModelError, match=r"trained_rows\.json: Invalid JSON"):
         TrainedRows.read(tmp_path)
+
+
+def test_rows_are_known_by_every_right_answer_and_every_answer_that_was_learnt() -> None:
+    trained = TrainedRows.of([Example(user("name A"), "Place A.")])
+    row = Example(user("name A"), "A is here.", references=("place a",))
+    tests = [TestRow("task", "f", 1, one.texts, "") for one in (row, Example(user("name A"), "x"))]
+    assert trained.among(tests) == tests[:1]
+
+
+def test_every_turn_of_a_conversation_that_is_learnt_counts_as_trained_on(
+    tmp_path: Path, tiny_base: str
+) -> None:
+    said = [
+        {"role": "user" if n % 2 == 0 else "assistant", "content": f"say {n}"} for n in (0, 1, 2, 3)
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": said}] * 2)
+    card = tmp_path / "card.yaml"
+    card.write_text("turns: every", encoding="utf-8")
+    adapter = adapt(
+        AdaptSettings(
+            base=tiny_base,
+            data=(data,),
+            task=str(card),
+            max_steps=1,
+            out=tmp_path / "a",
+            quiet=True,
+        )
+    )
+    trained = TrainedRows.read(adapter.path)
+    assert trained.among([TestRow("task", "f", 1, Example(user("say 0"), "say 1").texts, "")])
+    asked = write_rows(tmp_path / "test.jsonl", [{"prompt": "say 0", "completion": "x"}])
+    [leak] = Guard([asked]).leaks(read_task([data], str(card)).examples[:1])
+    assert leak.how == "asks the same question as"

@@ -4,7 +4,8 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from d2lora.adapters.attach import detach_adapter
-from d2lora.adapters.base import Base, load_base
+from d2lora.adapters.base import Base, load_base, load_tokenizer
+from d2lora.adapters.chat_template import own_template
 from d2lora.adapters.lora import LoraShape
 from d2lora.adapters.manifest import Adapter, ancestor_of, check_fit
 from d2lora.data.batches import Item
@@ -44,7 +45,7 @@ def adapt(settings: AdaptSettings, base: Base | None = None) -> Adapter:
     chat_format = _inherited_format(settings, warm_start)
     with RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume) as run:
         base = base or load_base(settings)
-        template = warm_start.manifest.chat_template if warm_start else None
+        template = _inherited_template(settings, base, warm_start)
         encoder = Encoder.of(base, chat_format, template)
         rows = prepare_rows(settings, settings.n, encoder, reporter)
         with _initialized(settings, warm_start, base, rows.train, reporter) as adapter:
@@ -96,6 +97,21 @@ def _inherited_format(settings: AdaptSettings, warm_start: WarmStart | None) -> 
         raise WarmStartError(
             f"--chat-format {wanted} contradicts the warm start {warm_start.path}, made with "
             f"{own}; leave it out to inherit"
+        )
+    return own
+
+
+def _inherited_template(
+    settings: AdaptSettings, base: Base, warm_start: WarmStart | None
+) -> str | None:
+    """Return the chat template to use, None for the base's; as for the format."""
+    if warm_start is None or warm_start.manifest.chat_format != "template":
+        return None
+    own = warm_start.manifest.chat_template
+    if base.chat_template not in (None, own or own_template(load_tokenizer(settings))):
+        raise WarmStartError(
+            f"--chat-template and --template-args contradict the warm start {warm_start.path}, "
+            "made with another template; leave them out to inherit"
         )
     return own
 

@@ -2,15 +2,20 @@
 
 import copy
 import json
+import re
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from d2lora.errors import SettingsError
+from d2lora.errors import SettingsError, did_you_mean
 from d2lora.settings import BaseSettings
+
+_GIVEN = {"messages", "add_generation_prompt"}
+"""What a template gets with every row."""
 
 
 def chosen_template(settings: BaseSettings, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -29,7 +34,7 @@ def chosen_template(settings: BaseSettings, tokenizer: PreTrainedTokenizerBase) 
         raise SettingsError(
             f"--template-args: {settings.base} has no chat template; give one as --chat-template"
         )
-    return _assigned(settings.template_args) + template
+    return _assigned(settings.template_args, template) + template
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -53,7 +58,7 @@ def with_template(
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise SettingsError(f"--chat-template {path}: not UTF-8 text") from None
     except OSError as error:
@@ -62,19 +67,30 @@ def _read(path: Path) -> str:
         ) from None
 
 
-def _assigned(arguments: tuple[str, ...]) -> str:
-    """Return Jinja that gives names their values: what templates see as arguments."""
-    assigned: list[str] = []
+def _assigned(arguments: tuple[str, ...], template: str) -> str:
+    """Return Jinja that gives names their values: what templates see as arguments.
+
+    Raises:
+        SettingsError: If one is not `name=value`, is given twice, or the template does not use it.
+    """
+    assigned: dict[str, str] = {}
+    used = set(re.findall(r"\w+", template)) - _GIVEN
     for argument in arguments:
         name, equals, text = argument.partition("=")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             value = text
+        value = text if isinstance(value, date) else value
         if not equals or not name.isidentifier() or not isinstance(value, str | int | float | bool):
             raise SettingsError(
-                f"--template-args: expected name=value, as in enable_thinking=false, found "
-                f"{argument!r:.60}"
+                "--template-args: expected name=value, a text, a number, true or false, as in "
+                f"enable_thinking=false, found {argument!r:.60}"
             )
-        assigned.append(f"{{% set {name} = {json.dumps(value)} %}}")
-    return "".join(assigned)
+        if name not in used:
+            why = "is not to be set" if name in _GIVEN else "is no name in the chat template"
+            raise SettingsError(f"--template-args: `{name}` {why}.{did_you_mean(name, used)}")
+        if name in assigned:
+            raise SettingsError(f"--template-args: `{name}` is given twice")
+        assigned[name] = f"{{% set {name} = {json.dumps(value)} %}}"
+    return "".join(assigned.values())

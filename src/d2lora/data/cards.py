@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from d2lora.data.paths import as_text, steps_of
+from d2lora.data.formats import FORMATS
+from d2lora.data.paths import steps_of
+from d2lora.data.preferences import PREFERENCES
 from d2lora.data.rows import repeated
 from d2lora.data.templates import Template
 from d2lora.errors import DataError, SettingsError, did_you_mean
@@ -34,8 +36,9 @@ class Card(Settings):
     columns: dict[str, str] = Field(default_factory=dict)
     """Name -> column or path (`QUESTION`, `answers[0].text`, `CONTEXTS[*]`). Without templates the
     names are `prompt` and `completion`, or those of any format that is recognized."""
-    values: dict[str, dict[Any, str]] = Field(default_factory=dict)
-    """Column -> its values by the names to show, as in `{label: {0: no, 1: yes}}`."""
+    values: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """Column, or name or path of `columns` and templates -> its values by the names to show, as in
+    `{label: {0: no, 1: yes}}`."""
     header: tuple[str, ...] = ()
     """Names of the columns of CSV and TSV files that have no header."""
     system: str = ""
@@ -70,14 +73,6 @@ class Card(Settings):
             steps_of(path)
         return columns
 
-    @field_validator("values")
-    @classmethod
-    def _by_text(cls, values: dict[str, dict[Any, str]]) -> dict[str, dict[Any, str]]:
-        return {
-            name: {as_text(value): text for value, text in named.items()}
-            for name, named in values.items()
-        }
-
     @field_validator("header")
     @classmethod
     def _named_once(cls, header: tuple[str, ...]) -> tuple[str, ...]:
@@ -97,6 +92,22 @@ class Card(Settings):
         if references not in (None, SAME_PROMPT):
             steps_of(str(references))
         return references
+
+    @field_validator("labels")
+    @classmethod
+    def _different(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        stripped = tuple(label.strip() for label in labels)
+        if twice := repeated(stripped):
+            raise ValueError(f"{twice} is given more than once")
+        return stripped
+
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _shows_a_field(cls, text: str | None, info: ValidationInfo) -> str | None:
+        constant = text and not Template.of(text).paths
+        if constant and (info.field_name == "completion" or len(str(text).split()) == 1):
+            raise ValueError(f"it shows no field; write the name of one in braces: {{{text}}}")
+        return text
 
     @field_validator("thoughts")
     @classmethod
@@ -122,7 +133,26 @@ class Card(Settings):
             )
         if self.prompt == "" and self.completion is None:
             raise ValueError("a card without a prompt needs a `completion`")
+        if self.prompt == "" and self.answers != "open":
+            raise ValueError(f"answers: {self.answers} needs a prompt, and `prompt` is empty")
+        if unknown := [name for name in self.values if name not in self._fields()]:
+            raise ValueError(
+                f"`values` names `{unknown[0]}`, which is not among the fields that the card shows"
+                f".{did_you_mean(unknown[0], self._fields())}"
+            )
         return self
+
+    def _fields(self) -> list[str]:
+        """Return the names and paths of the fields that may be shown."""
+        named = [*self.columns, *self.columns.values()]
+        templates = (self.system, self.prompt, self.completion)
+        shown = [path for text in templates for path in Template.of(text or "").paths]
+        known = (PREFERENCES,) if self.answers == "pairs" else FORMATS
+        recognized = [name for form in known for name in (*form.needs, *form.reads)]
+        whole = self.prompt is not None and self.completion is not None
+        if self.references not in (None, SAME_PROMPT):
+            shown.append(str(self.references))
+        return [*named, *shown, *([] if whole else recognized)]
 
 
 @dataclass(frozen=True)
@@ -196,13 +226,13 @@ def read_card(name: str) -> NamedCard:
 def _parsed(name: str, text: str, path: Path | None) -> NamedCard:
     where = str(path or name)
     try:
-        values, lines = parse_yaml(text), _lines(text)
+        values, lines = parse_yaml(text, texts=True), _lines(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"{where}: not a YAML file: {error}") from None
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
         raise SettingsError(f"{where}: expected `name: value` lines, found {found}")
-    for field in ("labels", "metrics"):
+    for field in ("header", "labels", "metrics"):
         if isinstance(values.get(field), str):
             values[field] = [values[field]]
     try:

@@ -133,8 +133,8 @@ class Guard:
 
     def leak(self, index: int, example: Example) -> Leak | None:
         """Return what a training row overlaps with; None where it is clean."""
-        last = example.prompt[-1].content if example.prompt else ""
-        for text in {example.question, last} - {""}:
+        asked = (turn.content for turn in example.prompt if turn.role == "user")
+        for text in {example.question, *asked} - {""}:
             number = self._questions.get(_digest(text))
             if number is not None:
                 return self._leak(index, number, "asks the same question as")

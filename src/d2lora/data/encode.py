@@ -8,13 +8,14 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from d2lora.adapters.base import Base, n_embedded, n_positions, unknown_token
+from d2lora.adapters.base import Base, n_embedded, n_positions, tokenizer_of, unknown_token
 from d2lora.adapters.chat_template import with_template
 from d2lora.data.batches import Encoded, PreferencePair
 from d2lora.data.chat_text import ChatText, Format
 from d2lora.data.rows import BadRowError, Example, Message
 from d2lora.data.truncation import Span, fitted
 from d2lora.errors import DataError, ModelError, SettingsError
+from d2lora.settings import BaseSettings
 
 
 def resolve_format(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> Format:
@@ -62,7 +63,16 @@ class Encoder:
         if base.chat_template is None:
             tokenizer = with_template(tokenizer, template)
         form = resolve_format(tokenizer, chat_format)
+        _check_used(form, base.chat_template is not None)
         return cls(tokenizer, form, n_positions(base.model), n_embedded(base.model))
+
+    @classmethod
+    def of_tokenizer(cls, settings: BaseSettings, chat_format: str | None) -> "Encoder":
+        """Return the encoder of a base that is not loaded, which knows no limits."""
+        tokenizer = tokenizer_of(settings)
+        form = resolve_format(tokenizer, chat_format)
+        _check_used(form, bool(settings.chat_template or settings.template_args))
+        return cls(tokenizer, form)
 
     def encode(self, example: Example, max_length: int | None = None) -> Encoded:
         """Return an example's ids; the prompt and the completion are tokenized apart.
@@ -209,6 +219,14 @@ class Encoder:
     @cached_property
     def _text(self) -> ChatText:
         return ChatText(self.tokenizer, self.format)
+
+
+def _check_used(form: Format, template_given: bool) -> None:  # noqa: FBT001
+    if form == "plain" and template_given:
+        raise SettingsError(
+            "the chat format is plain, and --chat-template and --template-args are about chat "
+            "templates; leave them out, or set --chat-format template"
+        )
 
 
 @contextmanager

@@ -42,11 +42,17 @@ class Prompts(NamedTuple):
     """Prompts ready for generation, and what was cut out of them."""
 
     ids: list[list[int]]
-    n_truncated: int
-    n_tokens_cut: int
+    n_truncated: int = 0
+    n_tokens_cut: int = 0
+    limit: int = sys.maxsize
+    """Tokens that they were cut to, so that an answer has room."""
+    n_fewer_shots: int | None = None
+    """How many show fewer worked examples than asked for; None where none are to be shown."""
 
     def report(self, max_length: int) -> str | None:
         """Return a message on what was cut, or left whole beyond the limit; None without any."""
+        if self.n_fewer_shots is not None:  # shown whole whatever the limit
+            return self._report_of_shots()
         n_long = sum(len(prompt) > max_length for prompt in self.ids)
         if n_long:
             return (
@@ -56,7 +62,15 @@ class Prompts(NamedTuple):
         if not self.n_truncated:
             return None
         message = f"truncated {self.n_truncated:,} of {len(self.ids):,} prompts longer than "
-        return f"{message}{max_length:,} tokens{_cut(self.n_tokens_cut)}"
+        return f"{message}{min(max_length, self.limit):,} tokens{_cut(self.n_tokens_cut)}"
+
+    def _report_of_shots(self) -> str | None:
+        if not self.n_fewer_shots:
+            return None
+        return (
+            f"warning: {self.n_fewer_shots:,} of {len(self.ids):,} prompts show fewer worked "
+            "examples than asked for, as the base has no room for more"
+        )
 
 
 def _cut(n_tokens: int) -> str:
@@ -87,19 +101,32 @@ def encode_pairs(
 
 
 def encode_prompts(
-    encoder: Encoder, examples: Sequence[Example], max_length: int, overlong: Overlong
+    encoder: Encoder,
+    examples: Sequence[Example],
+    max_length: int,
+    overlong: Overlong,
+    room: int = 0,
 ) -> Prompts:
     """Encode prompts; longer ones are cut as in training where that is asked for, else whole.
+
+    Args:
+        encoder: Of the base and the chat format.
+        examples: The rows.
+        max_length: As in training.
+        overlong: As in training.
+        room: Tokens of an answer. Where prompts are cut they leave it, up to half of what the base
+            takes.
 
     Raises:
         DataError: If examples cannot be encoded.
     """
+    limit = min(max_length, encoder.n_positions - min(room, encoder.n_positions // 2))
     whole = every(encoder.prompt_of, examples)
     if overlong != "truncate":
-        return Prompts(whole, 0, 0)
-    ids = every(lambda example: encoder.prompt_of(example, max_length), examples)
+        return Prompts(whole)
+    ids = every(lambda example: encoder.prompt_of(example, limit), examples)
     cuts = [len(one) - len(other) for one, other in zip(whole, ids, strict=True)]
-    return Prompts(ids, sum(n > 0 for n in cuts), sum(cuts))
+    return Prompts(ids, sum(n > 0 for n in cuts), sum(cuts), limit)
 
 
 def answers_beyond(

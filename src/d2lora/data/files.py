@@ -13,7 +13,7 @@ from pathlib import Path
 
 from d2lora.data.json_rows import read_json, read_json_lines
 from d2lora.data.opening import opened, opened_bytes
-from d2lora.data.rows import GZIP, Fault, Row, kind_of, repeated
+from d2lora.data.rows import GZIP, Fault, Row, kind_of, repeated, with_nulls
 from d2lora.errors import DataError
 
 _PARQUET_ROWS = 4096
@@ -143,6 +143,9 @@ def _table(path: Path, records: Iterator[Record], header: Sequence[str]) -> Iter
         elif len(fields) != len(names):
             expected = f"expected {len(names)} fields ({', '.join(names)})"
             yield Fault(str(path), line, f"{expected}, found {len(fields)}", str(fields))
+        elif header and [field.strip() for field in fields] == names:
+            reason = "a header, as the task card's `header` has it; leave that out of the card"
+            yield Fault(str(path), line, reason, str(fields))
         else:
             yield Row(dict(zip(names, fields, strict=True)), str(path), line)
 
@@ -157,7 +160,7 @@ def _parquet(path: Path) -> Iterator[Row | Fault]:
             raise DataError(f"{path}: {twice} names more than one column; rename or drop columns")
         values = (row for batch in file.iter_batches(_PARQUET_ROWS) for row in batch.to_pylist())
         for number, row in enumerate(values, 1):
-            yield Row(row, str(path), number)
+            yield Row(with_nulls(row), str(path), number)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from None
     except OverflowError as error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from d2lora.data.paths import column_of
 from d2lora.data.rows import BadRowError, Example, Message, fields_of, text_field
 from d2lora.data.turns import turns_of, unread_of
 
@@ -33,11 +34,14 @@ class Format:
     """Fields that a row of the format has."""
     reads: tuple[str, ...] = ()
     """Fields that are read where they are there."""
+    turned: tuple[str, ...] | None = None
+    """Fields that may hold turns. None: all of them."""
 
     def unused(self, row: Fields) -> set[str]:
         """Return the fields of a row that are not read; those of turns as `messages[].name`."""
         read = {*self.needs, *self.reads}
-        within = {f"{field}[].{name}" for field in read for name in unread_of(row.get(field))}
+        turned = read if self.turned is None else self.turned
+        within = {f"{field}[].{name}" for field in turned for name in unread_of(row.get(field))}
         return {name for name, value in row.items() if value is not None} - read | within
 
 
@@ -242,6 +246,7 @@ class FormatsSeen:
         self._formats: Counter[str] = Counter()
         self._beside: dict[str, None] = {}
         self._unused: dict[str, None] = {}
+        self._absent: set[str] | None = None
 
     def add(self, formats: Sequence[Format], row: Fields) -> list[str]:
         """Note a row that was read in one of the formats; return the unused fields new in it."""
@@ -249,6 +254,12 @@ class FormatsSeen:
         self._formats[known.name] += 1
         beside = (name for name in known.reads if name in BESIDE and row.get(name))
         self._beside.update(dict.fromkeys(beside))
+        absent = {
+            path
+            for path in known.needs
+            if row.get(path) is None and row.get(column_of(path)) is None
+        }
+        self._absent = absent if self._absent is None else self._absent & absent
         new = sorted(known.unused(row) - self._unused.keys())
         self._unused.update(dict.fromkeys(new))
         return new
@@ -260,7 +271,8 @@ class FormatsSeen:
         rows = ", ".join(f"{n:,} {name}" for name, n in self._formats.items())
         beside = f" with {_named(self._beside)}" if self._beside else ""
         unused = f"; not used: {_named(self._unused)}" if self._unused else ""
-        say(f"{self._source}: rows by format: {rows}{beside}{unused}")
+        absent = f"; in no row: {_named(sorted(self._absent))}" if self._absent else ""
+        say(f"{self._source}: rows by format: {rows}{beside}{unused}{absent}")
 
 
 def _named(fields: Iterable[str]) -> str:

@@ -35,9 +35,15 @@ def steps_of(path: str) -> list[str | int]:
     return steps
 
 
+class Items(list[Any]):
+    """What `[*]` leads to; as a text it has an item a line."""
+
+
 def as_text(value: Any) -> str:
-    """Return a text as it is, another value as JSON writes it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """Return a text as it is, another value as JSON writes it, one that JSON has not as Python."""
+    if value is None or isinstance(value, bool | int | float | list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)  # a text, or a date or a decimal number of Parquet
 
 
 def column_of(path: str) -> str:
@@ -70,7 +76,7 @@ def _inside(row: Mapping[str, Any], path: str) -> Any:
             values = [_step(value, step, path, gone) for value in values]
         gone += f"[{step}]" if isinstance(step, int) else step if step == EVERY else f".{step}"
         gone = gone.removeprefix(".")
-    return values if is_list else values[0]
+    return Items(values) if is_list else values[0]
 
 
 def _step(value: Any, step: str | int, path: str, gone: str) -> Any:

@@ -1,6 +1,7 @@
 """What every kind of row is made of: turns, examples, and fields that must be text."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -91,6 +92,11 @@ class Example:
         """What is given and the completion, as one text."""
         return f"{self.question}\n{self.completion}"
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The same with each right answer."""
+        return tuple(f"{self.question}\n{one}" for one in (self.completion, *self.references))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -122,6 +128,12 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{place(self.file, self.line)}: {self.reason}"
+
+
+def with_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a row's values with null for NaN, which stands for a missing number."""
+    missing = [name for name, one in values.items() if isinstance(one, float) and math.isnan(one)]
+    return {**values, **dict.fromkeys(missing)} if missing else values
 
 
 def kind_of(path: Path) -> str:

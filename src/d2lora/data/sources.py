@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from d2lora.data.files import READERS, file_items
-from d2lora.data.rows import Fault, Row, kind_of, repeated
+from d2lora.data.rows import Fault, Row, kind_of, repeated, with_nulls
 from d2lora.errors import DataError
 from d2lora.runtime.run_folder import read_json, sha256_of, write_text
 
@@ -164,7 +164,7 @@ def _hub_items(name: str, digested: Callable[[bytes], None]) -> Iterator[Row]:
             )
         raise DataError(f"{name}: the hub data set cannot be loaded: {reason}") from None
     for number, row in enumerate(loaded, 1):
-        values = dict(row)
+        values = with_nulls(dict(row))
         digested(json.dumps(values, sort_keys=True, default=str).encode())
         yield Row(values, name, number)
 

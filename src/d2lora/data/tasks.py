@@ -5,7 +5,7 @@ written down in the card, because a score without its prompt cannot be compared
 (lm-evaluation-harness#2034).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from d2lora.data.formats import (
     given,
     missing,
 )
-from d2lora.data.paths import EVERY, as_text, column_of, value_at
+from d2lora.data.paths import Items, as_text, column_of, value_at
 from d2lora.data.preferences import PREFERENCES, read_preference
 from d2lora.data.rows import BadRowError, Example, Message
 from d2lora.data.templates import Template
@@ -69,21 +69,43 @@ class Task:
     def formats(self) -> tuple[Format, ...]:
         """What its rows may look like; by the last one, where a row has not all of its fields."""
         card, templates = self.card, self.named.templates
-        columns = [column_of(path) for path in card.columns.values()]
-        shown = [c for t in templates.values() for c in t.columns if c not in card.columns]
+        paths = [*card.columns.values()]
+        filled = [path for template in templates.values() for path in template.paths]
+        if card.prompt is not None and "completion" not in templates:
+            filled.append("completion")
+        paths += [path for path in filled if column_of(path) not in card.columns]
         if card.references not in (None, SAME_PROMPT):
-            shown.append(column_of(str(card.references)))
-        if columns or "prompt" in templates or card.prompt == "":
-            return (Format(self.name, tuple(dict.fromkeys([*columns, *shown]))),)
+            paths.append(str(card.references))
+        shown = list(dict.fromkeys(map(column_of, paths)))
+        if card.columns or "prompt" in templates or card.prompt == "":
+            whole = [path for path in card.columns.values() if path in shown]
+            turned = whole if card.prompt is None else self._turned
+            return (Format(self.name, tuple(paths), tuple(shown), tuple(turned)),)
         known = (PREFERENCES,) if self.answers == "pairs" else FORMATS
         if not shown:
             return known
         return tuple(replace(form, reads=(*form.reads, *shown)) for form in known)
 
+    @cached_property
+    def _optional(self) -> set[str]:
+        """Names that a template shows where they are there."""
+        parts = [part for template in self.named.templates.values() for part in template.parts]
+        return {str(part.path) for part in parts if part.optional}
+
+    @property
+    def _turned(self) -> list[str]:
+        """Return the field that may hold the turns of the prompt."""
+        template = self.named.templates.get("prompt")
+        if template is None or not template.is_field:
+            return []
+        return [self.card.columns.get(path, path) for path in template.paths]
+
     @property
     def prompts(self) -> tuple[Format, ...]:
         """What rows may look like of which the prompt alone is read."""
-        return PROMPTS if self.formats[0] is FORMATS[0] else self.formats
+        if self.formats[0] is FORMATS[0]:
+            return PROMPTS
+        return tuple(replace(f, needs=(), reads=(*f.needs, *f.reads)) for f in self.formats)
 
     def read(self, row: Fields) -> Example:
         """Read a row.
@@ -92,6 +114,8 @@ class Task:
             BadRowError: If it does not hold what the card needs.
         """
         example = self._read(row, answered=True)
+        if self.answers == "closed":
+            example = replace(example, completion=example.completion.strip())
         if self.card.labels and example.completion not in self.card.labels:
             raise BadRowError(
                 f"the answer {example.completion!r:.60} is none of the "
@@ -115,8 +139,10 @@ class Task:
         return replace(self._read(row, answered=False), completion="", rejected=None, references=())
 
     def _read(self, row: Fields, *, answered: bool) -> Example:
-        templates, row = self.named.templates, self._named(row)
+        templates, columns = self.named.templates, self.card.columns
+        row = {**row, **self._named(row, self.card.values.keys() - columns)}
         values = {**row, **self._columns(row, answered=answered)}
+        values.update(self._named(values, self.card.values.keys() & columns))
         if self.card.prompt is None:
             example = self._recognized(row, values, answered=answered)
         else:
@@ -137,33 +163,39 @@ class Task:
             try:
                 value = value_at(row, path)
             except BadRowError as error:
-                if answered:
+                if answered and name not in self._optional:
                     raise self._placed(error, "columns") from None
             else:
-                if isinstance(value, list) and EVERY in path and not _has_objects(value):
-                    named[name] = "\n".join(map(as_text, value))
-                else:
-                    named[name] = value if isinstance(value, list | dict) else as_text(value)
+                named[name] = value
         return named
 
-    def _named(self, row: Fields) -> Fields:
-        """Return a row with the names that the card gives to values of its columns."""
-        own: dict[str, Any] = {}
-        for column, names in self.card.values.items():
-            if row.get(column) is None:
+    def _named(self, row: Fields, fields: Iterable[str]) -> dict[str, Any]:
+        """Return those of the fields that are there, with the names that the card has for them."""
+        named: dict[str, Any] = {}
+        for field in fields:
+            try:
+                value = value_at(row, field)
+            except BadRowError:
                 continue
-            value = as_text(row[column])
-            if value not in names:
-                raise BadRowError(
-                    f"field `{column}` is {value!r:.60}, which is none of {', '.join(names)}; "
-                    f"{self.named.place('values')} names these"
-                )
-            own[column] = names[value]
-        return {**row, **own}
+            named[field] = (
+                type(value)(self._name(field, one) for one in value)
+                if isinstance(value, list)
+                else self._name(field, value)
+            )
+        return named
+
+    def _name(self, field: str, value: Any) -> str:
+        names = self.card.values[field]
+        if as_text(value) not in names:
+            raise BadRowError(
+                f"field `{field}` is {as_text(value)!r:.60}, which is none of {', '.join(names)}; "
+                f"{self.named.place('values')} names these"
+            )
+        return names[as_text(value)]
 
     def _recognized(self, row: Fields, values: Fields, *, answered: bool) -> Example:
         """Read a row in a format that is known by its fields."""
-        own = {name: values[name] for name in self.card.columns if name in values}
+        own = {name: _field(values[name]) for name in self.card.columns if name in values}
         own = own if self.card.columns else dict(row)
         if answered and "completion" in self.named.templates:
             own["completion"] = self._completion(values)
@@ -214,14 +246,17 @@ class Task:
         except BadRowError as error:
             raise self._placed(error, "references") from None
         texts = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str) for text in texts):
-            error = BadRowError(f"field `{path}` must be a text or a list of texts")
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            error = BadRowError(f"field `{path}` must be a text or a list of texts, none empty")
             raise self._placed(error, "references")
         return tuple(texts)
 
 
-def _has_objects(values: Sequence[Any]) -> bool:
-    return any(isinstance(value, list | dict) for value in values)
+def _field(value: Any) -> Any:
+    """Return a value as a format reads it: lists and objects as they are, others as text."""
+    if isinstance(value, Items) and not any(isinstance(one, list | dict) for one in value):
+        return "\n".join(map(as_text, value))
+    return value if isinstance(value, list | dict) else as_text(value)
 
 
 @cache

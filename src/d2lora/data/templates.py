@@ -1,17 +1,18 @@
 """Templates of task cards: text with a row's fields in braces, as in `Which intent? {text}`.
 
 A field is named by its path. Texts stand as they are, lists of `[*]` one item a line, numbers and
-booleans as in JSON; `{x:json}` writes any value as JSON, `{x:g}` and the like format a number as
-Python does. `{x?}` may be missing, null or empty. `{{` and `}}` are braces.
+booleans as in JSON; `{x:json}` writes any value as JSON, `{x:.15g}` and the like format a number
+as Python does. `{x?}` may be missing, null or empty. `{{` and `}}` are braces.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from string import Formatter
 from typing import Any, NamedTuple
 
-from d2lora.data.paths import EVERY, column_of, steps_of, value_at
+from d2lora.data.paths import Items, as_text, steps_of, value_at
 from d2lora.data.rows import BadRowError, Span
 
 _JSON = "json"
@@ -65,11 +66,6 @@ class Template:
         return [part.path for part in self.parts if part.path is not None]
 
     @property
-    def columns(self) -> list[str]:
-        """The columns they come from."""
-        return [column_of(path) for path in self.paths]
-
-    @property
     def is_field(self) -> bool:
         """Whether it is one field and nothing else."""
         return len(self.parts) == 1 and not self.parts[0].literal and not self.parts[0].form
@@ -100,6 +96,11 @@ def _needed(row: Mapping[str, Any], part: _Part) -> str:
 
 
 def _optional(row: Mapping[str, Any], part: _Part) -> str:
+    if f"{part.path}?" in row:
+        raise BadRowError(
+            f"{{{part.path}?}} is a field `{part.path}` that may be missing, and the row has one "
+            f"that is called `{part.path}?`; give it another name in `columns`"
+        )
     try:
         value = value_at(row, str(part.path))
     except BadRowError:
@@ -111,23 +112,30 @@ def _shown(value: Any, part: _Part) -> str:
     if part.form == _JSON:
         return json.dumps(value, ensure_ascii=False, default=str)
     if part.form:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
             raise BadRowError(
                 f"field `{part.path}` must be a number for {{{part.path}:{part.form}}}, found "
                 f"{type(value).__name__}: {value!r:.60}"
             )
         try:
-            return format(value, part.form)
-        except ValueError as error:
+            shown = format(value, part.form)
+        except (ValueError, OverflowError) as error:
             raise BadRowError(f"{{{part.path}:{part.form}}}: {error}") from None
+        if part.form == "g" and float(shown) != value:
+            raise BadRowError(
+                f"{{{part.path}:g}} rounds {value} to {shown}; write {{{part.path}:.15g}}"
+            )
+        return shown
     if isinstance(value, str):
         return value.strip()
-    if isinstance(value, list) and EVERY in str(part.path):
+    if isinstance(value, Items):
         return "\n".join(_shown(item, part) for item in value)
+    if isinstance(value, bytes):
+        raise BadRowError(f"field `{part.path}` holds bytes, not a text: {value!r:.60}")
     if isinstance(value, list | dict):
         kind = "a list" if isinstance(value, list) else "an object"
         raise BadRowError(
             f"field `{part.path}` is {kind}, not a text: {value!r:.60}; write {{{part.path}:json}} "
             f"to show it as JSON{f', {{{part.path}[*]}} for an item a line' * (kind == 'a list')}"
         )
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return as_text(value)

@@ -67,7 +67,11 @@ class TrainedRows(BaseModel):
 
     def among(self, tests: Iterable["TestRow"]) -> list["TestRow"]:
         """Return the test rows that were trained on."""
-        return [t for t in tests if t.sha256 in self.files or _digest(t.text) in self.rows]
+        return [
+            test
+            for test in tests
+            if test.sha256 in self.files or any(_digest(text) in self.rows for text in test.texts)
+        ]
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ class TestRow:
     """`task`, `general_text` or `choices`."""
     file: str
     line: int
-    text: str
+    texts: tuple[str, ...]
+    """Its text with each right answer."""
     sha256: str
     """Of the file."""
 

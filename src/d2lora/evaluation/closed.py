@@ -91,7 +91,7 @@ def questions_of(
         raise DataError(
             f"{len(beyond)} of {len(rows)} rows are longer with a label than the "
             f"{encoder.n_positions:,} tokens that the base takes; shorten them, or set "
-            f"--overlong truncate with a lower --max-length:\n{listed(beyond)}"
+            f"--overlong truncate:\n{listed(beyond)}"
         )
     return rows
 

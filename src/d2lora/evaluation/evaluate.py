@@ -196,7 +196,9 @@ def _calibration(records: Sequence[dict[str, Any]]) -> float | None:
     if not records or "confidence" not in records[0]:
         return None
     confidence = np.array([record["confidence"] for record in records])
-    right = np.array([float(record["output"] == record["target"]) for record in records])
+    right = np.array(
+        [float(r["output"] in (r["target"], *r.get("references", ()))) for r in records]
+    )
     return calibration_error(confidence, right)
 
 

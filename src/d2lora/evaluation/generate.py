@@ -18,6 +18,7 @@ from d2lora.data.encoded_sets import encode_prompts
 from d2lora.data.files import text_lines
 from d2lora.data.reading import read_task
 from d2lora.data.rows import Example, kind_of, user
+from d2lora.data.tasks import AUTO
 from d2lora.errors import DataError, SettingsError
 from d2lora.evaluation.decoding import Decoder, Sampling, check_room
 from d2lora.runtime.claims import claimed
@@ -95,12 +96,18 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     """
     if (settings.prompt is None) == (settings.prompts is None):
         raise SettingsError("give either --prompt TEXT or --prompts FILE")
+    as_it_is = settings.prompts is None or kind_of(Path(settings.prompts)) == ".txt"
+    if as_it_is and settings.task != AUTO:
+        raise SettingsError(
+            f"--task {settings.task} is about rows with fields, and this prompt is taken as it is; "
+            "leave it out, or give the rows as --prompts FILE"
+        )
     examples = _examples(settings)
     adapter = None if settings.adapter is None else Path(settings.adapter)
     base = load_base(settings)
     encoder = encoder_of(adapter, base, settings.chat_format)
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
-    prompts = encode_prompts(encoder, examples, *lengths_of(adapter)).ids
+    prompts = encode_prompts(encoder, examples, *lengths_of(adapter), settings.max_new_tokens).ids
     places = [example.place for example in examples]
     warning = check_room(prompts, places, base.model, settings.max_new_tokens)
     for message in (warning, check_fit(adapter, base) if adapter else None):
@@ -115,9 +122,14 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     ]
 
 
-def decode(base: Base, ids: Sequence[int]) -> str:
-    """Return a completion as text."""
-    text = base.tokenizer.decode(list(ids), skip_special_tokens=True)
+def decode(base: Base, ids: Sequence[int], kept: Sequence[str] = ()) -> str:
+    """Return a completion as text, without special tokens but those that are to be kept."""
+    shown = list(ids)
+    if kept:
+        added = base.tokenizer.added_tokens_decoder.items()
+        left_out = {id_ for id_, token in added if token.special and str(token) not in kept}
+        shown = [id_ for id_ in ids if id_ not in left_out]
+    text = base.tokenizer.decode(shown, skip_special_tokens=not kept)
     assert isinstance(text, str)
     return text.strip()
 

@@ -7,7 +7,6 @@ its prompts (without a chat template), tokens, metrics and seeds, without our fa
 import copy
 import io
 import logging
-import math
 import random
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import nn
 
 from d2lora.adapters.base import Base
@@ -27,6 +27,8 @@ from d2lora.runtime.extras import need_extra
 
 PREFIX = "lm_eval:"
 """In front of a task's name, where a file could stand."""
+_FAULTS = (AttributeError, LookupError, TemplateError, TypeError, ValueError)
+"""What the harness raises for task files that do not fit their rows."""
 _BATCH_SIZE = 8
 """The harness holds the log-probabilities of a batch over the whole vocabulary."""
 
@@ -79,14 +81,19 @@ class HarnessTask:
         model_class: Any = HFLM  # a decorator hides what it takes
         with _as_the_harness_runs(quiet=quiet):
             language_model = model_class(model, tokenizer=tokenizer, batch_size=_BATCH_SIZE)
-            found: Any = evaluate(
-                lm=language_model,
-                task_dict={"tasks": {self.name: self.task}},
-                limit=limit,
-                bootstrap_iters=0,
-            )
+            try:
+                found: Any = evaluate(
+                    lm=language_model,
+                    task_dict={"tasks": {self.name: self.task}},
+                    limit=limit,
+                    bootstrap_iters=0,
+                )
+            except _FAULTS as error:
+                raise DataError(
+                    f"{PREFIX}{self.name}: it cannot be scored: {_reason(error)}"
+                ) from error
         samples = found["samples"][self.name]
-        columns = _means(samples, found["results"][self.name])
+        columns = _means(samples, self.task.aggregation())
         if not columns:
             raise DataError(
                 f"{PREFIX}{self.name}: none of its metrics ({', '.join(samples[0]['metrics'])}) is "
@@ -111,6 +118,12 @@ class HarnessTask:
         if not self.is_multiple_choice:
             return {**record, "target": str(target), "output": output}
         choices = self.task.doc_to_choice(sample["doc"])
+        known = (*choices, *range(len(choices)))
+        if isinstance(target, str | int) and target not in known and not self.task.multiple_input:
+            raise DataError(
+                f"{PREFIX}{self.name}: the target of row {sample['doc_id'] + 1} is {target!r:.60}, "
+                f"which is none of its {len(choices)} choices"
+            )
         sums = [float(of_choice[0][0]) for of_choice in sample["resps"][: len(choices)]]
         return {
             **record,
@@ -173,26 +186,32 @@ def _read(name: str, manager: Any) -> HarnessTask:
         )
     try:
         task = manager.load([name])["tasks"][name]
-    except (DatasetsError, ImportError, LookupError, OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"{PREFIX}{name}: it cannot be loaded: {first_line(error)}") from None
+    except (*_FAULTS, DatasetsError, ImportError, OSError, RuntimeError) as error:
+        raise DataError(f"{PREFIX}{name}: it cannot be loaded: {_reason(error)}") from error
     if getattr(task, "UNSAFE_CODE", False):
         raise DataError(f"{PREFIX}{name}: it runs code that a model writes; d2lora does not")
     return HarnessTask(name, task)
 
 
-def _means(samples: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> dict[str, Column]:
-    """Return the metrics whose value, as the harness has it, is the mean of its rows' values."""
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _means(
+    samples: Sequence[Mapping[str, Any]], aggregation: Mapping[str, Any]
+) -> dict[str, Column]:
+    """Return the metrics whose value is the mean of its rows' values."""
+    from lm_eval.api.metrics import mean
+
     filters = dict.fromkeys(str(sample["filter"]) for sample in samples)
     columns: dict[str, Column] = {}
     for name in filters:
         rows = [sample for sample in samples if sample["filter"] == name]
         for metric in rows[0]["metrics"]:
             values = [row[metric] for row in rows]
-            if not all(isinstance(value, Real) for value in values):
-                continue
-            column = np.array(values, dtype=np.float64)
-            if math.isclose(float(column.mean()), results[f"{metric},{name}"], abs_tol=1e-9):
-                columns[metric if len(filters) == 1 else f"{metric},{name}"] = column
+            if aggregation.get(metric) is mean and all(isinstance(v, Real) for v in values):
+                named = metric if len(filters) == 1 else f"{metric},{name}"
+                columns[named] = np.array(values, dtype=np.float64)
     return columns
 
 

@@ -130,14 +130,15 @@ def _score_task(
     if data.task.answers == "closed":
         return _score_closed(model, base, encoder, name, sets, settings, reporter)
     decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size)
-    prompts = _prompts(encoder, sets, settings)
+    prompts = prompts_of(encoder, sets, settings)
     _say(prompts.report(settings.max_length), reporter)
     places = [example.place for example in examples]
     _say(check_room(prompts.ids, places, model, settings.max_new_tokens), reporter)
     outputs: dict[int, tuple[str, int]] = {}
+    marks = data.task.card.thoughts.split()
     with reporter.bar("generating", len(examples)) as bar:
         for index, ids in decoder.complete(prompts.ids):
-            outputs[index] = decode(base, ids), len(ids)
+            outputs[index] = decode(base, ids, marks), len(ids)
             bar.update(len(outputs))
     said = [outputs[index] for index in range(len(examples))]
     columns = columns_of_outputs(data, [output for output, _ in said])
@@ -161,7 +162,7 @@ def _score_closed(
     data = sets.task
     assert data is not None
     examples = data.examples[: settings.limit]
-    prompts = _prompts(encoder, sets, settings)
+    prompts = prompts_of(encoder, sets, settings)
     _say(prompts.report(settings.max_length), reporter)
     chosen = choose_labels(model, base, encoder, examples, prompts.ids, sets.labels)
     columns = columns_of_outputs(data, [one.label for one in chosen])
@@ -172,14 +173,18 @@ def _score_closed(
     return TaskScores(with_scores(records, columns), columns)
 
 
-def _prompts(encoder: Encoder, sets: TestSets, settings: EvaluateSettings) -> Prompts:
+def prompts_of(encoder: Encoder, sets: TestSets, settings: EvaluateSettings) -> Prompts:
     """Return the prompts of the task's test rows as token ids."""
     assert sets.task is not None
     examples = sets.task.examples[: settings.limit]
+    room = settings.max_new_tokens
+    if sets.task.task.answers == "closed" and examples:
+        answered = [replace(examples[0], completion=label) for label in sets.labels]
+        room = max(item.n_supervised for item in every(encoder.encode, answered))
     if not sets.shots:
-        return encode_prompts(encoder, examples, settings.max_length, settings.overlong)
-    prompted = with_shots(encoder, examples, sets.shots, settings.max_new_tokens)
-    return encode_prompts(encoder, prompted, settings.max_length, "error")
+        return encode_prompts(encoder, examples, settings.max_length, settings.overlong, room)
+    prompted = with_shots(encoder, examples, sets.shots, room)
+    return Prompts(every(encoder.prompt_of, prompted.examples), n_fewer_shots=prompted.n_fewer)
 
 
 def check_rows(
@@ -203,7 +208,7 @@ def check_rows(
             kept.add(tuple(pairs.kept))
         if data is not None and data.task.answers in ("open", "closed"):
             examples = data.examples[: settings.limit]
-            prompts = _prompts(encoder, sets, settings)
+            prompts = prompts_of(encoder, sets, settings)
             if data.task.answers == "closed":
                 label_questions(encoder, examples, prompts.ids, sets.labels)
             else:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from d2lora.data.reading import TaskData
+from d2lora.data.rows import Example, Row
+from d2lora.data.tasks import Task
 from d2lora.evaluation.counts import Column, per_row
 from d2lora.evaluation.metrics import Scored, measure_all, metrics_named
 
@@ -17,15 +19,17 @@ def columns_of_outputs(data: TaskData, outputs: Sequence[str]) -> dict[str, Colu
             compares with.
     """
     scored = [
-        Scored(
-            without_thoughts(output, data.task.card.thoughts),
-            example.completion,
-            (example.completion, *example.references),
-            row.values,
-        )
+        scored_output(output, example, row, data.task)
         for output, example, row in zip(outputs, data.examples, data.rows, strict=False)
     ]
     return measure_all(metrics_named(data.task.metrics, data.task.named.folder), scored)
+
+
+def scored_output(output: str, example: Example, row: Row, task: Task) -> Scored:
+    """Return what metrics see of an output and its row, both without thoughts."""
+    answers = (example.completion, *example.references)
+    said, *right = (without_thoughts(text, task.card.thoughts) for text in (output, *answers))
+    return Scored(said, right[0], tuple(right), row.values)
 
 
 def with_scores(records: list[dict[str, Any]], columns: dict[str, Column]) -> list[dict[str, Any]]:

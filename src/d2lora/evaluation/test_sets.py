@@ -9,10 +9,10 @@ from d2lora.data.choices import ChoiceData, ChoiceQuestion, read_choice_question
 from d2lora.data.reading import Say, TaskData, labels_of, read_task, with_references
 from d2lora.data.rows import Example, Fault
 from d2lora.data.trained_rows import TestRow
-from d2lora.errors import DataError, SettingsError
+from d2lora.errors import DataError, SettingsError, counted
 from d2lora.evaluation.harness import HarnessTask, read_harness_tasks, split_names
 from d2lora.evaluation.outputs import columns_of_outputs
-from d2lora.evaluation.shots import chosen_shots
+from d2lora.evaluation.shots import chosen_shots, unasked
 from d2lora.settings import EvaluateSettings
 
 
@@ -61,10 +61,9 @@ class TestSets:
         if settings.data and harness_task is None:
             task = read_task(settings.data, settings.task, skip_bad=skip_bad, say=say)
             task = with_references(task)
-        if settings.training_data:
+        if settings.training_data or settings.shots:
+            _check_training_data(settings, task)
             training = read_task(settings.training_data, settings.task, skip_bad=skip_bad)
-        elif settings.shots:
-            raise SettingsError("--shots needs the rows to show: give --training-data")
         if task is not None and task.task.metrics:
             # The gold answers are scored first: what a metric refuses it refuses before the time
             # that outputs may take.
@@ -90,14 +89,42 @@ class TestSets:
             list(general.examples) if general else [],
             choices.questions if choices else [],
             _labels(task, training),
-            chosen_shots(training.examples, settings.shots, settings.shots_seed)
-            if training and settings.shots
-            else (),
+            _shots(settings, task, training, say) if task and training else (),
             rows=rows,
             faults=[fault for data in (task, general, choices) if data for fault in data.faults],
             harness_task=harness_task,
             harness_choices=harness_choices,
         )
+
+
+def _check_training_data(settings: EvaluateSettings, task: TaskData | None) -> None:
+    """Check that training rows are there where they are needed, and used where they are there.
+
+    Raises:
+        SettingsError: If not.
+    """
+    if not settings.training_data:
+        raise SettingsError("--shots needs the rows to show: give --training-data")
+    answers = None if task is None else task.task.answers
+    if settings.shots and answers == "pairs":
+        raise SettingsError("--shots: preferences are scored without answers to show before them")
+    if answers is None or not (settings.shots or answers == "closed"):
+        raise SettingsError(
+            "--training-data is of use for a task's --shots and closed answers alone; leave it out"
+        )
+
+
+def _shots(
+    settings: EvaluateSettings, task: TaskData, training: TaskData, say: Say | None
+) -> list[Example]:
+    """Choose the training rows to show; one that is a test row, too, would show its answer."""
+    if not settings.shots:
+        return []
+    examples = unasked(training.examples, task.examples)
+    n_left = len(training.examples) - len(examples)
+    if n_left and say is not None:
+        say(f"warning: {counted(n_left, 'training row')} not shown, as test rows ask the same")
+    return chosen_shots(examples, settings.shots, settings.shots_seed)
 
 
 def _of_the_harness(
@@ -108,10 +135,10 @@ def _of_the_harness(
     _, choices = split_names(settings.choices)
     if data and (files or len(data) > 1):
         raise SettingsError("--data takes one task of lm-evaluation-harness, and no files with it")
-    if data and (settings.task != "auto" or settings.training_data):
+    if data and (settings.task != "auto" or settings.training_data or settings.shots):
         raise SettingsError(
-            "a task of lm-evaluation-harness has its own prompts and shots: leave out --task and "
-            "--training-data"
+            "a task of lm-evaluation-harness has its own prompts and shots: leave out --task, "
+            "--shots and --training-data"
         )
     if len(set(choices)) < len(choices):
         raise SettingsError("--choices: each task of lm-evaluation-harness may be given once")
@@ -135,12 +162,37 @@ def _labels(task: TaskData | None, training: TaskData | None) -> tuple[str, ...]
 def labels_known(sets: TestSets, adapters: Sequence[Path], say: Say) -> tuple[str, ...]:
     """Return the labels to choose from: the data's, else the adapters', else the test rows'."""
     task = sets.task
-    if task is None or task.task.answers != "closed" or sets.labels:
-        return sets.labels
+    if task is None or task.task.answers != "closed":
+        return ()
+    labels = sets.labels or _labels_of_others(task, adapters, say)
+    if unknown := never_chosen(task, labels):
+        say(f"warning: {unknown}")
+    return labels
+
+
+def never_chosen(task: TaskData, labels: Sequence[str]) -> str | None:
+    """Return a message on answers that are none of the labels; None where all are."""
+    answers = [{example.completion, *example.references} for example in task.examples]
+    unknown = [own for own in answers if own.isdisjoint(labels)]
+    if not unknown:
+        return None
+    return (
+        f"{counted(len(unknown), 'test row')} with an answer that is none of the {len(labels)} "
+        f"labels, so it is never chosen: {min(unknown[0])!r:.60}"
+    )
+
+
+def _labels_of_others(task: TaskData, adapters: Sequence[Path], say: Say) -> tuple[str, ...]:
     manifests = [Manifest.read(folder) for folder in adapters if has_manifest(folder)]
-    trained = {label for manifest in manifests for label in manifest.labels or ()}
+    trained = {tuple(manifest.labels) for manifest in manifests if manifest.labels}
     if trained:
-        return tuple(sorted(trained))
+        labels = tuple(sorted({label for own in trained for label in own}))
+        if len(trained) > 1:
+            say(
+                f"warning: the adapters were trained with different labels, and all {len(labels)} "
+                "are chosen from; give the task's training rows as --training-data"
+            )
+        return labels
     labels = labels_of(task)
     say(
         f"warning: the {len(labels)} labels to choose from are those of the test rows, and others "
@@ -154,7 +206,7 @@ def _placed(use: str, data: TaskData | None, limit: int | None) -> list[TestRow]
         return []
     digests = _digests(data)
     pairs = zip(data.rows[:limit], data.examples[:limit], strict=True)
-    return [TestRow(use, r.file, r.line, e.text, digests[r.file]) for r, e in pairs]
+    return [TestRow(use, r.file, r.line, e.texts, digests[r.file]) for r, e in pairs]
 
 
 def _placed_choices(data: ChoiceData | None) -> list[TestRow]:
@@ -163,7 +215,7 @@ def _placed_choices(data: ChoiceData | None) -> list[TestRow]:
         return []
     digests = _digests(data)
     return [
-        TestRow("choices", r.file, r.line, f"{q.prompt}\n{q.choices[q.answer]}", digests[r.file])
+        TestRow("choices", r.file, r.line, (f"{q.prompt}\n{q.choices[q.answer]}",), digests[r.file])
         for r, q in zip(data.rows, data.questions, strict=True)
     ]
 

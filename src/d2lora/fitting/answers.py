@@ -49,7 +49,7 @@ def answers_of(
         encoder = encoder_of(adapter, base, tests.chat_format)
         examples = data.examples
         if shots:
-            examples = with_shots(encoder, examples, shots, tests.max_new_tokens)
+            examples = with_shots(encoder, examples, shots, tests.max_new_tokens).examples
         longest = encoder.n_positions if shots else tests.max_length
         items = encode_all(encoder, examples, longest, "truncate").items
         sums = log_probabilities(TokenScorer(model).eval(), items, base.pad_id)

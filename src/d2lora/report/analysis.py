@@ -89,7 +89,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _main_score(rows: Sequence[dict[str, Any]], task: str) -> str:
     scores = next((row["scores"] for row in rows if row["task"] == task), {})
-    return main_column(list(scores))
+    return main_column(scores)
 
 
 def _levels(

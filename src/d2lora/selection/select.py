@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2lora.adapters.base import tokenizer_of
-from d2lora.data.encode import Encoder, resolve_format
+from d2lora.data.encode import Encoder
 from d2lora.data.reading import TaskData, read_task
 from d2lora.data.sources import SELECTED, SELECTION_CARD
 from d2lora.errors import DataError, SettingsError, counted
@@ -61,8 +60,7 @@ def select(settings: SelectSettings) -> Selection:
 
 def _select(settings: SelectSettings, method: str) -> Selection:
     reporter = Reporter(quiet=settings.quiet)
-    tokenizer = tokenizer_of(settings)
-    encoder = Encoder(tokenizer, resolve_format(tokenizer, settings.chat_format))
+    encoder = Encoder.of_tokenizer(settings, settings.chat_format)
     pool = read_pool(settings.data, settings.task, reporter.say)
     tasks = [
         read_task([name], settings.for_card, say=reporter.say).examples

@@ -5,10 +5,12 @@ from typing import Any
 
 import yaml
 
-_MERGE = "tag:yaml.org,2002:merge"
+_MERGE, _NULL = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:null"
 
 
 class _Loader(yaml.SafeLoader):
+    """Refuses names that are given twice."""
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002
         lines: dict[Hashable, int] = {}
         for key, _ in node.value:
@@ -24,14 +26,28 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_yaml(text: str) -> Any:
+class _TextLoader(_Loader):
+    """Leaves what looks like a number, a date or a boolean (`no`) as the text that it is."""
+
+
+_TextLoader.yaml_implicit_resolvers = {
+    first: [(tag, written) for tag, written in known if tag in (_NULL, _MERGE)]
+    for first, known in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str, *, texts: bool = False) -> Any:
     """Return the value of a YAML text.
+
+    Args:
+        text: What to parse.
+        texts: Whether values without quotes are texts too: `no`, `1.0`, `2024-01-31`.
 
     Raises:
         yaml.YAMLError: If it is not YAML, a mapping gives a name twice, or a value is no number or
             date though written as one.
     """
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - it is a SafeLoader
+        return yaml.load(text, _TextLoader if texts else _Loader)  # noqa: S506 - SafeLoaders
     except (ValueError, RecursionError) as error:  # a date such as 2024-13-45, or endless digits
         raise yaml.YAMLError(str(error)) from None

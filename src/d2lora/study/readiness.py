@@ -10,11 +10,13 @@ from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.encoded_sets import answers_beyond, encode_prompts, every
-from d2lora.data.reading import Say, read_task
+from d2lora.data.reading import Say, labels_of, read_task
 from d2lora.data.sources import is_remote
+from d2lora.data.tasks import Task
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import D2LoraError, DataError, ModelError, RunError, listed
 from d2lora.evaluation.harness import read_harness_tasks, split_names
+from d2lora.evaluation.test_sets import never_chosen
 from d2lora.runtime.claims import check_writable
 from d2lora.runtime.run_folder import present
 from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
@@ -79,11 +81,8 @@ def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> Non
         except D2LoraError as error:
             faults.append(f"tasks.{name}: {error}")
             continue
-        if tests is not None and tests.task.answers == "none":
-            faults.append(
-                f"tasks.{name}: task {tests.task.name} has no answers to score; give such rows as "
-                "general_text"
-            )
+        if tests is not None:
+            faults += [f"tasks.{name}: {fault}" for fault in _faults_of_answers(plan, tests.task)]
         if rows < max(plan.sizes):
             faults.append(
                 f"tasks.{name}: n = {max(plan.sizes)} is requested, but it has {rows} rows"
@@ -99,6 +98,15 @@ def _faults_of_choices(plan: StudyPlan) -> list[str]:
         read_harness_tasks(split_names(plan.choices)[1], plan.lm_eval_tasks, quiet=True)
     except D2LoraError as error:
         return [f"choices: {error}"]
+    return []
+
+
+def _faults_of_answers(plan: StudyPlan, task: Task) -> list[str]:
+    """Check that a task's test rows can be scored, in every arm."""
+    if task.answers == "none":
+        return [f"task {task.name} has no answers to score; give such rows as general_text"]
+    if task.answers == "pairs" and any(arm.kind == "few_shot" for arm in plan.arms):
+        return ["few_shot shows answers, and preferences are scored without; leave the arm out"]
     return []
 
 
@@ -148,15 +156,16 @@ def cut_short(plan: StudyPlan) -> list[str]:
         DataError: If the chat template refuses a row.
     """
     base = BaseSettings(**base_values(plan))
-    tokenizer = tokenizer_of(base)
     messages: list[str] = []
     for name, task in plan.tasks.items():
         own = {key: value for key, value in {**plan.adapt, **task.adapt}.items() if key in LIMITS}
         limits = EvaluateSettings(**dict(base), out=Path(), **own)
-        encoder = Encoder(tokenizer, resolve_format(tokenizer, limits.chat_format))
+        encoder = Encoder.of_tokenizer(base, limits.chat_format)
         rows, tests = (
             read_task(files, task.task, check=encoder.check) for files in (task.data, task.test)
         )
+        if tests.task.answers == "closed" and (unknown := never_chosen(tests, labels_of(rows))):
+            messages.append(f"tasks.{name}: {unknown}")
         if tests.task.answers != "open":
             continue
         examples, length = tests.examples[: task.n_test], limits.max_length

@@ -218,6 +218,11 @@ def _check_same_base(adapters: Sequence[Plain]) -> None:
                 f"{folder} was made with chat format {manifest.chat_format}, {known[0]} with "
                 f"{manifests[0].chat_format}; they cannot be mixed"
             )
+        if manifest.chat_template != manifests[0].chat_template:
+            raise ModelError(
+                f"{folder} was made with another chat template than {known[0]}; they cannot be "
+                "mixed"
+            )
 
 
 def command(settings: ConvertSettings) -> None:

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from d2lora.adapters.attach import attach_adapter, shared_weights
 from d2lora.adapters.base import Base, load_base
-from d2lora.adapters.manifest import check_fit
+from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
+from d2lora.data.encode import Encoder
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError
 from d2lora.runtime.console import Reporter
@@ -39,6 +40,7 @@ def merge_into_base(settings: ConvertSettings, folder: Path) -> float:
         )
     if warning := check_fit(folder, base):
         Reporter().say(warning)
+    encoder = _encoder_of(folder, base)
     adapted = attach_adapter(model, folder, trainable=False)
     generator = torch.Generator().manual_seed(settings.seed)
     ids = torch.randint(len(base.tokenizer), (4, 64), generator=generator).to(model.device)
@@ -55,7 +57,7 @@ def merge_into_base(settings: ConvertSettings, folder: Path) -> float:
     _check_same(folder, base, apart, merged(input_ids=ids).logits.float())
     with new_folder(settings.out.resolve()) as out:  # behind a symbolic link, which stays
         merged.save_pretrained(out)
-        base.tokenizer.save_pretrained(out)
+        encoder.tokenizer.save_pretrained(out)
         own = TrainedRows.read(base.folder)
         (TrainedRows.read(folder) | own).write(out)
         # What was written is what counts: transformers ties weights again as it reads them.
@@ -64,6 +66,20 @@ def merge_into_base(settings: ConvertSettings, folder: Path) -> float:
         largest = _check_same(folder, base, apart, read(input_ids=ids).logits.float())
         write_json(out / DONE, {"kind": "model", "largest_logit_difference": largest})
     return largest
+
+
+def _encoder_of(folder: Path, base: Base) -> Encoder:
+    """Return the encoder of an adapter's chat format, whose template the model is to keep."""
+    if not has_manifest(folder):
+        return Encoder.of(base, None)
+    manifest = Manifest.read(folder)
+    encoder = Encoder.of(base, manifest.chat_format, manifest.chat_template)
+    if encoder.format == "plain" and encoder.tokenizer.chat_template is not None:
+        Reporter().say(
+            "warning: the adapter was trained in the plain chat format, and the model has a chat "
+            "template: give --chat-format plain wherever it is used"
+        )
+    return encoder
 
 
 def _untie(model: PeftModel) -> None:

@@ -27,7 +27,8 @@ from d2lora.data.sources import BAD_ROWS, nested_order, write_bad_rows
 from d2lora.errors import DataError, counted
 from d2lora.evaluation.decoding import Decoder, Sampling, check_room
 from d2lora.evaluation.generate import adapted, decode, encoder_of
-from d2lora.evaluation.metrics import Metric, Scored, metric_named
+from d2lora.evaluation.metrics import Metric, metric_named
+from d2lora.evaluation.outputs import scored_output
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import (
     SETTINGS,
@@ -76,10 +77,14 @@ class _Score:
     def of(cls, data: TaskData) -> "_Score":
         return cls(metric_named(data.task.metrics[0], data.task.named.folder), data)
 
+    @property
+    def marks(self) -> list[str]:
+        """What thoughts stand between."""
+        return self.data.task.card.thoughts.split()
+
     def __call__(self, output: str, example: Example) -> float:
-        answers = (example.completion, *example.references)
-        row = self.data.rows[example.row].values
-        scores = self.metric.score([Scored(output, example.completion, answers, row)])
+        row = self.data.rows[example.row]
+        scores = self.metric.score([scored_output(output, example, row, self.data.task)])
         return next(iter(scores.values()))[0]
 
 
@@ -157,7 +162,9 @@ def _sampled(
     """Return the distinct samples of every prompt, scored, and the fast paths used."""
     folder = None if settings.adapter is None else Path(settings.adapter)
     encoder = encoder_of(folder, base, settings.chat_format)
-    prompts = encode_prompts(encoder, examples, settings.max_length, settings.overlong)
+    prompts = encode_prompts(
+        encoder, examples, settings.max_length, settings.overlong, settings.max_new_tokens
+    )
     if message := prompts.report(settings.max_length):
         reporter.say(message)
     places = [example.place for example in examples]
@@ -172,7 +179,7 @@ def _sampled(
     ):
         decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
         for done, (index, ids) in enumerate(decoder.complete(repeated), 1):
-            texts[index // settings.samples][decode(base, ids)] = None
+            texts[index // settings.samples][decode(base, ids, score.marks)] = None
             bar.update(done)
     samples = [
         [_Sample(text, score(text, example)) for text in sorted(own)]

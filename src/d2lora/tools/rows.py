@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.control import strip_control_codes
 from rich.text import Text
 
-from d2lora.adapters.base import tokenizer_of
 from d2lora.data.batches import Encoded
-from d2lora.data.encode import Encoder, resolve_format
+from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import every
 from d2lora.data.reading import labels_of, read_task
+from d2lora.data.tasks import answers_of
+from d2lora.errors import counted
+from d2lora.evaluation.metrics import metrics_named
 from d2lora.runtime.console import Reporter, table_console
 from d2lora.runtime.run_folder import write_json
 from d2lora.settings import BaseSettings, InspectSettings
@@ -42,12 +44,16 @@ class RowsSeen:
 
     task: str
     chat_format: str
+    answers: str
+    """open, closed, pairs, or none of documents."""
     metrics: tuple[str, ...]
     labels: tuple[str, ...]
     """Of closed answers."""
     n_rows: int
+    n_answers: int
+    """How many are learnt; of a conversation it may be several."""
     longest: int
-    """Tokens of the longest row, prompt and answer."""
+    """Tokens of the longest prompt and answer."""
     median: float
     n_supervised: int
     """Supervised tokens of all rows."""
@@ -67,17 +73,20 @@ def see_rows(settings: InspectSettings) -> RowsSeen:
         chat_template=settings.chat_template,
         template_args=settings.template_args,
     )
-    tokenizer = tokenizer_of(base)
-    encoder = Encoder(tokenizer, resolve_format(tokenizer, settings.chat_format))
+    encoder = Encoder.of_tokenizer(base, settings.chat_format)
     data = read_task(settings.data, settings.task, say=Reporter().say, check=encoder.check)
-    items = every(encoder.encode, data.examples)
+    metrics_named(data.task.metrics, data.task.named.folder)  # refused here, not after training
+    examples = [answer for row in data.examples for answer in answers_of(data.task, row)]
+    items = every(encoder.encode, examples)
     lengths = [item.length for item in items]
-    shown = zip(data.examples[:N_SHOWN], items, strict=False)
+    shown = zip(examples[:N_SHOWN], items, strict=False)
     return RowsSeen(
         data.task.name,
         encoder.format,
+        data.task.answers,
         data.task.metrics,
         labels_of(data) if data.task.answers == "closed" else (),
+        len(data.examples),
         len(items),
         max(lengths),
         statistics.median(lengths),
@@ -101,12 +110,16 @@ def print_rows(seen: RowsSeen, out: Path | None) -> None:
 
         write_json(out, asdict(seen))
     console = table_console()
-    scored = ", ".join(seen.metrics) or "nothing: documents"
+    unscored = {"none": "nothing: documents", "pairs": "which of two completions is likelier"}
+    scored = unscored.get(seen.answers) or ", ".join(seen.metrics)
     console.print(
         f"task {seen.task}, chat format {seen.chat_format}, scored by {scored}", markup=False
     )
+    rows = counted(seen.n_rows, "row")
+    if seen.n_answers > seen.n_rows:
+        rows += f" with {seen.n_answers:,} answers"
     console.print(
-        f"{seen.n_rows:,} rows, {seen.median:,.0f} tokens in the median and {seen.longest:,} at "
+        f"{rows}, {seen.median:,.0f} tokens in the median and {seen.longest:,} at "
         f"most; {seen.n_supervised:,} tokens are learnt, marked {OPEN}so{CLOSE}",
         markup=False,
     )

@@ -85,12 +85,12 @@ def prepare_rows(
         f"task {data.task.name}, chat format {encoder.format})"
     )
     train_items = [items[index] for index in train_rows]
+    own = [examples[encoded.kept[index]] for index in train_rows]
+    answers = [answer for example in own for answer in answers_of(data.task, example)]
     if data.task.card.turns == "every":
-        own = [examples[encoded.kept[index]] for index in train_rows]
-        answers = [answer for example in own for answer in answers_of(data.task, example)]
         train_items = _encoded(settings, encoder, answers).items
         reporter.say(f"{counted(len(train_items), 'answer')} of these rows are learnt")
-    trained = TrainedRows.of(examples[encoded.kept[index]] for index in train_rows)
+    trained = TrainedRows.of(answers)
     labels = labels_of(data) if data.task.answers == "closed" else ()
     origins: list[str] = []
     if isinstance(settings, WarmupSettings) and settings.meta_steps is not None:
@@ -123,7 +123,7 @@ def _without_leaks(
         return data, None
     leaks = leaks_of(guards, data.examples)
     kept = [index for index in range(len(data.examples)) if index not in leaks]
-    files = [name for guard in guards for name in guard.files]
+    files = list(dict.fromkeys(name for guard in guards for name in guard.files))
     n = len(data.rows)
     record: dict[str, object] = {"files": files, "n_checked": n, "n_removed": len(leaks)}
     if not leaks:

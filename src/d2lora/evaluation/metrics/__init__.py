@@ -55,8 +55,9 @@ _TITLES = {
     **{metric.columns[0]: metric.title for metric in METRICS.values()},
     PREFERENCE[0]: "preference accuracy",
 }
-_BESIDE = {column for metric in METRICS.values() for column in metric.columns[1:]}
-_FIELDS = frozenset("adapter row prompt target output n_output_tokens confidence".split())
+_FIELDS = frozenset(
+    "adapter row prompt target references output n_output_tokens confidence".split()
+)
 """What a record of a test row has beside its scores."""
 
 
@@ -106,9 +107,9 @@ def measure_all(metrics: Sequence[Metric], scored: Sequence[Scored]) -> dict[str
     return {name: column for found in by_metric.values() for name, column in found.items()}
 
 
-def main_column(columns: Sequence[str]) -> str:
-    """Return the name of the main one of a task's scores; empty where there is none."""
-    return next((column for column in columns if column not in _BESIDE), "")
+def main_column(columns: Iterable[str]) -> str:
+    """Return the name of the main one of a task's scores, its first; empty where there is none."""
+    return next(iter(columns), "")
 
 
 def title_of(column: str) -> str:

@@ -53,6 +53,8 @@ class _Own:
             raise SettingsError(f"metric `{name}`: {file} has no function `{called}`.{hint}")
         try:
             signature(function).bind("", {})
+        except ValueError:  # a function in C may not say what it takes
+            pass
         except TypeError:
             raise SettingsError(
                 f"metric `{name}`: expected a function of the prediction and the row, found "
@@ -76,12 +78,19 @@ class _Own:
         several = isinstance(found, Mapping) and found
         scores: dict[Any, Any] = dict(cast("Any", found)) if several else {self.called: found}
         for column, value in scores.items():
-            if not isinstance(value, Real | np.bool_) or not math.isfinite(value):
+            if not isinstance(value, Real | np.bool_) or not _is_finite(value):
                 raise SettingsError(
                     f"metric `{self.name}`: expected a finite number for {column} of test row "
                     f"{number}, found {value!r:.60}"
                 )
         return {str(column): float(value) for column, value in scores.items()}
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def file_of(name: str, folder: Path) -> Path:
@@ -106,13 +115,13 @@ def _refused(what: str, file: Path) -> Generator[None]:
     """Refuse a file for what its code raises, with the last line of it that was run."""
     try:
         yield
-    except Exception as error:  # code of the user's may raise anything
+    except (Exception, SystemExit) as error:  # code of the user's may raise anything
         raise SettingsError(
             f"{what}: {type(error).__name__}: {error}{_line(file, error)}"
         ) from error
 
 
-def _line(file: Path, error: Exception) -> str:
+def _line(file: Path, error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"\n  {error.filename}, line {error.lineno}\n    {(error.text or '').strip()}"
     frames = traceback.extract_tb(error.__traceback__)
