@@ -8,7 +8,7 @@ from architectures import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2lora.adapters.base import causal_model, load_base
+from d2lora.adapters.base import load_base
 from d2lora.adapters.lora import LoraShape, attach_fresh
 from d2lora.settings import BaseSettings
 from d2lora.training.cost import TrainingFlops, peak_memory_bytes, reset_peak_memory
@@ -18,37 +18,36 @@ def test_the_formula_is_within_five_percent_of_torch_s_counter() -> None:
     base = load_base(BaseSettings(base="embedded", threads=1))
     shape = LoraShape(rank=8, alpha=16.0, dropout=0.0, targets=("all-linear",))
     model = attach_fresh(base.model, shape, 0)
-    causal = causal_model(model)
-    formula = TrainingFlops.of(causal, causal.config)
+    formula = TrainingFlops.of(model)
+    assert formula is not None
     for n_rows, length in ((1, 64), (3, 192)):
         ids = torch.randint(100, (n_rows, length))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(input_ids=ids, labels=ids).loss.backward()
         n_tokens = n_rows * length
         ratio = formula.of_rows(n_rows, n_tokens, n_tokens) / counter.get_total_flops()
-        assert 1.0 <= ratio <= 1.05
+        assert ratio == pytest.approx(1, abs=0.01)
 
 
-LARGER = {
-    "num_hidden_layers": 8, "n_layer": 8, "hidden_size": 64, "n_embd": 64, "n_inner": 128,
-    "intermediate_size": 128, "moe_intermediate_size": 48, "head_dim": 16, "sliding_window": 512,
-    "max_position_embeddings": 256, "n_positions": 256,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "kind", ["gpt2", "opt", "falcon", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "deepseek_v3"]
-)
-def test_the_formula_holds_for_other_layers_and_for_experts(kind: str) -> None:
-    base = tiny(kind, **LARGER)
-    base.set_experts_implementation("eager")  # torch does not count grouped products
+@pytest.mark.parametrize("kind", ["gpt2", "bart", "llama4_text", "mixtral", "hrm_text"])
+def test_operations_of_other_layers_are_torch_s_or_not_known(kind: str) -> None:
+    base = tiny(kind)
     model = attach_fresh(base, LoraShape(4, 8.0, 0.0, ("all-linear",)), 0)
-    formula = TrainingFlops.of(base, base.config)
-    ids = torch.randint(3, 90, (3, 128))
+    formula = TrainingFlops.of(model)
+    base.set_experts_implementation("eager")  # torch does not count grouped products
+    assert formula is not None
+    ids = torch.randint(3, 90, (3, 96))  # beyond all windows
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
     ratio = formula.of_rows(3, ids.numel(), ids.numel()) / counter.get_total_flops()
-    assert 0.95 <= ratio <= 1.05
+    assert ratio == pytest.approx(1, abs=0.05)
+
+
+def test_operations_that_do_not_grow_with_tokens_as_attention_s_do_are_not_known() -> None:
+    model = attach_fresh(tiny("qwen3_next"), LoraShape(4, 8.0, 0.0, ("all-linear",)), 0)
+    assert TrainingFlops.of(model) is None
+    experts = attach_fresh(tiny("mixtral"), LoraShape(4, 8.0, 0.0, ("experts",)), 0)
+    assert TrainingFlops.of(experts) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets the peak of a process")

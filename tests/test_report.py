@@ -15,6 +15,7 @@ from d2lora.cli import main
 from d2lora.errors import RunError
 from d2lora.report.analysis import read_findings
 from d2lora.report.canvas import BASE_COLOUR, COLOURS
+from d2lora.report.summary import cost_grid
 from d2lora.report.words import headline
 from d2lora.report.write import write_report
 from support import visible, write_rows
@@ -248,6 +249,18 @@ def test_an_arm_that_learns_as_the_reference_does_saves_nothing(
     assert cost.flops_saved_per_task == 0
     assert cost.break_even_tasks == math.inf
     assert [c.ratio for c in findings.convergence] == [1.0]
+
+
+def test_a_cost_in_operations_that_is_not_known_is_called_so(tmp_path: Path) -> None:
+    path = study(tmp_path)
+    for name in path.glob("**/*.json"):
+        text = name.read_text()
+        name.write_text(text.replace(f'"flops": {COST["flops"]}', '"flops": null'))
+    findings = read_findings(path)
+    assert all(math.isnan(cost.flops_per_task) for cost in findings.costs)
+    cost_rows = cost_grid(findings).rows
+    assert {row[2] for row in cost_rows} == {"not known"}
+    assert "not known" in {row[-1] for row in cost_rows}
 
 
 def test_a_saving_is_against_when_the_reference_itself_had_its_lowest_loss(tmp_path: Path) -> None:

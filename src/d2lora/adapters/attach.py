@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 from transformers import PreTrainedModel
@@ -188,7 +189,7 @@ def merged(model: PeftModel) -> Generator[None]:
     update beside the base's product. Afterwards the layers have the base's own weights.
     """
     layers = list(_foldable(model))
-    weights = [layer.get_base_layer().get_parameter("weight") for layer in layers]
+    weights = [_weight(layer) for layer in layers]
     kept = [weight.data for weight in weights]
     for layer, weight in zip(layers, weights, strict=True):
         weight.data = weight.data.clone()
@@ -206,8 +207,8 @@ def is_folded(model: nn.Module) -> bool:
     return any(isinstance(layer, LoraLayer) and layer.merged for layer in model.modules())
 
 
-def _foldable(model: nn.Module) -> Iterator[LoraLinear]:
-    """Yield the layers that an adapter can be folded into.
+def _foldable(model: nn.Module) -> Iterator[LoraLinear | ParamWrapper]:
+    """Yield the layers, and parameters, that an adapter can be folded into.
 
     These are plain float32 ones, where folding costs no precision that matters (so no quantized
     ones), whose weight no other layer shares (a tied embedding would change with the head), with
@@ -215,18 +216,24 @@ def _foldable(model: nn.Module) -> Iterator[LoraLinear]:
     """
     shared = shared_weights(model)
     for layer in model.modules():
-        if type(layer) is not LoraLinear or len(layer.active_adapters) != 1:
+        if not isinstance(layer, LoraLinear | ParamWrapper) or len(layer.active_adapters) != 1:
             continue
-        base: nn.Module = layer.get_base_layer()
         (name,) = layer.active_adapters
+        plain = type(layer) is ParamWrapper or type(layer.get_base_layer()) in {nn.Linear, Conv1D}
         if (
-            type(base) in {nn.Linear, Conv1D}
-            and base.get_parameter("weight").dtype == torch.float32
-            and base.get_parameter("weight").data_ptr() not in shared
+            type(layer) in {LoraLinear, ParamWrapper}
+            and plain
+            and _weight(layer).dtype == torch.float32
+            and _weight(layer).data_ptr() not in shared
             and not layer.lora_bias[name]
             and all(type(variant) is DoraLinearVariant for variant in layer.lora_variant.values())
         ):
             yield layer
+
+
+def _weight(layer: LoraLinear | ParamWrapper) -> nn.Parameter:
+    name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+    return layer.get_base_layer().get_parameter(name)
 
 
 def shared_weights(model: nn.Module) -> set[int]:

@@ -24,6 +24,21 @@ class Truncated(NamedTuple):
     energy_kept: float
 
 
+def experts_apart(factors: Factors, rank: int) -> list[Factors]:
+    """Return the factors of each expert of a stack, as PEFT lays them out.
+
+    The rows of A go through one expert after another, the columns of B through all experts of one
+    direction after another.
+
+    Args:
+        factors: A (experts x rank, in), B (out, rank x experts).
+        rank: The rank of each expert's update.
+    """
+    a = factors.a.reshape(-1, rank, factors.a.shape[1])
+    b = factors.b.reshape(len(factors.b), rank, len(a))
+    return [Factors(one, b[:, :, n]) for n, one in enumerate(a)]
+
+
 def singular_values(factors: Factors) -> Tensor:
     """Return the r singular values of B A, largest first, in float64.
 

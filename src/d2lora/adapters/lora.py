@@ -13,16 +13,22 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from d2lora.adapters.attach import peft_warnings_ignored
-from d2lora.adapters.targets import ALL_LINEAR, check_targets, linear_names
+from d2lora.adapters.files import some
+from d2lora.adapters.targets import ALL_LINEAR, check_targets, targets_of
 from d2lora.errors import SettingsError, first_line
 from d2lora.settings import FRESH, LoraSettings, TrainSettings
 
 DEFAULT_RANK = 16
+PLAIN = (FRESH, "gaussian")
+"""Initializations that PEFT has for parameters, too."""
 
 
 @dataclass(frozen=True)
 class LoraShape:
-    """The adapter's shape, all values known. `targets` is (`all-linear`,) or module names."""
+    """The adapter's shape, all values known.
+
+    `targets` are names of modules, and of parameters, or `all-linear` and `experts`.
+    """
 
     rank: int
     alpha: float
@@ -47,8 +53,8 @@ class LoraShape:
     @classmethod
     def of(cls, config: LoraConfig) -> "LoraShape":
         """Return the shape that a saved adapter has."""
-        targets = config.target_modules or ()
-        names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+        modules, parameters = config.target_modules or (), config.target_parameters or ()
+        names = (modules,) if isinstance(modules, str) else tuple(sorted((*modules, *parameters)))
         return cls(
             config.r,
             float(config.lora_alpha),
@@ -75,14 +81,26 @@ def attach_fresh(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftMod
 
 
 def lora_config(model: PreTrainedModel, shape: LoraShape, init: str) -> LoraConfig:
-    """Return PEFT's configuration of an adapter and of its initialization."""
-    every = shape.targets == (ALL_LINEAR,)
+    """Return PEFT's configuration of an adapter and of its initialization.
+
+    Raises:
+        SettingsError: If it names parameters and a setting that PEFT has for layers alone.
+    """
+    # LoRA-GA and CorDA need the layers before PEFT resolves `all-linear`.
+    targets = targets_of(model, shape.targets)
+    odd = {"--dropout": shape.dropout, "--dora": shape.dora, f"--init {init}": init not in PLAIN}
+    clashes = " and ".join(name for name, given in odd.items() if given)
+    if targets.parameters and clashes:
+        raise SettingsError(
+            f"PEFT adapts {some(targets.parameters)} as parameters, which it does not do with "
+            f"{clashes}: leave that out, or these out of --targets"
+        )
     return LoraConfig(
         r=shape.rank,
         lora_alpha=shape.alpha,  # pyright: ignore[reportArgumentType]  # PEFT scales by floats too
         lora_dropout=shape.dropout,
-        # LoRA-GA and CorDA need the layers before PEFT resolves `all-linear`.
-        target_modules=linear_names(model) if every else list(shape.targets),
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
         use_rslora=shape.rslora,
         use_dora=shape.dora,
         init_lora_weights=True if init == FRESH else cast("Any", init),

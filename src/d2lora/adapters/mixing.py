@@ -36,6 +36,11 @@ class Plain:
         files = AdapterFiles.read(folder)
         config, layers = files.config, files.layers
         ranks = {rank for pair in layers.values() for rank in (len(pair.a), pair.b.shape[1])}
+        if config.target_parameters and ranks != {config.r}:
+            raise ModelError(
+                f"{folder}: it adapts experts in one tensor (`target_parameters`); only plain LoRA "
+                "of layers can be converted. `d2lora convert --merge` writes it into its base"
+            )
         whole = 2 * len(layers) == len(files.weights)
         patterns = config.rank_pattern or config.alpha_pattern
         if patterns or config.use_dora or not whole or ranks != {config.r}:

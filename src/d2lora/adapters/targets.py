@@ -2,16 +2,20 @@
 
 `all-linear` takes every linear layer that text reaches, but for the head, the routers of experts,
 and layers whose weights a model multiplies by itself, so that an adapter on them would do nothing.
+`experts` takes the experts that a base keeps in one tensor, (experts, out, in) or turned: they are
+parameters, not layers, and PEFT adapts them by `target_parameters`.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import TypeGuard
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeGuard
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +24,7 @@ from d2lora.errors import SettingsError, did_you_mean, listed
 from d2lora.runtime.attempts import succeeds
 
 ALL_LINEAR = "all-linear"
+EXPERTS = "experts"
 _BY_ITSELF = {
     "mamba": {"out_proj", "dt_proj"},
     "falcon_mamba": {"out_proj", "dt_proj"},
@@ -32,15 +37,72 @@ _INDEXER = "indexer"
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
+class Targets(NamedTuple):
+    """What gets an adapter, by the names that PEFT knows it by."""
+
+    modules: list[str]
+    parameters: list[str]
+
+
+def targets_of(model: PreTrainedModel, targets: tuple[str, ...]) -> Targets:
+    """Return what targets mean on a base.
+
+    Of bases whose experts were layers once, PEFT takes `up_proj` and its like for the experts, be
+    it the name of another layer; such layers are named by their weight.
+    """
+    modules: list[str] = []
+    parameters: list[str] = []
+    known = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if target == ALL_LINEAR:
+            modules += linear_names(model)
+        elif target == EXPERTS:
+            every = (name for name, _ in model.named_parameters())
+            parameters += _short(stacks(model), every, least=2)  # not `down_proj`, as a layer is
+        elif any(_is_named(name, target) for name in known):
+            modules.append(target)
+        else:
+            parameters.append(target)
+    own = [name for name in modules if not _is_taken_for_experts(model, name)]
+    weights = [f"{name}.weight" for name in modules if name not in own]
+    return Targets(sorted(own), sorted({*parameters, *weights}))
+
+
+def _is_taken_for_experts(model: PreTrainedModel, name: str) -> bool:
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # one of two that PEFT takes together
+        return True
+    return name not in (config.target_modules or ())
+
+
 def linear_names(model: PreTrainedModel) -> list[str]:
     """Return the names of the layers that `all-linear` takes.
 
     Of each the last name, or as many names from the end as tell it from what is not taken.
     """
     taken = [name for name, reason in reasons(model).items() if not reason]
-    others = {name for name, _ in model.named_modules()} - set(taken)
-    ends = {end for name in others for end in _ends(name)}
-    return sorted({next((e for e in _ends(name) if e not in ends), name) for name in taken})
+    return _short(taken, (name for name, _ in model.named_modules()))
+
+
+def _short(taken: Iterable[str], every: Iterable[str], least: int = 1) -> list[str]:
+    """Return of each name as many parts from its end as no other has; `least` of them at least."""
+    names = list(taken)
+    ends = {end for name in set(every) - set(names) for end in _ends(name)}
+    short = (next((e for e in _ends(n)[least - 1 :] if e not in ends), n) for n in names)
+    return sorted(set(short))
+
+
+def stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the tensors that hold several experts each, by their names without adapters."""
+    return {
+        _plain(f"{name}.{own}"): parameter
+        for name, module in model.named_modules()
+        if "experts" in name.split(".") or "Experts" in type(module).__name__
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    }
 
 
 def reasons(model: PreTrainedModel) -> dict[str, str]:
@@ -54,7 +116,7 @@ def reasons(model: PreTrainedModel) -> dict[str, str]:
         last, parent = name.rpartition(".")[2], name.rpartition(".")[0]
         if layer is head:
             found[name] = "the head"
-        elif last in _ROUTERS and hasattr(model.get_submodule(parent), "experts"):
+        elif _is_router(model, name):
             found[name] = "a router"
         elif last in by_itself:
             found[name] = "multiplied by the model itself"
@@ -65,24 +127,42 @@ def reasons(model: PreTrainedModel) -> dict[str, str]:
     return found
 
 
+def _is_router(model: PreTrainedModel, name: str) -> bool:
+    """Say whether a layer is, or is part of, what chooses between experts beside it."""
+    parts = name.split(".")
+    return any(
+        part in _ROUTERS and hasattr(model.get_submodule(".".join(parts[:n])), "experts")
+        for n, part in enumerate(parts)
+    )
+
+
 def coverage(model: PeftModel) -> str:
     """Return which layers have an adapter, and which linear layers and experts have none."""
     adapted: Counter[str] = Counter()
     left: Counter[str] = Counter()
-    inside: tuple[str, ...] = ("\0",)
-    for name, layer in model.get_base_model().named_modules():
-        if name.startswith(inside):
-            continue
-        if isinstance(layer, BaseTunerLayer):
-            adapted[_ends(name)[0]] += 1
-            inside = (f"{name}.",)
-        elif _is_linear(layer):
-            left[_ends(name)[0]] += 1
-    # Experts in one tensor are no linear layers.
-    named = model.get_base_model().named_parameters()
-    left.update(f"{_ends(name)[0]} of all experts" for name, p in named if p.ndim == 3)
+    base = model.get_base_model()
+    experts = stacks(base)
+    for name, layer in base.named_modules():
+        plain, last = _plain(name), _ends(name)[0]
+        if isinstance(layer, ParamWrapper):
+            stack = f"{plain}.{layer.parameter_name}"
+            adapted[_label(stack) if experts.pop(stack, None) is not None else _ends(plain)[0]] += 1
+        elif isinstance(layer, BaseTunerLayer):
+            adapted[last] += 1
+        elif _is_linear(layer) and plain == name and ".lora_" not in name:
+            left[last] += 1
+    left.update(map(_label, experts))
     without = f"; none on {_listed(left)}" if left else ""
     return f"LoRA on {_listed(adapted)}{without}"
+
+
+def _label(stack: str) -> str:
+    return f"{_ends(stack)[0]} of all experts"
+
+
+def _plain(name: str) -> str:
+    """Return a name as it is without adapters."""
+    return name.replace(".base_layer", "")
 
 
 def _listed(counts: Counter[str]) -> str:
@@ -126,9 +206,10 @@ def target_layers(
     model: PreTrainedModel, targets: tuple[str, ...]
 ) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the linear layers, by full name, that get an adapter."""
-    wanted = tuple(linear_names(model)) if targets == (ALL_LINEAR,) else targets
+    wanted = targets_of(model, targets)
+    names = [*wanted.modules, *(name.removesuffix(".weight") for name in wanted.parameters)]
     for name, layer in model.named_modules():
-        if _is_linear(layer) and any(_is_named(name, target) for target in wanted):
+        if _is_linear(layer) and any(_is_named(name, target) for target in names):
             yield name, layer
 
 
@@ -138,26 +219,34 @@ def _is_named(name: str, target: str) -> bool:
 
 
 def check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
-    """Check that every target is a name of layers that LoRA can be put on.
+    """Check that every target is a name of layers, or of parameters, that LoRA can be put on.
 
     Raises:
         SettingsError: If one is not, with those that are.
     """
-    if targets == (ALL_LINEAR,):
-        return
-    faults: list[str] = []
-    for target in targets:
-        found = [layer for name, layer in model.named_modules() if _is_named(name, target)]
-        odd = [layer for layer in found if not (_is_linear(layer) or type(layer) is nn.Embedding)]
-        if not found:
-            hint = did_you_mean(target, linear_names(model))
-            faults.append(
-                f"the base has no module `{target}`.{hint} Targets are names, not patterns"
-            )
-        elif odd:
-            faults.append(f"`{target}` is a {type(odd[0]).__name__}, not a linear layer")
+    faults = [fault for target in targets if (fault := _fault(model, target))]
     if faults:
+        experts = f"; for experts in one tensor: {EXPERTS}" if stacks(model) else ""
         raise SettingsError(
             f"--targets:\n{listed(faults)}\nThe base has: {', '.join(linear_names(model))}; or use "
-            "all-linear"
+            f"{ALL_LINEAR}{experts}"
         )
+
+
+def _fault(model: PreTrainedModel, target: str) -> str | None:
+    """Return what is wrong with a target, in a sentence; None where nothing is."""
+    if target == ALL_LINEAR:
+        return None
+    if target == EXPERTS:
+        return None if stacks(model) else f"`{EXPERTS}`: the base has no experts in one tensor"
+    found = [layer for name, layer in model.named_modules() if _is_named(name, target)]
+    odd = [layer for layer in found if not (_is_linear(layer) or type(layer) is nn.Embedding)]
+    if odd:
+        own = [name for name, p in odd[0].named_parameters(recurse=False) if p.ndim > 1]
+        hint = f"; give its parameter, `{target}.{own[0]}`" if own else ""
+        return f"`{target}` is a {type(odd[0]).__name__}, not a linear layer{hint}"
+    named = [p for name, p in model.named_parameters() if _is_named(name, target)]
+    if found or (named and all(parameter.ndim in {2, 3} for parameter in named)):
+        return None
+    hint = did_you_mean(target, linear_names(model))
+    return f"the base has no module `{target}`.{hint} Targets are names, not patterns"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -117,9 +118,11 @@ def _lora_fits(layer: nn.Module) -> bool:
 def passes_of(model: nn.Module) -> list[tuple[nn.Module, str, Pass]]:
     """Return the layers that a fast path computes equally, each with its name and the path.
 
-    A layer that somebody else gave a `forward` keeps it.
+    A layer that somebody else gave a `forward` keeps it, and one whose weight PEFT adapts as a
+    parameter, for which that weight has a gradient.
     """
-    layers = [layer for layer in model.modules() if not has_own_forward(layer)]
+    adapted = {m.get_base_layer() for m in model.modules() if isinstance(m, ParamWrapper)}
+    layers = [m for m in model.modules() if not has_own_forward(m) and m not in adapted]
     with in_evaluation(model), torch.no_grad():
         return [
             (layer, name, Pass(forward, layer))

@@ -26,6 +26,7 @@ from d2lora.report.findings import (
     Level,
     PooledComparison,
     Reached,
+    flops_of,
     references,
 )
 from d2lora.runtime.run_folder import read_json
@@ -240,13 +241,13 @@ def _costs(
     found: list[ArmCost] = []
     for arm in plan.arms:
         shared = arm.kind in NEEDS_WARM_UP - {"longer", "mixed"} and arm.warm_up in warm_ups
-        warm_up_flops = warm_ups[arm.warm_up or ""]["cost"]["flops"] if shared else 0.0
+        warm_up_flops = flops_of(warm_ups[arm.warm_up or ""]["cost"]) if shared else 0.0
         for n in plan.sizes:
             own = [v for v in levels if (v.arm, v.n) == (arm.name, n)]
             costs = [cost for v in own for cost in v.costs]
             if not costs:
                 continue
-            flops = float(np.mean([cost["flops"] for cost in costs]))
+            flops = float(np.mean([flops_of(cost) for cost in costs]))
             saved = _saved([c for c in convergence if (c.arm, c.n) == (arm.name, n)], levels)
             found.append(
                 ArmCost(

@@ -1,6 +1,7 @@
 """Findings of a study, as records: levels (arm x task x n), comparisons, convergence, cost."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,9 @@ class Level:
 
     @property
     def flops_per_step(self) -> float:
-        """Operations of an optimizer step, mean over seeds; 0 where none was taken."""
+        """Operations of an optimizer step, mean over seeds; 0 where none was taken, or NaN."""
         steps = sum(cost["n_steps"] for cost in self.costs)
-        return sum(cost["flops"] for cost in self.costs) / steps if steps else 0.0
+        return sum(flops_of(cost) for cost in self.costs) / steps if steps else 0.0
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,17 @@ class Efficiency:
     """Rows of the reference; None: more than the largest size tried."""
 
 
+def flops_of(cost: Mapping[str, Any]) -> float:
+    """Return a run's operations; NaN where they are not known."""
+    return math.nan if cost["flops"] is None else cost["flops"]
+
+
 @dataclass(frozen=True)
 class ArmCost:
-    """What an arm cost at one n, training alone, mean over tasks and seeds."""
+    """What an arm cost at one n, training alone, mean over tasks and seeds.
+
+    Operations are NaN where they are not known.
+    """
 
     arm: str
     n: int
@@ -204,7 +213,7 @@ class ArmCost:
 
     @property
     def break_even_tasks(self) -> float:
-        """Tasks after which the warm-up has paid off in operations; may be infinite."""
+        """Tasks after which the warm-up has paid off in operations; may be infinite, or NaN."""
         if not self.flops_saved_per_task or self.flops_saved_per_task <= 0:
             return math.inf
         return self.warm_up_flops / self.flops_saved_per_task

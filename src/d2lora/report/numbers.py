@@ -1,6 +1,9 @@
 """Numbers of a report as text."""
 
+import math
+
 CI = "95 % CI over items and seeds"
+NOT_KNOWN = "not known"
 
 
 def signed(value: float, digits: int = 1) -> str:
@@ -19,3 +22,8 @@ def range_text(low: float, high: float) -> str:
 def p_text(p: float) -> str:
     """Return a p-value, a tiny one as a bound."""
     return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
+
+
+def tflop(operations: float) -> str:
+    """Return operations in TFLOP; NaN as not known."""
+    return NOT_KNOWN if math.isnan(operations) else f"{operations / 1e12:.3g}"

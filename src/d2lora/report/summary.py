@@ -7,15 +7,12 @@ from rich.console import Console
 from d2lora.errors import counted
 from d2lora.report.examples import read_examples
 from d2lora.report.findings import (
-    CI,
     ArmCost,
     Comparison,
     Findings,
     Level,
-    p_text,
-    range_text,
-    signed,
 )
+from d2lora.report.numbers import CI, NOT_KNOWN, p_text, range_text, signed, tflop
 from d2lora.runtime.grids import NONE, Grid, as_table
 from d2lora.study.decontamination import contamination_lines
 
@@ -76,8 +73,8 @@ def cost_grid(findings: Findings) -> Grid:
         (
             str(c.n),
             c.arm,
-            f"{c.flops_per_task / 1e12:.3g}",
-            f"{c.amortised_flops / 1e12:.3g}",
+            tflop(c.flops_per_task),
+            tflop(c.amortised_flops),
             f"{c.training_s_per_task:.1f}",
             f"{c.n_tokens_per_task:,.0f}",
             f"{c.n_trainable_parameters:,}",
@@ -174,4 +171,6 @@ def _pays_off(cost: ArmCost) -> str:
     if cost.flops_saved_per_task is None:
         return "not measured"
     tasks = cost.break_even_tasks
+    if math.isnan(tasks):
+        return NOT_KNOWN
     return "never" if tasks == math.inf else f"{math.ceil(tasks):,} tasks"

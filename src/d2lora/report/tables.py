@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.errors import counted
-from d2lora.report.findings import Comparison, Findings, Level
-from d2lora.report.numbers import CI, range_text, signed
+from d2lora.report.findings import Comparison, Findings, Level, flops_of
+from d2lora.report.numbers import CI, range_text, signed, tflop
 from d2lora.runtime.grids import NONE, Grid
 from d2lora.runtime.run_folder import sha256_of
 from d2lora.study.cells import BASE
@@ -153,7 +153,7 @@ def warm_up_table(findings: Findings) -> Grid:
                 f"{cost['elapsed_s']:.1f}",
                 f"{cost['n_tokens']:,}",
                 f"{cost['n_steps']:,}",
-                f"{cost['flops'] / 1e12:.3g}",
+                tflop(flops_of(cost)),
                 _loss(warm_up.get("validation_loss_before")),
                 _loss(warm_up.get("validation_loss_after")),
             )

@@ -125,7 +125,9 @@ class LoraSettings(Settings):
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout on the adapter's input, probability. Default 0."""
     targets: tuple[str, ...] | None = None
-    """Names of modules that get an adapter, as in `q_proj v_proj`, or `all-linear` (default)."""
+    """What gets an adapter: names of modules, as in `q_proj v_proj`, or of parameters, as in
+    `gate.weight`; `all-linear` (default): every linear layer but routers and the head; `experts`:
+    experts that the base keeps in one tensor, as in `all-linear experts`."""
     rslora: bool = False
     """Scale the update by alpha / sqrt(rank): rank-stabilized LoRA. A warm start sets its own."""
     dora: bool = False

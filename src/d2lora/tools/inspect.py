@@ -19,6 +19,7 @@ from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.factors import (
     Factors,
     effective_rank,
+    experts_apart,
     inner_product,
     singular_values,
     subspace_overlap,
@@ -138,19 +139,29 @@ def _on_task(settings: InspectSettings, folder: Path, manifest: Manifest | None)
 
 
 def _updates(files: AdapterFiles) -> dict[str, Factors]:
-    """Return the scaled factors of every layer, B carrying the scale.
+    """Return the scaled factors of every layer and expert, B carrying the scale.
 
     Raises:
-        ModelError: If there are none.
+        ModelError: If there are none, or those of experts cannot be told apart.
     """
     config, updates = files.config, dict[str, Factors]()
+    if config.target_parameters and config.rank_pattern:
+        raise ModelError(
+            f"{files.folder}: it adapts parameters (`target_parameters`) and has ranks by name "
+            "(`rank_pattern`): its experts cannot be told apart"
+        )
     for full_name, (a, b) in files.layers.items():
         name = full_name.removeprefix(PREFIX)
         alphas = config.alpha_pattern or {}
         alpha = float(alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha))
-        rank = len(a)
+        rank = config.r if config.target_parameters else len(a)
         scale = alpha / (rank**0.5 if config.use_rslora else rank)
-        updates[name] = Factors(a.double(), b.double() * scale)
+        scaled = Factors(a.double(), b.double() * scale)
+        if len(a) == rank:
+            updates[name] = scaled
+        else:
+            experts = enumerate(experts_apart(scaled, rank))
+            updates |= {f"{name}, expert {n}": factors for n, factors in experts}
     if not updates:
         held = some(files.beyond_factors)
         raise ModelError(f"{files.folder}: no LoRA factors of linear layers; it holds {held}")

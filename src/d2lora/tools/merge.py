@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from d2lora.adapters.attach import attach_adapter, shared_weights
-from d2lora.adapters.base import Base, load_base
+from d2lora.adapters.base import Base, load_base, n_embedded
 from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
 from d2lora.data.encode import Encoder
 from d2lora.data.trained_rows import TrainedRows
@@ -20,10 +20,11 @@ from d2lora.runtime.rounding import tolerance
 from d2lora.runtime.run_folder import DONE, new_folder, write_json
 from d2lora.settings import ConvertSettings
 
+_PROBE_TOKENS = 64
 
-@torch.no_grad()
+
 def merge_into_base(settings: ConvertSettings, folder: Path) -> float:
-    """Write the base with an adapter merged into it, as a model of its own.
+    """Write the base that settings name with an adapter merged into it, as a model of its own.
 
     Returns:
         The largest difference of logits on probe tokens, of the model as it was written.
@@ -32,18 +33,32 @@ def merge_into_base(settings: ConvertSettings, folder: Path) -> float:
         ModelError: If the adapter cannot be merged, or the merge changes its outputs.
     """
     base = load_base(settings)
+    if warning := check_fit(folder, base):
+        Reporter().say(warning)
+    return merge(base, folder, settings.out, settings.seed)
+
+
+@torch.no_grad()
+def merge(base: Base, folder: Path, out: Path, seed: int) -> float:
+    """Write a base with an adapter merged into it; the base in memory is no longer of use.
+
+    Returns:
+        As `merge_into_base`.
+
+    Raises:
+        ModelError: As `merge_into_base`.
+    """
     model = base.model
     if getattr(model, "is_quantized", False):
         raise ModelError(
-            f"{settings.base}: its weights are quantized, and merged ones would be rounded to the "
+            f"{base.name}: its weights are quantized, and merged ones would be rounded to the "
             "same few values; merge into the base as it was before quantization"
         )
-    if warning := check_fit(folder, base):
-        Reporter().say(warning)
     encoder = _encoder_of(folder, base)
     adapted = attach_adapter(model, folder, trainable=False)
-    generator = torch.Generator().manual_seed(settings.seed)
-    ids = torch.randint(len(base.tokenizer), (4, 64), generator=generator).to(model.device)
+    generator = torch.Generator().manual_seed(seed)
+    n_tokens = min(len(base.tokenizer), n_embedded(model))
+    ids = torch.randint(n_tokens, (4, _PROBE_TOKENS), generator=generator).to(model.device)
     apart = adapted(input_ids=ids).logits.float()
     _untie(adapted)
     try:
@@ -55,16 +70,18 @@ def merge_into_base(settings: ConvertSettings, folder: Path) -> float:
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: the adapter cannot be merged: {error}") from None
     _check_same(folder, base, apart, merged(input_ids=ids).logits.float())
-    with new_folder(settings.out.resolve()) as out:  # behind a symbolic link, which stays
-        merged.save_pretrained(out)
-        encoder.tokenizer.save_pretrained(out)
+    with new_folder(out.resolve()) as written:  # behind a symbolic link, which stays
+        merged.save_pretrained(written)
+        encoder.tokenizer.save_pretrained(written)
         own = TrainedRows.read(base.folder)
-        (TrainedRows.read(folder) | own).write(out)
+        (TrainedRows.read(folder) | own).write(written)
         # What was written is what counts: transformers ties weights again as it reads them.
-        read = AutoModelForCausalLM.from_pretrained(out, dtype=model.dtype, use_safetensors=True)
+        read = AutoModelForCausalLM.from_pretrained(
+            written, dtype=model.dtype, use_safetensors=True
+        )
         nn.Module.to(read, model.device).eval()
         largest = _check_same(folder, base, apart, read(input_ids=ids).logits.float())
-        write_json(out / DONE, {"kind": "model", "largest_logit_difference": largest})
+        write_json(written / DONE, {"kind": "model", "largest_logit_difference": largest})
     return largest
 
 

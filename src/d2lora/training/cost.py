@@ -2,13 +2,20 @@
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from d2lora.adapters.base import causal_model, n_embedded
+from d2lora.fast.probing import in_evaluation, without_passes
+from d2lora.runtime.attempts import succeeds
 
 
 @dataclass(frozen=True)
@@ -20,8 +27,8 @@ class Cost:
     """Tokens run forward and backward, prompts included, padding not; a pair's prompt counts for
     both of its completions."""
     n_supervised_tokens: int
-    flops: int
-    """Floating-point operations by formula: `TrainingFlops`."""
+    flops: int | None
+    """Floating-point operations, `TrainingFlops`; None: not known."""
     elapsed_s: float
     peak_memory_bytes: int
     n_trainable_parameters: int
@@ -76,70 +83,119 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _share(weights: nn.Parameter, config: Any) -> float:
-    """Return the share of the experts in a tensor, (experts, out, in), that a token is sent to."""
-    n_chosen = next((getattr(config, n) for n in _CHOSEN if getattr(config, n, None)), None)
-    return min(1.0, n_chosen / len(weights)) if n_chosen else 1.0
-
-
-_CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "num_experts_per_token")
-
-
 @dataclass(frozen=True)
 class TrainingFlops:
-    """Floating-point operations of training a LoRA adapter, by formula.
+    """Floating-point operations of training a LoRA adapter, forward and backward.
 
     A sequence of T tokens, P of them supervised, costs
 
-        4 N T + 6 R T + 12 W T^2 + 4 H P
+        a T + b T^2 + h P
 
-    with N the weights of frozen linear layers (2 N T forward, 2 N T for the gradient of their
-    input; frozen weights need none), R those of the adapter (2 forward, 4 backward), W the sum
-    over layers of heads x head size (scores and values: 4 W T^2 forward, 8 backward; the half
-    above the diagonal is counted, as in Kaplan et al. 2020 and torch's FlopCounterMode) and H
-    the weights of the output head, used at supervised positions only. Padding, norms,
-    activations and the optimizer are not counted. The first layer's inputs need no gradient, so
-    the count is a few percent high for a model of few layers. Of experts in one tensor those count
-    that a token is sent to.
+    For a model of linear layers and attention a is 4 N + 6 R, with N the weights of the frozen
+    layers (2 forward, 2 for the gradient of their input; frozen weights need none) and R those of
+    the adapter (2 forward, 4 backward); b is 12 W, with W the sum over layers of heads x head size
+    (scores and values: 4 forward, 8 backward; what a causal mask or a window hides is counted, as
+    in Kaplan et al. 2020 and torch's FlopCounterMode); h is 4 H, with H the weights of the output
+    head, used at supervised positions only. Padding, norms, activations and the optimizer are not
+    counted.
+
+    a and b are measured, with torch's counter on three short rows, so that they are those of any
+    architecture: experts of which a token meets some, layers that text does not reach, heads
+    narrower than usual. Three rows say, too, whether the operations are such a sum at all.
     """
 
-    n_linear: int
-    n_adapter: int
-    attention_width: int
-    n_head: int
+    per_token: float
+    per_square: float
+    per_supervised: int
 
     @classmethod
-    def of(cls, model: nn.Module, config: Any) -> "TrainingFlops":
-        """Count a model's weights; the adapter's are those that require a gradient."""
-        config = config.get_text_config()
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        n_linear = sum(
-            module.weight.numel()
-            for module in model.modules()
-            if isinstance(module, nn.Linear | Conv1D) and module is not head
-            if not module.weight.requires_grad
-        )
-        n_experts = sum(
-            weights.numel() * _share(weights, config)
-            for module in model.modules()
-            if not isinstance(module, nn.Conv1d)
-            for weights in module.parameters(recurse=False)
-            if weights.ndim == 3
-        )
-        n_heads = getattr(config, "num_attention_heads", None) or 0  # Mamba has none
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // max(1, n_heads)
-        if getattr(config, "qk_nope_head_dim", None):  # scores and values of different width
-            of_scores = config.qk_nope_head_dim + config.qk_rope_head_dim
-            head_size = (of_scores + config.v_head_dim) / 2
-        return cls(
-            n_linear=n_linear + round(n_experts),
-            n_adapter=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            attention_width=round(config.num_hidden_layers * n_heads * head_size),
-            n_head=config.vocab_size * config.hidden_size,
-        )
+    def of(cls, model: nn.Module) -> "TrainingFlops | None":
+        """Measure a causal language model with what requires a gradient in it.
+
+        Models of one configuration with one adapter's shape are measured once.
+
+        Returns:
+            None where the operations do not grow as the formula says, so that they are not known,
+            such as those of linear attention in chunks.
+        """
+        trained = ((n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad)
+        key = causal_model(model).config.to_json_string(), *trained
+        if key not in _MEASURED:
+            _MEASURED[key] = cls._measured(model)
+        return _MEASURED[key]
+
+    @classmethod
+    def _measured(cls, model: nn.Module) -> "TrainingFlops | None":
+        counts: list[int] = []
+        if not succeeds(lambda: counts.extend(_counted(model, n) for n in _LENGTHS) is None):
+            return None
+        one, two, three = counts
+        per_square = (three - 2 * two + one) / (2 * _STEP**2)
+        per_token = (two - one) / _STEP - 3 * per_square * _STEP
+        left = one - per_token * _STEP - per_square * _STEP**2
+        if per_square < 0 or abs(left) > _NEGLIGIBLE * one:
+            return None
+        head = causal_model(model).get_output_embeddings()
+        per_supervised = 4 * sum(p.numel() for p in head.parameters(recurse=False) if p.ndim > 1)
+        return cls(per_token - per_supervised, per_square, per_supervised)
 
     def of_rows(self, n_rows: int, n_tokens: int, n_supervised: int) -> int:
         """Return the operations, forward and backward, of rows that share tokens evenly."""
-        linear = 4 * self.n_linear + 6 * self.n_adapter
-        attention = 12 * self.attention_width * n_tokens**2 // n_rows
-        return linear * n_tokens + attention + 4 * self.n_head * n_supervised
+        of_tokens = self.per_token * n_tokens + self.per_square * n_tokens**2 / n_rows
+        return round(of_tokens) + self.per_supervised * n_supervised
+
+
+_MEASURED: dict[tuple[Any, ...], TrainingFlops | None] = {}
+_STEP = 8
+_LENGTHS = _STEP, 2 * _STEP, 3 * _STEP
+_NEGLIGIBLE = 0.01
+"""Share of a row's operations that may not depend on its length, as at the edges of convolutions.
+That of chunks, and of adapters on parameters, is more."""
+
+
+def _counted(model: nn.Module, n_tokens: int) -> int:
+    """Count the operations of one row, forward and backward, on the plain path."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids_1T = torch.arange(n_tokens, device=parameters[0].device)[None] % n_embedded(model)
+    with (
+        without_passes(model),
+        in_evaluation(model),
+        sdpa_kernel(SDPBackend.MATH),
+        _Operations() as counted,
+    ):
+        loss = model(input_ids=ids_1T, use_cache=False).logits.sum()
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+    return counted.total
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations inside its block as torch's FlopCounterMode does, in a tenth of its time.
+
+    Products of groups of rows, each with its own expert's matrix, are counted, too.
+    """
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute one operation, and count it."""
+        result = func(*args, **(kwargs or {}))
+        formula = _FORMULAS.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _of_groups(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * a.numel() * b.shape[-1]
+
+
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._grouped_mm: _of_groups,  # noqa: SLF001  # it has no other name
+}
+"""Operation -> how many floating-point operations it takes."""

@@ -82,7 +82,8 @@ class _Loop(Generic[T]):
     scorer: nn.Module
     parameters: Mapping[str, nn.Parameter]
     optimizer: AdamW
-    flops: TrainingFlops
+    flops: TrainingFlops | None
+    """None: not known."""
     progress: Progress = field(default_factory=Progress)
     best: Best = field(default_factory=Best)
     anchor: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -98,7 +99,6 @@ class _Loop(Generic[T]):
             )
         accelerator = Accelerator(cpu=next(iter(parameters.values())).device.type == "cpu")
         scorer = TokenScorer(model, replays=accelerator.num_processes == 1)
-        causal = causal_model(model)
         return cls(
             model,
             lesson,
@@ -108,7 +108,7 @@ class _Loop(Generic[T]):
             accelerator.prepare(scorer),
             parameters,
             adamw(model, settings),
-            TrainingFlops.of(causal, causal.config),
+            TrainingFlops.of(model),
         )
 
     @property
@@ -238,7 +238,12 @@ def _step(loop: _Loop[T]) -> dict[str, float]:
     _end_episode(loop)
     progress.n_tokens += sum(item.n_tokens for item in items)
     progress.n_supervised_tokens += sum(item.n_supervised for item in items)
-    progress.flops += sum(loop.flops.of_rows(i.n_rows, i.n_tokens, i.n_supervised) for i in items)
+    if loop.flops is None or progress.flops is None:
+        progress.flops = None
+    else:
+        progress.flops += sum(
+            loop.flops.of_rows(item.n_rows, item.n_tokens, item.n_supervised) for item in items
+        )
     progress.first_loss = loss if progress.first_loss is None else progress.first_loss
     progress.last_loss = loss
     return {**measured, "learning_rate": learning_rate, "grad_norm": norm}

@@ -22,7 +22,7 @@ class Progress:
     step: int = 0
     n_tokens: int = 0
     n_supervised_tokens: int = 0
-    flops: int = 0
+    flops: int | None = 0
     elapsed_s: float = 0.0
     first_loss: float | None = None
     last_loss: float | None = None
