@@ -55,6 +55,7 @@ class PaddedSteps:
 
     slack = 1
     pads = True
+    _given = ("attention_mask", "position_ids", "logits_to_keep")
 
     def __init__(self, causal: PreTrainedModel, pad_id: int) -> None:
         """Take a causal language model and a token for padding."""
@@ -87,14 +88,16 @@ class PaddedSteps:
             "attention_mask": self._mask_BT, "position_ids": self._positions_BT,
             "logits_to_keep": 1, cache: self._cache,
         }  # fmt: skip
-        taken = {name: value for name, value in inputs.items() if name in self._known}
+        given = (*self._given, cache)
+        taken = {k: value for k, value in inputs.items() if k in given and k in self._known}
         return self._causal(input_ids=ids_BT, use_cache=True, **taken).logits[:, -1]
 
 
 class EqualSteps(PaddedSteps):
-    """The same, of rows of one length."""
+    """The same, of rows of one length, which need no mask; some models fail at one."""
 
     pads = False
+    _given = ("position_ids", "logits_to_keep")
 
 
 class Recomputed:

@@ -280,18 +280,22 @@ def _backward(loop: _Loop[T], items: Sequence[T]) -> dict[str, float]:
             try:
                 accelerator.backward(share.loss * weight)
             except RuntimeError as error:
-                if "inplace operation" not in str(error):
+                if not any(fault in str(error) for fault in _NO_GRADIENT):
                     raise
                 kind = type(causal_model(loop.model)).__name__
                 raise TrainingError(
-                    f"{kind} cannot be trained: its own forward pass overwrites what its gradient "
-                    f"needs ({first_line(error)})"
+                    f"{kind} cannot be trained: its own forward pass does not keep what its "
+                    f"gradient needs ({first_line(error)})"
                 ) from None
         for name, value in {"loss": share.loss.detach(), **share.metrics}.items():
             total[name] = total[name] + value * weight if name in total else value * weight
     reduced = accelerator.reduce(torch.stack([total[name].float() for name in total]), "mean")
     assert isinstance(reduced, Tensor)
     return dict(zip(total, reduced.tolist(), strict=True))
+
+
+_NO_GRADIENT = ("inplace operation", "does not require grad")
+"""What torch says of models that overwrite what they computed, or leave no trace of it."""
 
 
 def _trained(loop: _Loop[T]) -> Trained:
