@@ -219,6 +219,8 @@ class Outcome:
     training: str = ""
     decoding: str = ""
     operations: str = ""
+    not_merged: str = ""
+    """Why the adapter cannot be merged."""
     fast_paths: list[str] = field(default_factory=list[str])
     off: dict[str, float] = field(default_factory=dict[str, float])
     """Differences: of the loss, relative; of the gradient, relative, the worst tensor's; of scores
@@ -424,7 +426,10 @@ def _keep(kind: str, peft: PeftModel, folder: Path, found: Outcome) -> None:
     by_peft.unload()
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE_DIR)
     base = Base(model, tokenizer, kind, None, "", BASE_DIR)
-    found.off["logits, merged and written"] = merge(base, path, folder / "merged", 0)
+    try:
+        found.off["logits, merged and written"] = merge(base, path, folder / "merged", 0)
+    except ModelError as error:
+        found.not_merged = str(error)
 
 
 def _resume(

@@ -9,11 +9,24 @@ import pytest
 import torch
 from architectures import FUSED, KINDS, NOT_TINY, Outcome, held_against_itself, tiny
 from peft.tuners.lora.layer import ParamWrapper
+from transformers import AutoTokenizer
 
-from d2lora import ConvertSettings, InspectSettings, ModelError, SettingsError, convert, inspect
+from d2lora import (
+    AdaptSettings,
+    ConvertSettings,
+    InspectSettings,
+    ModelError,
+    SettingsError,
+    WarmupSettings,
+    adapt,
+    convert,
+    inspect,
+    warm_up,
+)
 from d2lora.adapters.lora import LoraShape, attach_fresh
 from d2lora.adapters.manifest import save_adapter
 from d2lora.adapters.targets import coverage, linear_names
+from d2lora.embedded import BASE_DIR
 
 IN_CI = set(
     "bart bloom biogpt cohere ctrl deepseek_v3 falcon_h1 gemma2 gpt_neox granitemoehybrid lfm2 "
@@ -47,6 +60,8 @@ def test_an_architecture_gives_its_own_numbers_or_is_refused(kind: str) -> None:
     found = held(kind)
     if found.refused:
         assert "not supported" in found.refused
+    if found.not_merged:
+        assert "would not read the merged" in found.not_merged
     assert_the_same(found)
 
 
@@ -56,6 +71,7 @@ def test_common_architectures_are_trained_decoded_and_scored_together(kind: str)
     assert found.training.startswith("rows")
     assert found.decoding == "rows padded"
     assert not found.refused
+    assert not found.not_merged
 
 
 @pytest.mark.slow
@@ -145,3 +161,24 @@ def test_an_adapter_of_experts_is_inspected_expert_by_expert_and_not_converted(
     assert all(layer.rank == 4 for layer in layers)
     with pytest.raises(ModelError, match="experts in one tensor"):
         convert(ConvertSettings(adapter=str(tmp_path / "adapter"), out=tmp_path / "b", rank=2))
+
+
+def test_a_warm_start_of_experts_is_made_and_adapted_further(
+    tmp_path: Path, general: str, problems: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+    for part in (tiny("mixtral", vocab_size=len(tokenizer)), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    shared = {"base": str(tmp_path / "base"), "max_steps": 1, "batch_size": 2, "quiet": True}
+    targets = ("all-linear", "experts")
+    start = warm_up(
+        WarmupSettings(data=(general,), out=tmp_path / "w", targets=targets, rank=4, **shared)
+    )
+    adapter = adapt(
+        AdaptSettings(data=(problems,), out=tmp_path / "a", init=str(start.path), **shared)
+    )
+    manifest = adapter.manifest
+    assert manifest.lora.targets == targets
+    assert manifest.adapted is not None
+    assert "gate_up_proj of all experts" in manifest.adapted.partition("none on")[0]
+    assert manifest.cost["flops"] is None, "each pass computes all experts' updates"

@@ -50,20 +50,6 @@ class LoraShape:
             dora=settings.dora,
         )
 
-    @classmethod
-    def of(cls, config: LoraConfig) -> "LoraShape":
-        """Return the shape that a saved adapter has."""
-        modules, parameters = config.target_modules or (), config.target_parameters or ()
-        names = (modules,) if isinstance(modules, str) else tuple(sorted((*modules, *parameters)))
-        return cls(
-            config.r,
-            float(config.lora_alpha),
-            config.lora_dropout,
-            names,
-            config.use_rslora,
-            config.use_dora,
-        )
-
 
 def attach_fresh(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
     """Put a fresh LoRA adapter on a model: Kaiming-uniform A and zero B (Hu et al. 2021).

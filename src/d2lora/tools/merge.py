@@ -14,7 +14,7 @@ from d2lora.adapters.base import Base, load_base, n_embedded
 from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
 from d2lora.data.encode import Encoder
 from d2lora.data.trained_rows import TrainedRows
-from d2lora.errors import ModelError
+from d2lora.errors import ModelError, first_line
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.rounding import tolerance
 from d2lora.runtime.run_folder import DONE, new_folder, write_json
@@ -76,9 +76,15 @@ def merge(base: Base, folder: Path, out: Path, seed: int) -> float:
         own = TrainedRows.read(base.folder)
         (TrainedRows.read(folder) | own).write(written)
         # What was written is what counts: transformers ties weights again as it reads them.
-        read = AutoModelForCausalLM.from_pretrained(
-            written, dtype=model.dtype, use_safetensors=True
-        )
+        try:
+            read = AutoModelForCausalLM.from_pretrained(
+                written, dtype=model.dtype, use_safetensors=True
+            )
+        except ValueError as error:  # a part of a larger model, as of one that sees
+            raise ModelError(
+                f"{base.name}: transformers would not read the merged {type(merged).__name__} back "
+                f"({first_line(error)}); serve the adapter beside the base"
+            ) from None
         nn.Module.to(read, model.device).eval()
         largest = _check_same(folder, base, apart, read(input_ids=ids).logits.float())
         write_json(written / DONE, {"kind": "model", "largest_logit_difference": largest})
