@@ -135,7 +135,7 @@ class TrainingFlops:
         left = one - per_token * _STEP - per_square * _STEP**2
         if per_square < 0 or abs(left) > _NEGLIGIBLE * one:
             return None
-        head = causal_model(model).get_output_embeddings()
+        head: Any = causal_model(model).get_output_embeddings()
         per_supervised = 4 * sum(p.numel() for p in head.parameters(recurse=False) if p.ndim > 1)
         return cls(per_token - per_supervised, per_square, per_supervised)
 
