@@ -50,6 +50,20 @@ class LoraShape:
             dora=settings.dora,
         )
 
+    @classmethod
+    def of(cls, config: LoraConfig) -> "LoraShape":
+        """Return the shape that a saved adapter has."""
+        targets = config.target_modules or ()
+        names = [targets] if isinstance(targets, str) else sorted(targets)
+        return cls(
+            config.r,
+            float(config.lora_alpha),
+            config.lora_dropout,
+            (*names, *(config.target_parameters or ())),
+            config.use_rslora,
+            config.use_dora,
+        )
+
 
 def attach_fresh(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
     """Put a fresh LoRA adapter on a model: Kaiming-uniform A and zero B (Hu et al. 2021).
