@@ -67,6 +67,7 @@ bench: $(VENV)/.bench  ## benchmarks side by side with TRL, transformers and lm-
 	$(BIN)/python benchmarks/adapt.py --rounds 1 --sizes 32
 	$(BIN)/python benchmarks/study_cells.py --trl-runs 2
 	$(BIN)/python benchmarks/growth.py --tokens 10000 30000 100000 --runs 1 2 4
+	$(BIN)/python benchmarks/large.py --rows 1000 20000
 	$(BIN)/python benchmarks/rank_change.py --rounds 1
 	$(BIN)/python benchmarks/preferences.py --rounds 1 --steps 4
 

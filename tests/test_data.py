@@ -15,11 +15,10 @@ from pyarrow import parquet
 
 from d2lora.data.choices import read_choice_questions
 from d2lora.data.files import text_lines
-from d2lora.data.reading import read_task
+from d2lora.data.reading import read_pool, read_task
 from d2lora.data.rows import Message, Row
 from d2lora.data.sources import nested_order, read_source, split_validation
 from d2lora.errors import DataError
-from d2lora.selection.pool import read_pool
 from d2lora.settings.seeds import stream_seed
 from support import SHARED, needs_shared_data, write_rows
 

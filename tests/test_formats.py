@@ -21,11 +21,10 @@ from d2lora.data.choices import read_choice_questions
 from d2lora.data.contamination import Guard
 from d2lora.data.encode import Encoder
 from d2lora.data.formats import FORMATS
-from d2lora.data.reading import read_task
+from d2lora.data.reading import read_pool, read_task
 from d2lora.data.rows import Message
 from d2lora.data.tasks import answers_of, task_of
 from d2lora.errors import DataError
-from d2lora.selection.pool import read_pool
 from d2lora.study.mixture import write_mixture
 from support import write_rows
 

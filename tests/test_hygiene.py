@@ -12,12 +12,11 @@ from d2lora import SettingsError
 from d2lora.adapters.base import load_base
 from d2lora.data.encode import Encoder
 from d2lora.data.ngrams import overlap, shingles
-from d2lora.data.reading import read_task
+from d2lora.data.reading import read_pool, read_task
 from d2lora.data.rows import Example, Message
 from d2lora.runtime.console import Reporter
 from d2lora.selection.duplicates import duplicates
 from d2lora.selection.hygiene import STEPS, Cleaned, answer_fault, clean
-from d2lora.selection.pool import read_pool
 from d2lora.settings import BaseSettings, HygieneSettings
 from support import SHARED, needs_shared_data, write_rows
 

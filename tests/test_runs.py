@@ -333,7 +333,7 @@ from pathlib import Path
 is_file = Path.is_file
 Path.is_file = lambda self: not str(self).startswith("/proc/") and is_file(self)
 from d2lora.cli import main
-from d2lora.selection.pool import read_pool
+from d2lora.data.reading import read_pool
 assert read_pool(sys.argv[1:2]).rows[3].values["prompt"]
 sys.exit(main(sys.argv[2:]))
 """

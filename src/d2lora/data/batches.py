@@ -5,7 +5,7 @@ Shapes: B rows, T tokens of the longest, P predicted tokens in the whole batch.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, TypeVar
@@ -180,7 +180,7 @@ class Branches(NamedTuple):
         return Branches(*(tensor.to(device) for tensor in self))
 
 
-def digest_of(items: Sequence[Encoded | PreferencePair]) -> str:
+def digest_of(items: Iterable[Encoded | PreferencePair]) -> str:
     """Return a fingerprint of rows in their order: SHA-256 of their ids and prompts' lengths."""
     digest = hashlib.sha256()
     for item in items:

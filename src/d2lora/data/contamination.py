@@ -18,6 +18,7 @@ import xxhash
 
 from d2lora.data.choices import read_choice_question
 from d2lora.data.ngrams import Hashes, gram_hashes, word_hashes, words
+from d2lora.data.processes import mapped
 from d2lora.data.rows import BadRowError, Example, Fault, place, user
 from d2lora.data.sources import Row, read_source
 from d2lora.data.tasks import AUTO, header_of, task_of
@@ -124,12 +125,10 @@ class Guard:
         n_own = up_to[length:] - up_to[:-length]
         return gram_hashes(hashes, length)[n_own >= min(length, SHORTEST_INSIDE)]
 
-    def leaks(self, examples: Iterable[Example]) -> Iterator[Leak]:
+    def leaks(self, examples: Sequence[Example]) -> Iterator[Leak]:
         """Find the examples that overlap with an evaluation row, one leak each."""
-        for index, example in enumerate(examples):
-            leak = self.leak(index, example)
-            if leak is not None:
-                yield leak
+        found = mapped(lambda index: self.leak(index, examples[index]), range(len(examples)))
+        return (leak for leak in found if leak is not None)
 
     def leak(self, index: int, example: Example) -> Leak | None:
         """Return what a training row overlaps with; None where it is clean."""

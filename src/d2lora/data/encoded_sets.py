@@ -1,13 +1,16 @@
 """Many examples as token ids: the length limit, rows that cannot be encoded, what was cut."""
 
 import sys
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from d2lora.data.batches import Encoded, PreferencePair, T
 from d2lora.data.encode import Encoder
+from d2lora.data.processes import mapped
 from d2lora.data.rows import Example
+from d2lora.data.spool import Lazy, Spool
 from d2lora.errors import DataError, listed
 from d2lora.settings import Overlong
 
@@ -18,8 +21,10 @@ U = TypeVar("U")
 class EncodedSet(Generic[T]):
     """Examples within the length limit, and counts of those dropped or cut."""
 
-    items: list[T]
-    kept: list[int]
+    items: Sequence[T]
+    """On disk, each read again when it is used."""
+    kept: Sequence[int]
+    """The example that each was made of."""
     n_dropped: int
     n_truncated: int
     longest: int
@@ -151,18 +156,28 @@ def every(make: Callable[[Example], U], examples: Sequence[Example]) -> list[U]:
     Raises:
         DataError: If some cannot be encoded; all at once.
     """
-    made: list[U] = []
-    faults: list[str] = []
-    for example in examples:
+    return list(_each(make, examples))
+
+
+def _each(make: Callable[[Example], U], examples: Sequence[Example]) -> Iterator[U]:
+    """Yield what is made of each example; those that cannot be encoded are an error at the end."""
+
+    def tried(example: Example) -> U | str:
         try:
-            made.append(make(example))
+            return make(example)
         except DataError as error:
-            faults.append(str(error))
+            return str(error)
+
+    faults: list[str] = []
+    for made in mapped(tried, examples):
+        if isinstance(made, str):
+            faults.append(made)
+        else:
+            yield made
     if faults:
         raise DataError(
             f"{len(faults)} of {len(examples)} rows cannot be encoded:\n{listed(faults)}"
         )
-    return made
 
 
 def _limited(
@@ -172,28 +187,32 @@ def _limited(
     max_length: int,
     overlong: Overlong,
 ) -> EncodedSet[T]:
-    items = every(encode, examples)
-    longest = max((item.length for item in items), default=0)
+    items, lengths = Spool[T](), array("q")
+    for item in _each(encode, examples):
+        items.append(item)
+        lengths.append(item.length)
+    longest = max(lengths, default=0)
     limit = min(max_length, encoder.n_positions)
-    too_long = [index for index, item in enumerate(items) if item.length > limit]
+    too_long = [index for index, length in enumerate(lengths) if length > limit]
     if too_long and overlong == "error":
         place = examples[too_long[0]].place
         where = f", the first is {place}" if place else ""
         own = limit < max_length
         named = f"the {limit} tokens that the base takes" if own else f"--max-length {limit} tokens"
         raise DataError(
-            f"{len(too_long)} of {len(items)} examples are longer than {named} (the longest has "
+            f"{len(too_long)} of {len(lengths)} examples are longer than {named} (the longest has "
             f"{longest}{where}); {'' if own else 'raise it, or '}set --overlong to drop or truncate"
         )
     if overlong == "drop":
-        kept = [index for index, item in enumerate(items) if item.length <= limit]
+        kept = array("q", (i for i, length in enumerate(lengths) if length <= limit))
         if not kept:
             raise DataError(f"no example is left within {limit} tokens (--max-length {max_length})")
-        left = [items[index] for index in kept]
+        left = Lazy(items.__getitem__, kept)
         return EncodedSet(left, kept, len(too_long), 0, longest, limit=limit)
-    long = [examples[index] for index in too_long]
-    n_cut = 0
-    for index, cut in zip(too_long, every(lambda e: encode(e, max_length), long), strict=True):
-        n_cut += items[index].length - cut.length
-        items[index] = cut
-    return EncodedSet(items, list(range(len(items))), 0, len(too_long), longest, n_cut, limit)
+    long, numbers, n_cut = Lazy(examples.__getitem__, too_long), array("q", range(len(items))), 0
+    for index, cut in zip(too_long, _each(lambda e: encode(e, max_length), long), strict=True):
+        n_cut += lengths[index] - cut.length
+        numbers[index] = len(items)
+        items.append(cut)
+    shown, kept = Lazy(items.__getitem__, numbers), range(len(numbers))
+    return EncodedSet(shown, kept, 0, len(too_long), longest, n_cut, limit)

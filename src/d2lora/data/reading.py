@@ -1,5 +1,6 @@
 """Reading sources as rows of one task: examples, raw rows, bad rows, all faults at once."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,6 +9,7 @@ from d2lora.data.cards import SAME_PROMPT
 from d2lora.data.formats import FormatsSeen
 from d2lora.data.rows import BadRowError, Example, Fault, Message, place
 from d2lora.data.sources import Row, check_different, stream_source
+from d2lora.data.spool import Lazy, Spool
 from d2lora.data.tasks import AUTO, Fields, Task, header_of, task_of
 from d2lora.errors import DataError, counted, listed
 
@@ -148,6 +150,44 @@ def read_task(
         rows.append(row)
         examples.append(example)
     return reading.data(examples, rows, skip_bad=skip_bad)
+
+
+def read_pool(
+    names: Sequence[str],
+    task_name: str = AUTO,
+    *,
+    skip_bad: bool = True,
+    say: Say | None = None,
+    check: Check | None = None,
+) -> TaskData:
+    """Read sources as `read_task` does, rows and examples staying on disk; see `spool`.
+
+    Args:
+        names: Files or hub data sets.
+        task_name: As for `task_of`.
+        skip_bad: As for `read_task`.
+        say: As for `Reading`.
+        check: As for `Reading`.
+
+    Raises:
+        DataError: As `read_task`.
+    """
+    reading = Reading(names, task_name, say, check)
+    lines = Spool(
+        json.dumps([row.values, row.file, row.line], default=str, separators=(",", ":"))
+        for row, _ in reading
+    )
+
+    def row_of(number: int) -> Row:
+        return Row(*json.loads(lines[number]))
+
+    def example_of(number: int) -> Example:
+        assert reading.task is not None
+        row = row_of(number)
+        return replace(reading.task.read(row.values), row=number, place=row.place)
+
+    numbers = range(len(lines))
+    return reading.data(Lazy(example_of, numbers), Lazy(row_of, numbers), skip_bad=skip_bad)
 
 
 def with_references(data: TaskData) -> TaskData:

@@ -5,7 +5,7 @@ trained_rows.json   16 hex digits of each row's text, those of the adapter's anc
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from d2lora.adapters.manifest import Manifest, has_manifest
 from d2lora.data.contamination import normalized
+from d2lora.data.processes import mapped
 from d2lora.data.rows import Example
 from d2lora.errors import ModelError, counted
 from d2lora.runtime.run_folder import write_text
@@ -31,9 +32,9 @@ class TrainedRows(BaseModel):
     """SHA-256 of files of which every row counts, as it is not known which were used."""
 
     @classmethod
-    def of(cls, examples: Iterable[Example]) -> Self:
+    def of(cls, examples: Sequence[Example]) -> Self:
         """Return the record of training rows."""
-        return cls(rows=frozenset(_digest(example.text) for example in examples))
+        return cls(rows=frozenset(mapped(lambda example: _digest(example.text), examples)))
 
     @classmethod
     def read(cls, folder: Path) -> Self:

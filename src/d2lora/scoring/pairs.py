@@ -53,7 +53,7 @@ def pair_log_probabilities(
 ) -> list[tuple[float, float]]:
     """Return the summed log-probabilities of both completions of each pair, in the given order."""
     limit = pass_tokens(device_of_scorer(scorer), max_tokens)
-    score = PairScorer()
+    score, pairs = PairScorer(), list(pairs)  # from disk once, so that each is one object
     numbers = {id(pair): number for number, pair in enumerate(pairs)}
     found: dict[int, tuple[float, float]] = {}
     for group in micro_batches(pairs, limit):

@@ -20,6 +20,7 @@ from d2lora.data.encode import Encoder
 from d2lora.data.reading import TaskData
 from d2lora.data.rows import Example
 from d2lora.data.sources import nested_order
+from d2lora.data.spool import Lazy
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import Stamp, cache_folder, stamp_of
 from d2lora.scoring.scorer import TokenScorer, log_probabilities
@@ -27,7 +28,6 @@ from d2lora.selection.cache import Array, FeatureCache, block_key
 from d2lora.selection.embeddings import SentenceEncoder, base_states, base_width, centred
 from d2lora.selection.gradients import GradientFeatures, warmup_rows
 from d2lora.selection.hygiene import source_of
-from d2lora.selection.pool import Lazy
 from d2lora.selection.tfidf import semantic_vectors
 from d2lora.settings import SelectSettings
 

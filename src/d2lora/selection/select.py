@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.data.encode import Encoder
-from d2lora.data.reading import TaskData, read_task
+from d2lora.data.reading import TaskData, read_pool, read_task
 from d2lora.data.sources import SELECTED, SELECTION_CARD
+from d2lora.data.spool import Lazy
 from d2lora.errors import DataError, SettingsError, counted
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.extras import need_extra
@@ -25,7 +26,6 @@ from d2lora.selection import datacard
 from d2lora.selection.features import PoolFeatures
 from d2lora.selection.hygiene import Cleaned, clean
 from d2lora.selection.methods import EMBEDDED, OF_TASK, Pick, Request, choose, need_task
-from d2lora.selection.pool import Lazy, read_pool
 from d2lora.settings import SelectSettings
 from d2lora.settings.seeds import stream_seed
 
@@ -61,7 +61,7 @@ def select(settings: SelectSettings) -> Selection:
 def _select(settings: SelectSettings, method: str) -> Selection:
     reporter = Reporter(quiet=settings.quiet)
     encoder = Encoder.of_tokenizer(settings, settings.chat_format)
-    pool = read_pool(settings.data, settings.task, reporter.say)
+    pool = read_pool(settings.data, settings.task, say=reporter.say)
     tasks = [
         read_task([name], settings.for_card, say=reporter.say).examples
         for name in settings.for_task

@@ -6,6 +6,7 @@ base, rows, adapter -> train -> folder with adapter, manifest, card and marker o
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from accelerate import PartialState
@@ -110,7 +111,7 @@ def _open(phase: Phase, everyone: PartialState, *, resumes: bool) -> None:
     inputs = {
         "base": phase.base.fingerprint,
         "initialization": [ancestor.fingerprint for ancestor in phase.adapter.lineage],
-        "rows": digest_of([*rows.train, *rows.valid]),
+        "rows": digest_of(chain(rows.train, rows.valid)),
     }
     everyone.wait_for_everyone()
     if resumes:

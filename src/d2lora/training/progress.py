@@ -57,6 +57,7 @@ def held_out(
     scorer: nn.Module, items: Sequence[T], objective: Objective[T], limit: int, pad_id: int
 ) -> dict[str, float]:
     """Return the loss and metrics of a set of items, as if it were one batch."""
+    items = list(items)  # read from disk once
     total: dict[str, float] = {}
     for group in micro_batches(items, limit):
         share = objective.share(scorer, group, items, pad_id)

@@ -7,9 +7,10 @@ from typing import Any
 from d2lora.data.contamination import Guard, leaks_of
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import EncodedSet, encode_all, encode_pairs
-from d2lora.data.reading import TaskData, labels_of, read_task
+from d2lora.data.reading import TaskData, labels_of, read_pool
 from d2lora.data.rows import Example, Fault, place
 from d2lora.data.sources import nested_order, selection_behind, split_validation
+from d2lora.data.spool import Lazy, Spool
 from d2lora.data.tasks import AUTO, answers_of
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import DataError, counted
@@ -22,9 +23,9 @@ from d2lora.settings.seeds import seed_of
 class Rows:
     """Encoded training and validation rows, and where they come from."""
 
-    train: list[Any]
+    train: Sequence[Any]
     """`Encoded` to learn, or `PreferencePair` where an objective learns preferences."""
-    valid: list[Any]
+    valid: Sequence[Any]
     sources: list[dict[str, object]]
     selection: str
     faults: list[Fault]
@@ -43,13 +44,13 @@ def prepare_rows(
 ) -> Rows:
     """Read, subsample, encode and split the rows of a phase.
 
-    Rows that overlap with an evaluation file are removed first. Subsets of one seed nest, and the
-    validation rows are part of the n.
+    They stay on disk, and so do their token ids. Rows that overlap with an evaluation file are
+    removed first. Subsets of one seed nest, and the validation rows are part of the n.
 
     Raises:
         DataError: If there are fewer than n rows, or rows are bad or too long.
     """
-    data = read_task(
+    data = read_pool(
         settings.data,
         settings.task,
         skip_bad=settings.skip_bad_rows,
@@ -61,7 +62,7 @@ def prepare_rows(
     if n is not None and n > len(data.examples):
         raise DataError(f"{n} rows are requested, but the data has {len(data.examples)}")
     chosen = nested_order(len(data.examples), seed_of(settings, "subset"))[:n]
-    examples = [data.examples[index] for index in chosen]
+    examples = Lazy(data.examples.__getitem__, chosen)
     encoded = _encoded(settings, encoder, examples)
     _report(encoded.report(settings.max_length), reporter)
     parts = (
@@ -69,10 +70,12 @@ def prepare_rows(
     )
     train_rows, valid_rows = split_validation(range(len(encoded.items)), *parts)
     items = encoded.items
-    valid = [items[index] for index in valid_rows]
+    valid: Sequence[Any] = Lazy(items.__getitem__, valid_rows)
     if settings.validation_data:
         task = data.task.name if settings.task == AUTO else settings.task
-        held_out = read_task(settings.validation_data, task, say=reporter.say, check=encoder.check)
+        held_out = read_pool(
+            settings.validation_data, task, skip_bad=False, say=reporter.say, check=encoder.check
+        )
         more = _encoded(settings, encoder, held_out.examples)
         _report(more.report(settings.max_length), reporter)
         valid = more.items
@@ -84,13 +87,15 @@ def prepare_rows(
         f"rows: {len(train_rows):,} for training, {len(valid):,} for validation ({selection}; "
         f"task {data.task.name}, chat format {encoder.format})"
     )
-    train_items = [items[index] for index in train_rows]
-    own = [examples[encoded.kept[index]] for index in train_rows]
-    answers = [answer for example in own for answer in answers_of(data.task, example)]
+    learnt: Sequence[Example] = Lazy(
+        examples.__getitem__, (encoded.kept[index] for index in train_rows)
+    )
+    train_items: Sequence[Any] = Lazy(items.__getitem__, train_rows)
     if data.task.card.turns == "every":
-        train_items = _encoded(settings, encoder, answers).items
+        learnt = Spool(one for example in learnt for one in answers_of(data.task, example)).all()
+        train_items = _encoded(settings, encoder, learnt).items
         reporter.say(f"{counted(len(train_items), 'answer')} of these rows are learnt")
-    trained = TrainedRows.of(answers)
+    trained = TrainedRows.of(learnt)
     labels = labels_of(data) if data.task.answers == "closed" else ()
     origins: list[str] = []
     if isinstance(settings, WarmupSettings) and settings.meta_steps is not None:
@@ -142,8 +147,8 @@ def _without_leaks(
     faults = [leak.as_fault(data.rows[leak.index]) for leak in found]
     left = replace(
         data,
-        examples=[data.examples[index] for index in kept],
-        rows=[data.rows[index] for index in kept],
+        examples=Lazy(data.examples.__getitem__, kept),
+        rows=Lazy(data.rows.__getitem__, kept),
         faults=[*data.faults, *faults],
     )
     return left, record

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from d2lora.errors import SettingsError
 from d2lora.settings import TrainSettings
@@ -76,9 +78,14 @@ class StepSchedule:
     def batch(self, step: int) -> list[int]:
         """Return the rows of optimizer step `step` (from 0): one seeded shuffle per pass."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.order_seed, epoch)).permutation(self.n_rows)
+        order = _order(self.n_rows, self.order_seed, epoch)
         start = position * self.batch_size
         return order[start : start + self.batch_size].tolist()
+
+
+@lru_cache(maxsize=1)  # of a million rows it takes longer than a small step
+def _order(n_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(n_rows)
 
 
 def batch_size_of(n_rows: int, settings: TrainSettings) -> int:
