@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +120,15 @@ def test_a_task_is_known_by_its_card_and_by_the_metrics_of_its_own(tmp_path: Pat
     metric.unlink()
     with pytest.raises(SettingsError, match=r"mine\.py: no such file"):
         identity_of(settings)
+
+
+def test_a_card_that_ships_is_known_by_what_it_holds_as_a_copy_of_it_is(tmp_path: Path) -> None:
+    text = resources.files("d2lora").joinpath("tasks", "svamp.yaml").read_text("utf-8")
+    copy, other = tmp_path / "copy.yaml", tmp_path / "other.yaml"
+    copy.write_text(text)
+    other.write_text(f"{text}\nsystem: You are good at sums.\n")
+
+    def known_by(task: str) -> object:
+        return identity_of(EvaluateSettings(task=task, out=tmp_path / "e"))["task"]
+
+    assert known_by("svamp") == known_by(str(copy)) != known_by(str(other))

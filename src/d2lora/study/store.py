@@ -158,16 +158,17 @@ def _folder_content(name: str) -> str:
 
 
 def _task_content(name: str) -> str:
-    """Return what a task is known by: its name, or what its card and its own metrics hold."""
-    from d2lora.data.cards import is_card_file, read_card
+    """Return what a task is known by: what its card and its own metrics hold."""
+    from d2lora.data.cards import read_card
+    from d2lora.data.tasks import AUTO
     from d2lora.evaluation.metrics.own import file_of
 
-    if not is_card_file(name):
+    if name == AUTO:
         return name
     named = read_card(name)
     files = [file_of(metric, named.folder) for metric in named.card.metrics if ".py" in metric]
-    contents = " ".join(content_of(str(file)) for file in (Path(name), *files))
-    return hashlib.sha256(contents.encode()).hexdigest()
+    parts = [named.card.model_dump_json(), *(content_of(str(file)) for file in files)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 @cache
