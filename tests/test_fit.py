@@ -279,7 +279,9 @@ def test_a_fit_does_not_write_into_a_folder_of_something_else(
 
 def test_documents_are_fitted_by_their_loss_alone(tmp_path: Path, tiny_base: str) -> None:
     texts = [{"text": f"The river number {n} is long and cold."} for n in range(6)]
-    data = write_rows(tmp_path / "texts.jsonl", texts)
-    done = fit(settings(tiny_base, data, tmp_path / "best", task="text", runs=1))
+    data = write_rows(tmp_path / "texts.jsonl", [*texts, {"text": ""}])
+    values: dict[str, Any] = {"task": "text", "runs": 1, "skip_bad_rows": True}
+    done = fit(settings(tiny_base, data, tmp_path / "best", **values))
+    assert json.loads((done.path / "bad_rows.jsonl").read_text())["line"] == 7
     assert done.found.prompted == {}
     assert "nats per token" in verdict(done.found)[0]

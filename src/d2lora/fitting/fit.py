@@ -8,6 +8,8 @@ store/         the runs; the same command continues a killed fit
 done.json      the marker of completion
 """
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import BrokenExecutor, wait
@@ -18,7 +20,7 @@ from typing import Any
 
 from d2lora.adapters.base_files import base_folder
 from d2lora.data.reading import TaskData, read_task
-from d2lora.data.sources import nested_order
+from d2lora.data.sources import BAD_ROWS, nested_order, write_bad_rows
 from d2lora.errors import D2LoraError, DataError, RunError, SettingsError, counted
 from d2lora.fitting.found import Fitted
 from d2lora.fitting.page import page, show, to_json
@@ -39,7 +41,7 @@ from d2lora.runtime.run_folder import (
 )
 from d2lora.settings import FitSettings
 from d2lora.settings.seeds import stream_seed
-from d2lora.study.decontamination import contamination_lines, decontaminated
+from d2lora.study.decontamination import FOLDER, contamination_lines, decontaminated
 from d2lora.study.executors import Submit, executor, layout
 from d2lora.study.needs import Needs
 from d2lora.study.plan import StudyPlan
@@ -93,6 +95,9 @@ def _fit(settings: FitSettings, reporter: Reporter) -> Fit:
     check_writable(store, "--out")
     (out / DONE).unlink(missing_ok=True)  # of an earlier fit
     write_text(out / SETTINGS, settings.to_yaml())
+    if data.faults:
+        write_bad_rows(data.faults, out)
+        settings = settings.changed(data=(_good_rows(data, store),), skip_bad_rows=False)
     rank = rank_of(settings, starts)
     starts = [at_rank(start, rank, store / "warm-starts") for start in starts]
     n = settings.n or len(data.examples)
@@ -142,12 +147,24 @@ def _rows(settings: FitSettings, reporter: Reporter) -> TaskData:
             "a fit learns completions, and these rows hold preferences; compare initializations "
             "for dpo or orpo with d2lora study"
         )
+    if data.faults:
+        skipped = counted(len(data.faults), "bad row")
+        reporter.say(f"skipped {skipped}: {settings.out / BAD_ROWS}")
     n = settings.n or len(data.examples)
     if n > len(data.examples):
         raise DataError(f"{n} rows are requested, but the data has {len(data.examples)}")
     if n < 2:
         raise DataError(f"{counted(n, 'row')}: at least 2 are needed, one to hold out")
     return data
+
+
+def _good_rows(data: TaskData, store: Path) -> str:
+    """Write the rows that are not bad, which the runs read; return the file."""
+    lines = [json.dumps(row.values, ensure_ascii=False, default=str) for row in data.rows]
+    text = "".join(f"{line}\n" for line in lines)
+    path = store / FOLDER / f"good-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+    write_text(path, text)
+    return str(path)
 
 
 def _say_twice(questions: Sequence[str], reporter: Reporter) -> None:
