@@ -15,11 +15,13 @@ from transformers import AddedToken
 from d2lora import (
     AdaptSettings,
     ConvertSettings,
+    EvaluateSettings,
     ModelError,
     SelectSettings,
     WarmupSettings,
     adapt,
     convert,
+    evaluate,
     select,
     warm_up,
 )
@@ -231,6 +233,27 @@ def test_references_come_from_a_path(tmp_path: Path) -> None:
     text = "prompt: '{q}'\ncompletion: '{a[0]}'\nreferences: a[*]\n"
     [example] = examples(tmp_path, text, {"q": "?", "a": ["x", "y"]})
     assert (example.completion, example.references) == ("x", ("x", "y"))
+    with pytest.raises(DataError, match=r"field `a\[\*\]` must be a text or .* none empty"):
+        examples(tmp_path, text, {"q": "?", "a": ["x", " "]})
+
+
+def test_a_closed_answer_is_right_by_any_of_its_references_in_the_calibration_too(
+    tmp_path: Path, tiny_base: str
+) -> None:
+    text = (
+        "prompt: '{q}'\ncompletion: '{a[0]}'\nreferences: a[*]\nanswers: closed\n"
+        "labels: [x, y]\nmetrics: [exact_match]\n"
+    )
+    rows = [{"q": f"{n}?", "a": ["x", "y"]} for n in range(4)]
+    data = (write_rows(tmp_path / "rows.jsonl", rows),)
+    done = evaluate(
+        EvaluateSettings(
+            base=tiny_base, data=data, task=card(tmp_path, text), out=tmp_path / "e", quiet=True
+        )
+    )
+    unsure = 1 - done.records["confidence"].mean()
+    assert done.scores["base"]["exact_match"].mean == 1.0
+    assert done.calibration["base"] == pytest.approx(unsure)
 
 
 def test_labels_are_those_of_the_card_else_of_the_rows(tmp_path: Path) -> None:

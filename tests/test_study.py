@@ -688,6 +688,19 @@ def test_a_row_that_the_chat_template_refuses_stops_a_study_before_it_runs(
         run_study(settings(tmp_path, plan))
 
 
+def test_preferences_are_not_scored_with_examples_in_the_prompt(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    rows = [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(12)]
+    files = [
+        write_rows(tmp_path / n, part) for n, part in (("d.jsonl", rows[:8]), ("t.jsonl", rows[8:]))
+    ]
+    plan["tasks"] = {"pairs": {"data": [files[0]], "test": [files[1]]}}
+    plan["arms"] = ["fresh", "few_shot"]
+    with pytest.raises(DataError, match="few_shot shows answers"):
+        run_study(settings(tmp_path, plan))
+
+
 def test_a_task_without_answers_stops_a_study_before_it_runs(
     tmp_path: Path, plan: dict[str, Any]
 ) -> None:
