@@ -55,7 +55,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
     from d2lora.adapters.base import load_base
     from d2lora.adapters.lora import LoraShape, attach_fresh
-    from d2lora.data.encode import Encoder, plain_prompt
+    from d2lora.data.chat_text import plain_prompt
+    from d2lora.data.encode import Encoder
     from d2lora.data.encoded_sets import encode_pairs
     from d2lora.data.reading import read_task
     from d2lora.settings import AdaptSettings

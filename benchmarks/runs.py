@@ -35,7 +35,7 @@ def write_rows(data: Path, n: int, folder: Path) -> tuple[Path, Path]:
 
 def write_for_sft(examples: Iterable["Example"], folder: Path) -> Path:
     """Write rows as prompt and completion, in d2lora's plain chat format."""
-    from d2lora.data.encode import plain_prompt
+    from d2lora.data.chat_text import plain_prompt
 
     rows = ({"prompt": plain_prompt(e.prompt), "completion": f" {e.completion}"} for e in examples)
     folder.mkdir(parents=True, exist_ok=True)

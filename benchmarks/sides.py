@@ -76,7 +76,7 @@ def trl_s(settings: Any, n_warm: int = 1, **best: Any) -> dict[str, Any]:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from d2lora.data.encode import plain_prompt
+    from d2lora.data.chat_text import plain_prompt
 
     base, model, examples, encoder = prepared(settings)
     rows = [{"prompt": plain_prompt(e.prompt), "completion": f" {e.completion}"} for e in examples]
