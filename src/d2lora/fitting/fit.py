@@ -109,7 +109,8 @@ def _fit(settings: FitSettings, reporter: Reporter) -> Fit:
             # Without --n what is left is used.
             least = plan.changed(sizes=(settings.n or 1,))
             plan, checks = decontaminated(least, store, store / "world")
-        lines = contamination_lines(one.to_json() for one in checks if one.removed)
+        found_in = contamination_lines(one.to_json() for one in checks if one.removed)
+        lines = [line.removeprefix(f"task {TASK}: ") for line in found_in]
         for line in lines:
             reporter.say(f"contamination: {line}")
         if settings.n is None:

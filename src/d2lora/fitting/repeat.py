@@ -9,7 +9,7 @@ from d2lora.fitting.found import Fitted
 from d2lora.fitting.jobs import averaging
 from d2lora.settings import Settings
 
-_UNSEEN = {"out", "quiet", "measure_start"}
+_UNSEEN = {"quiet", "measure_start"}
 """Settings of a run in the store that change nothing of the adapter."""
 
 
@@ -30,11 +30,10 @@ def commands_of(found: Fitted, out: Path) -> str:
 
 def command_line(name: str, settings: Settings) -> str:
     """Return a command with the settings that are not defaults."""
-    hidden = _UNSEEN - {"out"}
     values: Mapping[str, Any] = settings.model_dump(mode="json", exclude_defaults=True)
     words = ["d2lora", name]
     for key, value in values.items():
-        if key in hidden or value is None:
+        if key in _UNSEEN or value is None:
             continue
         option = key.replace("_", "-")
         if isinstance(value, bool):
