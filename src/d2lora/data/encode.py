@@ -63,7 +63,7 @@ class Encoder:
         if base.chat_template is None:
             tokenizer = with_template(tokenizer, template)
         form = resolve_format(tokenizer, chat_format)
-        _check_used(form, base.chat_template is not None)
+        _check_used(form, template_given=base.chat_template is not None)
         return cls(tokenizer, form, n_positions(base.model), n_embedded(base.model))
 
     @classmethod
@@ -71,7 +71,8 @@ class Encoder:
         """Return the encoder of a base that is not loaded, which knows no limits."""
         tokenizer = tokenizer_of(settings)
         form = resolve_format(tokenizer, chat_format)
-        _check_used(form, bool(settings.chat_template or settings.template_args))
+        given = bool(settings.chat_template or settings.template_args)
+        _check_used(form, template_given=given)
         return cls(tokenizer, form)
 
     def encode(self, example: Example, max_length: int | None = None) -> Encoded:
@@ -221,7 +222,7 @@ class Encoder:
         return ChatText(self.tokenizer, self.format)
 
 
-def _check_used(form: Format, template_given: bool) -> None:  # noqa: FBT001
+def _check_used(form: Format, *, template_given: bool) -> None:
     if form == "plain" and template_given:
         raise SettingsError(
             "the chat format is plain, and --chat-template and --template-args are about chat "

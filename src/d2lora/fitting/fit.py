@@ -21,7 +21,7 @@ from typing import Any
 from d2lora.adapters.base_files import base_folder
 from d2lora.data.reading import TaskData, read_task
 from d2lora.data.sources import BAD_ROWS, nested_order, write_bad_rows
-from d2lora.errors import D2LoraError, DataError, RunError, SettingsError, counted
+from d2lora.errors import DataError, RunError, SettingsError, counted
 from d2lora.fitting.found import Fitted
 from d2lora.fitting.page import page, show, to_json
 from d2lora.fitting.plan import TASK, plan_of
@@ -42,7 +42,7 @@ from d2lora.runtime.run_folder import (
 from d2lora.settings import FitSettings
 from d2lora.settings.seeds import stream_seed
 from d2lora.study.decontamination import FOLDER, contamination_lines, decontaminated
-from d2lora.study.executors import Submit, executor, layout
+from d2lora.study.executors import N_TRIES, Submit, executor, layout, reason_of
 from d2lora.study.needs import Needs
 from d2lora.study.plan import StudyPlan
 from d2lora.study.readiness import check, cut_short
@@ -50,8 +50,6 @@ from d2lora.study.steps import Missing, Steps, T, reached
 from d2lora.study.store import Job
 
 PAGE = "index.html"
-N_TRIES = 2
-"""How often a run is tried whose worker died."""
 
 
 @dataclass(frozen=True)
@@ -238,8 +236,7 @@ def _perform(jobs: Sequence[Job], needs: Needs, submit: Submit) -> None:
             elif isinstance(error, BrokenExecutor) and attempt + 1 < N_TRIES:
                 left.append(job)
             else:
-                kind = "" if isinstance(error, D2LoraError) else f"{type(error).__name__}: "
-                needs.failed[job.key] = f"{kind}{error}"
+                needs.failed[job.key] = reason_of(error)
 
 
 def _write(

@@ -56,7 +56,7 @@ class Search:
             whole = yield from self._needs.trained_as(self._cell(one.name), one.tuned)
             reserve_s = max(reserve_s, self._ledger.training_s(whole))
         found = yield from self._with_answers(found, split.data, reserve_s)
-        prompted = yield from self._prompted(found[0], split.data, reserve_s)
+        prompted = yield from self._prompted(split.data, reserve_s)
         winner = _best(found)
         longer = yield from self._longer(winner, split.data, reserve_s)
         winner = longer.whole if longer is not None and longer.kept else winner
@@ -147,14 +147,14 @@ class Search:
             answered[one.name] = of_folds(data, (yield from self._run(jobs)))
         return [replace(one, answers=answered.get(one.name)) for one in found]
 
-    def _prompted(
-        self, one: Contender, data: TaskData, reserve_s: float
-    ) -> Steps[dict[str, Answers]]:
+    def _prompted(self, data: TaskData, reserve_s: float) -> Steps[dict[str, Answers]]:
         """Lead to what the base answers with and without examples in its prompt."""
         if data.task.answers == "none":
             return {}
         found: dict[str, Answers] = {}
-        training = yield from self._folds_of(one)
+        # Of these settings the folds count alone: the same whatever was tuned.
+        any_tuned = Tuned(self._settings.learning_rates[0])
+        training = yield from self._folds_of(Contender(self._arms[0], any_tuned, []))
         fewest = min(len(Split.of(own, self._n).trained) for own in training)
         shots = min(self._settings.shots, fewest)
         for n_shots in dict.fromkeys((0, shots)):

@@ -18,13 +18,21 @@ from importlib import import_module
 from multiprocessing import Queue, get_context, parent_process
 from typing import Any, cast
 
-from d2lora.errors import SettingsError
+from d2lora.errors import D2LoraError, SettingsError
 from d2lora.runtime.console import quiet_libraries
 from d2lora.runtime.extras import need_extra
 from d2lora.runtime.loading import loading
 from d2lora.study.store import Job, perform
 
 Submit = Callable[[Job], "Future[dict[str, Any]]"]
+N_TRIES = 2
+"""How often a job is tried whose worker died."""
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a job failed; what is no error of a user's with its kind."""
+    kind = "" if isinstance(error, D2LoraError) else f"{type(error).__name__}: "
+    return f"{kind}{error}"
 
 
 def n_cores() -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.data.sources import fault_lines
-from d2lora.errors import D2LoraError, RunError, counted, listed
+from d2lora.errors import RunError, counted, listed
 from d2lora.runtime.claims import claimed
 from d2lora.runtime.console import Bar, Reporter, table_console
 from d2lora.runtime.grids import as_table
@@ -26,7 +26,7 @@ from d2lora.runtime.run_folder import DONE, provenance, write_json, write_text
 from d2lora.settings import StudySettings
 from d2lora.study.cells import BASE, Cell, cells_of
 from d2lora.study.decontamination import Check, contamination_lines, decontaminated
-from d2lora.study.executors import Submit, executor, layout
+from d2lora.study.executors import N_TRIES, Submit, executor, layout, reason_of
 from d2lora.study.forecast import forecast
 from d2lora.study.jobs import WarmUp
 from d2lora.study.needs import Needs
@@ -34,9 +34,6 @@ from d2lora.study.plan import StudyPlan
 from d2lora.study.readiness import check, check_folder, cut_short, place
 from d2lora.study.steps import CellFailedError, Missing, Steps, T, reached
 from d2lora.study.store import Job
-
-N_TRIES = 2
-"""How often a job is tried whose worker died."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +154,7 @@ class _Run:
         if error is None:
             self._needs.done[job.key] = future.result()
         else:
-            kind = "" if isinstance(error, D2LoraError) else f"{type(error).__name__}: "
-            self._needs.failed[job.key] = f"{kind}{error}"
+            self._needs.failed[job.key] = reason_of(error)
         free: list[Cell] = []
         for cell, keys in self._blocked.items():
             keys.discard(job.key)
