@@ -117,10 +117,17 @@ class Batch(NamedTuple):
     rows_P: Tensor
     columns_P: Tensor
     targets_P: Tensor
+    every_token: bool = False
+    """Whether the log-probabilities of every token are wanted there, not of the targets alone."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
-        return Batch(*(tensor.to(device) for tensor in self))
+        tensors = {
+            name: value.to(device)
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor)
+        }
+        return self._replace(**tensors)
 
     def trimmed(self) -> "Batch":
         """Return the batch at the width of its longest row."""

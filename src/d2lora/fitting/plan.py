@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.fitting.starts import names_of
-from d2lora.settings import BaseSettings, FitSettings
+from d2lora.settings import BaseSettings, FitSettings, ReplaySettings
 from d2lora.study.plan import ArmPlan, StudyPlan, TaskPlan
 
 TASK = "task"
@@ -29,6 +29,8 @@ def plan_of(settings: FitSettings, starts: Sequence[Path], rank: int, n: int) ->
         **{name: getattr(settings, name) for name in _FORMAT},
         **{name: value for name, value in shape.items() if value is not None},
     }
+    if settings.replay:
+        adapt |= {name: getattr(settings, name) for name in ReplaySettings.model_fields}
     if settings.batch_size is not None:
         adapt["batch_size"] = settings.batch_size
     task = TaskPlan(

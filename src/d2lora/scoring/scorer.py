@@ -69,7 +69,10 @@ class TokenScorer(nn.Module):
         return fast.used_in(self.model)
 
     def forward(self, batch: Batch | Branches) -> Tensor:
-        """Return the log-probabilities of `batch.targets_P`, float32, shape (P,)."""
+        """Return the log-probabilities of `batch.targets_P`, float32, shape (P,).
+
+        Of a batch with `every_token` those of the whole vocabulary, shape (P, V).
+        """
         if isinstance(batch, Branches):
             return self._branched(batch)
         batch = within_positions(batch, causal_model(self.model))
@@ -119,21 +122,21 @@ class TokenScorer(nn.Module):
             hidden_BTD = self._hidden(**inputs)
             return self._of_hidden(hidden_BTD[batch.rows_P, batch.columns_P], batch)
         logits_BTV = causal_model(self.model)(**inputs, use_cache=False).logits
-        return _of_logits(logits_BTV[batch.rows_P, batch.columns_P], batch.targets_P)
+        return _of_logits(logits_BTV[batch.rows_P, batch.columns_P], batch)
 
     def _whole(self, batch: Batch) -> Tensor:
         output = causal_model(self.model)(
             input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False
         )
-        return _of_logits(output.logits[batch.rows_P, batch.columns_P], batch.targets_P)
+        return _of_logits(output.logits[batch.rows_P, batch.columns_P], batch)
 
     def _alone(self, batch: Batch) -> Tensor:
         """Run the whole model on each row by itself, without padding or mask."""
         causal, scores = causal_model(self.model), list[Tensor]()
         for index in range(len(batch.ids_BT)):
-            row = batch.row(index).trimmed()
+            row = batch.row(index).trimmed()._replace(every_token=batch.every_token)
             logits_TV = causal(input_ids=row.ids_BT, use_cache=False).logits[0]
-            scores.append(_of_logits(logits_TV[row.columns_P], row.targets_P))
+            scores.append(_of_logits(logits_TV[row.columns_P], row))
         return torch.cat(scores)
 
     def _hidden(self, **inputs: Tensor) -> Tensor:
@@ -144,10 +147,10 @@ class TokenScorer(nn.Module):
     def _of_hidden(self, hidden_PD: Tensor, batch: Batch | Branches) -> Tensor:
         layer = causal_model(self.model).get_output_embeddings()
         assert layer is not None
-        if self.used.allowed and head.fits(layer):
+        if self.used.allowed and head.fits(layer) and not _wants_every_token(batch):
             self.used.take("head without logits")
             return head.log_probabilities(hidden_PD, layer, batch.targets_P)
-        return _of_logits(layer(hidden_PD), batch.targets_P)
+        return _of_logits(layer(hidden_PD), batch)
 
     @torch.no_grad()
     def _ends_in_head(self, ids_BT: Tensor) -> bool:
@@ -219,8 +222,14 @@ def _predicting(batch: Batch) -> Tensor:
     return batch.rows_P.unique() if len(batch.rows_P) else batch.rows_P.new_zeros(1)
 
 
-def _of_logits(logits_PV: Tensor, targets_P: Tensor) -> Tensor:
-    return -functional.cross_entropy(logits_PV.float(), targets_P, reduction="none")
+def _of_logits(logits_PV: Tensor, batch: Batch | Branches) -> Tensor:
+    if _wants_every_token(batch):
+        return logits_PV.float().log_softmax(-1)
+    return -functional.cross_entropy(logits_PV.float(), batch.targets_P, reduction="none")
+
+
+def _wants_every_token(batch: Batch | Branches) -> bool:
+    return isinstance(batch, Batch) and batch.every_token
 
 
 def within_positions(batch: Batch, model: nn.Module) -> Batch:

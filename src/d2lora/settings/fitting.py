@@ -13,6 +13,7 @@ from d2lora.settings.sections import (
     BaseSettings,
     FormatSettings,
     LearningRate,
+    ReplaySettings,
     Seed,
     is_named_init,
 )
@@ -20,7 +21,7 @@ from d2lora.settings.sections import (
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
-class FitSettings(BaseSettings, FormatSettings):
+class FitSettings(BaseSettings, FormatSettings, ReplaySettings):
     """`d2lora fit`: task rows + initializations -> the best adapter, and how sure that is."""
 
     data: tuple[str, ...]

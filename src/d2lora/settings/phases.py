@@ -15,14 +15,22 @@ from d2lora.settings.sections import (
     LoraSettings,
     ObjectiveSettings,
     Reference,
+    ReplaySettings,
     SelectMethod,
     TrainSettings,
+    changes_base,
     is_named_init,
 )
 
 
 class PhaseSettings(
-    BaseSettings, FormatSettings, KeepOutSettings, LoraSettings, ObjectiveSettings, TrainSettings
+    BaseSettings,
+    FormatSettings,
+    KeepOutSettings,
+    LoraSettings,
+    ObjectiveSettings,
+    ReplaySettings,
+    TrainSettings,
 ):
     """What warm-up and adaptation share."""
 
@@ -44,6 +52,15 @@ class PhaseSettings(
     """Continue a killed run in `out`."""
     quiet: bool = False
     """No progress bar and no messages."""
+
+    @model_validator(mode="after")
+    def _base_is_there(self) -> Self:
+        if self.replay and self.replay_loss == "kl" and changes_base(self.init):
+            raise ValueError(
+                f"--replay-loss kl compares with the base, which --init {self.init} changes: use "
+                "--replay-loss sft, or another initialization"
+            )
+        return self
 
 
 class WarmupSettings(PhaseSettings):

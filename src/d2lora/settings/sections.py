@@ -18,6 +18,7 @@ SelectMethod = Literal[
 ]  # fmt: skip
 ObjectiveName = Literal["sft", "dpo", "orpo"]
 Reference = Literal["base", "warm_start"]
+ReplayLoss = Literal["sft", "kl"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """What torch's generators take."""
 LearningRate = Annotated[float, Field(gt=0, le=1e30)]
@@ -237,6 +238,34 @@ class ObjectiveSettings(Settings):
                     raise ValueError(
                         f"{name} is a setting of --objective {objective}, not of {self.objective}"
                     )
+        return self
+
+
+class ReplaySettings(Settings):
+    """General rows beside the training rows, so that less is forgotten."""
+
+    replay: tuple[str, ...] = ()
+    """General rows (files or hub ids), some of which are in every optimizer step beside the
+    training rows, so that less is forgotten."""
+    replay_task: str = "auto"
+    """How these are read: a task card or the name of one that ships. auto: detected from the fields
+    of each file's first row."""
+    replay_n: int = Field(default=1000, ge=1)
+    """Maximum number of them to use, a seeded random subset."""
+    replay_batch_size: int | None = Field(default=None, ge=1)
+    """Of these in an optimizer step. None: a quarter of batch_size, rounded up."""
+    replay_loss: ReplayLoss = "sft"
+    """sft: learn their completions again (rehearsal); kl: stay near the base on them, by the
+    Kullback-Leibler divergence of the next token from the base's (learning without forgetting)."""
+    replay_weight: float = Field(default=0.25, gt=0)
+    """Weight of their mean loss per token, which is added to that of the training rows."""
+
+    @model_validator(mode="after")
+    def _of_replayed_rows(self) -> Self:
+        names = sorted(ReplaySettings.model_fields.keys() - {"replay"})
+        changed = [n for n in names if getattr(self, n) != type(self).model_fields[n].default]
+        if changed and not self.replay:
+            raise ValueError(f"{changed[0]} is about rows of --replay: give these, too")
         return self
 
 

@@ -17,12 +17,12 @@ from d2lora.data.contamination import Guard, Leak, leaks_of
 from d2lora.data.reading import Say, read_task
 from d2lora.data.rows import place
 from d2lora.data.sources import Row, is_remote, read_source
-from d2lora.data.tasks import header_of
+from d2lora.data.tasks import AUTO, header_of
 from d2lora.errors import DataError, listed
 from d2lora.evaluation.harness import split_names
 from d2lora.runtime.run_folder import write_text
 from d2lora.study.plan import StudyPlan
-from d2lora.study.recipes import warm_up_settings
+from d2lora.study.recipes import listed_values, warm_up_settings
 
 FOLDER = "cleaned"
 
@@ -80,6 +80,16 @@ def decontaminated(
     values = plan.model_dump(mode="json")
     checks: list[Check] = []
     faults: list[str] = []
+    for where, own in _places(values).items():
+        replayed = listed_values(own).get("replay")
+        if not replayed:
+            continue
+        card = own.get("replay_task", AUTO)
+        kept, check = cleaner.cleaned(f"replay of {where}", tuple(replayed), card)
+        own["replay"] = list(kept)
+        checks.append(check)
+        if check.n_rows is not None and not own["replay"]:
+            faults.append(f"{check.use}: every row overlaps with an evaluation row")
     for name in plan.warm_ups:
         if plan.ready(name):
             checks.append(Check(f"warm-up {name}", None, ()))
@@ -98,6 +108,17 @@ def decontaminated(
     if faults:
         raise DataError(f"the study cannot run:\n{listed(faults)}")
     return StudyPlan(**values), checks
+
+
+def _places(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings of `warmup` and `adapt` in a plan, by where they stand; not copies."""
+    return {
+        "warm_up": values["warm_up"],
+        **{f"warm_ups.{name}": own for name, own in values["warm_ups"].items()},
+        "adapt": values["adapt"],
+        **{f"tasks.{name}": task["adapt"] for name, task in values["tasks"].items()},
+        **{f"arm {arm['name']}": arm["adapt"] for arm in values["arms"]},
+    }
 
 
 def contamination_lines(checks: Iterable[Mapping[str, Any]]) -> list[str]:

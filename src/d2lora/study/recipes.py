@@ -77,7 +77,7 @@ def base_values(plan: StudyPlan) -> dict[str, Any]:
 
 def listed_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings in which one text stands for a list of one, as in settings files."""
-    lists = ("data", "validation_data", "targets")
+    lists = ("data", "validation_data", "targets", "replay")
     return {
         name: (value,) if name in lists and isinstance(value, str) else value
         for name, value in values.items()

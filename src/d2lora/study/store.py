@@ -30,6 +30,7 @@ _KEY_LENGTH = 20
 _FREE = {"out", "quiet", "resume", "threads", "checkpoint_every"}
 _FILES = {
     "data", "validation_data", "general_text", "choices", "for_task", "keep_out", "training_data",
+    "replay",
 }  # fmt: skip
 _BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
@@ -118,7 +119,7 @@ def identity_of(settings: Settings) -> dict[str, Any]:
         values["lm_eval"] = provenance()["versions"].get("lm_eval")
     if values.get("chat_template"):
         values["chat_template"] = content_of(str(values["chat_template"]))
-    for name in {"task", "for_card"} & values.keys():
+    for name in {"task", "for_card", "replay_task"} & values.keys():
         values[name] = _task_content(values[name])
     if isinstance(settings, BaseSettings):
         values["base"] = _base_content(settings)

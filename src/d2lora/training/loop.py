@@ -7,9 +7,9 @@ be killed at any moment and resumed to the same result.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Generic
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from torch.optim import AdamW
 
 from d2lora.adapters.base import causal_model
 from d2lora.adapters.lora import adamw
-from d2lora.data.batches import T, micro_batches
+from d2lora.data.batches import Item, T, micro_batches
 from d2lora.errors import TrainingError, first_line
 from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
@@ -31,7 +31,10 @@ from d2lora.training.cost import Cost, TrainingFlops, peak_memory_bytes
 from d2lora.training.episodes import EpisodeSchedule
 from d2lora.training.objectives import Objective
 from d2lora.training.progress import Best, Progress, as_logged, held_out, judge
+from d2lora.training.replay import Replay
 from d2lora.training.schedule import StepSchedule
+
+U = TypeVar("U", bound=Item)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Lesson(Generic[T]):
     """End with the step that sees so many tokens, in place of the settings' end."""
     origins: Sequence[str] = ()
     """Of a meta warm-up: the source of each training row."""
+    replay: Replay | None = None
+    """General rows that are learnt beside them."""
 
     def schedule(self, settings: TrainSettings) -> StepSchedule:
         """Return the steps of a run, which ends as the settings say or with `max_tokens`."""
@@ -221,8 +226,15 @@ def _step(loop: _Loop[T]) -> dict[str, float]:
     items = [loop.lesson.train[index] for index in loop.schedule.batch(progress.step)]
     learning_rate = loop.schedule.learning_rate(progress.step, settings)
     loop.model.train()
-    measured = _backward(loop, items)
-    loss = measured["loss"]
+    measured = _backward(loop, items, loop.lesson.objective)
+    counted: list[tuple[Sequence[Item], float]] = [(items, 1.0)]
+    loss, replay = measured["loss"], loop.lesson.replay
+    if replay is not None:
+        general = replay.batch(progress.step)
+        beside = _backward(loop, general, replay.objective, replay.weight, replay.pass_tokens)
+        measured["replay_loss"] = beside["loss"]
+        loss += replay.weight * beside["loss"]
+        counted.append((general, replay.passes_per_row))
     largest = settings.max_grad_norm or math.inf
     norm = float(nn.utils.clip_grad_norm_(list(loop.parameters.values()), largest))
     if not math.isfinite(loss) or not math.isfinite(norm):
@@ -236,17 +248,24 @@ def _step(loop: _Loop[T]) -> dict[str, float]:
     loop.optimizer.zero_grad()
     progress.step += 1
     _end_episode(loop)
-    progress.n_tokens += sum(item.n_tokens for item in items)
-    progress.n_supervised_tokens += sum(item.n_supervised for item in items)
-    if loop.flops is None or progress.flops is None:
-        progress.flops = None
-    else:
-        progress.flops += sum(
-            loop.flops.of_rows(item.n_rows, item.n_tokens, item.n_supervised) for item in items
-        )
-    progress.first_loss = loss if progress.first_loss is None else progress.first_loss
-    progress.last_loss = loss
+    _count(loop, counted)
+    if progress.first_loss is None:
+        progress.first_loss = measured["loss"]
+    progress.last_loss = measured["loss"]
     return {**measured, "learning_rate": learning_rate, "grad_norm": norm}
+
+
+def _count(loop: _Loop[T], counted: Iterable[tuple[Sequence[Item], float]]) -> None:
+    """Add to the bill of a run the rows of a step, each with the passes that it took."""
+    progress = loop.progress
+    for items, n_passes in counted:
+        progress.n_tokens += sum(item.n_tokens for item in items)
+        progress.n_supervised_tokens += sum(item.n_supervised for item in items)
+        if loop.flops is None or progress.flops is None:
+            progress.flops = None
+            continue
+        rows = (loop.flops.of_rows(i.n_rows, i.n_tokens, i.n_supervised) for i in items)
+        progress.flops += round(n_passes * sum(rows))
 
 
 def _end_episode(loop: _Loop[T]) -> None:
@@ -263,22 +282,40 @@ def _end_episode(loop: _Loop[T]) -> None:
     loop.optimizer.state.clear()
 
 
-def _backward(loop: _Loop[T], items: Sequence[T]) -> dict[str, float]:
-    """Add up a batch's gradient over its micro-batches and all processes; return what it gave."""
+def _backward(
+    loop: _Loop[Any],
+    items: Sequence[U],
+    objective: Objective[U],
+    weight: float = 1.0,
+    max_tokens: int | None = None,
+) -> dict[str, float]:
+    """Add up a batch's gradient over its micro-batches and all processes.
+
+    Args:
+        loop: The run.
+        items: The batch.
+        objective: Its loss.
+        weight: Weight of the gradient.
+        max_tokens: Padded tokens of one pass, at most; None: the run's.
+
+    Returns:
+        The batch's loss and metrics, unweighted.
+    """
     accelerator, scorer, lesson = loop.accelerator, loop.scorer, loop.lesson
     world = accelerator.num_processes
     # A process without a share still has to take part in the synchronisation: with weight 0.
     mine = items[accelerator.process_index :: world] or items[:1]
-    weight = world if len(items) > accelerator.process_index else 0
-    groups = micro_batches(mine, loop.pass_tokens, loop.settings.micro_batch_size)
+    part = world if len(items) > accelerator.process_index else 0
+    limit = min(loop.pass_tokens, max_tokens or loop.pass_tokens)
+    groups = micro_batches(mine, limit, loop.settings.micro_batch_size)
     total: dict[str, Tensor] = {}
     for number, group in enumerate(groups, 1):
         with (
             accelerator.accumulate(scorer) if number == len(groups) else accelerator.no_sync(scorer)
         ):
-            share = lesson.objective.share(scorer, group, items, lesson.pad_id)
+            share = objective.share(scorer, group, items, lesson.pad_id)
             try:
-                accelerator.backward(share.loss * weight)
+                accelerator.backward(share.loss * part * weight)
             except RuntimeError as error:
                 if not any(fault in str(error) for fault in _NO_GRADIENT):
                     raise
@@ -288,7 +325,7 @@ def _backward(loop: _Loop[T], items: Sequence[T]) -> dict[str, float]:
                     f"gradient needs ({first_line(error)})"
                 ) from None
         for name, value in {"loss": share.loss.detach(), **share.metrics}.items():
-            total[name] = total[name] + value * weight if name in total else value * weight
+            total[name] = total[name] + value * part if name in total else value * part
     reduced = accelerator.reduce(torch.stack([total[name].float() for name in total]), "mean")
     assert isinstance(reduced, Tensor)
     return dict(zip(total, reduced.tolist(), strict=True))

@@ -39,6 +39,7 @@ from d2lora.training.initialization import InitializedAdapter
 from d2lora.training.loop import Lesson, Trained, train
 from d2lora.training.objectives import objective_of
 from d2lora.training.reference import ReferencePolicy, with_reference
+from d2lora.training.replay import Replay
 from d2lora.training.rows import Rows
 
 
@@ -76,7 +77,13 @@ def run_phase(phase: Phase) -> None:
         max_tokens = settings.max_tokens if isinstance(settings, WarmupSettings) else None
         objective = objective_of(settings)
         lesson = Lesson(
-            rows.train, rows.valid, objective, phase.base.pad_id, max_tokens, rows.origins
+            rows.train,
+            rows.valid,
+            objective,
+            phase.base.pad_id,
+            max_tokens,
+            rows.origins,
+            Replay.of(rows.replay, len(rows.train), phase.adapter.model, settings),
         )
         warnings = [] if start is None or start.warning is None else [start.warning]
         warnings += _warned(
@@ -111,7 +118,7 @@ def _open(phase: Phase, everyone: PartialState, *, resumes: bool) -> None:
     inputs = {
         "base": phase.base.fingerprint,
         "initialization": [ancestor.fingerprint for ancestor in phase.adapter.lineage],
-        "rows": digest_of(chain(rows.train, rows.valid)),
+        "rows": digest_of(chain(rows.train, rows.valid, rows.replay)),
     }
     everyone.wait_for_everyone()
     if resumes:

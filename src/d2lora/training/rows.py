@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from d2lora.data.batches import Encoded
 from d2lora.data.contamination import Guard, leaks_of
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import EncodedSet, encode_all, encode_pairs
@@ -37,6 +38,8 @@ class Rows:
     """The labels of closed answers, those of all rows read."""
     origins: Sequence[str] = ()
     """Of a meta warm-up: the source of each training row, a name or its file."""
+    replay: Sequence[Encoded] = ()
+    """General rows that are learnt beside them."""
 
 
 def prepare_rows(
@@ -58,7 +61,8 @@ def prepare_rows(
         check=encoder.check,
     )
     _check_objective(settings, data, reporter)
-    data, kept_out = _without_leaks(settings, data, reporter)
+    data, kept_out = _without_leaks(settings, settings.data, data, reporter)
+    replay = _replayed(settings, encoder, reporter) if settings.replay else None
     if n is not None and n > len(data.examples):
         raise DataError(f"{n} rows are requested, but the data has {len(data.examples)}")
     chosen = nested_order(len(data.examples), seed_of(settings, "subset"))[:n]
@@ -101,14 +105,45 @@ def prepare_rows(
     if isinstance(settings, WarmupSettings) and settings.meta_steps is not None:
         places = [chosen[encoded.kept[index]] for index in train_rows]
         origins = [data.examples[place].source or data.rows[place].file for place in places]
+    sources, faults = data.sources, data.faults
+    general: Sequence[Encoded] = ()
+    if replay is not None:
+        general, trained = replay.train, trained | replay.trained
+        sources, faults = [*sources, *replay.sources], [*faults, *replay.faults]
     return Rows(
-        train_items, valid, data.sources, selection, data.faults, kept_out, trained, labels,
-        origins,
+        train_items, valid, sources, selection, faults, kept_out, trained, labels, origins,
+        general,
     )  # fmt: skip
 
 
+def _replayed(settings: PhaseSettings, encoder: Encoder, reporter: Reporter) -> Rows:
+    """Read and encode the general rows that are learnt beside the others.
+
+    Raises:
+        DataError: If rows are bad or too long, or all overlap with an evaluation file.
+    """
+    data = read_pool(
+        settings.replay,
+        settings.replay_task,
+        skip_bad=settings.skip_bad_rows,
+        say=reporter.say,
+        check=encoder.check,
+    )
+    data, kept_out = _without_leaks(settings, settings.replay, data, reporter)
+    order = nested_order(len(data.examples), seed_of(settings, "subset"))[: settings.replay_n]
+    examples = Lazy(data.examples.__getitem__, order)
+    encoded = encode_all(encoder, examples, settings.max_length, settings.overlong)
+    _report(encoded.report(settings.max_length), reporter)
+    kept = Lazy(examples.__getitem__, encoded.kept)
+    reporter.say(
+        f"replay: {counted(len(encoded.items), 'general row')} beside the training rows, loss "
+        f"{settings.replay_loss}, weight {settings.replay_weight:g}"
+    )
+    return Rows(encoded.items, (), data.sources, "", data.faults, kept_out, TrainedRows.of(kept))
+
+
 def _without_leaks(
-    settings: PhaseSettings, data: TaskData, reporter: Reporter
+    settings: PhaseSettings, names: Sequence[str], data: TaskData, reporter: Reporter
 ) -> tuple[TaskData, dict[str, object] | None]:
     """Remove the rows that overlap with an evaluation file; report how many, and the first.
 
@@ -141,7 +176,7 @@ def _without_leaks(
     )
     if not kept:
         raise DataError(
-            f"every row of {' '.join(settings.data)} overlaps with {' '.join(files)}; train on "
+            f"every row of {' '.join(names)} overlaps with {' '.join(files)}; train on "
             "other rows. Where only the wording of a template is the same, set --keep-out-words 0"
         )
     faults = [leak.as_fault(data.rows[leak.index]) for leak in found]
