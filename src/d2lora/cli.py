@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from d2lora.commands import COMMANDS
-from d2lora.errors import D2LoraError, SettingsError, did_you_mean
+from d2lora.errors import D2LoraError, SettingsError, did_you_mean, disk_errors, disk_fault
 
 if TYPE_CHECKING:
     from d2lora.settings import Settings
@@ -31,7 +31,8 @@ Settings come from a YAML file, from options, or both; options win.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code.
 
-    0: done; 2: a mistake of the user's; 130: interrupted; 141: the output's reader is gone.
+    0: done; 2: a mistake of the user's; 74: a disk that is full or fails; 130: interrupted; 141:
+    the output's reader is gone.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -42,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"d2lora {version('d2lora')}\n")
         return 0
+    return _exit_code(words)
+
+
+def _exit_code(words: list[str]) -> int:
+    """Run a command; say on stderr what went wrong, if anything."""
     try:
         _check_text(words)
         _run(words[0], words[1:])
@@ -55,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("d2lora: interrupted\n")
         return 130
+    except disk_errors() as error:
+        fault = disk_fault(error)
+        if fault is None:
+            raise
+        sys.stderr.write(f"d2lora: {fault}\n")
+        return 74
     return 0
 
 

@@ -12,6 +12,10 @@ A message says what was expected, what was found and what to do. The command lin
 message alone and ends with exit code 2; a traceback means a bug of ours.
 """
 
+import errno
+import os
+import re
+import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
@@ -42,6 +46,31 @@ class TrainingError(D2LoraError, RuntimeError):
 
 class RunError(D2LoraError, RuntimeError):
     """A run folder is in use, incomplete or belongs to other settings."""
+
+
+_OF_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+
+def disk_errors() -> tuple[type[Exception], ...]:
+    """Return what is raised where a disk fails: by Python, and by the libraries that write."""
+    kinds: list[type[Exception]] = [OSError]
+    if library := sys.modules.get("safetensors"):
+        kinds.append(library.SafetensorError)
+    return tuple(kinds)
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """Return what to tell a user whose disk is full or fails; None for other errors."""
+    number, name = getattr(error, "errno", None), getattr(error, "filename", None)
+    if number is None and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])  # of a library in Rust
+    if number not in _OF_DISK:
+        return None
+    what = "a file cannot be written" if name is None else f"{name} cannot be written"
+    return (
+        f"{what}: {os.strerror(number).lower()}. Nothing that was finished is lost: once that is "
+        "mended, the same command goes on, a training with --resume"
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -93,6 +93,7 @@ def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> 
             on_base = get_peft_model(model, files.config)
             _check_names(on_base, files)
             set_peft_model_state_dict(on_base, files.weights)
+            _fill(on_base, files)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ModelError):
             raise
@@ -136,6 +137,18 @@ def _check_names(model: nn.Module, files: AdapterFiles) -> None:
             f"{files.folder}: the adapter does not fit the base:\n{listed(faults)}\n"
             "Give the base that it was made on"
         )
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, files: AdapterFiles) -> None:
+    """Write the adapter's weights to their places once more.
+
+    PEFT renames weights as transformers does on loading, by patterns that for some architectures
+    hit new names, too (Laguna's shared experts); such weights it leaves at their initial values.
+    """
+    places = get_peft_model_state_dict(model, model.state_dict(), save_embedding_layers=False)
+    for name, place in places.items():
+        place.copy_(files.weights[name])
 
 
 def _unknown_modules(model: nn.Module, files: AdapterFiles) -> list[str]:

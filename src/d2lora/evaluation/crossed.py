@@ -4,9 +4,8 @@ Shapes: S seeds (runs), I items (test questions), N sizes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +51,18 @@ class _Parts:
         seed = float(by_seed.var(ddof=1))
         return cls(max(0.0, item - rest / n_seeds), max(0.0, seed - rest / n_items), rest)
 
+    def spread(self, n_seeds: float, n_items: float) -> "Spread":
+        """Return the spread of the mean of a table of so many seeds, at least two, and items."""
+        rest = self.rest / (n_items * n_seeds)
+        of_items, of_seeds = self.item / n_items + rest, self.seed / n_seeds
+        variance = of_items + of_seeds
+        if not variance:
+            return Spread(0.0, 1.0)
+        freedom = variance**2 / (
+            of_items**2 / max(1, n_items - 1) + (of_seeds + rest) ** 2 / (n_seeds - 1)
+        )
+        return Spread(variance, freedom)
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -84,6 +95,15 @@ class Spread:
             return 1.0 if abs(mean) <= ROUNDING else 0.0
         return float(2 * stats.t.sf(abs(mean) / math.sqrt(self.variance), self.freedom))
 
+    def power(self, effect: float) -> float:
+        """Return how often a 5 % test sees a mean of that size (noncentral t)."""
+        from scipy import stats
+
+        if not self.variance:
+            return 1.0
+        quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / 2, self.freedom)
+        return float(stats.nct.sf(quantile, self.freedom, effect / math.sqrt(self.variance)))
+
 
 def crossed_spread(values: Array) -> Spread:
     """Return the spread of a mean over items and seeds, both drawn at random.
@@ -94,17 +114,7 @@ def crossed_spread(values: Array) -> Spread:
     Args:
         values: Shape (S, I), at least two seeds.
     """
-    n_seeds, n_items = values.shape
-    parts = _Parts.of(values)
-    rest = parts.rest / (n_items * n_seeds)
-    of_items, of_seeds = parts.item / n_items + rest, parts.seed / n_seeds
-    variance = of_items + of_seeds
-    if not variance:
-        return Spread(0.0, 1.0)
-    freedom = variance**2 / (
-        of_items**2 / max(1, n_items - 1) + (of_seeds + rest) ** 2 / (n_seeds - 1)
-    )
-    return Spread(variance, freedom)
+    return _Parts.of(values).spread(*values.shape)
 
 
 @dataclass(frozen=True)
@@ -170,8 +180,9 @@ def power(first: Array, second: Array, effect: float = 0.01) -> Power | None:
 
     The test is one over items and seeds. The variance of a difference is parted into what an item
     adds, what a seed adds and the rest (two-way analysis of variance); more items average out the
-    first and the last, more seeds the last two. None where nothing varies, as then nothing can be
-    estimated. With one seed, all seeds are assumed to be alike.
+    first and the last, more seeds the last two. From few seeds it is a rough estimate. None where
+    nothing varies, as then nothing can be estimated. With one seed, all seeds are assumed to be
+    alike, and the test is that of two.
 
     Args:
         first: Scores, shape (S, I).
@@ -183,14 +194,25 @@ def power(first: Array, second: Array, effect: float = 0.01) -> Power | None:
     if n_items < 2 or not differences.mean(axis=0).var():
         return None
     parts = _Parts.of(differences)
-    quantile = NormalDist().inv_cdf
-    z = quantile(1 - (1 - CONFIDENCE) / 2) + quantile(0.8)
-    wanted = (effect / z) ** 2
-    items = _enough(parts.item + parts.rest / n_seeds, wanted - parts.seed / n_seeds)
-    seeds = _enough(parts.seed + parts.rest / n_items, wanted - parts.item / n_items)
+    items = _enough(lambda n: parts.spread(max(2, n_seeds), n).power(effect))
+    seeds = _enough(lambda n: parts.spread(n, n_items).power(effect))
     return Power(effect, items, seeds)
 
 
-def _enough(variance: float, allowed: float) -> float:
-    """Return how many it takes to average a variance down to what is allowed."""
-    return max(1, math.ceil(variance / allowed)) if allowed > 0 else math.inf
+_WANTED = 0.8
+_MANY = 2**40
+"""What more items or seeds than this do not show, no number does."""
+
+
+def _enough(power_of: Callable[[int], float]) -> float:
+    """Return the smallest number, from 2 on, at which the power is what is wanted."""
+    high = 2
+    while power_of(high) < _WANTED:
+        if high >= _MANY:
+            return math.inf
+        high *= 2
+    low = high // 2
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power_of(middle) >= _WANTED else (middle, high)
+    return high

@@ -6,6 +6,7 @@ study folder ─▶ levels (arm x task x n) ─▶ comparisons, convergence, dat
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,14 @@ def read_findings(path: Path) -> Findings:
     score_of = {task: _main_score(rows, task) for task in plan.tasks}
     levels = _levels(rows, plan, score_of)
     against = references(plan)
-    comparisons = _comparisons(levels, against)
+    comparisons, pooled = _adjusted(_comparisons(levels, against), _pooled(levels, against))
     convergence = _convergence(study["chosen"], against)
     return Findings(
         path=path,
         plan=plan,
         levels=levels,
         comparisons=comparisons,
-        pooled=_pooled(levels, against),
+        pooled=pooled,
         convergence=convergence,
         efficiency=_efficiency(levels, against),
         costs=_costs(levels, plan, study["warm_ups"], convergence),
@@ -151,14 +152,25 @@ def _comparisons(levels: Sequence[Level], against: dict[str, str]) -> list[Compa
                 if (v.task, v.arm) == (task, arm) and (task, other, v.n) in found
             ]
             pairs = [(v, w) for v, w in pairs if _are_paired(v, w)]
-            p_values = [difference_p(w.scores, v.scores) for v, w in pairs]
-            for (v, w), p, adjusted in zip(pairs, p_values, holm(p_values), strict=True):
-                difference = paired_difference(w.scores, v.scores)
-                needed = power(w.scores, v.scores)
-                comparisons.append(
-                    Comparison(task, arm, other, v.n, difference, p, adjusted, needed)
+            for v, w in pairs:
+                p, difference = (
+                    difference_p(w.scores, v.scores),
+                    paired_difference(w.scores, v.scores),
                 )
+                needed = power(w.scores, v.scores)
+                comparisons.append(Comparison(task, arm, other, v.n, difference, p, p, needed))
     return comparisons
+
+
+def _adjusted(
+    comparisons: Sequence[Comparison], pooled: Sequence[PooledComparison]
+) -> tuple[list[Comparison], list[PooledComparison]]:
+    """Adjust the p-values of all that a study tests, so that few studies say anything wrong."""
+    p_values = [c.p_value for c in comparisons]
+    p_values += [1.0 if c.pooled.p_value is None else c.pooled.p_value for c in pooled]
+    adjusted = iter(holm(p_values))
+    single = [replace(c, p_holm=p) for c, p in zip(comparisons, adjusted, strict=False)]
+    return single, [replace(c, p_holm=p) for c, p in zip(pooled, adjusted, strict=True)]
 
 
 def _are_paired(one: Level, other: Level) -> bool:
@@ -185,7 +197,7 @@ def _pooled(levels: Sequence[Level], against: dict[str, str]) -> list[PooledComp
         tasks = tuple(dict.fromkeys(task for task, _ in cells))
         tables = [np.stack([c for (task, _), c in cells.items() if task == own]) for own in tasks]
         sizes = tuple(sorted({n for _, n in cells}))
-        found.append(PooledComparison(arm, other, tasks, sizes, pooled_difference(tables)))
+        found.append(PooledComparison(arm, other, tasks, sizes, pooled_difference(tables), 1.0))
     return found
 
 

@@ -66,7 +66,7 @@ class Comparison:
     difference: Difference
     p_value: float
     p_holm: float
-    """Adjusted over the sizes of this task and arm."""
+    """Adjusted over all comparisons of the study, pooled ones among them (Holm 1979)."""
     power: Power | None
     """What it would take to detect one point."""
 
@@ -76,8 +76,7 @@ class Comparison:
 
         The interval and Holm's test must agree.
         """
-        verdict = self.difference.verdict
-        return verdict if verdict == NO_VERDICT or self.p_holm < 0.05 else NOTHING_SEEN
+        return _confirmed(self.difference.verdict, self.p_holm)
 
     @property
     def numbers(self) -> str:
@@ -108,6 +107,13 @@ class PooledComparison:
     tasks: tuple[str, ...]
     sizes: tuple[int, ...]
     pooled: Pooled
+    p_holm: float
+    """Adjusted over all comparisons of the study."""
+
+    @property
+    def verdict(self) -> str:
+        """`helps`, `hurts` or `no difference seen`: the interval and Holm's test must agree."""
+        return _confirmed(self.pooled.verdict, self.p_holm)
 
     @property
     def numbers(self) -> str:
@@ -276,8 +282,7 @@ class Findings:
     def pooled_verdicts(self) -> list[str]:
         """Return the pooled findings over all tasks and sizes, one sentence per pair of arms."""
         return [
-            f"Pooled over {c.place}: {_verdict_text(c.pooled.verdict, c.arm, c.against)} "
-            f"({c.numbers})"
+            f"Pooled over {c.place}: {_verdict_text(c.verdict, c.arm, c.against)} ({c.numbers})"
             for c in self.pooled
         ]
 
@@ -285,6 +290,11 @@ class Findings:
         place = f"{self.title(c.task)}, n = {c.n}"
         seeds = f"; {c.seeds}" if c.seeds else ""
         return f"{place}: {_verdict_text(c.verdict, c.arm, c.against)} ({c.numbers}{seeds})"
+
+
+def _confirmed(verdict: str, p_holm: float) -> str:
+    """Return the verdict of an interval where the adjusted test agrees."""
+    return verdict if verdict == NO_VERDICT or p_holm < 0.05 else NOTHING_SEEN
 
 
 def _verdict_text(verdict: str, arm: str, against: str) -> str:

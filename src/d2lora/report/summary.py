@@ -49,7 +49,7 @@ def pooled_grid(findings: Findings) -> Grid:
             signed(100 * c.pooled.mean),
             NONE if c.pooled.interval is None else range_text(*c.pooled.interval),
             NONE if c.pooled.p_value is None else p_text(c.pooled.p_value),
-            c.pooled.verdict,
+            c.verdict,
         )
         for c in findings.pooled
     ]

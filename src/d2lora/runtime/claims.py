@@ -4,7 +4,9 @@ Both are known before a base is loaded, so that no run ends with nowhere to go.
 """
 
 import errno
+import glob
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Generator
@@ -65,6 +67,7 @@ def claimed(out: Path | None, kind: Kind, option: str = "--out") -> Generator[No
             if is_native:  # the other kind's file names its process by itself
                 with suppress(OSError):  # Windows lets nobody write a locked file
                     file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
+            clear_leftovers(place.parent, glob.escape(place.name))
             yield
         finally:
             if is_native:
@@ -75,6 +78,16 @@ def claimed(out: Path | None, kind: Kind, option: str = "--out") -> Generator[No
         for folder in made:
             with suppress(OSError):  # it holds what was written
                 folder.rmdir()
+
+
+def clear_leftovers(folder: Path, names: str) -> None:
+    """Remove what a process left that died while it wrote; what it wrote is claimed."""
+    for left in folder.glob(f".{names}.tmp-*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path, option: str) -> None:

@@ -7,7 +7,6 @@ checkpoint/        only while training; a killed run resumes from it
 done.json          the marker of completion, written last, with the run's summary
 """
 
-import glob
 import hashlib
 import json
 import math
@@ -26,7 +25,7 @@ from typing import Any
 import yaml
 
 from d2lora.errors import RunError
-from d2lora.runtime.claims import claimed, is_main_process, target_of
+from d2lora.runtime.claims import claimed, clear_leftovers, is_main_process, target_of
 
 DONE = "done.json"
 SETTINGS = "settings.yaml"
@@ -49,12 +48,18 @@ def write_text(path: Path, text: str) -> None:
     path = target_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_temporary(path))
-    with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(temporary).chmod(0o644)
-    Path(temporary).replace(path)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except OSError:
+        with suppress(OSError):
+            Path(temporary).unlink()
+        raise
+    _flush_names(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -101,6 +106,7 @@ def new_folder(path: Path) -> Generator[Path]:
         if path.exists():
             path.rename(_aside(path))
         temporary.rename(path)
+        _flush_names(path.parent)
         shutil.rmtree(_aside(path), ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -121,15 +127,6 @@ def _aside(path: Path) -> Path:
 
 def _temporary(path: Path) -> str:
     return f".{path.name}.tmp-"
-
-
-def _clear_leftovers(folder: Path, names: str) -> None:
-    """Remove what a process left that died while it wrote; the folder is claimed."""
-    for left in folder.glob(f".{names}.tmp-*"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -163,9 +160,7 @@ class RunFolder:
             run = cls(target_of(path))
             run._check(settings_yaml, resume=resume)
             if is_main_process():
-                _clear_leftovers(run.path.parent, glob.escape(run.path.name))
-                if resume:
-                    _clear_leftovers(run.path, "*")
+                clear_leftovers(run.path, "*")
             yield run
 
     def _check(self, settings_yaml: str, *, resume: bool) -> None:
@@ -224,8 +219,15 @@ class RunFolder:
             kept = [line for line in lines if _step_of(line) <= step]
             write_text(path, "".join(f"{line}\n" for line in kept))
 
+    def flush_log(self) -> None:
+        """Flush the log to the disk, so that a checkpoint never outlives the lines before it."""
+        path = self.path / METRICS
+        if path.exists() and is_main_process():
+            _flush(path)
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the marker of completion, with the run's summary."""
+        self.flush_log()
         write_json(self.path / DONE, summary)
 
 
@@ -296,6 +298,18 @@ def present(folder: Path) -> list[str]:
     """Return the names in a folder, but for the lock and what a dead process left."""
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     return [n for n in names if not (n[0] == "." and (n.endswith(".lock") or ".tmp-" in n))]
+
+
+def _flush_names(folder: Path) -> None:
+    """Flush which files a folder holds, so that a name outlives a loss of power, too."""
+    if os.name == "nt":  # it has no such call
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system may refuse it
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _flush(path: Path) -> None:

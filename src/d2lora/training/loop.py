@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from d2lora import fast
 from d2lora.adapters.base import causal_model
 from d2lora.adapters.lora import adamw
 from d2lora.data.batches import Item, T, micro_batches
@@ -195,6 +196,8 @@ def train(
                     judge(loop.validate(), progress, best, parameters, settings, run, reporter)
                 every = settings.checkpoint_every
                 if every and loop.has_come(every) and is_main_process():
+                    run.flush_log()
+                    progress.fast_passes = fast.used_in(model).names
                     checkpoint.save(
                         run.path, asdict(progress), parameters, loop.optimizer, best.weights
                     )
@@ -206,6 +209,8 @@ def _begin(loop: _Loop[T], run: RunFolder, reporter: Reporter, *, resume: bool) 
     if resume and checkpoint.exists(run.path):
         state = checkpoint.load(run.path, loop.parameters, loop.optimizer, loop.best.weights)
         loop.progress = Progress(**state)
+        for name in loop.progress.fast_passes:
+            fast.used_in(loop.model).take(name)
         run.cut_log(loop.progress.step)
         reporter.say(f"resumed at step {loop.progress.step} of {loop.schedule.last_step}")
     elif loop.lesson.valid:

@@ -32,6 +32,8 @@ class Progress:
     best_validation: float = math.inf
     n_worse: int = 0
     stopped: bool = False
+    fast_passes: list[str] = field(default_factory=list[str])
+    """Those that were used before a checkpoint."""
 
 
 @dataclass
