@@ -113,6 +113,9 @@ def logits_in_peft(base: str, adapter: Path) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        for layer in model.modules():  # else bitsandbytes computes in bfloat16 on some CPUs
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
         return logits_of(PeftModel.from_pretrained(model, str(adapter)).eval())
 
 

@@ -202,6 +202,14 @@ def _is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     return isinstance(layer, nn.Linear | Conv1D)
 
 
+def narrowest(layer: nn.Linear | Conv1D) -> int:
+    """Return the least dimension of a linear layer, whatever its weight is packed in."""
+    sides = (
+        layer.weight.shape if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+    )
+    return min(sides)
+
+
 def target_layers(
     model: PreTrainedModel, targets: tuple[str, ...]
 ) -> Iterator[tuple[str, nn.Linear]]:

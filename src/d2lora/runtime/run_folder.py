@@ -34,8 +34,8 @@ METRICS = "metrics.jsonl"
 _FREE = {"out", "resume", "quiet", "threads", "checkpoint_every"}
 """Settings that a resumed run may change: how it is shown or reached, not what comes out."""
 Stamp = tuple[str, int, int, int]
-IN_EXTRAS = ("lm_eval",)
-"""Libraries whose versions are named where they are there: they score."""
+IN_EXTRAS = ("bitsandbytes", "lm_eval")
+"""Libraries whose versions are named where they are there: they compute, or score."""
 LIBRARIES = ("d2lora", "torch", "transformers", "peft", "accelerate", "tokenizers", "datasets")
 
 

@@ -10,6 +10,7 @@ from d2lora.settings.core import Settings
 
 ChatFormat = Literal["auto", "template", "plain"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["nf4", "int8"]
 Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["linear", "cosine", "constant"]
 SelectMethod = Literal[
@@ -53,6 +54,9 @@ class BaseSettings(Settings):
     """Values that the chat template sees, as in `enable_thinking=false`."""
     dtype: Dtype = "auto"
     """Dtype of the base. auto: bfloat16 on CUDA, float32 elsewhere."""
+    quantization: Quantization | None = None
+    """Quantize the base's linear layers as it is loaded, by bitsandbytes: nf4 (4 bits, double
+    quantization, as QLoRA) or int8 (8 bits by rows). The adapter stays float32. None: as it is."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps."""
     threads: int = Field(default=0, ge=0, le=4096)

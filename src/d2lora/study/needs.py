@@ -181,9 +181,8 @@ class Needs:
                 n_steps = _n_steps(cell.n, plain) + result["cost"]["n_steps"]
                 changes = {"epochs": None, "max_steps": n_steps}
             case "merged":
-                merged = Merged(
-                    f"{arm.warm_up}, merged", ("", 0), self.store, self._base(), warm_up
-                )
+                whole = self._base().changed(quantization=None)  # quantized again as it is loaded
+                merged = Merged(f"{arm.warm_up}, merged", ("", 0), self.store, whole, warm_up)
                 yield from self.need(merged)
                 changes = {"base": str(merged.path)}
             case "mixed":

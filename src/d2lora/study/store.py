@@ -123,6 +123,8 @@ def identity_of(settings: Settings) -> dict[str, Any]:
     if isinstance(settings, BaseSettings):
         values["base"] = _base_content(settings)
         values.pop("gguf_file", None)
+        if settings.quantization is not None:
+            values["bitsandbytes"] = provenance()["versions"].get("bitsandbytes")
         values["device"], values["dtype"] = _where(settings.device, settings.dtype)
     for name in {"init", "adapter"} & values.keys():
         if values[name] is not None and Path(values[name]).is_dir():

@@ -212,7 +212,7 @@ def _check_same_base(adapters: Sequence[Plain]) -> None:
     known = [a.folder for a in adapters if has_manifest(a.folder)]
     manifests = [Manifest.read(folder) for folder in known]
     for folder, manifest in zip(known[1:], manifests[1:], strict=True):
-        manifest.check_base(manifests[0].base.fingerprint, manifests[0].base.id, folder)
+        manifest.check_base(manifests[0].base.identity, manifests[0].base.id, folder)
         if manifest.chat_format != manifests[0].chat_format:
             raise ModelError(
                 f"{folder} was made with chat format {manifest.chat_format}, {known[0]} with "
