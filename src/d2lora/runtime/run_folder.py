@@ -31,7 +31,7 @@ from d2lora.runtime.claims import claimed, is_main_process, target_of
 DONE = "done.json"
 SETTINGS = "settings.yaml"
 METRICS = "metrics.jsonl"
-_FREE = {"out", "resume", "quiet", "threads", "checkpoint_every"}
+_FREE = {"out", "resume", "quiet", "threads", "checkpoint_every", "checkpointing"}
 """Settings that a resumed run may change: how it is shown or reached, not what comes out."""
 Stamp = tuple[str, int, int, int]
 IN_EXTRAS = ("bitsandbytes", "lm_eval")

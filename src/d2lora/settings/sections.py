@@ -10,6 +10,7 @@ from d2lora.settings.core import Settings
 
 ChatFormat = Literal["auto", "template", "plain"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Checkpointing = Literal["auto", "on", "off"]
 Quantization = Literal["nf4", "int8"]
 Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -160,6 +161,10 @@ class TrainSettings(Settings):
     8192 elsewhere."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Maximum number of examples in one forward pass. None: micro_batch_tokens is the limit."""
+    checkpointing: Checkpointing = "auto"
+    """Activation checkpointing: layers keep their inputs alone and are computed again for their
+    gradients, so that longer rows fit at a quarter to a third more time. auto: where memory would
+    not hold a row without. The result does not depend on it."""
     lora_plus_ratio: float = Field(default=1.0, gt=0)
     """LoRA+: learning rate of B as a multiple of A's."""
     schedule: Schedule = "linear"

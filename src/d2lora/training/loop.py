@@ -7,7 +7,7 @@ be killed at any moment and resumed to the same result.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Generic
 
@@ -18,44 +18,22 @@ from torch.optim import AdamW
 
 from d2lora.adapters.base import causal_model
 from d2lora.adapters.lora import adamw
-from d2lora.data.batches import T, micro_batches
+from d2lora.data.batches import T
 from d2lora.errors import TrainingError, first_line
 from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import RunFolder
-from d2lora.scoring.scorer import TokenScorer, pass_tokens
-from d2lora.settings import TrainSettings, WarmupSettings
+from d2lora.scoring.scorer import TokenScorer
+from d2lora.settings import TrainSettings
 from d2lora.settings.seeds import seed_of
 from d2lora.training import checkpoint
 from d2lora.training.cost import Cost, TrainingFlops, peak_memory_bytes
 from d2lora.training.episodes import EpisodeSchedule
-from d2lora.training.objectives import Objective
+from d2lora.training.lesson import Lesson
+from d2lora.training.passes import Passes, undoing
 from d2lora.training.progress import Best, Progress, as_logged, held_out, judge
+from d2lora.training.recomputation import can_recompute, recomputed
 from d2lora.training.schedule import StepSchedule
-
-
-@dataclass(frozen=True)
-class Lesson(Generic[T]):
-    """What a run learns: rows, and the loss over them."""
-
-    train: Sequence[T]
-    valid: Sequence[T]
-    """Rows for the validation loss; may be empty."""
-    objective: Objective[T]
-    pad_id: int
-    max_tokens: int | None = None
-    """End with the step that sees so many tokens, in place of the settings' end."""
-    origins: Sequence[str] = ()
-    """Of a meta warm-up: the source of each training row."""
-
-    def schedule(self, settings: TrainSettings) -> StepSchedule:
-        """Return the steps of a run, which ends as the settings say or with `max_tokens`."""
-        schedule = StepSchedule.of(len(self.train), settings, seed_of(settings, "order"))
-        if isinstance(settings, WarmupSettings) and settings.meta_steps is not None:
-            schedule = EpisodeSchedule.of_sources(schedule, self.origins, settings)
-        if self.max_tokens is None:
-            return schedule
-        return schedule.until(self.max_tokens, [item.n_tokens for item in self.train])
 
 
 @dataclass(frozen=True)
@@ -82,6 +60,7 @@ class _Loop(Generic[T]):
     scorer: nn.Module
     parameters: Mapping[str, nn.Parameter]
     optimizer: AdamW
+    passes: Passes[T]
     flops: TrainingFlops | None
     """None: not known."""
     progress: Progress = field(default_factory=Progress)
@@ -90,7 +69,9 @@ class _Loop(Generic[T]):
     """Of a meta warm-up: the weights that the present episode began with."""
 
     @classmethod
-    def of(cls, model: nn.Module, lesson: Lesson[T], settings: TrainSettings) -> "_Loop[T]":
+    def of(
+        cls, model: nn.Module, lesson: Lesson[T], settings: TrainSettings, reporter: Reporter
+    ) -> "_Loop[T]":
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not parameters:
             raise TrainingError(
@@ -98,7 +79,10 @@ class _Loop(Generic[T]):
                 "load it with is_trainable=True"
             )
         accelerator = Accelerator(cpu=next(iter(parameters.values())).device.type == "cpu")
-        scorer = TokenScorer(model, replays=accelerator.num_processes == 1)
+        n_processes = accelerator.num_processes
+        # What is recorded keeps every activation.
+        replays = n_processes == 1 and settings.checkpointing != "on"
+        scorer = TokenScorer(model, replays=replays)
         return cls(
             model,
             lesson,
@@ -108,6 +92,7 @@ class _Loop(Generic[T]):
             accelerator.prepare(scorer),
             parameters,
             adamw(model, settings),
+            Passes.of(model, scorer, settings, reporter, n_processes),
             TrainingFlops.of(model),
         )
 
@@ -115,11 +100,6 @@ class _Loop(Generic[T]):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(iter(self.parameters.values())).device
-
-    @property
-    def pass_tokens(self) -> int:
-        """Padded tokens of one pass."""
-        return pass_tokens(self.device, self.settings.micro_batch_tokens)
 
     def is_due(self, every: int) -> bool:
         """Say whether something that comes every so many steps, and at the end, is due."""
@@ -133,12 +113,22 @@ class _Loop(Generic[T]):
         step, length = self.progress.step, self.schedule.steps_per_episode
         return step % length == 0 and step // every > (step - length) // every
 
+    def fit_passes(self) -> None:
+        """Take passes that memory has room for, by the longest of the first rows."""
+        lesson, scorer = self.lesson, TokenScorer(self.model)
+        batch = lesson.longest(self.settings)
+        if batch:
+            self.passes.fit(
+                batch, lambda part: lesson.objective.share(scorer, part, batch, lesson.pad_id)
+            )
+
     def validate(self) -> dict[str, float]:
         """Return the held-out loss and metrics."""
         self.model.eval()
-        lesson = self.lesson
-        return held_out(
-            self.scorer, lesson.valid, lesson.objective, self.pass_tokens, lesson.pad_id
+        lesson, passes = self.lesson, self.passes
+        return passes.within_memory(
+            lambda: held_out(self.scorer, lesson.valid, lesson.objective, passes, lesson.pad_id),
+            undo=lambda: None,
         )
 
 
@@ -164,11 +154,17 @@ def train(
     Raises:
         TrainingError: If nothing is trainable, or the loss or its gradient is not finite.
     """
-    loop = _Loop.of(model, lesson, settings)
+    if settings.checkpointing == "on" and not can_recompute(model):
+        raise TrainingError(
+            f"--checkpointing on: {type(causal_model(model)).__name__} has no layers that "
+            "transformers computes again; leave it out"
+        )
+    loop = _Loop.of(model, lesson, settings, reporter)
     schedule = loop.schedule
     started = time.perf_counter()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), recomputed(model, on=settings.checkpointing == "on"):
         torch.manual_seed(seed_of(settings, "dropout"))
+        loop.fit_passes()
         _begin(loop, run, reporter, resume=resume)
         progress, parameters, best = loop.progress, loop.parameters, loop.best
         started -= progress.elapsed_s
@@ -221,7 +217,9 @@ def _step(loop: _Loop[T]) -> dict[str, float]:
     items = [loop.lesson.train[index] for index in loop.schedule.batch(progress.step)]
     learning_rate = loop.schedule.learning_rate(progress.step, settings)
     loop.model.train()
-    measured = _backward(loop, items)
+    measured = loop.passes.within_memory(
+        lambda: _backward(loop, items), undo=undoing(loop.optimizer, loop.device)
+    )
     loss = measured["loss"]
     largest = settings.max_grad_norm or math.inf
     norm = float(nn.utils.clip_grad_norm_(list(loop.parameters.values()), largest))
@@ -270,9 +268,10 @@ def _backward(loop: _Loop[T], items: Sequence[T]) -> dict[str, float]:
     # A process without a share still has to take part in the synchronisation: with weight 0.
     mine = items[accelerator.process_index :: world] or items[:1]
     weight = world if len(items) > accelerator.process_index else 0
-    groups = micro_batches(mine, loop.pass_tokens, loop.settings.micro_batch_size)
+    groups = loop.passes.cut(mine)
     total: dict[str, Tensor] = {}
     for number, group in enumerate(groups, 1):
+        loop.passes.begin(group)
         with (
             accelerator.accumulate(scorer) if number == len(groups) else accelerator.no_sync(scorer)
         ):
