@@ -20,7 +20,8 @@ from d2lora.study.plan import KINDS, NEEDS_WARM_UP, ArmPlan, Kind, StudyPlan
 from d2lora.study.recipes import listed_values, warm_up_settings
 
 _FIXED = {
-    "base", "revision", "dtype", "quantization", "device", "threads", "out", "resume", "quiet",
+    "base", "revision", "dtype", "quantization", "device", "threads", "out", "resume",
+    "dry_run", "quiet",
 }  # fmt: skip
 _FIXED_PAIRS = _FIXED | {"data", "adapter", "n", "seed", "task"}
 _FIXED_ADAPT = _FIXED | {

@@ -7,7 +7,7 @@ be killed at any moment and resumed to the same result.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Generic
 
