@@ -34,6 +34,9 @@ class Cost:
     n_trainable_parameters: int
     n_prepass_tokens: int = 0
     """Tokens run before training: by a reference policy, or for a data-driven initialization."""
+    n_skipped: int = 0
+    """Gradients in float16 that overflowed, so that their batch was taken again at another scale
+    of the loss."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the cost as plain values."""

@@ -26,7 +26,7 @@ from d2lora.runtime.run_folder import RunFolder
 from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import TrainSettings
 from d2lora.settings.seeds import seed_of
-from d2lora.training import checkpoint
+from d2lora.training import checkpoint, loss_scale
 from d2lora.training.cost import Cost, TrainingFlops, peak_memory_bytes
 from d2lora.training.episodes import EpisodeSchedule
 from d2lora.training.lesson import Lesson
@@ -203,6 +203,7 @@ def _begin(loop: _Loop[T], run: RunFolder, reporter: Reporter, *, resume: bool) 
         before = loop.validate()
         loop.progress.validation_before = loop.progress.validation_last = before["loss"]
         run.log(step=0, **as_logged(before))
+    loss_scale.begin(loop.progress, causal_model(loop.model).dtype)
     if isinstance(loop.schedule, EpisodeSchedule):
         loop.anchor = {name: p.detach().clone() for name, p in loop.parameters.items()}
 
@@ -217,12 +218,8 @@ def _step(loop: _Loop[T]) -> dict[str, float]:
     items = [loop.lesson.train[index] for index in loop.schedule.batch(progress.step)]
     learning_rate = loop.schedule.learning_rate(progress.step, settings)
     loop.model.train()
-    measured = loop.passes.within_memory(
-        lambda: _backward(loop, items), undo=undoing(loop.optimizer, loop.device)
-    )
+    measured, norm = _gradient(loop, items)
     loss = measured["loss"]
-    largest = settings.max_grad_norm or math.inf
-    norm = float(nn.utils.clip_grad_norm_(list(loop.parameters.values()), largest))
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise TrainingError(
             f"the loss became {loss} and its gradient {norm} at step {progress.step + 1}; lower "
@@ -244,7 +241,29 @@ def _step(loop: _Loop[T]) -> dict[str, float]:
         )
     progress.first_loss = loss if progress.first_loss is None else progress.first_loss
     progress.last_loss = loss
-    return {**measured, "learning_rate": learning_rate, "grad_norm": norm}
+    scaled = {} if progress.loss_scale is None else {"loss_scale": progress.loss_scale}
+    return {**measured, "learning_rate": learning_rate, "grad_norm": norm, **scaled}
+
+
+def _gradient(loop: _Loop[T], items: Sequence[T]) -> tuple[dict[str, float], float]:
+    """Compute a batch's gradient, clipped, in a way that memory and dtype hold.
+
+    Returns:
+        What `_backward` gives, and the norm before clipping.
+    """
+    parameters, progress = list(loop.parameters.values()), loop.progress
+    largest = loop.settings.max_grad_norm or math.inf
+    undo = undoing(loop.optimizer, loop.device)
+    while True:
+        measured = loop.passes.within_memory(lambda: _backward(loop, items), undo)
+        loss_scale.unscale(parameters, progress)
+        norm = float(nn.utils.clip_grad_norm_(parameters, largest))
+        if math.isfinite(norm):
+            loss_scale.keep(progress)
+            return measured, norm
+        if not math.isfinite(measured["loss"]) or not loss_scale.skip(progress):
+            return measured, norm
+        undo()
 
 
 def _end_episode(loop: _Loop[T]) -> None:
@@ -277,7 +296,7 @@ def _backward(loop: _Loop[T], items: Sequence[T]) -> dict[str, float]:
         ):
             share = lesson.objective.share(scorer, group, items, lesson.pad_id)
             try:
-                accelerator.backward(share.loss * weight)
+                accelerator.backward(share.loss * (weight * (loop.progress.loss_scale or 1)))
             except RuntimeError as error:
                 if not any(fault in str(error) for fault in _NO_GRADIENT):
                     raise
@@ -312,5 +331,6 @@ def _trained(loop: _Loop[T]) -> Trained:
         elapsed_s=round(progress.elapsed_s, 3),
         peak_memory_bytes=peak_memory_bytes(loop.device),
         n_trainable_parameters=sum(p.numel() for p in loop.parameters.values()),
+        n_skipped=progress.n_skipped,
     )
     return Trained(progress, cost, kept, loss)

@@ -33,6 +33,12 @@ class Progress:
     best_validation: float = math.inf
     n_worse: int = 0
     stopped: bool = False
+    loss_scale: float | None = None
+    """Of float16; None: the loss is not scaled."""
+    n_finite: int = 0
+    """Steps since the scale was changed."""
+    n_skipped: int = 0
+    """Gradients that were thrown away, as they were not finite at their scale."""
 
 
 @dataclass
