@@ -557,8 +557,8 @@ def test_all_linear_takes_the_layers_of_gpt2_and_trains_them(
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (r".*\.q_proj", r"no module `\.\*\\\.q_proj`.*Targets are names, not patterns"),
-        ("q_.*", r"no module `q_\.\*`\. Targets are names, not patterns"),
+        (r".*\.z_proj", r"no linear layer's whole name matches `\.\*\\\.z_proj`"),
+        ("q_.*", r"no linear layer's whole name matches `q_\.\*`"),
         ("self_attn", "`self_attn` is a LlamaAttention, not a linear layer"),
         ("norm", "`norm` is a LlamaRMSNorm, not a linear layer"),
     ],

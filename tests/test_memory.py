@@ -10,7 +10,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from adapters import losses
-from d2lora import Adapter, AdaptSettings, TrainingError, adapt, fast
+from d2lora import (
+    Adapter,
+    AdaptSettings,
+    TrainingError,
+    WarmupSettings,
+    adapt,
+    adaptation,
+    fast,
+    warmup,
+)
 from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.lora import LoraShape, attach_fresh
 from d2lora.data.batches import Encoded, collate
@@ -21,6 +30,7 @@ from d2lora.settings import BaseSettings, TrainSettings
 from d2lora.training.memory import kept_bytes, memory_of
 from d2lora.training.passes import Passes
 from d2lora.training.recomputation import recomputed, recomputes
+from support import write_rows
 
 ROWS = [Encoded(tuple(range(5, 5 + n)), 2) for n in (120, 9, 60, 33)]
 
@@ -222,3 +232,60 @@ def test_passes_are_cut_to_the_room_that_there_is_and_then_checkpointed(base: Ba
     assert fitted(one)[1] is False
     assert fitted((least + one) // 2)[1] is True
     assert fitted((least + one) // 2, "off")[1] is False
+
+
+def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(
+    tmp_path: Path, tiny_base: str, problems: str, base: Base, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = AdaptSettings(
+        base=tiny_base, data=(problems,), n=16, max_steps=6, batch_size=8, rank=4, quiet=True,
+        validation_fraction=0.25, out=tmp_path / "a",
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    found = adaptation.dry_run(settings, base)
+    adaptation.command(settings.changed(dry_run=True))
+    printed = capsys.readouterr().out
+    assert "rows: 12 to learn from, 4 held out" in printed
+    assert "steps: 6 of 8 rows" in printed
+    assert "Nothing was trained or written" in printed
+    assert not [*tmp_path.iterdir()]
+    assert all(torch.equal(base.model.state_dict()[n], value) for n, value in before.items())
+    done = adapt(settings, base).manifest.cost
+    assert (found.n_steps, found.n_rows, found.n_valid) == (done["n_steps"], 12, 4)
+    assert found.n_tokens == pytest.approx(done["n_tokens"], rel=0.2)
+    assert found.seconds > 0
+    assert found.memory.adapter == 4 * done["n_trainable_parameters"]
+    assert found.memory.state == 3 * found.memory.adapter
+    assert found.recomputed is not None
+    assert found.recomputed.activations < found.memory.activations
+    assert found.peak == found.memory.peak
+
+
+@pytest.mark.parametrize("changes", [{"max_tokens": 2000}, {"meta_steps": 2, "meta_rows": 8}])
+def test_a_dry_run_of_a_warm_up_counts_its_own_length(
+    tmp_path: Path, tiny_base: str, general: str, base: Base, changes: dict[str, Any]
+) -> None:
+    length = {} if "max_tokens" in changes else {"max_steps": 6}
+    settings = WarmupSettings(
+        base=tiny_base, data=(general,), m=20, batch_size=4, rank=4, quiet=True,
+        out=tmp_path / "w", **length, **changes,
+    )  # fmt: skip
+    found = warmup.dry_run(settings, base)
+    assert not [*tmp_path.iterdir()]
+    made = warmup.warm_up(settings, base).manifest.cost
+    assert found.n_steps == made["n_steps"]
+    assert found.n_tokens == pytest.approx(made["n_tokens"], rel=0.2)
+
+
+def test_a_dry_run_of_preferences_needs_no_reference(
+    tmp_path: Path, tiny_base: str, base: Base
+) -> None:
+    rows = [{"prompt": f"Say {n}", "chosen": f"{n}", "rejected": f"not {n}"} for n in range(8)]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    settings = AdaptSettings(
+        base=tiny_base, data=(data,), objective="dpo", max_steps=2, rank=4, quiet=True,
+        learning_rate=1e-4, out=tmp_path / "a",
+    )  # fmt: skip
+    found = adaptation.dry_run(settings, base)
+    assert found.pass_rows == 2 * found.batch_size
+    assert not (tmp_path / "a").exists()

@@ -18,7 +18,7 @@ from d2lora.adapters.base import Base
 from d2lora.adapters.base_files import EMBEDDED, SMOLLM2, SMOLLM2_HUB_ID
 from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from d2lora.adapters.fingerprints import Identity, fingerprint_of
-from d2lora.adapters.lora import LoraShape
+from d2lora.adapters.lora import PARTIAL, LoraShape
 from d2lora.errors import ModelError, WarmStartError
 from d2lora.runtime.run_folder import read_json, sha256_of
 
@@ -59,6 +59,10 @@ class LoraRecord(_Part):
     targets: tuple[str, ...]
     rslora: bool = False
     dora: bool = False
+    exclude_targets: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    rank_pattern: tuple[str, ...] = ()
+    alpha_pattern: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, shape: LoraShape) -> Self:
@@ -305,7 +309,8 @@ def hub_id_of(base: str) -> str:
 
 def differences(wanted: Mapping[str, Any], present: LoraShape) -> dict[str, tuple[Any, Any]]:
     """Return the settings that contradict an adapter's shape: name -> (wanted, present)."""
-    have = {"rank": present.rank, "alpha": present.alpha, "targets": present.targets}
+    names = ("rank", "alpha", "targets", *PARTIAL)
+    have = {name: getattr(present, name) for name in names}
     flags = {"rslora": present.rslora, "dora": present.dora}
     clashes = {
         name: (wanted[name], value)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from d2lora.settings.core import Settings
 
@@ -22,6 +22,7 @@ ObjectiveName = Literal["sft", "dpo", "orpo"]
 Reference = Literal["base", "warm_start"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """What torch's generators take."""
+LayerNumber = Annotated[int, Field(ge=0, lt=100_000)]
 LearningRate = Annotated[float, Field(gt=0, le=1e30)]
 Epochs = Annotated[float, Field(gt=0, lt=1e9)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -131,13 +132,37 @@ class LoraSettings(Settings):
     """Dropout on the adapter's input, probability. Default 0."""
     targets: tuple[str, ...] | None = None
     """What gets an adapter: names of modules, as in `q_proj v_proj`, or of parameters, as in
-    `gate.weight`; `all-linear` (default): every linear layer but routers and the head; `experts`:
-    experts that the base keeps in one tensor, as in `all-linear experts`."""
+    `gate.weight`; patterns of whole names, as in `.*self_attn.*`; `all-linear` (default): every
+    linear layer but routers and the head; `experts`: experts that the base keeps in one tensor, as
+    in `all-linear experts`."""
+    exclude_targets: tuple[str, ...] | None = None
+    """Of these, what gets none after all: names or patterns. Default: nothing."""
+    layers: tuple[LayerNumber, ...] | None = None
+    """Numbers of the decoder layers that get an adapter, from 0. Default: all."""
+    rank_pattern: tuple[str, ...] | None = None
+    """Ranks of some targets, as in `q_proj=8 layers.0.mlp.*=32`: a name, or pattern of its end, and
+    the rank. Default: none has a rank of its own."""
+    alpha_pattern: tuple[str, ...] | None = None
+    """Their alphas, in the same form. Default: none has an alpha of its own."""
     rslora: bool = False
     """Scale the update by alpha / sqrt(rank): rank-stabilized LoRA. A warm start sets its own."""
     dora: bool = False
     """Learn the weights' magnitudes apart from their directions (DoRA); slower. A warm start
     sets its own."""
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _of_numbers(
+        cls, values: tuple[str, ...] | None, info: ValidationInfo
+    ) -> tuple[str, ...] | None:
+        whole = info.field_name == "rank_pattern"
+        number = r"[1-9]\d{0,5}" if whole else r"\d{1,6}(\.\d{1,6})?"
+        for value in values or ():
+            name, _, given = value.rpartition("=")
+            if not name or not re.fullmatch(number, given, re.ASCII) or float(given) == 0:
+                example = "q_proj=8" if whole else "q_proj=16"
+                raise ValueError(f"expected a name and a positive number, as in {example}")
+        return values
 
 
 class TrainSettings(Settings):

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from d2lora.adapters.lora import PARTIAL
 from d2lora.data.reading import read_task
 from d2lora.data.sources import split_validation
 from d2lora.data.tasks import is_closed
@@ -29,7 +30,7 @@ from d2lora.training.schedule import StepSchedule, batch_size_of
 
 CURVE_POINTS = 12
 """Validation losses in a trial's curve, at most, besides that of the untrained adapter."""
-_INHERITED = {"rank": None, "alpha": None, "targets": None}
+_INHERITED = dict.fromkeys(("rank", "alpha", "targets", *PARTIAL))
 """What an arm takes over from a warm start, whatever the plan says of fresh ones."""
 _ALIKE = ("max_length", "overlong", "chat_format")
 """What holds for test rows as for training rows."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from rich.table import Table
 
 from d2lora import fast
@@ -27,6 +26,7 @@ from d2lora.adapters.factors import (
 from d2lora.adapters.files import PREFIX, AdapterFiles, some
 from d2lora.adapters.fingerprints import identity_of
 from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
+from d2lora.adapters.mixing import scale_of
 from d2lora.data.encoded_sets import encode_all
 from d2lora.data.reading import read_task
 from d2lora.errors import ModelError, SettingsError
@@ -153,11 +153,8 @@ def _updates(files: AdapterFiles) -> dict[str, Factors]:
         )
     for full_name, (a, b) in files.layers.items():
         name = full_name.removeprefix(PREFIX)
-        alphas = config.alpha_pattern or {}
-        alpha = float(alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha))
         rank = config.r if config.target_parameters else len(a)
-        scale = alpha / (rank**0.5 if config.use_rslora else rank)
-        scaled = Factors(a.double(), b.double() * scale)
+        scaled = Factors(a.double(), b.double() * scale_of(config, name, rank))
         if len(a) == rank:
             updates[name] = scaled
         else:

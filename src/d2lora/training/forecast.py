@@ -93,14 +93,15 @@ def forecast(phase: Phase) -> Forecast:
         n_predicted = sum(item.n_supervised for item in group)
         of_group = partial(memory_of, model.train(), partial(share, group), n_predicted)
         memory = of_group(recompute=False)
-        again = of_group(recompute=True) if can_recompute(model) else None
-        if again is not None:
-            memory = replace(memory, other=again.other)  # libraries had more to load then
+        again = None
+        if can_recompute(model):
+            again = replace(of_group(recompute=True), other=memory.other)
         free = available(model.device)
         seconds, n_measured = _measured(phase, lesson)
     looked = [item.n_tokens for item in rows.train[:_LOOKED_AT]]
     of_valid = [item.n_tokens for item in rows.valid[:_LOOKED_AT]]
-    n_tokens = round(mean(looked) * schedule.batch_size * schedule.last_step)
+    n_seen = sum(len(schedule.batch(step)) for step in range(schedule.last_step))
+    n_tokens = round(mean(looked) * n_seen)
     n_validations = _n_validations(settings, schedule.last_step, schedule.steps_per_epoch)
     n_validated = n_validations * len(rows.valid) * mean(of_valid or [0]) * _VALIDATION
     return Forecast(

@@ -29,6 +29,9 @@ from d2lora.training.recomputation import recomputed
 _CGROUP = Path("/sys/fs/cgroup")
 _ADAM = 2
 """Moments of each parameter, in its dtype."""
+_HOLES = 1.15
+"""What a CPU's allocator takes for blocks that come and go, over their sizes; measured
+(`benchmarks/memory.py`)."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +106,16 @@ def memory_of(
     adapter = sum(map(_bytes_of, trained))
     frozen = {p.untyped_storage().data_ptr(): _bytes_of(p) for p in model.parameters()}
     weights = sum(frozen.values()) - adapter
+    other = max(0, in_use(device) - weights - adapter)  # before passes leave holes behind
     kept = kept_bytes(model, forward, recompute=recompute)
     a_layer = _layer_bytes(model, forward, kept, recompute=recompute)
     return Memory(
         weights,
         adapter,
         (1 + _ADAM) * adapter,
-        kept + (a_layer if recompute else 0),
+        round((kept + (a_layer if recompute else 0)) * (1 if device.type == "cuda" else _HOLES)),
         max(a_layer // 2, _head_bytes(model, n_predicted)),
-        max(0, in_use(device) - weights - adapter),
+        other,
     )
 
 
