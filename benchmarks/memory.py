@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py --bases embedded smollm2 --lengths 256 1024
 
-Every row is cut to the same length; a step is one pass of 1,024 tokens. Estimate and run are processes of
-their own, and the measured peak is that of the run alone, after the base was loaded
+Every row is cut to the same length; a step is one pass of 1,024 tokens. Estimate and run are
+processes of their own, and the measured peak is that of the run alone, after the base was loaded
 (`peak_memory_bytes` of the manifest). Prints a Markdown table.
 """
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from common import environment, head, parser_of, row
 
@@ -46,7 +47,9 @@ def main() -> None:
                     )  # fmt: skip
 
 
-def child(what: str, args, base: str, length: int, checkpointing: str, quantization: str) -> int:
+def child(
+    what: str, args: Any, base: str, length: int, checkpointing: str, quantization: str
+) -> int:
     """Return the bytes that a process of its own reports."""
     words = [
         "--child", what, "--bases", base, "--lengths", str(length), "--device", args.device,

@@ -138,6 +138,15 @@ def is_four_bit(layer: nn.Module) -> bool:
     return _is_of_bitsandbytes(layer, "Linear4bit")
 
 
+def unpacked(weight: Tensor, packing: Any, dtype: torch.dtype) -> Tensor:
+    """Return a layer's weight, dequantized where its `quant_state`, the packing, is not None."""
+    if packing is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, packing).to(dtype)
+
+
 def _is_of_bitsandbytes(layer: nn.Module, name: str) -> bool:
     kind = type(layer)
     return kind.__name__ == name and kind.__module__.startswith(f"{_BITSANDBYTES}.")

@@ -22,7 +22,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from d2lora.adapters.quantization import is_four_bit
+from d2lora.adapters.quantization import is_four_bit, unpacked
 from d2lora.fast.elementwise import gated_fits, gated_forward, norm_fits, norm_forward
 from d2lora.fast.matmul import is_frozen_linear, linear
 from d2lora.fast.probing import Pass, has_own_forward, in_evaluation, is_hooked
@@ -46,7 +46,7 @@ class _Lora(torch.autograd.Function):
         ctx.packing = getattr(weight, "quant_state", None)
         a, b = a.to(x.dtype), b.to(x.dtype)
         low = linear(x, a)
-        y = linear(x, _unpacked(weight, ctx.packing, x.dtype), bias)
+        y = linear(x, unpacked(weight, ctx.packing, x.dtype), bias)
         y.addmm_(low, b.T, alpha=scale)
         ctx.save_for_backward(x, weight, a, b, low)
         return y
@@ -61,20 +61,11 @@ class _Lora(torch.autograd.Function):
         low_gradient = linear(g, b.T).mul_(ctx.scale)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = linear(g, _unpacked(weight, ctx.packing, g.dtype).T)
+            dx = linear(g, unpacked(weight, ctx.packing, g.dtype).T)
             dx.addmm_(low_gradient, a)
         da = low_gradient.T @ x
         db = (g.T @ low).mul_(ctx.scale)
         return dx, None, None, da.to(ctx.dtype), db.to(ctx.dtype), None
-
-
-def _unpacked(weight: Tensor, packing: Any, dtype: torch.dtype) -> Tensor:
-    """Return a weight, dequantized where bitsandbytes packed it in 4 bits."""
-    if packing is None:
-        return weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight.data, packing).to(dtype)
 
 
 class _Frozen(torch.autograd.Function):

@@ -32,6 +32,8 @@ _ADAM = 2
 _HOLES = 1.15
 """What a CPU's allocator takes for blocks that come and go, over their sizes; measured
 (`benchmarks/memory.py`)."""
+_FIRST_STEP = 32 * 2**20
+"""Bytes that libraries load in the first step on a CPU; measured, too."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,16 @@ def memory_of(
     adapter = sum(map(_bytes_of, trained))
     frozen = {p.untyped_storage().data_ptr(): _bytes_of(p) for p in model.parameters()}
     weights = sum(frozen.values()) - adapter
-    other = max(0, in_use(device) - weights - adapter)  # before passes leave holes behind
+    on_gpu = device.type == "cuda"
+    # Before passes leave holes behind.
+    other = max(0, in_use(device) - weights - adapter) + (0 if on_gpu else _FIRST_STEP)
     kept = kept_bytes(model, forward, recompute=recompute)
     a_layer = _layer_bytes(model, forward, kept, recompute=recompute)
     return Memory(
         weights,
         adapter,
         (1 + _ADAM) * adapter,
-        round((kept + (a_layer if recompute else 0)) * (1 if device.type == "cuda" else _HOLES)),
+        round((kept + (a_layer if recompute else 0)) * (1 if on_gpu else _HOLES)),
         max(a_layer // 2, _head_bytes(model, n_predicted)),
         other,
     )
