@@ -109,7 +109,7 @@ def load_base(settings: BaseSettings) -> Base:
             folder, dtype=dtype, use_safetensors=True, **loading
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        why = quantization.why_not_loaded(folder, first_line(error))
+        why = quantization.why_not_loaded(settings, folder, first_line(error))
         if why is None and isinstance(error, RuntimeError):
             raise
         reason = why or f"not a causal language model: {first_line(error)}"

@@ -157,9 +157,11 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def why_not_loaded(folder: Path, reason: str) -> str | None:
-    """Return why weights saved quantized cannot be read; None where they are not quantized."""
+def why_not_loaded(settings: BaseSettings, folder: Path, reason: str) -> str | None:
+    """Return why a base cannot be loaded in few bits; None where it was not to be."""
     saved = saved_quantization(folder)
+    if saved is None and settings.quantization is not None:
+        return f"--quantization {settings.quantization} does not work here ({reason}); leave it out"
     if saved is None:
         return None
     return (
