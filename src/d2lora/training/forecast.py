@@ -95,7 +95,8 @@ def forecast(phase: Phase) -> Forecast:
         memory = of_group(recompute=False)
         again = None
         if can_recompute(model):
-            again = replace(of_group(recompute=True), other=memory.other)
+            # The second time the holes are there already.
+            again = replace(of_group(recompute=True), other=memory.other, working=memory.working)
         free = available(model.device)
         seconds, n_measured = _measured(phase, lesson)
     looked = [item.n_tokens for item in rows.train[:_LOOKED_AT]]

@@ -4,7 +4,8 @@ weights, adapter     what is loaded
 state                gradients, and AdamW's two moments
 activations          what a forward pass keeps for its gradient, measured: the pass is run, and what
                      it would keep is counted and thrown away
-working              what comes and goes beside it: the gradients within a layer, logits
+working              what comes and goes beside it: the gradients within a layer, logits; on a CPU
+                     the holes, too, that it leaves in the process's memory
 
 Measured, not derived, so that it is that of the passes that are taken, whatever the architecture.
 """
@@ -29,11 +30,6 @@ from d2lora.training.recomputation import recomputed
 _CGROUP = Path("/sys/fs/cgroup")
 _ADAM = 2
 """Moments of each parameter, in its dtype."""
-_HOLES = 1.15
-"""What a CPU's allocator takes for blocks that come and go, over their sizes; measured
-(`benchmarks/memory.py`)."""
-_FIRST_STEP = 32 * 2**20
-"""Bytes that libraries load in the first step on a CPU; measured, too."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +104,17 @@ def memory_of(
     adapter = sum(map(_bytes_of, trained))
     frozen = {p.untyped_storage().data_ptr(): _bytes_of(p) for p in model.parameters()}
     weights = sum(frozen.values()) - adapter
-    on_gpu = device.type == "cuda"
-    # Before passes leave holes behind.
-    other = max(0, in_use(device) - weights - adapter) + (0 if on_gpu else _FIRST_STEP)
+    before = in_use(device)
     kept = kept_bytes(model, forward, recompute=recompute)
     a_layer = _layer_bytes(model, forward, kept, recompute=recompute)
+    left = in_use(device) - before
     return Memory(
         weights,
         adapter,
         (1 + _ADAM) * adapter,
-        round((kept + (a_layer if recompute else 0)) * (1 if on_gpu else _HOLES)),
-        max(a_layer // 2, _head_bytes(model, n_predicted)),
-        other,
+        kept + (a_layer if recompute else 0),
+        max(a_layer // 2, _head_bytes(model, n_predicted), left),
+        max(0, before - weights - adapter),
     )
 
 
