@@ -47,7 +47,8 @@ from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import TrainSettings
 from d2lora.tools.merge import merge
 from d2lora.training.cost import TrainingFlops
-from d2lora.training.loop import Lesson, train
+from d2lora.training.lesson import Lesson
+from d2lora.training.loop import train
 from d2lora.training.objectives import SFT
 
 KINDS = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -27,7 +27,7 @@ from d2lora import (
     generate,
 )
 from d2lora.adapters.attach import attach_adapter, detach_adapter, merged
-from d2lora.adapters.base import fingerprint_of_model, load_base
+from d2lora.adapters.base import identity_of_model, load_base
 from d2lora.data.encode import Encoder
 from d2lora.data.rows import Message
 from d2lora.embedded import choice_rows, general_rows, text_rows
@@ -386,7 +386,9 @@ def test_an_evaluation_without_anything_to_evaluate_on_is_refused(
 
 def test_a_loaded_model_knows_its_fingerprint(tiny_base: str) -> None:
     base = load_base(BaseSettings(base=tiny_base, device="cpu"))
-    assert fingerprint_of_model(base.model) == base.fingerprint
+    found = identity_of_model(base.model)
+    assert found == base.identity
+    assert found.fingerprint == base.fingerprint
 
 
 def test_bad_test_rows_are_skipped_where_that_is_asked_for_and_kept_aside(

@@ -201,7 +201,7 @@ def test_loftq_without_bitsandbytes_says_what_to_install(
     tmp_path: Path, tiny_base: str, problems: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("d2lora.runtime.extras.find_spec", {}.get)
-    with pytest.raises(SettingsError, match=r"pip install 'd2lora\[loftq\]'"):
+    with pytest.raises(SettingsError, match=r"pip install 'd2lora\[quantization\]'"):
         run(tmp_path / "a", tiny_base, problems, init="loftq")
 
 

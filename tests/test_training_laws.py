@@ -349,7 +349,8 @@ def test_a_frozen_adapter_is_an_error_before_the_first_step(tmp_path: Path, tiny
     from d2lora.runtime.console import Reporter
     from d2lora.runtime.run_folder import RunFolder
     from d2lora.settings import TrainSettings
-    from d2lora.training.loop import Lesson, train
+    from d2lora.training.lesson import Lesson
+    from d2lora.training.loop import train
     from d2lora.training.objectives import SFT
 
     model = AutoModelForCausalLM.from_pretrained(tiny_base).requires_grad_(requires_grad=False)

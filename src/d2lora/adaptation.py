@@ -1,7 +1,10 @@
 """Phase 2: base + scarce task data + initialization -> adapter."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from d2lora.adapters.attach import detach_adapter
 from d2lora.adapters.base import Base, load_base, load_tokenizer
@@ -16,10 +19,13 @@ from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import RunFolder
 from d2lora.settings import AdaptSettings, is_named_init
 from d2lora.settings.seeds import seed_of
+from d2lora.training.forecast import Forecast, forecast, show
 from d2lora.training.initialization import Initialization, InitializedAdapter, initialized
 from d2lora.training.phase import Phase, run_phase
 from d2lora.training.rows import prepare_rows
 from d2lora.warmstart import WarmStart
+
+R = TypeVar("R")
 
 
 def adapt(settings: AdaptSettings, base: Base | None = None) -> Adapter:
@@ -36,6 +42,27 @@ def adapt(settings: AdaptSettings, base: Base | None = None) -> Adapter:
         D2LoraError: One of its kinds, for settings, data, a base or a warm start that cannot be
             used.
     """
+    if settings.dry_run:
+        raise SettingsError(
+            "--dry-run makes no adapter; in Python d2lora.adaptation.dry_run does it"
+        )
+    _prepared(settings, base, run_phase)
+    return Adapter.load(settings.out)
+
+
+def dry_run(settings: AdaptSettings, base: Base | None = None) -> Forecast:
+    """Return what a run would take; nothing is left of it.
+
+    Raises:
+        D2LoraError: As `adapt`.
+    """
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        return _prepared(settings.changed(out=out, dry_run=False, resume=False), base, forecast)
+
+
+def _prepared(settings: AdaptSettings, base: Base | None, act: Callable[[Phase], R]) -> R:
+    """Do something with the phase that the settings describe, ready to train."""
     reporter = Reporter(quiet=settings.quiet)
     warm_start = None if is_named_init(settings.init) else WarmStart.load(settings.init)
     if warm_start is None and settings.init_scale != 1:
@@ -49,8 +76,7 @@ def adapt(settings: AdaptSettings, base: Base | None = None) -> Adapter:
         encoder = Encoder.of(base, chat_format, template)
         rows = prepare_rows(settings, settings.n, encoder, reporter)
         with _initialized(settings, warm_start, base, rows.train, reporter) as adapter:
-            run_phase(Phase(settings, base, adapter, rows, encoder, run, reporter))
-    return Adapter.load(settings.out)
+            return act(Phase(settings, base, adapter, rows, encoder, run, reporter))
 
 
 @contextmanager
@@ -118,4 +144,7 @@ def _inherited_template(
 
 def command(settings: AdaptSettings) -> None:
     """Run `d2lora adapt`."""
-    adapt(settings)
+    if settings.dry_run:
+        show(dry_run(settings))
+    else:
+        adapt(settings)

@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from d2lora.adapters.attach import attach_adapter
-from d2lora.adapters.base import fingerprint_of_model
+from d2lora.adapters.base import identity_of_model
 from d2lora.adapters.files import ADAPTER_CONFIG, read_adapter_config
 from d2lora.adapters.lora import LoraShape
 from d2lora.adapters.manifest import Adapter, Manifest, differences, has_manifest
@@ -74,7 +74,7 @@ class WarmStart(Adapter):
         Raises:
             WarmStartError: If the model was loaded from other weights than the warm start's base.
         """
-        found = fingerprint_of_model(model)
+        found = identity_of_model(model)
         if found is None:
             warn(
                 "the model was not loaded from local files, so its weights were not checked",

@@ -1,6 +1,10 @@
 """Phase 1: base + general data -> warm start."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.lora import LoraShape
@@ -12,10 +16,13 @@ from d2lora.runtime.run_folder import DONE, RunFolder
 from d2lora.selection.select import select
 from d2lora.settings import SelectSettings, WarmupSettings
 from d2lora.settings.seeds import seed_of
+from d2lora.training.forecast import Forecast, forecast, show
 from d2lora.training.initialization import initialized
 from d2lora.training.phase import Phase, run_phase
 from d2lora.training.rows import prepare_rows
 from d2lora.warmstart import WarmStart
+
+R = TypeVar("R")
 
 
 def warm_up(settings: WarmupSettings, base: Base | None = None) -> WarmStart:
@@ -28,6 +35,27 @@ def warm_up(settings: WarmupSettings, base: Base | None = None) -> WarmStart:
     Raises:
         D2LoraError: One of its kinds, for settings, data or a base that cannot be used.
     """
+    if settings.dry_run:
+        raise SettingsError(
+            "--dry-run makes no warm start; in Python d2lora.warmup.dry_run does it"
+        )
+    _prepared(settings, base, run_phase)
+    return WarmStart.load(settings.out)
+
+
+def dry_run(settings: WarmupSettings, base: Base | None = None) -> Forecast:
+    """Return what a run would take; nothing is left of it.
+
+    Raises:
+        D2LoraError: As `warm_up`.
+    """
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        return _prepared(settings.changed(out=out, dry_run=False, resume=False), base, forecast)
+
+
+def _prepared(settings: WarmupSettings, base: Base | None, act: Callable[[Phase], R]) -> R:
+    """Do something with the phase that the settings describe, ready to train."""
     reporter = Reporter(quiet=settings.quiet)
     with RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume) as run:
         chosen = _chosen(settings, run)
@@ -37,8 +65,7 @@ def warm_up(settings: WarmupSettings, base: Base | None = None) -> WarmStart:
         shape = LoraShape.fresh(settings)
         seed = seed_of(settings, "init")
         with initialized(settings, base, shape, seed, rows.train, reporter) as adapter:
-            run_phase(Phase(settings, base, adapter, rows, encoder, run, reporter))
-    return WarmStart.load(settings.out)
+            return act(Phase(settings, base, adapter, rows, encoder, run, reporter))
 
 
 def _chosen(settings: WarmupSettings, run: RunFolder) -> WarmupSettings:
@@ -70,4 +97,7 @@ def _chosen(settings: WarmupSettings, run: RunFolder) -> WarmupSettings:
 
 def command(settings: WarmupSettings) -> None:
     """Run `d2lora warmup`."""
-    warm_up(settings)
+    if settings.dry_run:
+        show(dry_run(settings))
+    else:
+        warm_up(settings)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,10 +24,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from d2lora.adapters import quantization
 from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.chat_template import chosen_template, with_template
 from d2lora.adapters.files import ADAPTER_CONFIG
-from d2lora.adapters.fingerprints import fingerprint_of
+from d2lora.adapters.fingerprints import Identity, fingerprint_of, identity_of
 from d2lora.adapters.gguf import quantization_of
 from d2lora.errors import ModelError, counted, first_line
 from d2lora.runtime.rounding import tolerance
@@ -47,9 +49,14 @@ class Base:
     folder: Path
     """Where its files are."""
     quantization: str | None = None
-    """How the weights were quantized where they come from, such as GGUF; None: they were not."""
+    """How the weights are quantized, or were where they come from, such as GGUF; None: not."""
     chat_template: str | None = None
     """The chat template, where the settings give another than the tokenizer's own."""
+
+    @property
+    def identity(self) -> Identity:
+        """What other bases are compared with."""
+        return identity_of(self.folder)
 
     @property
     def eos_id(self) -> int:
@@ -95,14 +102,21 @@ def load_base(settings: BaseSettings) -> Base:
     fingerprint = fingerprint_of(folder)
     tokenizer = load_tokenizer(settings)
     template = chosen_template(settings, tokenizer)
+    dtype = dtype_of(settings.dtype, device)
+    loading = quantization.loading(settings, folder, dtype, device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype_of(settings.dtype, device), use_safetensors=True
+            folder, dtype=dtype, use_safetensors=True, **loading
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = first_line(error)
-        raise ModelError(f"{settings.base}: not a causal language model: {reason}") from None
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        why = quantization.why_not_loaded(settings, folder, first_line(error))
+        if why is None and isinstance(error, RuntimeError):
+            raise
+        reason = why or f"not a causal language model: {first_line(error)}"
+        raise ModelError(f"{settings.base}: {reason}") from None
     model.requires_grad_(False)
+    remove_hook_from_module(model, recurse=True)  # accelerate's, of a model that is on one device
+    quantization.prepare(model, dtype)
     nn.Module.to(model, device).eval()
     base = Base(
         model,
@@ -111,7 +125,10 @@ def load_base(settings: BaseSettings) -> Base:
         settings.revision,
         fingerprint,
         folder,
-        quantization_of(folder),
+        " -> ".join(
+            filter(None, (quantization_of(folder), quantization.in_words(settings, folder)))
+        )
+        or None,
         template,
     )
     check_causal(model, settings.base)
@@ -183,10 +200,10 @@ def tokenizer_of(settings: BaseSettings) -> PreTrainedTokenizerBase:
     return with_template(tokenizer, chosen_template(settings, tokenizer))
 
 
-def fingerprint_of_model(model: PreTrainedModel) -> str | None:
-    """Return the fingerprint of the files that a model was loaded from; None where unknown."""
+def identity_of_model(model: PreTrainedModel) -> Identity | None:
+    """Return the identity of the files that a model was loaded from; None where unknown."""
     folder = Path(str(model.config.name_or_path))
-    return fingerprint_of(folder) if (folder / "config.json").is_file() else None
+    return identity_of(folder) if (folder / "config.json").is_file() else None
 
 
 def device_of(name: str) -> torch.device:

@@ -5,13 +5,66 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from d2lora.adapters.quantization import saved_quantization
 from d2lora.errors import ModelError, counted
 
 _CHUNKS, _CHUNK_BYTES = 16, 4096
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+
+class Identity(NamedTuple):
+    """What says whether two bases are the same."""
+
+    fingerprint: str
+    """Of all weights, `fingerprint_of`."""
+    unquantized: str
+    """Of the norms and some rows of the embedding, which are the same where a model is quantized;
+    empty: there are none, or they are not known."""
+    saved_quantized: bool
+    """Whether the files hold quantized weights."""
+
+    def is_same(self, other: "Identity") -> bool:
+        """Say whether weights are the same, or differ by quantization alone as far as is seen."""
+        if self.fingerprint == other.fingerprint:
+            return True
+        either = self.saved_quantized or other.saved_quantized
+        return either and self.unquantized == other.unquantized != ""
+
+
+def identity_of(folder: Path) -> Identity:
+    """Return what a model folder's weights are known by.
+
+    Raises:
+        ModelError: As `fingerprint_of`.
+    """
+    fingerprint = fingerprint_of(folder)
+    quantized = saved_quantization(folder) is not None
+    return Identity(fingerprint, _unquantized(folder), quantized)
+
+
+def _unquantized(folder: Path) -> str:
+    """Return a fingerprint of what quantization leaves alone, whatever its dtype."""
+    parts: list[str] = []
+    for file in _loaded_files(folder):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # it is no dict
+                values = tensors.get_slice(name)
+                shape = values.get_shape()
+                if name.endswith(_EMBEDDINGS) and len(shape) == 2:
+                    some = [values[row : row + 1] for row in range(0, shape[0], shape[0] // 4 or 1)]
+                elif name.endswith(".weight") and len(shape) == 1:
+                    some = [values[:]]
+                else:
+                    continue
+                digest = hashlib.sha256()
+                for part in some:
+                    digest.update(part.float().numpy().tobytes())
+                parts.append(f"{name} {shape} {digest.hexdigest()}")
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest() if parts else ""
 
 
 def fingerprint_of(folder: Path) -> str:

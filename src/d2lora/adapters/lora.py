@@ -1,5 +1,6 @@
 """The shape of an adapter, its configuration, and its weights before anything is learnt."""
 
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,11 +15,13 @@ from transformers import PreTrainedModel
 
 from d2lora.adapters.attach import peft_warnings_ignored
 from d2lora.adapters.files import some
-from d2lora.adapters.targets import ALL_LINEAR, check_targets, targets_of
+from d2lora.adapters.targets import ALL_LINEAR, Wanted, check_targets, target_layers, targets_of
 from d2lora.errors import SettingsError, first_line
 from d2lora.settings import FRESH, LoraSettings, TrainSettings
 
 DEFAULT_RANK = 16
+PARTIAL = ("exclude_targets", "layers", "rank_pattern", "alpha_pattern")
+"""Settings by which layers differ."""
 PLAIN = (FRESH, "gaussian")
 """Initializations that PEFT has for parameters, too."""
 
@@ -36,6 +39,16 @@ class LoraShape:
     targets: tuple[str, ...]
     rslora: bool = False
     dora: bool = False
+    exclude_targets: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    rank_pattern: tuple[str, ...] = ()
+    """Ranks of some targets, `name=rank`."""
+    alpha_pattern: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> Wanted:
+        """What gets an adapter."""
+        return Wanted(self.targets, self.exclude_targets, self.layers)
 
     @classmethod
     def fresh(cls, settings: LoraSettings) -> "LoraShape":
@@ -48,6 +61,7 @@ class LoraShape:
             targets=settings.targets or (ALL_LINEAR,),
             rslora=settings.rslora,
             dora=settings.dora,
+            **{name: getattr(settings, name) or () for name in PARTIAL},
         )
 
     @classmethod
@@ -55,6 +69,7 @@ class LoraShape:
         """Return the shape that a saved adapter has."""
         targets = config.target_modules or ()
         names = [targets] if isinstance(targets, str) else sorted(targets)
+        excluded, layers = config.exclude_modules or (), config.layers_to_transform or ()
         return cls(
             config.r,
             float(config.lora_alpha),
@@ -62,6 +77,10 @@ class LoraShape:
             (*names, *(config.target_parameters or ())),
             config.use_rslora,
             config.use_dora,
+            tuple([excluded] if isinstance(excluded, str) else sorted(excluded)),
+            tuple([layers] if isinstance(layers, int) else layers),
+            _as_texts(config.rank_pattern),
+            _as_texts(config.alpha_pattern),
         )
 
 
@@ -76,8 +95,36 @@ def attach_fresh(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftMod
     Raises:
         SettingsError: If a target is not a module of the model.
     """
-    check_targets(model, shape.targets)
+    check_shape(model, shape)
     return attach(model, lora_config(model, shape, FRESH), seed)
+
+
+def check_shape(model: PreTrainedModel, shape: LoraShape) -> None:
+    """Check that what a shape names is there, and that LoRA can be put on it.
+
+    Raises:
+        SettingsError: If not, with what there is.
+    """
+    check_targets(model, shape.wanted)
+    names = [name for name, _ in target_layers(model, shape.wanted)]
+    for option, pattern in (("rank", shape.rank_pattern), ("alpha", shape.alpha_pattern)):
+        for key in _numbers(pattern):
+            try:
+                known = any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+            except re.error as error:
+                raise SettingsError(f"--{option}-pattern: `{key}`: {error}") from None
+            if not known:
+                raise SettingsError(f"--{option}-pattern: no target is called `{key}`")
+
+
+def _numbers(texts: tuple[str, ...]) -> dict[str, float]:
+    """Return what PEFT takes: name or pattern of an end -> number."""
+    pairs = (text.rpartition("=") for text in texts)
+    return {name: int(n) if n.isdigit() else float(n) for name, _, n in pairs}
+
+
+def _as_texts(numbers: dict[str, Any] | None) -> tuple[str, ...]:
+    return tuple(f"{name}={number:g}" for name, number in (numbers or {}).items())
 
 
 def lora_config(model: PreTrainedModel, shape: LoraShape, init: str) -> LoraConfig:
@@ -87,9 +134,10 @@ def lora_config(model: PreTrainedModel, shape: LoraShape, init: str) -> LoraConf
         SettingsError: If it names parameters and a setting that PEFT has for layers alone.
     """
     # LoRA-GA and CorDA need the layers before PEFT resolves `all-linear`.
-    targets = targets_of(model, shape.targets)
+    targets = targets_of(model, shape.wanted)
+    patterns = {f"--{n.replace('_', '-')}": getattr(shape, n) for n in PARTIAL}
     odd = {"--dropout": shape.dropout, "--dora": shape.dora, f"--init {init}": init not in PLAIN}
-    clashes = " and ".join(name for name, given in odd.items() if given)
+    clashes = " and ".join(name for name, given in {**odd, **patterns}.items() if given)
     if targets.parameters and clashes:
         raise SettingsError(
             f"PEFT adapts {some(targets.parameters)} as parameters, which it does not do with "
@@ -101,6 +149,8 @@ def lora_config(model: PreTrainedModel, shape: LoraShape, init: str) -> LoraConf
         lora_dropout=shape.dropout,
         target_modules=targets.modules,
         target_parameters=targets.parameters or None,
+        rank_pattern=cast("Any", _numbers(shape.rank_pattern)),
+        alpha_pattern=cast("Any", _numbers(shape.alpha_pattern)),
         use_rslora=shape.rslora,
         use_dora=shape.dora,
         init_lora_weights=True if init == FRESH else cast("Any", init),

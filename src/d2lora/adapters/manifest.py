@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from d2lora.adapters.base import Base
 from d2lora.adapters.base_files import EMBEDDED, SMOLLM2, SMOLLM2_HUB_ID
 from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
-from d2lora.adapters.fingerprints import fingerprint_of
-from d2lora.adapters.lora import LoraShape
+from d2lora.adapters.fingerprints import Identity, fingerprint_of
+from d2lora.adapters.lora import PARTIAL, LoraShape
 from d2lora.errors import ModelError, WarmStartError
 from d2lora.runtime.run_folder import read_json, sha256_of
 
@@ -38,7 +38,16 @@ class BaseRecord(_Part):
     fingerprint: str
     """Of its weights; empty where an adapter's maker did not record it."""
     quantization: str | None = None
-    """How its weights were quantized where they come from, such as GGUF; None: they were not."""
+    """How its weights are quantized, or were where they come from, such as GGUF; None: not."""
+    unquantized: str = ""
+    """Fingerprint of the weights that quantization leaves alone; empty: not recorded."""
+    saved_quantized: bool = False
+    """Whether its files hold quantized weights."""
+
+    @property
+    def identity(self) -> Identity:
+        """What other bases are compared with."""
+        return Identity(self.fingerprint, self.unquantized, self.saved_quantized)
 
 
 class LoraRecord(_Part):
@@ -50,6 +59,10 @@ class LoraRecord(_Part):
     targets: tuple[str, ...]
     rslora: bool = False
     dora: bool = False
+    exclude_targets: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    rank_pattern: tuple[str, ...] = ()
+    alpha_pattern: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, shape: LoraShape) -> Self:
@@ -165,18 +178,18 @@ class Manifest(_Part):
             place = ".".join(str(part) for part in first["loc"])
             raise ModelError(f"{path}: `{place}`: {first['msg']}") from None
 
-    def check_base(self, fingerprint: str, name: str, folder: Path) -> None:
-        """Check that a base is the one that this adapter was made on.
+    def check_base(self, base: Identity, name: str, folder: Path) -> None:
+        """Check that a base is the one that this adapter was made on, quantized or not.
 
         Raises:
             ModelError: If it has other weights; a WarmStartError for a warm start.
         """
-        if self.base.fingerprint and self.base.fingerprint != fingerprint:
+        if self.base.fingerprint and not self.base.identity.is_same(base):
             kind = WarmStartError if self.kind == "warm start" else ModelError
             raise kind(
                 f"{folder} was made on {self.base.id} (fingerprint {self.base.fingerprint[:12]}), "
-                f"but {name} has other weights ({fingerprint[:12]}); give --base {self.base.id}, "
-                f"or make the {self.kind} again on this base"
+                f"but {name} has other weights ({base.fingerprint[:12]}); give --base "
+                f"{self.base.id}, or make the {self.kind} again on this base"
             )
 
     @property
@@ -209,14 +222,23 @@ def check_fit(folder: Path, base: Base) -> str | None:
     """Check that an adapter, where its manifest says what it was made on, was made on this base.
 
     Returns:
-        A warning where PEFT's configuration alone names a base, and another; else None.
+        A notice where the base is quantized otherwise than it was then, or where PEFT's
+        configuration alone names a base, and another; else None.
 
     Raises:
         ModelError: If it was made on another.
     """
     if has_manifest(folder):
-        Manifest.read(folder).check_base(base.fingerprint, base.name, folder)
-        return None
+        manifest = Manifest.read(folder)
+        manifest.check_base(base.identity, base.name, folder)
+        then, now = manifest.base.quantization, base.quantization
+        if not manifest.base.fingerprint or then == now:
+            return None
+        return (
+            f"{folder} was made on {manifest.base.id} with {then or 'unquantized'} weights, and "
+            f"{base.name} has {now or 'unquantized'} ones here: it works, and its numbers differ "
+            "a little from those there"
+        )
     named = read_adapter_config(folder).base_model_name_or_path
     if not named or _is_named(base, named):
         return None
@@ -275,6 +297,8 @@ def base_record(base: Base) -> BaseRecord:
         revision=base.revision,
         fingerprint=base.fingerprint,
         quantization=base.quantization,
+        unquantized=base.identity.unquantized,
+        saved_quantized=base.identity.saved_quantized,
     )
 
 
@@ -285,7 +309,8 @@ def hub_id_of(base: str) -> str:
 
 def differences(wanted: Mapping[str, Any], present: LoraShape) -> dict[str, tuple[Any, Any]]:
     """Return the settings that contradict an adapter's shape: name -> (wanted, present)."""
-    have = {"rank": present.rank, "alpha": present.alpha, "targets": present.targets}
+    names = ("rank", "alpha", "targets", *PARTIAL)
+    have = {name: getattr(present, name) for name in names}
     flags = {"rslora": present.rslora, "dora": present.dora}
     clashes = {
         name: (wanted[name], value)

@@ -6,21 +6,23 @@ keeps the rank; its product is not the mixture of the products (PEFT's `linear` 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from d2lora.adapters.factors import Factors
+from d2lora.adapters.factors import Factors, extend
 from d2lora.adapters.files import LORA_A, LORA_B, AdapterFiles, some
 from d2lora.errors import ModelError
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A plain LoRA adapter of one rank, read from its folder."""
+    """A plain LoRA adapter, read from its folder and brought to one rank and scale."""
 
     folder: Path
     config: LoraConfig
@@ -43,20 +45,50 @@ class Plain:
             )
         whole = 2 * len(layers) == len(files.weights)
         patterns = config.rank_pattern or config.alpha_pattern
-        if patterns or config.use_dora or not whole or ranks != {config.r}:
+        if config.use_dora or not whole or (ranks != {config.r} and not patterns):
             others = some(files.beyond_factors)
             held = f" (beside the factors it holds {others})" if others else ""
             raise ModelError(
-                f"{folder}: layers of different rank or alpha, DoRA, biases or whole modules"
-                f"{held}; only plain LoRA of one rank can be converted"
+                f"{folder}: DoRA, biases, whole modules, or layers of ranks that its configuration "
+                f"does not name{held}; only plain LoRA can be converted"
             )
-        return cls(folder, config, layers)
+        return cls._even(folder, config, layers) if patterns else cls(folder, config, layers)
+
+    @classmethod
+    def _even(cls, folder: Path, config: LoraConfig, layers: Mapping[str, Factors]) -> "Plain":
+        """Return an adapter whose layers differ in rank and scale with the same of both.
+
+        New directions have B zero, so every layer's update is what it was.
+        """
+        rank = max(len(pair.a) for pair in layers.values())
+        scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+        generator = torch.Generator().manual_seed(0)
+        even = {
+            name: extend(Factors(a, b * (scale_of(config, name, len(a)) / scale)), rank, generator)
+            for name, (a, b) in layers.items()
+        }
+        alpha = scale * (rank**0.5 if config.use_rslora else rank)
+        one: Any = {"r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}}
+        return cls(folder, replace(config, **one), even)
 
     @property
     def scale(self) -> float:
         """What the product of the factors is multiplied by."""
         config = self.config
         return config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+
+
+def scale_of(config: LoraConfig, layer: str, rank: int) -> float:
+    """Return what the product of a layer's factors is multiplied by.
+
+    Args:
+        config: The adapter's.
+        layer: The layer's name.
+        rank: The layer's own.
+    """
+    alphas = config.alpha_pattern or {}
+    alpha = float(alphas.get(get_pattern_key(list(alphas), layer), config.lora_alpha))
+    return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
 def tensors_of(layers: Mapping[str, Factors]) -> dict[str, Tensor]:

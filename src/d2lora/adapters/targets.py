@@ -2,7 +2,8 @@
 
 `all-linear` takes every linear layer that text reaches, but for the head, the routers of experts,
 and layers whose weights a model multiplies by itself, so that an adapter on them would do nothing.
-`experts` takes the experts that a base keeps in one tensor, (experts, out, in) or turned: they are
+A pattern takes the linear layers whose whole name it matches, as PEFT's does. `experts` takes the
+experts that a base keeps in one tensor, (experts, out, in) or turned: they are
 parameters, not layers, and PEFT adapts them by `target_parameters`.
 """
 
@@ -44,7 +45,18 @@ class Targets(NamedTuple):
     parameters: list[str]
 
 
-def targets_of(model: PreTrainedModel, targets: tuple[str, ...]) -> Targets:
+class Wanted(NamedTuple):
+    """What is to get an adapter, as a user says it."""
+
+    targets: tuple[str, ...]
+    """Names, patterns, `all-linear` and `experts`."""
+    exclude: tuple[str, ...] = ()
+    """Names and patterns that get none."""
+    layers: tuple[int, ...] = ()
+    """Numbers of decoder layers; empty: all."""
+
+
+def targets_of(model: PreTrainedModel, wanted: Wanted) -> Targets:
     """Return what targets mean on a base.
 
     Of bases whose experts were layers once, PEFT takes `up_proj` and its like for the experts, be
@@ -53,9 +65,12 @@ def targets_of(model: PreTrainedModel, targets: tuple[str, ...]) -> Targets:
     modules: list[str] = []
     parameters: list[str] = []
     known = [name for name, _ in model.named_modules()]
-    for target in targets:
+    for target in wanted.targets:
         if target == ALL_LINEAR:
             modules += linear_names(model)
+        elif _is_pattern(target):
+            matched = (n for n, m in model.named_modules() if _is_linear(m) and _means(target, n))
+            modules += _short(matched, known)
         elif target == EXPERTS:
             every = (name for name, _ in model.named_parameters())
             parameters += _short(stacks(model), every, least=2)  # not `down_proj`, as a layer is
@@ -63,9 +78,38 @@ def targets_of(model: PreTrainedModel, targets: tuple[str, ...]) -> Targets:
             modules.append(target)
         else:
             parameters.append(target)
+    if wanted.exclude or wanted.layers:
+        modules = _short(_left(model, modules, wanted), known)
     own = [name for name in modules if not _is_taken_for_experts(model, name)]
     weights = [f"{name}.weight" for name in modules if name not in own]
     return Targets(sorted(own), sorted({*parameters, *weights}))
+
+
+def _left(model: PreTrainedModel, modules: list[str], wanted: Wanted) -> list[str]:
+    """Return the full names of modules that are not excluded, and in the layers that are wanted."""
+    return [
+        name
+        for name, _ in model.named_modules()
+        if any(_is_named(name, module) for module in modules)
+        and not any(_means(target, name) for target in wanted.exclude)
+        and (not wanted.layers or _number_of(name) in wanted.layers)
+    ]
+
+
+def _number_of(name: str) -> int | None:
+    """Return the number of the layer that a module is in; None outside of them."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _is_pattern(target: str) -> bool:
+    return re.search(r"[*+?|^$()\[\]{}\\]", target) is not None
+
+
+def _means(target: str, name: str) -> bool:
+    """Say whether a target, a name or a pattern, means a module."""
+    if _is_pattern(target):
+        return re.fullmatch(target, name) is not None
+    return _is_named(name, target)
 
 
 def _is_taken_for_experts(model: PreTrainedModel, name: str) -> bool:
@@ -202,12 +246,18 @@ def _is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     return isinstance(layer, nn.Linear | Conv1D)
 
 
-def target_layers(
-    model: PreTrainedModel, targets: tuple[str, ...]
-) -> Iterator[tuple[str, nn.Linear]]:
+def narrowest(layer: nn.Linear | Conv1D) -> int:
+    """Return the least dimension of a linear layer, whatever its weight is packed in."""
+    sides = (
+        layer.weight.shape if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+    )
+    return min(sides)
+
+
+def target_layers(model: PreTrainedModel, wanted: Wanted) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the linear layers, by full name, that get an adapter."""
-    wanted = targets_of(model, targets)
-    names = [*wanted.modules, *(name.removesuffix(".weight") for name in wanted.parameters)]
+    found = targets_of(model, wanted)
+    names = [*found.modules, *(name.removesuffix(".weight") for name in found.parameters)]
     for name, layer in model.named_modules():
         if _is_linear(layer) and any(_is_named(name, target) for target in names):
             yield name, layer
@@ -218,25 +268,59 @@ def _is_named(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
-    """Check that every target is a name of layers, or of parameters, that LoRA can be put on.
+def check_targets(model: PreTrainedModel, wanted: Wanted) -> None:
+    """Check that every target means layers, or parameters, that LoRA can be put on, and some stay.
 
     Raises:
         SettingsError: If one is not, with those that are.
     """
-    faults = [fault for target in targets if (fault := _fault(model, target))]
+    faults = [fault for target in wanted.targets if (fault := _fault(model, target))]
     if faults:
         experts = f"; for experts in one tensor: {EXPERTS}" if stacks(model) else ""
         raise SettingsError(
             f"--targets:\n{listed(faults)}\nThe base has: {', '.join(linear_names(model))}; or use "
             f"{ALL_LINEAR}{experts}"
         )
+    names = [name for name, _ in model.named_modules()]
+    if faults := list(_faults_of_exclusion(names, wanted)):
+        raise SettingsError(f"--exclude-targets and --layers:\n{listed(faults)}")
+    found = targets_of(model, wanted)
+    if not (found.modules or found.parameters):
+        raise SettingsError("--exclude-targets and --layers leave no layer to adapt")
+
+
+def _faults_of_exclusion(names: list[str], wanted: Wanted) -> Iterator[str]:
+    for target in wanted.exclude:
+        if error := _error_in(target):
+            yield error
+        elif not any(_means(target, name) for name in names):
+            yield f"the base has no module `{target}`"
+    there = sorted({n for name in names if (n := _number_of(name)) is not None})
+    for number in wanted.layers:
+        if number not in there:
+            last = f"its layers are 0 to {there[-1]}" if there else "it has none with a number"
+            yield f"the base has no layer {number}: {last}"
+
+
+def _error_in(target: str) -> str | None:
+    """Return what is wrong with a pattern; None where nothing is, or it is a name."""
+    try:
+        re.compile(target if _is_pattern(target) else "")
+    except re.error as error:
+        return f"`{target}` is not a pattern: {error}"
+    return None
 
 
 def _fault(model: PreTrainedModel, target: str) -> str | None:
     """Return what is wrong with a target, in a sentence; None where nothing is."""
     if target == ALL_LINEAR:
         return None
+    if _is_pattern(target):
+        error = _error_in(target)
+        layers = (n for n, m in model.named_modules() if _is_linear(m))
+        if error is None and not any(_means(target, name) for name in layers):
+            error = f"no linear layer's whole name matches `{target}`"
+        return error
     if target == EXPERTS:
         return None if stacks(model) else f"`{EXPERTS}`: the base has no experts in one tensor"
     found = [layer for name, layer in model.named_modules() if _is_named(name, target)]
@@ -249,4 +333,4 @@ def _fault(model: PreTrainedModel, target: str) -> str | None:
     if found or (named and all(parameter.ndim in {2, 3} for parameter in named)):
         return None
     hint = did_you_mean(target, linear_names(model))
-    return f"the base has no module `{target}`.{hint} Targets are names, not patterns"
+    return f"the base has no module `{target}`.{hint}"

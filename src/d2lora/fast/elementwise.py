@@ -106,9 +106,11 @@ def gated_fits(layer: nn.Module) -> bool:
         return False
     width = getattr(layer.gate_proj, "in_features", 0)
     weight = next(layer.parameters())
-    if type(layer.act_fn) not in _SILU or not width or not weight.is_floating_point():
+    if type(layer.act_fn) not in _SILU or not width:
         return False
-    x = torch.linspace(-1, 2, width).to(weight)
+    # Quantized layers take any dtype.
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    x = torch.linspace(-1, 2, width, device=weight.device, dtype=dtype)
     return _equal(layer(x[None]), gated_forward(layer, x[None]))
 
 

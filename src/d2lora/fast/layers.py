@@ -2,10 +2,11 @@
 
 PEFT computes `W x + s * B(A(dropout(x)))` as separate operations of which autograd keeps every
 result. Without dropout the update can be added in place and only x and A x have to be kept; the
-frozen W gets no gradient. Layers of another kind (DoRA, dropout, quantized, several adapters) keep
-PEFT's own pass. Frozen linear layers take the same matrix products, and norms and gated units the
-passes of `elementwise`. On a bfloat16 base a float32 adapter is multiplied in bfloat16, as under
-`torch.autocast`, where PEFT's pass alone would widen every activation; its weights stay float32.
+frozen W gets no gradient. A 4-bit W is dequantized in each of both passes, and kept in neither.
+Layers of another kind (DoRA, dropout, 8 bits, several adapters) keep PEFT's own pass. Frozen linear
+layers take the same matrix products, and norms and gated units the passes of `elementwise`. On a
+bfloat16 base a float32 adapter is multiplied in bfloat16, as under `torch.autocast`, where PEFT's
+pass alone would widen every activation; its weights stay float32.
 
     y  = x W' + s (x A') B'          dA = (s g B)' x
     dx = g W + (s g B) A             dB = s g' (x A')
@@ -16,10 +17,12 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from d2lora.adapters.quantization import is_four_bit, unpacked
 from d2lora.fast.elementwise import gated_fits, gated_forward, norm_fits, norm_forward
 from d2lora.fast.matmul import is_frozen_linear, linear
 from d2lora.fast.probing import Pass, has_own_forward, in_evaluation, is_hooked
@@ -40,9 +43,10 @@ class _Lora(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         ctx.dtype, ctx.scale = a.dtype, scale
+        ctx.packing = getattr(weight, "quant_state", None)
         a, b = a.to(x.dtype), b.to(x.dtype)
         low = linear(x, a)
-        y = linear(x, weight, bias)
+        y = linear(x, unpacked(weight, ctx.packing, x.dtype), bias)
         y.addmm_(low, b.T, alpha=scale)
         ctx.save_for_backward(x, weight, a, b, low)
         return y
@@ -57,7 +61,7 @@ class _Lora(torch.autograd.Function):
         low_gradient = linear(g, b.T).mul_(ctx.scale)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = linear(g, weight.T)
+            dx = linear(g, unpacked(weight, ctx.packing, g.dtype).T)
             dx.addmm_(low_gradient, a)
         da = low_gradient.T @ x
         db = (g.T @ low).mul_(ctx.scale)
@@ -85,8 +89,9 @@ def _lora_forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Te
     (name,) = layer.active_adapters
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     base = layer.base_layer
-    if layer.disable_adapters or layer.merged or x.dtype != base.weight.dtype:
-        return LoraLinear.forward(layer, x, *args, **kwargs)
+    dtype = base.compute_dtype if is_four_bit(base) else base.weight.dtype
+    if layer.disable_adapters or layer.merged or x.dtype != dtype:
+        return type(layer).forward(layer, x, *args, **kwargs)
     flat = x.reshape(-1, x.shape[-1])
     y = _Lora.apply(flat, base.weight, base.bias, a, b, layer.scaling[name])
     assert isinstance(y, Tensor)
@@ -100,18 +105,23 @@ def _frozen_forward(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _lora_fits(layer: nn.Module) -> bool:
-    """Say whether a layer is plain LoRA without dropout on a plain linear layer."""
-    if type(layer) is not LoraLinear or type(layer.base_layer) is not nn.Linear:
+    """Say whether a layer is plain LoRA without dropout on a plain or 4-bit linear layer."""
+    kind: type = type(layer)
+    if not isinstance(layer, LoraLayer):
+        return False
+    base: Any = layer.get_base_layer()
+    quantized = is_four_bit(base)
+    if not quantized and not (kind is LoraLinear and type(base) is nn.Linear):
         return False
     names = layer.active_adapters
-    if len(names) != 1 or layer.lora_variant or layer.fan_in_fan_out:
+    if len(names) != 1 or layer.lora_variant or getattr(layer, "fan_in_fan_out", False):
         return False
     parts = (module for module in layer.modules() if module is not layer)
     if layer.disable_adapters or layer.merged or any(map(is_hooked, parts)):
         return False
     dropout, b = layer.lora_dropout[names[0]], layer.lora_B[names[0]]
     plain = isinstance(b, nn.Linear) and b.state_dict().keys() == {"weight"}
-    dtypes = layer.base_layer.weight.dtype, b.weight.dtype
+    dtypes = base.compute_dtype if quantized else base.weight.dtype, b.weight.dtype
     return plain and isinstance(dropout, nn.Identity) and dtypes in _DTYPES
 
 

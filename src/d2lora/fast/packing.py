@@ -77,6 +77,11 @@ def row_by_row(model: PreTrainedModel) -> Generator[None]:
         del ALL_ATTENTION_FUNCTIONS[NAME]
 
 
+def are_rows_packed(model: PreTrainedModel) -> bool:
+    """Say whether a model is inside a block of `row_by_row`."""
+    return _attention_of(model) == NAME
+
+
 def _attention_of(model: PreTrainedModel) -> str | None:
     return getattr(model.config, _SETTING)
 

@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 
 from d2lora.adapters.base_files import base_folder
-from d2lora.adapters.fingerprints import fingerprint_of
+from d2lora.adapters.fingerprints import Identity, identity_of
 from d2lora.adapters.manifest import MANIFESTS, Manifest
 from d2lora.errors import ModelError, SettingsError, listed
 from d2lora.runtime.run_folder import DONE
@@ -24,16 +24,16 @@ def warm_starts_of(settings: FitSettings) -> list[Path]:
         SettingsError: If some that were named cannot be used; all at once.
     """
     folder = base_folder(settings.base, settings.revision, settings.gguf_file)
-    fingerprint = fingerprint_of(folder)
+    identity = identity_of(folder)
     if settings.warm_starts is None:
-        return [path for path in _beside(settings.base) if _fits(path, fingerprint)]
+        return [path for path in _beside(settings.base) if _fits(path, identity)]
     if settings.warm_starts == (NONE,):
         return []
     faults: list[str] = []
     for name in settings.warm_starts:
         try:
             start = WarmStart.load(name)
-            start.manifest.check_base(fingerprint, settings.base, start.path)
+            start.manifest.check_base(identity, settings.base, start.path)
         except ModelError as error:
             faults.append(str(error))
     if faults:
@@ -79,5 +79,5 @@ def _beside(base: str) -> list[Path]:
     return sorted(path.parent for path in beside.glob(f"*/{MANIFESTS['warm start']}"))
 
 
-def _fits(path: Path, fingerprint: str) -> bool:
-    return Manifest.read(path).base.fingerprint == fingerprint
+def _fits(path: Path, identity: Identity) -> bool:
+    return Manifest.read(path).base.identity.is_same(identity)

@@ -16,11 +16,21 @@ def succeeds(check: Callable[[], bool]) -> bool:
     Masks, positions and caches that a model does not know raise anything.
 
     Raises:
-        torch.OutOfMemoryError: If there is not enough memory.
+        MemoryError, RuntimeError: If there is not enough memory.
     """
     try:
         return check()
-    except torch.OutOfMemoryError:
-        raise
-    except _FAILURES:
+    except _FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         return False
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Say whether an error means that memory ran out: of a GPU, or of the machine.
+
+    torch's allocator of a CPU's memory raises a plain RuntimeError.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -30,11 +30,11 @@ from d2lora.runtime.claims import claimed, clear_leftovers, is_main_process, tar
 DONE = "done.json"
 SETTINGS = "settings.yaml"
 METRICS = "metrics.jsonl"
-_FREE = {"out", "resume", "quiet", "threads", "checkpoint_every"}
+_FREE = {"out", "resume", "quiet", "threads", "checkpoint_every", "checkpointing"}
 """Settings that a resumed run may change: how it is shown or reached, not what comes out."""
 Stamp = tuple[str, int, int, int]
-IN_EXTRAS = ("lm_eval",)
-"""Libraries whose versions are named where they are there: they score."""
+IN_EXTRAS = ("bitsandbytes", "lm_eval")
+"""Libraries whose versions are named where they are there: they compute, or score."""
 LIBRARIES = ("d2lora", "torch", "transformers", "peft", "accelerate", "tokenizers", "datasets")
 
 

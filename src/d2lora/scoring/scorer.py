@@ -108,6 +108,10 @@ class TokenScorer(nn.Module):
             self.used.take("recorded passes")
         return self._replayed
 
+    def stop_recording(self) -> None:
+        """Record no more passes, and give back the memory of those recorded."""
+        self._replays, self._replayed = False, None
+
     def _plain(self, ids_BT: Tensor) -> Tensor:
         return self._hidden(input_ids=ids_BT)
 

@@ -174,7 +174,7 @@ class PoolFeatures:
 
     def _key(self, what: str, base: Base, encoder: Encoder, *parts: object) -> str:
         known = [base.fingerprint, tokenizer_sha256(base.tokenizer), encoder.format]
-        known += [str(base.model.dtype), base.model.device.type]
+        known += [str(base.model.dtype), base.model.device.type, base.quantization or ""]
         known += [torch.__version__, transformers.__version__]
         own = parts if self._settings.fast else (*parts, "plain passes")
         return json.dumps([what, _VERSION, *known, self._settings.feature_tokens, *own])

@@ -32,7 +32,8 @@ from d2lora.scoring.scorer import TokenScorer
 from d2lora.selection.cache import Array
 from d2lora.settings import TrainSettings
 from d2lora.training import checkpoint
-from d2lora.training.loop import Lesson, train
+from d2lora.training.lesson import Lesson
+from d2lora.training.loop import train
 from d2lora.training.objectives import SFT
 
 RANK = 8

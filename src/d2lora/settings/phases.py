@@ -50,6 +50,9 @@ class PhaseSettings(
     """Whether to measure the base and the warm start on rows of the task before training."""
     resume: bool = False
     """Continue a killed run in `out`."""
+    dry_run: bool = False
+    """Report rows, steps, tokens, and the memory and time that the run would take; train nothing
+    and write nothing."""
     quiet: bool = False
     """No progress bar and no messages."""
 

@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from d2lora.settings.core import Settings
 
 ChatFormat = Literal["auto", "template", "plain"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Checkpointing = Literal["auto", "on", "off"]
+Quantization = Literal["nf4", "int8"]
 Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["linear", "cosine", "constant"]
 SelectMethod = Literal[
@@ -21,6 +23,7 @@ Reference = Literal["base", "warm_start"]
 ReplayLoss = Literal["sft", "kl"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """What torch's generators take."""
+LayerNumber = Annotated[int, Field(ge=0, lt=100_000)]
 LearningRate = Annotated[float, Field(gt=0, le=1e30)]
 Epochs = Annotated[float, Field(gt=0, lt=1e9)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -54,6 +57,9 @@ class BaseSettings(Settings):
     """Values that the chat template sees, as in `enable_thinking=false`."""
     dtype: Dtype = "auto"
     """Dtype of the base. auto: bfloat16 on CUDA, float32 elsewhere."""
+    quantization: Quantization | None = None
+    """Quantize the base's linear layers as it is loaded, by bitsandbytes: nf4 (4 bits, double
+    quantization, as QLoRA) or int8 (8 bits by rows). The adapter stays float32. None: as it is."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps."""
     threads: int = Field(default=0, ge=0, le=4096)
@@ -127,13 +133,37 @@ class LoraSettings(Settings):
     """Dropout on the adapter's input, probability. Default 0."""
     targets: tuple[str, ...] | None = None
     """What gets an adapter: names of modules, as in `q_proj v_proj`, or of parameters, as in
-    `gate.weight`; `all-linear` (default): every linear layer but routers and the head; `experts`:
-    experts that the base keeps in one tensor, as in `all-linear experts`."""
+    `gate.weight`; patterns of whole names, as in `.*self_attn.*`; `all-linear` (default): every
+    linear layer but routers and the head; `experts`: experts that the base keeps in one tensor, as
+    in `all-linear experts`."""
+    exclude_targets: tuple[str, ...] | None = None
+    """Of these, what gets none after all: names or patterns. Default: nothing."""
+    layers: tuple[LayerNumber, ...] | None = None
+    """Numbers of the decoder layers that get an adapter, from 0. Default: all."""
+    rank_pattern: tuple[str, ...] | None = None
+    """Ranks of some targets, as in `q_proj=8 layers.0.mlp.*=32`: a name, or pattern of its end, and
+    the rank. Default: none has a rank of its own."""
+    alpha_pattern: tuple[str, ...] | None = None
+    """Their alphas, in the same form. Default: none has an alpha of its own."""
     rslora: bool = False
     """Scale the update by alpha / sqrt(rank): rank-stabilized LoRA. A warm start sets its own."""
     dora: bool = False
     """Learn the weights' magnitudes apart from their directions (DoRA); slower. A warm start
     sets its own."""
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _of_numbers(
+        cls, values: tuple[str, ...] | None, info: ValidationInfo
+    ) -> tuple[str, ...] | None:
+        whole = info.field_name == "rank_pattern"
+        number = r"[1-9]\d{0,5}" if whole else r"\d{1,6}(\.\d{1,6})?"
+        for value in values or ():
+            name, _, given = value.rpartition("=")
+            if not name or not re.fullmatch(number, given, re.ASCII) or float(given) == 0:
+                example = "q_proj=8" if whole else "q_proj=16"
+                raise ValueError(f"expected a name and a positive number, as in {example}")
+        return values
 
 
 class TrainSettings(Settings):
@@ -157,6 +187,10 @@ class TrainSettings(Settings):
     8192 elsewhere."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Maximum number of examples in one forward pass. None: micro_batch_tokens is the limit."""
+    checkpointing: Checkpointing = "auto"
+    """Activation checkpointing: layers keep their inputs alone and are computed again for their
+    gradients, so that longer rows fit at a quarter to a third more time. auto: where memory would
+    not hold a row without. The result does not depend on it."""
     lora_plus_ratio: float = Field(default=1.0, gt=0)
     """LoRA+: learning rate of B as a multiple of A's."""
     schedule: Schedule = "linear"

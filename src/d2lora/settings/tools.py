@@ -13,6 +13,7 @@ from d2lora.settings.sections import (
     FormatSettings,
     GenerationSettings,
     HygieneSettings,
+    Quantization,
     Seed,
     SelectMethod,
 )
@@ -192,6 +193,8 @@ class InspectSettings(Settings):
     """Revision of a hub model. None: the hub's default."""
     gguf_file: str | None = None
     """The GGUF file to take as weights inside the base's folder or hub model."""
+    quantization: Quantization | None = None
+    """Quantize the base as it is loaded, as for adapt: nf4 or int8. None: as it is."""
     data: tuple[str, ...] = ()
     """Rows of a task: report the loss of the base and of the adapter on the first 32. Without an
     adapter: show the first three as the model will see them."""

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from d2lora.adapters.lora import PARTIAL
 from d2lora.data.reading import read_task
 from d2lora.data.sources import split_validation
 from d2lora.data.tasks import is_closed
@@ -29,7 +30,7 @@ from d2lora.training.schedule import StepSchedule, batch_size_of
 
 CURVE_POINTS = 12
 """Validation losses in a trial's curve, at most, besides that of the untrained adapter."""
-_INHERITED = {"rank": None, "alpha": None, "targets": None}
+_INHERITED = dict.fromkeys(("rank", "alpha", "targets", *PARTIAL))
 """What an arm takes over from a warm start, whatever the plan says of fresh ones."""
 _ALIKE = ("max_length", "overlong", "chat_format")
 """What holds for test rows as for training rows."""
@@ -181,9 +182,8 @@ class Needs:
                 n_steps = _n_steps(cell.n, plain) + result["cost"]["n_steps"]
                 changes = {"epochs": None, "max_steps": n_steps}
             case "merged":
-                merged = Merged(
-                    f"{arm.warm_up}, merged", ("", 0), self.store, self._base(), warm_up
-                )
+                whole = self._base().changed(quantization=None)  # quantized again as it is loaded
+                merged = Merged(f"{arm.warm_up}, merged", ("", 0), self.store, whole, warm_up)
                 yield from self.need(merged)
                 changes = {"base": str(merged.path)}
             case "mixed":

@@ -19,7 +19,10 @@ from d2lora.settings.yaml_text import parse_yaml
 from d2lora.study.plan import KINDS, NEEDS_WARM_UP, ArmPlan, Kind, StudyPlan
 from d2lora.study.recipes import listed_values, warm_up_settings
 
-_FIXED = {"base", "revision", "dtype", "device", "threads", "out", "resume", "quiet"}
+_FIXED = {
+    "base", "revision", "dtype", "quantization", "device", "threads", "out", "resume",
+    "dry_run", "quiet",
+}  # fmt: skip
 _FIXED_PAIRS = _FIXED | {"data", "adapter", "n", "seed", "task"}
 _FIXED_ADAPT = _FIXED | {
     "data", "init", "n", "seed", "validation_data", "validation_fraction", "fold", "task",

@@ -7,7 +7,7 @@ from typing import Any
 
 from d2lora.adapters.base import tokenizer_of
 from d2lora.adapters.base_files import base_folder
-from d2lora.adapters.fingerprints import fingerprint_of
+from d2lora.adapters.fingerprints import identity_of
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.encoded_sets import answers_beyond, encode_prompts, every
 from d2lora.data.reading import Say, labels_of, read_task
@@ -142,7 +142,7 @@ def _faults_of_warm_starts(plan: StudyPlan, *, fetch: bool) -> list[str]:
         try:
             made = WarmStart.load(path)
             if fetch:
-                base = fingerprint_of(base_folder(plan.base, plan.revision, plan.gguf_file))
+                base = identity_of(base_folder(plan.base, plan.revision, plan.gguf_file))
                 made.manifest.check_base(base, plan.base, path)
         except ModelError as error:
             faults.append(f"warm_ups.{name}: {error}")

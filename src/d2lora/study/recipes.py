@@ -13,6 +13,8 @@ from d2lora.settings import (
 )
 from d2lora.study.plan import ArmPlan, StudyPlan
 
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
 
 def warm_up_settings(plan: StudyPlan, name: str, out: Path, seed: int = 0) -> WarmupSettings:
     """Return the settings of one warm-up; the plan's seeds are added to its own."""
@@ -77,7 +79,9 @@ def base_values(plan: StudyPlan) -> dict[str, Any]:
 
 def listed_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings in which one text stands for a list of one, as in settings files."""
-    lists = ("data", "validation_data", "targets", "replay")
+    lists = (
+        "data", "validation_data", "targets", "replay", "exclude_targets", "layers", *_PATTERNS,
+    )  # fmt: skip
     return {
         name: (value,) if name in lists and isinstance(value, str) else value
         for name, value in values.items()

@@ -27,7 +27,7 @@ FORMAT = 2
 RESULT = "result.json"
 LOCK = ".lock"
 _KEY_LENGTH = 20
-_FREE = {"out", "quiet", "resume", "threads", "checkpoint_every"}
+_FREE = {"out", "quiet", "resume", "threads", "checkpoint_every", "checkpointing"}
 _FILES = {
     "data", "validation_data", "general_text", "choices", "for_task", "keep_out", "training_data",
     "replay",
@@ -124,6 +124,8 @@ def identity_of(settings: Settings) -> dict[str, Any]:
     if isinstance(settings, BaseSettings):
         values["base"] = _base_content(settings)
         values.pop("gguf_file", None)
+        if settings.quantization is not None:
+            values["bitsandbytes"] = provenance()["versions"].get("bitsandbytes")
         values["device"], values["dtype"] = _where(settings.device, settings.dtype)
     for name in {"init", "adapter"} & values.keys():
         if values[name] is not None and Path(values[name]).is_dir():

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from d2lora.adapters.base import dtype_of
 from d2lora.adapters.card import write_manifest
 from d2lora.adapters.factors import Factors, extend, truncate
-from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles
 from d2lora.adapters.manifest import (
     Manifest,
     ancestor_of,
@@ -110,6 +110,7 @@ def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:
         save_file(tensors_of(new.layers), out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         raw = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         raw |= {"r": new.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
+        raw |= {"rank_pattern": {}, "alpha_pattern": {}}
         write_text(out / ADAPTER_CONFIG, json.dumps(raw, indent=2))
         done: dict[str, Any] = {"kind": "adapter"}
         if has_manifest(folder):
@@ -123,7 +124,8 @@ def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:
                 "mix_method": settings.mix_method if settings.mix else None,
             }
             parents = [folder, *map(Path, settings.mix)]
-            manifest = _write_manifest(parents, out, {"rank": new.rank, "alpha": alpha}, about)
+            shape = {"rank": new.rank, "alpha": alpha, "rank_pattern": (), "alpha_pattern": ()}
+            manifest = _write_manifest(parents, out, shape, about)
             done = {"kind": manifest.kind, "cost": manifest.cost}
         write_json(out / DONE, done)
     return Conversion(settings.out, new.energy_kept, None)
@@ -183,7 +185,8 @@ def randomise(folder: Path, out: Path, seed: int) -> None:
     that separates what a warm start learnt from its size.
     """
     generator = torch.Generator().manual_seed(seed)
-    converted = tensors_of(Plain.read(folder).layers)
+    Plain.read(folder)  # no other kind
+    converted = tensors_of(AdapterFiles.read(folder).layers)
     for name, old in sorted(converted.items()):
         new = torch.randn(old.shape, generator=generator)
         converted[name] = (new * (old.float().norm() / new.norm())).to(old.dtype)
@@ -212,7 +215,7 @@ def _check_same_base(adapters: Sequence[Plain]) -> None:
     known = [a.folder for a in adapters if has_manifest(a.folder)]
     manifests = [Manifest.read(folder) for folder in known]
     for folder, manifest in zip(known[1:], manifests[1:], strict=True):
-        manifest.check_base(manifests[0].base.fingerprint, manifests[0].base.id, folder)
+        manifest.check_base(manifests[0].base.identity, manifests[0].base.id, folder)
         if manifest.chat_format != manifests[0].chat_format:
             raise ModelError(
                 f"{folder} was made with chat format {manifest.chat_format}, {known[0]} with "

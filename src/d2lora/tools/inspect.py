@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from rich.table import Table
 
 from d2lora import fast
@@ -25,8 +24,9 @@ from d2lora.adapters.factors import (
     subspace_overlap,
 )
 from d2lora.adapters.files import PREFIX, AdapterFiles, some
-from d2lora.adapters.fingerprints import fingerprint_of
+from d2lora.adapters.fingerprints import identity_of
 from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
+from d2lora.adapters.mixing import scale_of
 from d2lora.data.encoded_sets import encode_all
 from d2lora.data.reading import read_task
 from d2lora.errors import ModelError, SettingsError
@@ -94,8 +94,8 @@ def inspect(settings: InspectSettings) -> Inspection:
     manifest = Manifest.read(folder) if has_manifest(folder) else None
     fits = None
     if settings.base is not None and manifest is not None:
-        own = fingerprint_of(base_folder(settings.base, settings.revision, settings.gguf_file))
-        fits = own == manifest.base.fingerprint
+        own = identity_of(base_folder(settings.base, settings.revision, settings.gguf_file))
+        fits = manifest.base.identity.is_same(own)
     advice = advice_on(layers, manifest)
     if files.beyond_factors:
         advice.append(
@@ -122,6 +122,7 @@ def _on_task(settings: InspectSettings, folder: Path, manifest: Manifest | None)
             base=name,
             revision=settings.revision,
             gguf_file=settings.gguf_file,
+            quantization=settings.quantization,
             chat_template=settings.chat_template,
             template_args=settings.template_args,
         )
@@ -152,11 +153,8 @@ def _updates(files: AdapterFiles) -> dict[str, Factors]:
         )
     for full_name, (a, b) in files.layers.items():
         name = full_name.removeprefix(PREFIX)
-        alphas = config.alpha_pattern or {}
-        alpha = float(alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha))
         rank = config.r if config.target_parameters else len(a)
-        scale = alpha / (rank**0.5 if config.use_rslora else rank)
-        scaled = Factors(a.double(), b.double() * scale)
+        scaled = Factors(a.double(), b.double() * scale_of(config, name, rank))
         if len(a) == rank:
             updates[name] = scaled
         else:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from d2lora.adapters.attach import attach_adapter, shared_weights
 from d2lora.adapters.base import Base, load_base, n_embedded
 from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
+from d2lora.adapters.quantization import is_quantized
 from d2lora.data.encode import Encoder
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError, first_line
@@ -49,10 +50,11 @@ def merge(base: Base, folder: Path, out: Path, seed: int) -> float:
         ModelError: As `merge_into_base`.
     """
     model = base.model
-    if getattr(model, "is_quantized", False):
+    if is_quantized(model):
         raise ModelError(
             f"{base.name}: its weights are quantized, and merged ones would be rounded to the "
-            "same few values; merge into the base as it was before quantization"
+            "same few values; merge into the base as it was before quantization (leave out "
+            "--quantization)"
         )
     encoder = _encoder_of(folder, base)
     adapted = attach_adapter(model, folder, trainable=False)

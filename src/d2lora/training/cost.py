@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ class Cost:
     n_trainable_parameters: int
     n_prepass_tokens: int = 0
     """Tokens run before training: by a reference policy, or for a data-driven initialization."""
+    n_skipped: int = 0
+    """Gradients in float16 that overflowed, so that their batch was taken again at another scale
+    of the loss."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the cost as plain values."""
@@ -184,7 +187,8 @@ class _Operations(TorchDispatchMode):
     ) -> Any:
         """Compute one operation, and count it."""
         result = func(*args, **(kwargs or {}))
-        formula = _FORMULAS.get(func.overloadpacket)
+        packet = func.overloadpacket
+        formula = _FORMULAS.get(packet) or _OF_BITSANDBYTES.get(str(packet))
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
@@ -194,6 +198,12 @@ def _of_groups(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     return 2 * a.numel() * b.shape[-1]
 
 
+def _four_bit(x: Tensor, _: Tensor, shape: Sequence[int], *__: Any, **___: Any) -> int:
+    return 2 * x.numel() * shape[0]
+
+
+_OF_BITSANDBYTES: dict[str, Callable[..., int]] = {"bitsandbytes.gemm_4bit": _four_bit}
+"""By name, as bitsandbytes is not imported for it; to torch it is one operation."""
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     torch.ops.aten._grouped_mm: _of_groups,  # noqa: SLF001  # it has no other name

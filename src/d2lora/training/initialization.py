@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 from d2lora.adapters.attach import detach_adapter
 from d2lora.adapters.base import Base, causal_model
 from d2lora.adapters.files import read_adapter_config
-from d2lora.adapters.lora import LoraShape, attach, lora_config
+from d2lora.adapters.lora import LoraShape, attach, check_shape, lora_config
 from d2lora.adapters.manifest import Ancestor, save_adapter
-from d2lora.adapters.targets import check_targets, target_layers
+from d2lora.adapters.quantization import is_quantized
+from d2lora.adapters.targets import narrowest, target_layers
 from d2lora.data.batches import Encoded, Item, PreferencePair, collate, micro_batches
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError, SettingsError
@@ -155,7 +156,7 @@ def initialized(
         SettingsError: If the initialization does not work with these settings.
     """
     name, model = settings.init, base.model
-    check_targets(model, shape.targets)
+    check_shape(model, shape)
     check_init(name, shape, model)
     kept = _take_weights(model, shape) if changes_base(name) else None
     attached: PeftModel | None = None
@@ -192,19 +193,33 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
             f"--init {name} changes the base, and a DoRA adapter cannot be converted back; use "
             "--init fresh, gaussian, orthogonal or eva with --dora"
         )
-    if changes_base(name) and name != "loftq" and getattr(model, "is_quantized", False):
+    if changes_base(name) and is_quantized(model):
+        if name == "loftq":
+            raise SettingsError(
+                "--init loftq quantizes the base by itself, and this one is quantized already; "
+                "leave out --quantization, or use --init fresh"
+            )
         raise SettingsError(
             f"--init {name} changes the base's weights, and those of this base are quantized; use "
             "--init fresh, gaussian, orthogonal or eva"
         )
+    if (shape.rank_pattern or shape.alpha_pattern) and name != "gaussian":
+        raise SettingsError(
+            f"--init {name} gives every layer one rank and alpha; leave out --rank-pattern and "
+            "--alpha-pattern, or use --init fresh or gaussian"
+        )
+    _check_rank(name, shape, model)
+
+
+def _check_rank(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
     if name == "orthogonal" and shape.rank % 2:
         raise SettingsError(f"--init orthogonal needs an even rank, got {shape.rank}")
     if name == "loftq":
-        need_extra("loftq", "--init loftq")
+        need_extra("quantization", "--init loftq")
     if name == "loftq" and model.device.type != "cuda":
         raise SettingsError(f"--init loftq needs CUDA, and the base is on {model.device.type}")
     if name not in {"gaussian", "orthogonal"}:
-        least = min(min(layer.weight.shape) for _, layer in target_layers(model, shape.targets))
+        least = min(narrowest(layer) for _, layer in target_layers(model, shape.wanted))
         most = least // 2 if name == "lora_ga" else least
         if shape.rank > most:
             raise SettingsError(
@@ -243,7 +258,7 @@ def _supervised(item: Item) -> Encoded:
 
 def _take_weights(model: PreTrainedModel, shape: LoraShape) -> dict[str, Tensor]:
     """Put copies in place of the weights that an initialization changes; return the weights."""
-    kept = {name: layer.weight.data for name, layer in target_layers(model, shape.targets)}
+    kept = {name: layer.weight.data for name, layer in target_layers(model, shape.wanted)}
     _swap(model, {name: weight.clone() for name, weight in kept.items()})
     return kept
 

@@ -19,49 +19,25 @@ from torch.optim import AdamW
 from d2lora import fast
 from d2lora.adapters.base import causal_model
 from d2lora.adapters.lora import adamw
-from d2lora.data.batches import Item, T, micro_batches
+from d2lora.data.batches import Encoded, Item, T
 from d2lora.errors import TrainingError, first_line
 from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import RunFolder
-from d2lora.scoring.scorer import TokenScorer, pass_tokens
-from d2lora.settings import TrainSettings, WarmupSettings
+from d2lora.scoring.scorer import TokenScorer
+from d2lora.settings import TrainSettings
 from d2lora.settings.seeds import seed_of
-from d2lora.training import checkpoint
+from d2lora.training import checkpoint, loss_scale
 from d2lora.training.cost import Cost, TrainingFlops, peak_memory_bytes
 from d2lora.training.episodes import EpisodeSchedule
+from d2lora.training.lesson import Lesson
 from d2lora.training.objectives import Objective
+from d2lora.training.passes import Passes, undoing
 from d2lora.training.progress import Best, Progress, as_logged, held_out, judge
-from d2lora.training.replay import Replay
+from d2lora.training.recomputation import can_recompute, recomputed
 from d2lora.training.schedule import StepSchedule
 
 U = TypeVar("U", bound=Item)
-
-
-@dataclass(frozen=True)
-class Lesson(Generic[T]):
-    """What a run learns: rows, and the loss over them."""
-
-    train: Sequence[T]
-    valid: Sequence[T]
-    """Rows for the validation loss; may be empty."""
-    objective: Objective[T]
-    pad_id: int
-    max_tokens: int | None = None
-    """End with the step that sees so many tokens, in place of the settings' end."""
-    origins: Sequence[str] = ()
-    """Of a meta warm-up: the source of each training row."""
-    replay: Replay | None = None
-    """General rows that are learnt beside them."""
-
-    def schedule(self, settings: TrainSettings) -> StepSchedule:
-        """Return the steps of a run, which ends as the settings say or with `max_tokens`."""
-        schedule = StepSchedule.of(len(self.train), settings, seed_of(settings, "order"))
-        if isinstance(settings, WarmupSettings) and settings.meta_steps is not None:
-            schedule = EpisodeSchedule.of_sources(schedule, self.origins, settings)
-        if self.max_tokens is None:
-            return schedule
-        return schedule.until(self.max_tokens, [item.n_tokens for item in self.train])
 
 
 @dataclass(frozen=True)
@@ -88,6 +64,7 @@ class _Loop(Generic[T]):
     scorer: nn.Module
     parameters: Mapping[str, nn.Parameter]
     optimizer: AdamW
+    passes: Passes[T]
     flops: TrainingFlops | None
     """None: not known."""
     progress: Progress = field(default_factory=Progress)
@@ -96,7 +73,9 @@ class _Loop(Generic[T]):
     """Of a meta warm-up: the weights that the present episode began with."""
 
     @classmethod
-    def of(cls, model: nn.Module, lesson: Lesson[T], settings: TrainSettings) -> "_Loop[T]":
+    def of(
+        cls, model: nn.Module, lesson: Lesson[T], settings: TrainSettings, reporter: Reporter
+    ) -> "_Loop[T]":
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not parameters:
             raise TrainingError(
@@ -104,7 +83,10 @@ class _Loop(Generic[T]):
                 "load it with is_trainable=True"
             )
         accelerator = Accelerator(cpu=next(iter(parameters.values())).device.type == "cpu")
-        scorer = TokenScorer(model, replays=accelerator.num_processes == 1)
+        n_processes = accelerator.num_processes
+        # What is recorded keeps every activation.
+        replays = n_processes == 1 and settings.checkpointing != "on"
+        scorer = TokenScorer(model, replays=replays)
         return cls(
             model,
             lesson,
@@ -114,6 +96,7 @@ class _Loop(Generic[T]):
             accelerator.prepare(scorer),
             parameters,
             adamw(model, settings),
+            Passes.of(model, scorer, settings, reporter, n_processes),
             TrainingFlops.of(model),
         )
 
@@ -121,11 +104,6 @@ class _Loop(Generic[T]):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(iter(self.parameters.values())).device
-
-    @property
-    def pass_tokens(self) -> int:
-        """Padded tokens of one pass."""
-        return pass_tokens(self.device, self.settings.micro_batch_tokens)
 
     def is_due(self, every: int) -> bool:
         """Say whether something that comes every so many steps, and at the end, is due."""
@@ -139,12 +117,22 @@ class _Loop(Generic[T]):
         step, length = self.progress.step, self.schedule.steps_per_episode
         return step % length == 0 and step // every > (step - length) // every
 
+    def fit_passes(self) -> None:
+        """Take passes that memory has room for, by the longest of the first rows."""
+        lesson, scorer = self.lesson, TokenScorer(self.model)
+        batch = lesson.longest(self.settings)
+        if batch:
+            self.passes.fit(
+                batch, lambda part: lesson.objective.share(scorer, part, batch, lesson.pad_id)
+            )
+
     def validate(self) -> dict[str, float]:
         """Return the held-out loss and metrics."""
         self.model.eval()
-        lesson = self.lesson
-        return held_out(
-            self.scorer, lesson.valid, lesson.objective, self.pass_tokens, lesson.pad_id
+        lesson, passes = self.lesson, self.passes
+        return passes.within_memory(
+            lambda: held_out(self.scorer, lesson.valid, lesson.objective, passes, lesson.pad_id),
+            undo=lambda: None,
         )
 
 
@@ -170,11 +158,17 @@ def train(
     Raises:
         TrainingError: If nothing is trainable, or the loss or its gradient is not finite.
     """
-    loop = _Loop.of(model, lesson, settings)
+    if settings.checkpointing == "on" and not can_recompute(model):
+        raise TrainingError(
+            f"--checkpointing on: {type(causal_model(model)).__name__} has no layers that "
+            "transformers computes again; leave it out"
+        )
+    loop = _Loop.of(model, lesson, settings, reporter)
     schedule = loop.schedule
     started = time.perf_counter()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), recomputed(model, on=settings.checkpointing == "on"):
         torch.manual_seed(seed_of(settings, "dropout"))
+        loop.fit_passes()
         _begin(loop, run, reporter, resume=resume)
         progress, parameters, best = loop.progress, loop.parameters, loop.best
         started -= progress.elapsed_s
@@ -217,6 +211,7 @@ def _begin(loop: _Loop[T], run: RunFolder, reporter: Reporter, *, resume: bool) 
         before = loop.validate()
         loop.progress.validation_before = loop.progress.validation_last = before["loss"]
         run.log(step=0, **as_logged(before))
+    loss_scale.begin(loop.progress, causal_model(loop.model).dtype)
     if isinstance(loop.schedule, EpisodeSchedule):
         loop.anchor = {name: p.detach().clone() for name, p in loop.parameters.items()}
 
@@ -227,21 +222,15 @@ def _step(loop: _Loop[T]) -> dict[str, float]:
     Returns:
         The batch's loss and metrics, the learning rate, and the gradient's norm.
     """
-    settings, progress = loop.settings, loop.progress
+    settings, progress, replay = loop.settings, loop.progress, loop.lesson.replay
     items = [loop.lesson.train[index] for index in loop.schedule.batch(progress.step)]
     learning_rate = loop.schedule.learning_rate(progress.step, settings)
     loop.model.train()
-    measured = _backward(loop, items, loop.lesson.objective)
-    counted: list[tuple[Sequence[Item], float]] = [(items, 1.0)]
-    loss, replay = measured["loss"], loop.lesson.replay
+    general = [] if replay is None else replay.batch(progress.step)
+    measured, norm = _gradient(loop, items, general)
+    loss = measured["loss"]
     if replay is not None:
-        general = replay.batch(progress.step)
-        beside = _backward(loop, general, replay.objective, replay.weight, replay.pass_tokens)
-        measured["replay_loss"] = beside["loss"]
-        loss += replay.weight * beside["loss"]
-        counted.append((general, replay.passes_per_row))
-    largest = settings.max_grad_norm or math.inf
-    norm = float(nn.utils.clip_grad_norm_(list(loop.parameters.values()), largest))
+        loss += replay.weight * measured["replay_loss"]
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise TrainingError(
             f"the loss became {loss} and its gradient {norm} at step {progress.step + 1}; lower "
@@ -253,11 +242,53 @@ def _step(loop: _Loop[T]) -> dict[str, float]:
     loop.optimizer.zero_grad()
     progress.step += 1
     _end_episode(loop)
+    counted: list[tuple[Sequence[Item], float]] = [(items, 1.0)]
+    if replay is not None:
+        counted.append((general, replay.passes_per_row))
     _count(loop, counted)
     if progress.first_loss is None:
         progress.first_loss = measured["loss"]
     progress.last_loss = measured["loss"]
-    return {**measured, "learning_rate": learning_rate, "grad_norm": norm}
+    scaled = {} if progress.loss_scale is None else {"loss_scale": progress.loss_scale}
+    return {**measured, "learning_rate": learning_rate, "grad_norm": norm, **scaled}
+
+
+def _gradient(
+    loop: _Loop[T], items: Sequence[T], general: Sequence[Encoded]
+) -> tuple[dict[str, float], float]:
+    """Compute a batch's gradient, clipped, in a way that memory and dtype hold.
+
+    Args:
+        loop: The run.
+        items: The batch.
+        general: The general rows beside it.
+
+    Returns:
+        What `_backward` gives, with `replay_loss` where there are general rows, and the norm before
+        clipping.
+    """
+    parameters, progress = list(loop.parameters.values()), loop.progress
+    replay = loop.lesson.replay
+    largest = loop.settings.max_grad_norm or math.inf
+    undo = undoing(loop.optimizer, loop.device)
+
+    def attempt() -> dict[str, float]:
+        measured = _backward(loop, items, loop.lesson.objective)
+        if replay is None:
+            return measured
+        beside = _backward(loop, general, replay.objective, replay.weight, replay.pass_tokens)
+        return {**measured, "replay_loss": beside["loss"]}
+
+    while True:
+        measured = loop.passes.within_memory(attempt, undo)
+        loss_scale.unscale(parameters, progress)
+        norm = float(nn.utils.clip_grad_norm_(parameters, largest))
+        if math.isfinite(norm):
+            loss_scale.keep(progress)
+            return measured, norm
+        if not math.isfinite(measured["loss"]) or not loss_scale.skip(progress):
+            return measured, norm
+        undo()
 
 
 def _count(loop: _Loop[T], counted: Iterable[tuple[Sequence[Item], float]]) -> None:
@@ -311,16 +342,17 @@ def _backward(
     # A process without a share still has to take part in the synchronisation: with weight 0.
     mine = items[accelerator.process_index :: world] or items[:1]
     part = world if len(items) > accelerator.process_index else 0
-    limit = min(loop.pass_tokens, max_tokens or loop.pass_tokens)
-    groups = micro_batches(mine, limit, loop.settings.micro_batch_size)
+    groups = loop.passes.cut(mine, max_tokens)
     total: dict[str, Tensor] = {}
     for number, group in enumerate(groups, 1):
+        loop.passes.begin(group)
         with (
             accelerator.accumulate(scorer) if number == len(groups) else accelerator.no_sync(scorer)
         ):
             share = objective.share(scorer, group, items, lesson.pad_id)
             try:
-                accelerator.backward(share.loss * part * weight)
+                scale = loop.progress.loss_scale or 1
+                accelerator.backward(share.loss * (part * weight * scale))
             except RuntimeError as error:
                 if not any(fault in str(error) for fault in _NO_GRADIENT):
                     raise
@@ -355,5 +387,6 @@ def _trained(loop: _Loop[T]) -> Trained:
         elapsed_s=round(progress.elapsed_s, 3),
         peak_memory_bytes=peak_memory_bytes(loop.device),
         n_trainable_parameters=sum(p.numel() for p in loop.parameters.values()),
+        n_skipped=progress.n_skipped,
     )
     return Trained(progress, cost, kept, loss)

@@ -36,7 +36,8 @@ from d2lora.training import checkpoint
 from d2lora.training.cost import reset_peak_memory
 from d2lora.training.diagnosis import Start, losses_at_start, overfitting, too_short
 from d2lora.training.initialization import InitializedAdapter
-from d2lora.training.loop import Lesson, Trained, train
+from d2lora.training.lesson import Lesson
+from d2lora.training.loop import Trained, train
 from d2lora.training.objectives import objective_of
 from d2lora.training.reference import ReferencePolicy, with_reference
 from d2lora.training.replay import Replay

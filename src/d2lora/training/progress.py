@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2lora.data.batches import T, micro_batches
+from d2lora.data.batches import T
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import RunFolder
 from d2lora.settings import TrainSettings
 from d2lora.training.objectives import Objective
+from d2lora.training.passes import Passes
 
 
 @dataclass
@@ -34,6 +35,12 @@ class Progress:
     stopped: bool = False
     fast_passes: list[str] = field(default_factory=list[str])
     """Those that were used before a checkpoint."""
+    loss_scale: float | None = None
+    """Of float16; None: the loss is not scaled."""
+    n_finite: int = 0
+    """Steps since the scale was changed."""
+    n_skipped: int = 0
+    """Gradients that were thrown away, as they were not finite at their scale."""
 
 
 @dataclass
@@ -56,12 +63,13 @@ class Best:
 
 @torch.no_grad()
 def held_out(
-    scorer: nn.Module, items: Sequence[T], objective: Objective[T], limit: int, pad_id: int
+    scorer: nn.Module, items: Sequence[T], objective: Objective[T], passes: Passes[T], pad_id: int
 ) -> dict[str, float]:
     """Return the loss and metrics of a set of items, as if it were one batch."""
     items = list(items)  # read from disk once
     total: dict[str, float] = {}
-    for group in micro_batches(items, limit):
+    for group in passes.cut(items):
+        passes.begin(group)
         share = objective.share(scorer, group, items, pad_id)
         for name, value in {"loss": share.loss, **share.metrics}.items():
             total[name] = total.get(name, 0.0) + float(value)
