@@ -74,6 +74,11 @@ COMMANDS = {
         "ConvertSettings",
         "tools.convert:command",
     ),
+    "publish": Command(
+        "upload an adapter, a warm start or a merged model to the hub",
+        "PublishSettings",
+        "tools.publish:command",
+    ),
     "pairs": Command(
         "task rows with gold answers -> preference pairs, by sampling",
         "PairsSettings",

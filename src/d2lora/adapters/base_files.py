@@ -1,6 +1,7 @@
 """Where a base's files are: in the package, in a folder, in a GGUF file or on the hub."""
 
 import importlib.util
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -42,12 +43,26 @@ def base_folder(
         return converted_gguf(path)
     if path.is_dir():
         return _local(path, gguf_file)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(".gguf"):
+    if not _is_hub_name(name):
         raise ModelError(
             f"{name}: no such folder or file; a base is `embedded`, `smollm2`, a local folder, a "
             "GGUF file or a hub id (owner/name)"
         )
     return _from_hub(name, revision, gguf_file, fetch=fetch)
+
+
+def hub_id(name: str) -> str | None:
+    """Return the hub id of a base by the name it was given; None where it is no model of a hub."""
+    if name == SMOLLM2:
+        return SMOLLM2_HUB_ID
+    known = _is_hub_name(name) and not Path(name).exists()
+    return name if known and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) else None
+
+
+def _is_hub_name(name: str) -> bool:
+    """Say whether a name that is not on this machine may be a hub id."""
+    local = name.startswith((".", "/", "~")) or name.endswith(".gguf")
+    return not local and name.count("/") == 1
 
 
 def _check_options(name: str, revision: str | None, gguf_file: str | None) -> None:

@@ -31,6 +31,7 @@ from d2lora.settings.tools import (
     GenerateSettings,
     InspectSettings,
     PairsSettings,
+    PublishSettings,
     SchemaSettings,
     SelectSettings,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "Overlong",
     "PairsSettings",
     "PhaseSettings",
+    "PublishSettings",
     "Reference",
     "ReportSettings",
     "SchemaSettings",

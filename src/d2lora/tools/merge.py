@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from d2lora.adapters.attach import attach_adapter, shared_weights
 from d2lora.adapters.base import Base, load_base, n_embedded
-from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
+from d2lora.adapters.card import write_merged
+from d2lora.adapters.manifest import Manifest, base_record, check_fit, has_manifest
 from d2lora.data.encode import Encoder
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError, first_line
@@ -73,6 +74,7 @@ def merge(base: Base, folder: Path, out: Path, seed: int) -> float:
     with new_folder(out.resolve()) as written:  # behind a symbolic link, which stays
         merged.save_pretrained(written)
         encoder.tokenizer.save_pretrained(written)
+        write_merged(_manifest_of(folder, base), written)
         own = TrainedRows.read(base.folder)
         (TrainedRows.read(folder) | own).write(written)
         # What was written is what counts: transformers ties weights again as it reads them.
@@ -89,6 +91,13 @@ def merge(base: Base, folder: Path, out: Path, seed: int) -> float:
         largest = _check_same(folder, base, apart, read(input_ids=ids).logits.float())
         write_json(written / DONE, {"kind": "model", "largest_logit_difference": largest})
     return largest
+
+
+def _manifest_of(folder: Path, base: Base) -> Manifest:
+    """Return an adapter's manifest, with the base that it is merged into where it has none."""
+    if has_manifest(folder):
+        return Manifest.read(folder)
+    return Manifest.of_foreign(folder).model_copy(update={"base": base_record(base)})
 
 
 def _encoder_of(folder: Path, base: Base) -> Encoder:
