@@ -51,6 +51,22 @@ def base_folder(
     return _from_hub(name, revision, gguf_file, fetch=fetch)
 
 
+def gguf_of(name: str, revision: str | None = None, gguf_file: str | None = None) -> Path | None:
+    """Return the GGUF file that a base is read from, which `base_folder` has found; else None."""
+    path = Path(name)
+    if name == SMOLLM2:
+        return smollm2_file()
+    if path.is_file():
+        return path
+    if gguf_file is None:
+        return None
+    if path.is_dir():
+        return path / gguf_file
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, gguf_file, revision=revision, local_files_only=True))
+
+
 def hub_id(name: str) -> str | None:
     """Return the hub id of a base by the name it was given; None where it is no model of a hub."""
     if name == SMOLLM2:

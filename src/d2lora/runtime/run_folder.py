@@ -46,15 +46,8 @@ def cache_folder() -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it."""
-    path = target_of(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_temporary(path))
-    with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(temporary).chmod(0o644)
-    Path(temporary).replace(path)
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -79,6 +72,26 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RunError(f"{path}: expected an object, found {type(values).__name__}")
     return values
+
+
+@contextmanager
+def new_file(path: Path) -> Generator[Path]:
+    """Yield a temporary file that is flushed and takes the place of `path` when the block succeeds.
+
+    A symbolic link stays, and what it stands for is replaced.
+    """
+    path = target_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_temporary(path))
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -148,7 +148,8 @@ class ConvertSettings(BaseSettings):
     adapter: str
     """Adapter or warm start to convert; it is not changed."""
     out: Path
-    """Folder to write."""
+    """Folder to write, or a file that ends in `.gguf`, for llama.cpp and Ollama: the adapter alone,
+    or the merged model."""
     rank: int | None = Field(default=None, ge=1)
     """New rank: a higher one keeps the function, a lower one approximates it best (SVD)."""
     scale: float | None = Field(default=None, gt=0)
@@ -161,9 +162,12 @@ class ConvertSettings(BaseSettings):
     """cat: exact, the ranks add up (--rank R truncates them); average: averages A and B, of equal
     shapes, which is not the average of the updates."""
     dtype: Dtype = "auto"
-    """Dtype to write. auto: the adapter's own; of a merged model bfloat16 on CUDA, else float32."""
+    """Dtype to write. auto: the adapter's own, in GGUF float32; of a merged model bfloat16 on CUDA,
+    else float32."""
     merge: bool = False
-    """Merge the adapter into the base and write a plain model folder."""
+    """Merge the adapter into the base and write a plain model."""
+    shard_size: str | None = Field(default=None, pattern=r"^\d+(\.\d+)?[KMGT]i?B$")
+    """Largest file of a merged model's weights, as in `5GB`. None: as transformers does."""
     seed: Seed = 0
     """Seed of A in new directions, and of the tokens that a merge is checked on."""
 
