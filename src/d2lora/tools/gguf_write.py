@@ -12,7 +12,13 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from d2lora.adapters.base import n_embedded
@@ -20,7 +26,7 @@ from d2lora.adapters.files import PREFIX
 from d2lora.adapters.mixing import Plain
 from d2lora.errors import ModelError
 from d2lora.tools.gguf_shape import GgufShape
-from d2lora.tools.gguf_tokens import write_tokenizer
+from d2lora.tools.gguf_tokens import Vocabulary, write_tokenizer
 
 HEAD = "lm_head.weight"
 _FILE_TYPES = {
@@ -56,7 +62,8 @@ class GgufModel(NamedTuple):
             ModelError: If llama.cpp has no place for a weight, or does not know the tokenizer.
         """
         list(self._weights(model))
-        write_tokenizer(GGUFWriter(None, ""), self.tokenizer, n_embedded(model), self.origin)
+        if self.origin is None:
+            Vocabulary.of(self.tokenizer, n_embedded(model))
 
     def write(self, model: PreTrainedModel, path: Path, name: str) -> None:
         """Write a model, and compare what transformers reads of it.
@@ -87,7 +94,7 @@ class GgufModel(NamedTuple):
     @torch.no_grad()
     def _compare(self, model: PreTrainedModel, path: Path) -> None:
         read: Mapping[str, Tensor] = load_gguf_checkpoint(
-            str(path), return_tensors=True, model_to_load=model
+            str(path), return_tensors=True, model_to_load=_as_read(model)
         )["tensors"]
         for name, value in _own_weights(model, self.shape).items():
             dtype = self.dtype if value.dim() > 1 else torch.float32
@@ -96,6 +103,15 @@ class GgufModel(NamedTuple):
             kept = value.float().to(dtype).float().cpu()
             if name not in read or not torch.allclose(read[name], kept, rtol=0, atol=rounding):
                 raise ModelError(f"{path.name}: {name} is not read back as it was written")
+
+
+def _as_read(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of the kind that the file says: a Mistral without a window is a Llama."""
+    if model.config.model_type != "mistral":
+        return model
+    values = model.config.to_dict() | {"model_type": "llama"}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig.from_dict(values))
 
 
 def _own_weights(model: PreTrainedModel, shape: GgufShape) -> dict[str, Tensor]:
