@@ -70,7 +70,7 @@ COMMANDS = {
         "tools.inspect:command",
     ),
     "convert": Command(
-        "change an adapter's rank, strength or dtype, mix or merge adapters",
+        "change an adapter's rank, strength, dtype or format, mix or merge adapters",
         "ConvertSettings",
         "tools.convert:command",
     ),

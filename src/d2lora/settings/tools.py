@@ -143,7 +143,7 @@ class PairsSettings(BaseSettings, FormatSettings, GenerationSettings):
 
 
 class ConvertSettings(BaseSettings):
-    """`d2lora convert`: change an adapter's rank, strength or dtype, mix or merge adapters."""
+    """`d2lora convert`: change an adapter's rank, strength, dtype or format, mix or merge them."""
 
     adapter: str
     """Adapter or warm start to convert; it is not changed."""
