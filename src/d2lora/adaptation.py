@@ -13,6 +13,7 @@ from d2lora.data.encode import Encoder
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import SettingsError, WarmStartError
 from d2lora.runtime.console import Reporter
+from d2lora.runtime.extras import need_trackers
 from d2lora.runtime.run_folder import RunFolder
 from d2lora.settings import AdaptSettings, is_named_init
 from d2lora.settings.seeds import seed_of
@@ -36,6 +37,7 @@ def adapt(settings: AdaptSettings, base: Base | None = None) -> Adapter:
         D2LoraError: One of its kinds, for settings, data, a base or a warm start that cannot be
             used.
     """
+    need_trackers(settings.track)
     reporter = Reporter(quiet=settings.quiet)
     warm_start = None if is_named_init(settings.init) else WarmStart.load(settings.init)
     if warm_start is None and settings.init_scale != 1:

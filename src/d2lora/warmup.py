@@ -8,6 +8,7 @@ from d2lora.data.encode import Encoder
 from d2lora.data.sources import SELECTED
 from d2lora.errors import SettingsError
 from d2lora.runtime.console import Reporter
+from d2lora.runtime.extras import need_trackers
 from d2lora.runtime.run_folder import DONE, RunFolder
 from d2lora.selection.select import select
 from d2lora.settings import SelectSettings, WarmupSettings
@@ -28,6 +29,7 @@ def warm_up(settings: WarmupSettings, base: Base | None = None) -> WarmStart:
     Raises:
         D2LoraError: One of its kinds, for settings, data or a base that cannot be used.
     """
+    need_trackers(settings.track)
     reporter = Reporter(quiet=settings.quiet)
     with RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume) as run:
         chosen = _chosen(settings, run)

@@ -16,7 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -31,7 +31,7 @@ from d2lora.runtime.claims import claimed, is_main_process, target_of
 DONE = "done.json"
 SETTINGS = "settings.yaml"
 METRICS = "metrics.jsonl"
-_FREE = {"out", "resume", "quiet", "threads", "checkpoint_every"}
+_FREE = {"out", "resume", "quiet", "threads", "checkpoint_every", "track", "track_project"}
 """Settings that a resumed run may change: how it is shown or reached, not what comes out."""
 Stamp = tuple[str, int, int, int]
 IN_EXTRAS = ("lm_eval",)
@@ -151,6 +151,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         """Wrap a folder; `open` claims and checks it first."""
         self.path = path
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
+        """What is told each line of the log, once it is written."""
 
     @classmethod
     @contextmanager
@@ -228,6 +230,8 @@ class RunFolder:
             return
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        for listener in self.listeners:
+            listener(values)
 
     def cut_log(self, step: int) -> None:
         """Drop the logged lines after `step`, as a run resumed there will write them again."""

@@ -16,6 +16,7 @@ from d2lora.settings.sections import (
     ObjectiveSettings,
     Reference,
     SelectMethod,
+    Tracker,
     TrainSettings,
     is_named_init,
 )
@@ -42,6 +43,11 @@ class PhaseSettings(
     """Whether to measure the base and the warm start on rows of the task before training."""
     resume: bool = False
     """Continue a killed run in `out`."""
+    track: tuple[Tracker, ...] = ()
+    """Trackers to show the log in, too: tensorboard, mlflow, wandb (offline unless WANDB_MODE says
+    otherwise), trackio. Empty: none; `metrics.jsonl` has all in any case."""
+    track_project: str = "d2lora"
+    """Name of the project or experiment in these trackers."""
     quiet: bool = False
     """No progress bar and no messages."""
 

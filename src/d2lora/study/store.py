@@ -27,7 +27,7 @@ FORMAT = 2
 RESULT = "result.json"
 LOCK = ".lock"
 _KEY_LENGTH = 20
-_FREE = {"out", "quiet", "resume", "threads", "checkpoint_every"}
+_FREE = {"out", "quiet", "resume", "threads", "checkpoint_every", "track", "track_project"}
 _FILES = {
     "data", "validation_data", "general_text", "choices", "for_task", "keep_out", "training_data",
 }  # fmt: skip
