@@ -133,9 +133,7 @@ def test_a_merged_model_is_read_back_by_transformers(
     assert greedy(merged, ids) == greedy(read, ids)
 
 
-@pytest.mark.parametrize(
-    "family", [f if f == "llama 3" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_says_the_same_of_the_merged_model_and_of_the_adapter_beside_its_base(
     tmp_path: Path, tiny_base: str, family: str
 ) -> None:
