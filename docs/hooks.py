@@ -49,7 +49,7 @@ def settings_of(kind: type[Settings]) -> list[list[str]]:
     rows: list[list[str]] = []
     for field, info in kind.model_fields.items():
         option = f"--{'no-' * (info.default is True)}{field.replace('_', '-')}"
-        first = f"`{field.upper()}` or " if field == kind.positional else ""
+        first = f"`{field.upper()}` or " if field in kind.positional else ""
         default = "needed" if info.is_required() else shown(info.default)
         meaning = " ".join((info.description or "").split())
         cells = [f"{first}`{option}`", values_of(info.annotation), default]

@@ -53,7 +53,7 @@ from d2lora.training.objectives import SFT
 
 KINDS = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 MISLOADED_BY_PEFT = {"laguna"}
-"""PEFT 0.21 renames the weights of shared experts to names that nothing has, and leaves them out."""
+"""PEFT 0.21 renames their shared experts' weights to names that nothing has, and drops them."""
 N_TOKENS = 400
 SMALL = {
     "vocab_size": N_TOKENS, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,

@@ -20,6 +20,7 @@ from d2lora import (
     convert,
 )
 from d2lora.adapters.factors import Factors, extend, singular_values, truncate
+from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.adapters.mixing import Plain
 
 PROBE = torch.arange(5, 60)[None]
@@ -185,6 +186,23 @@ def test_a_merged_model_loads_alone_and_says_the_same_tokens(
     ]
     assert printed[0] == printed[1]
     assert before == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+def test_a_merged_model_is_written_in_shards(
+    tmp_path: Path, tiny_base: str, warm_start: WarmStart
+) -> None:
+    settings = ConvertSettings(
+        base=tiny_base, adapter=str(warm_start.path), merge=True, out=tmp_path / "whole"
+    )
+    whole = convert(settings).path
+    shards = convert(settings.changed(shard_size="60KB", out=tmp_path / "shards")).path
+    assert len(list(shards.glob("model-*-of-*.safetensors"))) > 1
+    assert (shards / "model.safetensors.index.json").is_file()
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (whole, shards)
+    )
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+    assert fingerprint_of(shards) == fingerprint_of(whole)
 
 
 def test_an_adapter_is_not_put_on_another_base(

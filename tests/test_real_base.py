@@ -22,7 +22,7 @@ from d2lora import (
 )
 from d2lora.adapters.attach import attached
 from d2lora.adapters.base import Base, load_base
-from d2lora.adapters.base_files import base_folder
+from d2lora.adapters.base_files import base_folder, smollm2_file
 from d2lora.data.encode import Encoder
 from d2lora.data.reading import read_task
 from d2lora.data.rows import Example, user
@@ -171,6 +171,27 @@ def test_the_merged_model_is_base_and_adapter(adapter: Path, tmp_path: Path) -> 
     assert done.largest_logit_difference is not None
     assert done.largest_logit_difference < 1e-3
     assert (out / "model.safetensors").is_file()
+
+
+def test_llama_cpp_says_what_d2lora_says_with_the_base_as_it_was_quantized(
+    base: Base, abstracts: str, tmp_path: Path
+) -> None:
+    from llama_cpp import LlamaCpp
+
+    folder = Path(str(resources.files("d2lora") / "shipped" / "smollm2-warm-start"))
+    prompts = prompts_of(base, abstracts)
+    with attached(base.model, folder) as model, enabled(model, when=True):
+        expected = dict(Decoder(model, base, 16, 4).complete(prompts))
+    path = tmp_path / "warm.gguf"
+    convert(ConvertSettings(base="smollm2", adapter=str(folder), out=path))
+    source = smollm2_file()
+    assert source is not None
+    server = LlamaCpp(source, path)
+    for index, prompt in enumerate(prompts):
+        answer = server.continued(prompt, 16)
+        assert expected[index] == [token for token in answer if token != base.eos_id]
+        text = base.tokenizer.decode(prompt)
+        assert server.encoded(text) == prompt
 
 
 def test_titles_are_scored_against_the_base(

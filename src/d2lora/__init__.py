@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         GenerateSettings,
         InspectSettings,
         PairsSettings,
+        PublishSettings,
         SelectSettings,
         StudySettings,
         WarmupSettings,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from d2lora.tools.convert import Conversion, convert
     from d2lora.tools.inspect import Inspection, inspect
     from d2lora.tools.pairs import PairsMade, make_pairs
+    from d2lora.tools.publish import Publication, publish
     from d2lora.warmstart import WarmStart
     from d2lora.warmup import warm_up
 
@@ -63,6 +65,9 @@ _HOMES = {
     "PairsMade": "tools.pairs",
     "PairsSettings": "settings",
     "make_pairs": "tools.pairs",
+    "Publication": "tools.publish",
+    "PublishSettings": "settings",
+    "publish": "tools.publish",
     "RunError": "errors",
     "SettingsError": "errors",
     "TrainingError": "errors",
@@ -106,6 +111,8 @@ __all__ = [
     "ModelError",
     "PairsMade",
     "PairsSettings",
+    "Publication",
+    "PublishSettings",
     "RunError",
     "SelectSettings",
     "Selection",
@@ -123,6 +130,7 @@ __all__ = [
     "generate",
     "inspect",
     "make_pairs",
+    "publish",
     "read_findings",
     "run_study",
     "select",

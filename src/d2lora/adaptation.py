@@ -16,6 +16,7 @@ from d2lora.data.encode import Encoder
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import SettingsError, WarmStartError
 from d2lora.runtime.console import Reporter
+from d2lora.runtime.extras import need_trackers
 from d2lora.runtime.run_folder import RunFolder
 from d2lora.settings import AdaptSettings, is_named_init
 from d2lora.settings.seeds import seed_of
@@ -63,6 +64,7 @@ def dry_run(settings: AdaptSettings, base: Base | None = None) -> Forecast:
 
 def _prepared(settings: AdaptSettings, base: Base | None, act: Callable[[Phase], R]) -> R:
     """Do something with the phase that the settings describe, ready to train."""
+    need_trackers(settings.track)
     reporter = Reporter(quiet=settings.quiet)
     warm_start = None if is_named_init(settings.init) else WarmStart.load(settings.init)
     if warm_start is None and settings.init_scale != 1:

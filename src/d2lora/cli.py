@@ -140,9 +140,14 @@ def _spelt_out(kind: "type[Settings]", words: list[str]) -> list[str]:
         options[place] = kind.aliases.get(name, name) + equals + value
     _refuse_twice(options)
     named = kind.settings_file and bool(alone) and alone[0].endswith((".yaml", ".yml"))
-    if kind.positional is None or not alone or named:
+    if not kind.positional or not alone or named:
         return [*alone, *options]
-    return [*options, f"--{kind.positional}", *alone]
+    if len(kind.positional) == 1:
+        return [*options, f"--{kind.positional[0]}", *alone]
+    if len(alone) > len(kind.positional):
+        raise SettingsError(f"expected {_first_word(kind)}, found {' '.join(alone)}")
+    pairs = zip(kind.positional, alone, strict=False)
+    return [*options, *(word for name, value in pairs for word in (f"--{name}", value))]
 
 
 def _refuse_twice(options: list[str]) -> None:
@@ -161,5 +166,5 @@ def _refuse_twice(options: list[str]) -> None:
 
 def _first_word(kind: "type[Settings]") -> str:
     """Return what the first word of a command line may be, for its help."""
-    words = [kind.positional.upper()] if kind.positional else []
+    words = [" ".join(kind.positional).upper()] if kind.positional else []
     return "|".join([*words, "SETTINGS.yaml"] if kind.settings_file else words)

@@ -70,9 +70,14 @@ COMMANDS = {
         "tools.inspect:command",
     ),
     "convert": Command(
-        "change an adapter's rank, strength or dtype, mix or merge adapters",
+        "change an adapter's rank, strength, dtype or format, mix or merge adapters",
         "ConvertSettings",
         "tools.convert:command",
+    ),
+    "publish": Command(
+        "upload an adapter, a warm start or a merged model to the hub",
+        "PublishSettings",
+        "tools.publish:command",
     ),
     "pairs": Command(
         "task rows with gold answers -> preference pairs, by sampling",

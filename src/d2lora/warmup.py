@@ -12,6 +12,7 @@ from d2lora.data.encode import Encoder
 from d2lora.data.sources import SELECTED
 from d2lora.errors import SettingsError
 from d2lora.runtime.console import Reporter
+from d2lora.runtime.extras import need_trackers
 from d2lora.runtime.run_folder import DONE, RunFolder
 from d2lora.selection.select import select
 from d2lora.settings import SelectSettings, WarmupSettings
@@ -56,6 +57,7 @@ def dry_run(settings: WarmupSettings, base: Base | None = None) -> Forecast:
 
 def _prepared(settings: WarmupSettings, base: Base | None, act: Callable[[Phase], R]) -> R:
     """Do something with the phase that the settings describe, ready to train."""
+    need_trackers(settings.track)
     reporter = Reporter(quiet=settings.quiet)
     with RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume) as run:
         chosen = _chosen(settings, run)

@@ -1,6 +1,7 @@
 """Where a base's files are: in the package, in a folder, in a GGUF file or on the hub."""
 
 import importlib.util
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -42,12 +43,42 @@ def base_folder(
         return converted_gguf(path)
     if path.is_dir():
         return _local(path, gguf_file)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(".gguf"):
+    if not _is_hub_name(name):
         raise ModelError(
             f"{name}: no such folder or file; a base is `embedded`, `smollm2`, a local folder, a "
             "GGUF file or a hub id (owner/name)"
         )
     return _from_hub(name, revision, gguf_file, fetch=fetch)
+
+
+def gguf_of(name: str, revision: str | None = None, gguf_file: str | None = None) -> Path | None:
+    """Return the GGUF file that a base is read from, which `base_folder` has found; else None."""
+    path = Path(name)
+    if name == SMOLLM2:
+        return smollm2_file()
+    if path.is_file():
+        return path
+    if gguf_file is None:
+        return None
+    if path.is_dir():
+        return path / gguf_file
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, gguf_file, revision=revision, local_files_only=True))
+
+
+def hub_id(name: str) -> str | None:
+    """Return the hub id of a base by the name it was given; None where it is no model of a hub."""
+    if name == SMOLLM2:
+        return SMOLLM2_HUB_ID
+    known = _is_hub_name(name) and not Path(name).exists()
+    return name if known and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) else None
+
+
+def _is_hub_name(name: str) -> bool:
+    """Say whether a name that is not on this machine may be a hub id."""
+    local = name.startswith((".", "/", "~")) or name.endswith(".gguf")
+    return not local and name.count("/") == 1
 
 
 def _check_options(name: str, revision: str | None, gguf_file: str | None) -> None:

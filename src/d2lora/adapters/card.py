@@ -1,40 +1,129 @@
 """An adapter's manifest on disk, and beside it the model card made of it."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from d2lora.adapters.manifest import MANIFESTS, Manifest, hub_id_of
+from huggingface_hub import EvalResult, ModelCardData
+
+from d2lora.adapters.base_files import hub_id
+from d2lora.adapters.manifest import MANIFESTS, Manifest
 from d2lora.runtime.run_folder import write_json, write_text
+
+CARD_FILE, MERGED = "README.md", "merged.json"
+"""The card, and beside a merged model the manifest of the adapter that was merged."""
+Form = Literal["adapter", "merged"]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a card says of a model that has a place on the hub."""
+
+    repo: str
+    base_id: str | None
+    """The base's hub id; None where the hub does not have it."""
+    license: str | None = None
+    scores: tuple[EvalResult, ...] = ()
+    """Means of scores; `metric_args` holds the number of rows and the 95 % CI."""
+    about: str = ""
+    """Markdown of the author's."""
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write the manifest and the card beside the adapter."""
-    write_text(folder / "README.md", card(manifest))
+    write_text(folder / CARD_FILE, card(manifest))
     write_json(folder / MANIFESTS[manifest.kind], manifest.model_dump(mode="json"))
 
 
-def card(manifest: Manifest) -> str:
-    """Return the model card, in Markdown with the hub's metadata."""
+def write_merged(manifest: Manifest, folder: Path) -> None:
+    """Write the merged adapter's manifest and the card beside the model."""
+    write_text(folder / CARD_FILE, card(manifest, "merged"))
+    write_json(folder / MERGED, manifest.model_dump(mode="json"))
+
+
+def card(manifest: Manifest, form: Form = "adapter", published: Published | None = None) -> str:
+    """Return the model card, in Markdown with the hub's metadata.
+
+    Args:
+        manifest: Of the adapter.
+        form: Whether it is apart, or merged into its base.
+        published: What is known of its place on the hub; None for a card on this machine.
+    """
+    base_id = hub_id(manifest.base.id) if published is None else published.base_id
+    published = published or Published("this folder", base_id)
+    kind = f"LoRA {manifest.kind}"
+    title = f"A {kind} made by d2lora" if form == "adapter" else f"A model with a {kind} merged in"
+    table = "\n".join(f"| {name} | {value} |" for name, value in _facts(manifest).items())
+    parts = [
+        f"---\n{_metadata(form, published)}\n---\n\n# {title}",
+        published.about.strip(),
+        f"| | |\n|---|---|\n{table}",
+        _data(manifest),
+        _scores(published.scores),
+        _usage(form, published),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(form: Form, published: Published) -> str:
+    """Return the hub's metadata, in YAML."""
+    relation = "adapter" if form == "adapter" else "finetune"
+    return ModelCardData(
+        library_name="peft" if form == "adapter" else "transformers",
+        base_model=published.base_id,
+        base_model_relation=relation if published.base_id else None,
+        license=published.license,
+        pipeline_tag="text-generation",
+        tags=["lora", "d2lora"],
+        model_name=published.repo.rpartition("/")[2] if published.scores else None,
+        eval_results=list(published.scores) or None,
+    ).to_yaml()
+
+
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    """Return what the manifest knows, for the card's table."""
     base, lora, cost = manifest.base, manifest.lora, manifest.cost
-    rows: dict[str, Any] = {
-        "base": f"`{base.id}`" + (f" at {base.revision}" if base.revision else ""),
-        "base fingerprint": f"`{base.fingerprint}`",
-        **({"base quantization": base.quantization} if base.quantization else {}),
-        "initialized from": _initialized_from(manifest),
-        "objective": _objective(manifest),
-        "chat format": manifest.chat_format,
+    facts: dict[str, Any] = {
+        "base": f"`{base.id or 'not known'}`" + (f" at {base.revision}" if base.revision else ""),
+        "base fingerprint": f"`{base.fingerprint}`" if base.fingerprint else "",
+        "base quantization": base.quantization or "",
         "rank, alpha": f"{lora.rank}, {lora.alpha:g}",
         "targets": ", ".join(lora.targets),
-        "training rows": f"{manifest.n_examples:,} ({manifest.selection})",
-        "steps, tokens": f"{cost['n_steps']:,}, {cost['n_tokens']:,}",
-        "time": f"{cost['elapsed_s']:.0f} s",
-        "held-out loss": _losses(manifest),
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    data = "\n".join(
-        f"- `{d['file']}`, {d['rows']:,} rows, sha256 `{d['sha256']}`" for d in manifest.data
-    )
-    return CARD.format(kind=manifest.kind, base=hub_id_of(base.id), table=table, data=data)
+    if cost:  # an adapter of d2lora's own
+        facts |= {
+            "initialized from": _initialized_from(manifest),
+            "objective": _objective(manifest),
+            "chat format": manifest.chat_format,
+            "training rows": f"{manifest.n_examples:,} ({manifest.selection})",
+            "steps, tokens": f"{cost['n_steps']:,}, {cost['n_tokens']:,}",
+            "time": f"{cost['elapsed_s']:.0f} s",
+            "held-out loss": _losses(manifest),
+        }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _data(manifest: Manifest) -> str:
+    lines = [f"- `{d['file']}`, {d['rows']:,} rows, sha256 `{d['sha256']}`" for d in manifest.data]
+    return "\n".join(["Data:", "", *lines]) if lines else ""
+
+
+def _scores(scores: tuple[EvalResult, ...]) -> str:
+    """Return the scores as a table; the metadata has their means alone."""
+    rows = [
+        f"| {score.dataset_name} | {score.metric_name} | {score.metric_value:.4g} | "
+        f"{args['low']:.4g} to {args['high']:.4g} | {args['rows']:,} |"
+        for score in scores
+        if (args := score.metric_args)
+    ]
+    head = ["| test rows | score | mean | 95 % CI | rows |", "|---|---|---|---|---|"]
+    return "\n".join(["Scores:", "", *head, *rows]) if rows else ""
+
+
+def _usage(form: Form, published: Published) -> str:
+    if form == "merged":
+        return MERGED_USAGE.format(repo=published.repo)
+    return USAGE.format(base=published.base_id or "the base named above", repo=published.repo)
 
 
 def _objective(manifest: Manifest) -> str:
@@ -59,30 +148,20 @@ def _losses(manifest: Manifest) -> str:
     return f"{before:.4f} before, {after:.4f} after"
 
 
-CARD = """---
-library_name: peft
-base_model: {base}
-pipeline_tag: text-generation
-tags:
-- lora
-- d2lora
----
-
-# A LoRA {kind} made by d2lora
-
-| | |
-|---|---|
-{table}
-
-Data:
-
-{data}
-
-It loads with PEFT alone, on the base named above:
+USAGE = """It loads with PEFT alone, on the base named above:
 
 ```python
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(base_model, "this folder")
-```
-"""
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "{repo}")
+```"""
+MERGED_USAGE = """It loads with transformers alone:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+```"""

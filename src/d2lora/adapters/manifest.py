@@ -131,7 +131,7 @@ class Manifest(_Part):
         """
         for name in MANIFESTS.values():
             if (folder / name).is_file():
-                return cls._parse(folder / name)
+                return cls.read_file(folder / name)
         raise ModelError(f"{folder}: no manifest ({' or '.join(MANIFESTS.values())})")
 
     @classmethod
@@ -163,7 +163,12 @@ class Manifest(_Part):
         )
 
     @classmethod
-    def _parse(cls, path: Path) -> Self:
+    def read_file(cls, path: Path) -> Self:
+        """Read a manifest from its file.
+
+        Raises:
+            ModelError: If it is not one of ours.
+        """
         values = read_json(path)
         version = values.get("format_version")
         if version != FORMAT_VERSION:

@@ -1,5 +1,6 @@
 """What is installed on request: `pip install 'd2lora[EXTRA]'`."""
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 from d2lora.errors import SettingsError
@@ -9,12 +10,26 @@ EXTRAS = {
     "gguf": ("gguf",),
     "lm-eval": ("lm_eval",),
     "metrics": ("sacrebleu",),
+    "mlflow": ("mlflow",),
     "quantization": ("bitsandbytes",),
     "ray": ("ray",),
     "report": ("altair", "vl_convert"),
     "select": ("faiss", "py3langid", "rensa", "sklearn"),
+    "tensorboard": ("tensorboard",),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
 }
 """Extra -> the modules that it brings."""
+
+
+def need_trackers(names: Iterable[str]) -> None:
+    """Check that trackers are installed, each of which is an extra.
+
+    Raises:
+        SettingsError: As `need_extra`.
+    """
+    for name in names:
+        need_extra(name, f"--track {name}")
 
 
 def need_extra(extra: str, what: str) -> None:

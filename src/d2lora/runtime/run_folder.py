@@ -15,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -30,7 +30,10 @@ from d2lora.runtime.claims import claimed, clear_leftovers, is_main_process, tar
 DONE = "done.json"
 SETTINGS = "settings.yaml"
 METRICS = "metrics.jsonl"
-_FREE = {"out", "resume", "quiet", "threads", "checkpoint_every", "checkpointing"}
+_FREE = {
+    "out", "resume", "quiet", "threads", "checkpoint_every", "checkpointing", "track",
+    "track_project",
+}  # fmt: skip
 """Settings that a resumed run may change: how it is shown or reached, not what comes out."""
 Stamp = tuple[str, int, int, int]
 IN_EXTRAS = ("bitsandbytes", "lm_eval")
@@ -45,21 +48,8 @@ def cache_folder() -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it."""
-    path = target_of(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_temporary(path))
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except OSError:
-        with suppress(OSError):
-            Path(temporary).unlink()
-        raise
-    _flush_names(path.parent)
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,6 +74,28 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RunError(f"{path}: expected an object, found {type(values).__name__}")
     return values
+
+
+@contextmanager
+def new_file(path: Path) -> Generator[Path]:
+    """Yield a temporary file that is flushed and takes the place of `path` when the block succeeds.
+
+    A symbolic link stays, and what it stands for is replaced.
+    """
+    path = target_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_temporary(path))
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        _flush_names(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -135,6 +147,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         """Wrap a folder; `open` claims and checks it first."""
         self.path = path
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
+        """What is told each line of the log, once it is written."""
 
     @classmethod
     @contextmanager
@@ -210,6 +224,8 @@ class RunFolder:
             return
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        for listener in self.listeners:
+            listener(values)
 
     def cut_log(self, step: int) -> None:
         """Drop the logged lines after `step`, as a run resumed there will write them again."""

@@ -32,6 +32,7 @@ from d2lora.settings.tools import (
     GenerateSettings,
     InspectSettings,
     PairsSettings,
+    PublishSettings,
     SchemaSettings,
     SelectSettings,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "Overlong",
     "PairsSettings",
     "PhaseSettings",
+    "PublishSettings",
     "Reference",
     "ReplaySettings",
     "ReportSettings",

@@ -16,8 +16,9 @@ class Settings(BaseModel):
     )
     aliases: ClassVar[dict[str, str]] = {}
     """Short forms of options on the command line."""
-    positional: ClassVar[str | None] = None
-    """Field that words before the options belong to, where they are not a settings file."""
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Fields that words before the options belong to, where they are not a settings file: one field
+    takes them all, several take a word each."""
     settings_file: ClassVar[bool] = True
     """Whether the first word may be a settings file."""
 

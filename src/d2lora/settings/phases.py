@@ -17,6 +17,7 @@ from d2lora.settings.sections import (
     Reference,
     ReplaySettings,
     SelectMethod,
+    Tracker,
     TrainSettings,
     changes_base,
     is_named_init,
@@ -53,6 +54,11 @@ class PhaseSettings(
     dry_run: bool = False
     """Report rows, steps, tokens, and the memory and time that the run would take; train nothing
     and write nothing."""
+    track: tuple[Tracker, ...] = ()
+    """Trackers to show the log in, too: tensorboard, mlflow, wandb (offline unless WANDB_MODE says
+    otherwise), trackio. Empty: none; `metrics.jsonl` has all in any case."""
+    track_project: str = "d2lora"
+    """Name of the project or experiment in these trackers."""
     quiet: bool = False
     """No progress bar and no messages."""
 

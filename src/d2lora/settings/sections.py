@@ -19,6 +19,7 @@ SelectMethod = Literal[
     "mixture",
 ]  # fmt: skip
 ObjectiveName = Literal["sft", "dpo", "orpo"]
+Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 Reference = Literal["base", "warm_start"]
 ReplayLoss = Literal["sft", "kl"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -11,7 +11,7 @@ from d2lora.settings.core import Settings
 class StudySettings(Settings):
     """`d2lora study PLAN...`: run the missing cells of a study."""
 
-    positional: ClassVar[str | None] = "plan"
+    positional: ClassVar[tuple[str, ...]] = ("plan",)
     settings_file: ClassVar[bool] = False
     plan: tuple[str, ...] = Field(min_length=1)
     """Plan: a YAML file, or the name of a shipped one. A later plan overrides an earlier one."""
@@ -40,7 +40,7 @@ class StudySettings(Settings):
 class ReportSettings(Settings):
     """`d2lora report STUDY`: write a study's report."""
 
-    positional: ClassVar[str | None] = "study"
+    positional: ClassVar[tuple[str, ...]] = ("study",)
     settings_file: ClassVar[bool] = False
     study: str
     """Folder of a study."""

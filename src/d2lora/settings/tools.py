@@ -23,7 +23,7 @@ class SelectSettings(BaseSettings, HygieneSettings):
     """`d2lora select`: pool + a few task examples -> warm-up rows, with reasons."""
 
     aliases: ClassVar[dict[str, str]] = {"--for": "--for-task", "-m": "--m"}
-    positional: ClassVar[str | None] = "data"
+    positional: ClassVar[tuple[str, ...]] = ("data",)
 
     data: tuple[str, ...]
     """The pool: files (JSONL, JSON, CSV, Parquet) or hub ids; may stand before the options."""
@@ -144,12 +144,13 @@ class PairsSettings(BaseSettings, FormatSettings, GenerationSettings):
 
 
 class ConvertSettings(BaseSettings):
-    """`d2lora convert`: change an adapter's rank, strength or dtype, mix or merge adapters."""
+    """`d2lora convert`: change an adapter's rank, strength, dtype or format, mix or merge them."""
 
     adapter: str
     """Adapter or warm start to convert; it is not changed."""
     out: Path
-    """Folder to write."""
+    """Folder to write, or a file that ends in `.gguf`, for llama.cpp and Ollama: the adapter alone,
+    or the merged model."""
     rank: int | None = Field(default=None, ge=1)
     """New rank: a higher one keeps the function, a lower one approximates it best (SVD)."""
     scale: float | None = Field(default=None, gt=0)
@@ -162,17 +163,45 @@ class ConvertSettings(BaseSettings):
     """cat: exact, the ranks add up (--rank R truncates them); average: averages A and B, of equal
     shapes, which is not the average of the updates."""
     dtype: Dtype = "auto"
-    """Dtype to write. auto: the adapter's own; of a merged model bfloat16 on CUDA, else float32."""
+    """Dtype to write. auto: the adapter's own, in GGUF float32; of a merged model bfloat16 on CUDA,
+    else float32."""
     merge: bool = False
-    """Merge the adapter into the base and write a plain model folder."""
+    """Merge the adapter into the base and write a plain model."""
+    shard_size: str | None = Field(default=None, pattern=r"^\d+(\.\d+)?[KMGT]i?B$")
+    """Largest file of a merged model's weights, as in `5GB`. None: as transformers does."""
     seed: Seed = 0
     """Seed of A in new directions, and of the tokens that a merge is checked on."""
+
+
+class PublishSettings(Settings):
+    """`d2lora publish FOLDER OWNER/NAME`: upload an adapter, a warm start or a merged model."""
+
+    positional: ClassVar[tuple[str, ...]] = ("folder", "to")
+
+    folder: Path
+    """Folder of an adapter, a warm start, a merged model or a GGUF file made by d2lora, or of any
+    adapter in PEFT's format; it is not changed."""
+    to: str
+    """Model repository on the hub, `owner/name`; made where it is not there."""
+    scores: tuple[Path, ...] = ()
+    """What `d2lora evaluate` wrote (folders, or their summary.json): the scores for the card."""
+    base_id: str | None = None
+    """The base's hub id, where it was trained on a local copy. None: the name it was trained with,
+    where the hub has such a model."""
+    license: str | None = None
+    """License identifier of the hub, such as `apache-2.0`. None: the card names none."""
+    about: Path | None = None
+    """Markdown file to add to the card: what it is for, and what not. None: nothing."""
+    private: bool = False
+    """Make a private repository."""
+    dry_run: bool = False
+    """Check everything and show the card and the files; nothing is sent."""
 
 
 class SchemaSettings(Settings):
     """`d2lora schema COMMAND`: the JSON schema of a command's settings file."""
 
-    positional: ClassVar[str | None] = "of"
+    positional: ClassVar[tuple[str, ...]] = ("of",)
     settings_file: ClassVar[bool] = False
 
     of: str

@@ -27,7 +27,10 @@ FORMAT = 2
 RESULT = "result.json"
 LOCK = ".lock"
 _KEY_LENGTH = 20
-_FREE = {"out", "quiet", "resume", "threads", "checkpoint_every", "checkpointing"}
+_FREE = {
+    "out", "quiet", "resume", "threads", "checkpoint_every", "checkpointing", "track",
+    "track_project",
+}  # fmt: skip
 _FILES = {
     "data", "validation_data", "general_text", "choices", "for_task", "keep_out", "training_data",
     "replay",

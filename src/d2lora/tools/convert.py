@@ -4,6 +4,8 @@
     d2lora convert --adapter warm --mix warm2 warm3 --mix-weights 0.5 0.25 0.25 --out mixed
     d2lora convert --adapter warm --dtype bfloat16 --out half-the-size
     d2lora convert --adapter adapter --merge --out model
+    d2lora convert --adapter adapter --merge --out model.gguf
+    d2lora convert --adapter adapter --out adapter.gguf
 
 A higher rank leaves the function as it is, and the new directions train; a lower one is the best
 approximation, and the share of each layer's energy that it keeps is reported. Alpha moves with the
@@ -21,11 +23,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from d2lora.adapters.base import dtype_of
+from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.card import write_manifest
 from d2lora.adapters.factors import Factors, extend, truncate
 from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles
+from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.adapters.manifest import (
     Manifest,
     ancestor_of,
@@ -34,18 +39,21 @@ from d2lora.adapters.manifest import (
 )
 from d2lora.adapters.mixing import Plain, averaged, concatenated, tensors_of
 from d2lora.data.trained_rows import TrainedRows
-from d2lora.errors import ModelError, SettingsError, counted
+from d2lora.errors import ModelError, RunError, SettingsError, counted
+from d2lora.runtime.claims import claimed
 from d2lora.runtime.console import Reporter
+from d2lora.runtime.extras import need_extra
 from d2lora.runtime.run_folder import (
     DONE,
     RunFolder,
+    new_file,
     new_folder,
     provenance,
     write_json,
     write_text,
 )
 from d2lora.settings import ConvertSettings
-from d2lora.tools.merge import merge_into_base
+from d2lora.tools.merge import merge_into_base, merge_into_gguf
 
 _CPU = torch.device("cpu")
 
@@ -62,23 +70,63 @@ class Conversion:
 
 
 def convert(settings: ConvertSettings) -> Conversion:
-    """Change an adapter's rank, strength or dtype, or merge it into its base.
+    """Change an adapter's rank, strength, dtype or format, or merge it into its base.
 
     Raises:
         SettingsError: If no conversion is asked for, or conflicting ones.
         ModelError: If the adapter cannot be converted, or the merge changes its outputs.
         RunError: If `out` is taken.
     """
-    recast = settings.dtype != "auto" and not settings.merge
-    if settings.merge == bool(settings.rank or settings.scale or settings.mix or recast):
-        raise SettingsError("give --rank, --scale, --mix or --dtype to convert, or --merge alone")
-    if not settings.mix and (settings.mix_weights or settings.mix_method != "cat"):
-        raise SettingsError("--mix-weights and --mix-method are of a mixture: give --mix, too")
-    folder = Path(settings.adapter)
+    folder, gguf = Path(settings.adapter), settings.out.suffix.lower() == ".gguf"
+    _check_asked(settings, gguf=gguf)
+    if gguf:
+        return Conversion(settings.out, {}, _to_gguf(settings, folder))
     with RunFolder.open(settings.out, "", whole=True):
         if settings.merge:
             return Conversion(settings.out, {}, merge_into_base(settings, folder))
         return _reshape(settings, folder)
+
+
+def _check_asked(settings: ConvertSettings, *, gguf: bool) -> None:
+    """Check that one conversion is asked for.
+
+    Raises:
+        SettingsError: If none is, or conflicting ones.
+    """
+    recast = settings.dtype != "auto" and not settings.merge
+    reshaped = bool(settings.rank or settings.scale or settings.mix)
+    if gguf and reshaped:
+        raise SettingsError(
+            "an adapter is written to a GGUF file as it is: convert it into a folder first"
+        )
+    if not gguf and settings.merge == (reshaped or recast):
+        raise SettingsError(
+            "give --rank, --scale, --mix or --dtype to convert, --merge alone, or an --out that "
+            "ends in .gguf"
+        )
+    if not settings.mix and (settings.mix_weights or settings.mix_method != "cat"):
+        raise SettingsError("--mix-weights and --mix-method are of a mixture: give --mix, too")
+    if settings.shard_size and (gguf or not settings.merge):
+        raise SettingsError("--shard-size is of a merged model's folder: give --merge, too")
+
+
+def _to_gguf(settings: ConvertSettings, folder: Path) -> float | None:
+    """Write the adapter, or the merged model, as a GGUF file; return as `merge_into_base`."""
+    need_extra("gguf", "a GGUF file")
+    if settings.out.exists():
+        raise RunError(f"{settings.out} is there already; choose another --out or remove it")
+    with claimed(settings.out, "file"), new_file(settings.out) as path:
+        if settings.merge:
+            return merge_into_gguf(settings, folder, path)
+        from d2lora.tools.gguf_write import write_adapter
+
+        place = base_folder(settings.base, settings.revision, settings.gguf_file)
+        if has_manifest(folder):
+            Manifest.read(folder).check_base(fingerprint_of(place), settings.base, folder)
+        config = AutoConfig.from_pretrained(place)
+        dtype = torch.float32 if settings.dtype == "auto" else dtype_of(settings.dtype, _CPU)
+        write_adapter(folder, config, path, dtype, settings.out.stem)
+    return None
 
 
 class _Reshaped(NamedTuple):

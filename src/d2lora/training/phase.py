@@ -5,6 +5,7 @@ base, rows, adapter -> train -> folder with adapter, manifest, card and marker o
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -69,7 +70,10 @@ def run_phase(phase: Phase) -> None:
     adapted = coverage(phase.adapter.model)
     phase.reporter.say(adapted)
     reset_peak_memory(device)
-    with fast.enabled(phase.adapter.model, when=settings.fast) as used:
+    with (
+        _trackers(phase),
+        fast.enabled(phase.adapter.model, when=settings.fast) as used,
+    ):
         start = _start(phase)
         if start is not None and not resumes:
             run.log(step=0, loss_base=start.loss_base, loss_warm_start=start.loss_warm_start)
@@ -111,6 +115,14 @@ def run_phase(phase: Phase) -> None:
         f"written to {run.path} ({counted(cost.n_steps, 'step')}, {cost.n_tokens:,} tokens, "
         f"{cost.elapsed_s:.0f} s)"
     )
+
+
+def _trackers(phase: Phase) -> AbstractContextManager[None]:
+    if not phase.settings.track:
+        return nullcontext()
+    from d2lora.runtime.trackers import tracked
+
+    return tracked(phase.settings, phase.run, phase.reporter)
 
 
 def _open(phase: Phase, everyone: PartialState, *, resumes: bool) -> None:
