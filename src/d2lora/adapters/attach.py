@@ -93,6 +93,7 @@ def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> 
             on_base = get_peft_model(model, files.config)
             _check_names(on_base, files)
             set_peft_model_state_dict(on_base, files.weights)
+            check_computes(on_base)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ModelError):
             raise
@@ -102,6 +103,23 @@ def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> 
     if not trainable:
         on_base.requires_grad_(False)
     return on_base.eval()
+
+
+@torch.no_grad()
+def check_computes(model: PeftModel) -> None:
+    """Compute one token, since PEFT takes layers for adapters that it then cannot compute.
+
+    Such are positions as embeddings, or DoRA on layers of 8 bits.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    training = model.training
+    try:
+        model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"PEFT does not compute it ({first_line(error)})") from None
+    model.train(training)
 
 
 def _check_names(model: nn.Module, files: AdapterFiles) -> None:

@@ -213,6 +213,13 @@ def target_layers(
             yield name, layer
 
 
+def sides(layer: nn.Linear) -> tuple[int, ...]:
+    """Return the shape of a layer's matrix, which a quantized weight does not have itself."""
+    return (
+        layer.weight.shape if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+    )
+
+
 def _is_named(name: str, target: str) -> bool:
     """Say whether a target, a last name or a longer end of it, means a module, as in PEFT."""
     return name == target or name.endswith(f".{target}")

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,8 @@ def _counted(model: nn.Module, n_tokens: int) -> int:
 class _Operations(TorchDispatchMode):
     """Counts operations inside its block as torch's FlopCounterMode does, in a tenth of its time.
 
-    Products of groups of rows, each with its own expert's matrix, are counted, too.
+    Products of groups of rows, each with its own expert's matrix, and products with quantized
+    weights are counted, too.
     """
 
     def __init__(self) -> None:
@@ -185,6 +186,8 @@ class _Operations(TorchDispatchMode):
         """Compute one operation, and count it."""
         result = func(*args, **(kwargs or {}))
         formula = _FORMULAS.get(func.overloadpacket)
+        if func.namespace == "bitsandbytes":
+            formula = _QUANTIZED.get(func.overloadpacket.__name__)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
@@ -199,3 +202,19 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._grouped_mm: _of_groups,  # noqa: SLF001  # it has no other name
 }
 """Operation -> how many floating-point operations it takes."""
+
+
+def _of_4_bits(a: Tensor, _: Tensor, shape: Sequence[int], *__: Any, **___: Any) -> int:
+    return 2 * a.numel() * shape[0]
+
+
+def _of_8_bits(a: Tensor, _: Tensor, weight: Tensor, *__: Any, **___: Any) -> int:
+    return 2 * a.numel() * len(weight)
+
+
+_QUANTIZED: dict[str, Callable[..., int]] = {
+    "gemm_4bit": _of_4_bits,
+    "int8_mixed_scaled_mm": _of_8_bits,
+    "int8_scaled_mm": lambda a, weight, *_, **__: 2 * a.numel() * len(weight),
+}
+"""The same of bitsandbytes, whose operations torch's counter does not know."""

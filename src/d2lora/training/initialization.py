@@ -25,7 +25,7 @@ from d2lora.adapters.base import Base, causal_model
 from d2lora.adapters.files import read_adapter_config
 from d2lora.adapters.lora import LoraShape, attach, lora_config
 from d2lora.adapters.manifest import Ancestor, save_adapter
-from d2lora.adapters.targets import check_targets, target_layers
+from d2lora.adapters.targets import check_targets, sides, target_layers
 from d2lora.data.batches import Encoded, Item, PreferencePair, collate, micro_batches
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError, SettingsError
@@ -192,10 +192,16 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
             f"--init {name} changes the base, and a DoRA adapter cannot be converted back; use "
             "--init fresh, gaussian, orthogonal or eva with --dora"
         )
-    if changes_base(name) and name != "loftq" and getattr(model, "is_quantized", False):
+    quantized = getattr(model, "is_quantized", False)
+    if quantized and changes_base(name) and name != "loftq":
         raise SettingsError(
             f"--init {name} changes the base's weights, and those of this base are quantized; use "
-            "--init fresh, gaussian, orthogonal or eva"
+            "--init fresh, gaussian or eva"
+        )
+    if quantized and name == "orthogonal":
+        raise SettingsError(
+            "PEFT makes orthogonal factors in the dtype of the base's weights, and those of this "
+            "base are quantized; use --init fresh, gaussian or eva"
         )
     if name == "orthogonal" and shape.rank % 2:
         raise SettingsError(f"--init orthogonal needs an even rank, got {shape.rank}")
@@ -204,7 +210,7 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
     if name == "loftq" and model.device.type != "cuda":
         raise SettingsError(f"--init loftq needs CUDA, and the base is on {model.device.type}")
     if name not in {"gaussian", "orthogonal"}:
-        least = min(min(layer.weight.shape) for _, layer in target_layers(model, shape.targets))
+        least = min(min(sides(layer)) for _, layer in target_layers(model, shape.targets))
         most = least // 2 if name == "lora_ga" else least
         if shape.rank > most:
             raise SettingsError(
