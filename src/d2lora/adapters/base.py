@@ -129,7 +129,7 @@ def _keep_layout(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 @torch.no_grad()
