@@ -116,7 +116,9 @@ def check_computes(model: PeftModel) -> None:
     """
     training = model.training
     try:
-        model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+        model.eval()(
+            input_ids=torch.ones(1, 1, dtype=torch.long, device=model.device), use_cache=False
+        )
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"PEFT does not compute it ({first_line(error)})") from None
     model.train(training)
