@@ -267,6 +267,14 @@ def test_every_layer_of_a_quantized_base_learns_after_passes_without_gradients(
     assert all(grad is not None and grad.abs().max() > 0 for grad in moved.values())
 
 
+def test_a_fresh_adapter_leaves_the_dropout_of_the_base_off(gpt2_base: str) -> None:
+    base = loaded(gpt2_base)
+    attach_fresh(base.model, LoraShape(4, 8.0, 0.0, ("c_attn",)), 0)
+    dropouts = [m for m in base.model.modules() if type(m) is torch.nn.Dropout]
+    assert dropouts
+    assert not any(dropout.training for dropout in dropouts)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_operations_of_a_quantized_base_are_those_of_the_base_before(
     tmp_path: Path, wide_base: str, bits: int

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from d2lora.adapters.files import PREFIX, AdapterFiles, some
 from d2lora.errors import ModelError, first_line, listed
+from d2lora.runtime.modes import in_evaluation
 
 
 @contextmanager
@@ -114,14 +115,12 @@ def check_computes(model: PeftModel) -> None:
     Raises:
         ValueError: If it cannot.
     """
-    training = model.training
+    ids_1T = torch.ones(1, 1, dtype=torch.long, device=model.device)
     try:
-        model.eval()(
-            input_ids=torch.ones(1, 1, dtype=torch.long, device=model.device), use_cache=False
-        )
+        with in_evaluation(model):
+            model(input_ids=ids_1T, use_cache=False)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"PEFT does not compute it ({first_line(error)})") from None
-    model.train(training)
 
 
 def _check_names(model: nn.Module, files: AdapterFiles) -> None:

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from d2lora.adapters.base import causal_model, n_embedded
-from d2lora.fast.probing import in_evaluation, without_passes
+from d2lora.fast.probing import without_passes
 from d2lora.runtime.attempts import succeeds
+from d2lora.runtime.modes import in_evaluation
 
 
 @dataclass(frozen=True)
