@@ -37,6 +37,7 @@ from d2lora import (
 )
 from d2lora.adapters.attach import attach_adapter, fingerprint_in_memory
 from d2lora.adapters.base import Base, load_base
+from d2lora.adapters.lora import LoraShape, attach_fresh
 from d2lora.adapters.targets import linear_names
 from d2lora.cli import main
 from d2lora.data.encode import Encoder
@@ -46,6 +47,8 @@ from d2lora.evaluation.decoding import Decoder
 from d2lora.evaluation.generate import adapted, generate
 from d2lora.settings import BaseSettings, GenerateSettings
 from d2lora.tools.inspect import inspect
+from d2lora.training.cost import TrainingFlops
+from d2lora.training.initialization import check_init
 from support import write_rows
 
 
@@ -74,14 +77,24 @@ def gpt2_base(tmp_path_factory: pytest.TempPathFactory, tiny_base: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def quantized_base(tmp_path_factory: pytest.TempPathFactory, tiny_base: str) -> str:
-    wide = save_tiny_base(
+def wide_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_base(
         tmp_path_factory.mktemp("wide"), seed=4, hidden_size=64, intermediate_size=128
     )
+
+
+@pytest.fixture(scope="module")
+def quantized_base(tmp_path_factory: pytest.TempPathFactory, wide_base: str) -> str:
+    return quantize(wide_base, tmp_path_factory.mktemp("quantized"), 4)
+
+
+def quantize(base: str, out: Path, bits: int) -> str:
+    """Write a base as bitsandbytes has it, in 4 or 8 bits."""
+    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     model = AutoModelForCausalLM.from_pretrained(
-        wide, quantization_config=BitsAndBytesConfig(load_in_4bit=True), dtype=torch.float32
+        base, quantization_config=config, dtype=torch.float32
     )
-    return save_with_tokenizer(model, tmp_path_factory.mktemp("quantized"), tiny_base)
+    return save_with_tokenizer(model, out, base)
 
 
 def loaded(base: str) -> Base:
@@ -241,6 +254,66 @@ def test_an_adapter_trained_on_a_quantized_base_is_measured_as_in_peft(
     )  # fmt: skip
     assert_untouched(base, before)
     check_says_the_same_and_leaves_no_trace(quantized_base, adapter.path)
+
+
+def test_every_layer_of_a_quantized_base_learns_after_passes_without_gradients(
+    quantized_base: str,
+) -> None:
+    base = loaded(quantized_base)
+    shape = LoraShape(4, 8.0, 0.0, ("all-linear",))
+    model = attach_fresh(base.model, shape, 0)
+    logits_of(model)
+    model(input_ids=PROBE).logits.square().mean().backward()
+    moved = {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}
+    assert moved
+    assert all(grad is not None and grad.abs().max() > 0 for grad in moved.values())
+
+
+def test_a_fresh_adapter_leaves_the_dropout_of_the_base_off(gpt2_base: str) -> None:
+    base = loaded(gpt2_base)
+    attach_fresh(base.model, LoraShape(4, 8.0, 0.0, ("c_attn",)), 0)
+    dropouts = [m for m in base.model.modules() if type(m) is torch.nn.Dropout]
+    assert dropouts
+    assert not any(dropout.training for dropout in dropouts)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_operations_of_a_quantized_base_are_those_of_the_base_before(
+    tmp_path: Path, wide_base: str, bits: int
+) -> None:
+    quantized = quantize(wide_base, tmp_path / "q", bits)
+    shape = LoraShape(4, 8.0, 0.0, ("all-linear",))
+    one, other = (
+        TrainingFlops.of(attach_fresh(loaded(base).model, shape, 0))
+        for base in (wide_base, quantized)
+    )
+    assert one is not None
+    assert one == other
+
+
+def test_what_peft_cannot_compute_with_is_refused_by_name(
+    tmp_path: Path, wide_base: str, problems: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eight = quantize(wide_base, tmp_path / "eight", 8)
+    adapter = make_adapter(eight, tmp_path / "a", target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(ModelError, match=r"a: the adapter does not fit .* PEFT does not compute"):
+        attach_adapter(loaded(eight).model, adapter, trainable=False)
+    for options, why in (
+        (("--dora",), "PEFT does not compute it"),
+        (("--init", "orthogonal"), "those of this base are quantized"),
+    ):
+        given = ["adapt", "--base", eight, "--data", problems, "--out", str(tmp_path / "o")]
+        assert main([*given, *options]) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_ranks_of_initializations_on_a_quantized_base_are_those_of_its_layers(
+    quantized_base: str,
+) -> None:
+    model = loaded(quantized_base).model
+    check_init("eva", LoraShape(16, 32.0, 0.0, ("q_proj",)), model)
+    with pytest.raises(SettingsError, match="supports ranks up to 64"):
+        check_init("eva", LoraShape(65, 32.0, 0.0, ("q_proj",)), model)
 
 
 def test_what_would_change_quantized_weights_is_refused(

@@ -285,3 +285,12 @@ def test_documents_are_fitted_by_their_loss_alone(tmp_path: Path, tiny_base: str
     assert json.loads((done.path / "bad_rows.jsonl").read_text())["line"] == 7
     assert done.found.prompted == {}
     assert "nats per token" in verdict(done.found)[0]
+
+
+def test_more_folds_than_rows_are_one_fold_a_row(
+    tmp_path: Path, tiny_base: str, rows: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values: dict[str, Any] = {"runs": 1, "shots": 0, "folds": 9, "quiet": False}
+    done = fit(settings(tiny_base, rows, tmp_path / "best", n=3, **values))
+    assert "cross-validation in 3 folds" in capsys.readouterr().err
+    assert max(tried.n_folds for one in done.found.candidates for tried in one.tried) == 3

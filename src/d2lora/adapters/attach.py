@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from d2lora.adapters.files import PREFIX, AdapterFiles, some
 from d2lora.errors import ModelError, first_line, listed
+from d2lora.runtime.modes import in_evaluation
 
 
 @contextmanager
@@ -94,6 +95,7 @@ def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> 
             _check_names(on_base, files)
             set_peft_model_state_dict(on_base, files.weights)
             _fill(on_base, files)
+            check_computes(on_base)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ModelError):
             raise
@@ -103,6 +105,23 @@ def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> 
     if not trainable:
         on_base.requires_grad_(False)
     return on_base.eval()
+
+
+@torch.no_grad()
+def check_computes(model: PeftModel) -> None:
+    """Compute one token, since PEFT takes layers for adapters that it then cannot compute.
+
+    Such are positions as embeddings, or DoRA on layers of 8 bits.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    ids_1T = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    try:
+        with in_evaluation(model):
+            model(input_ids=ids_1T, use_cache=False)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"PEFT does not compute it ({first_line(error)})") from None
 
 
 def _check_names(model: nn.Module, files: AdapterFiles) -> None:

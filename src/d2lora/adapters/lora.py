@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from d2lora.adapters.attach import peft_warnings_ignored
+from d2lora.adapters.attach import check_computes, peft_warnings_ignored
 from d2lora.adapters.files import some
 from d2lora.adapters.targets import ALL_LINEAR, Wanted, check_targets, target_layers, targets_of
 from d2lora.errors import SettingsError, first_line
@@ -175,9 +175,10 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
         torch.manual_seed(seed)
         try:
             attached = get_peft_model(model, config)
+            assert isinstance(attached, PeftModel)
+            check_computes(attached)
         except (ValueError, NotImplementedError) as error:
             raise SettingsError(f"PEFT puts no adapter on this base: {first_line(error)}") from None
-    assert isinstance(attached, PeftModel)
     return attached
 
 

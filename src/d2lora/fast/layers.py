@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 from d2lora.adapters.quantization import is_four_bit, unpacked
 from d2lora.fast.elementwise import gated_fits, gated_forward, norm_fits, norm_forward
 from d2lora.fast.matmul import is_frozen_linear, linear
-from d2lora.fast.probing import Pass, has_own_forward, in_evaluation, is_hooked
+from d2lora.fast.probing import Pass, has_own_forward, is_hooked
+from d2lora.runtime.modes import in_evaluation
 
 _DTYPES = {
     (torch.float32, torch.float32),

@@ -26,18 +26,6 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 @contextmanager
-def in_evaluation(model: nn.Module) -> Generator[None]:
-    """Switch dropout off inside the block; every module is then in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
 def without_passes(model: nn.Module) -> Generator[None]:
     """Compute on the plain path inside the block, whatever fast passes the layers have."""
     passes = [(m, vars(m)["forward"]) for m in model.modules() if "forward" in vars(m)]

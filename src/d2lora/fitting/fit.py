@@ -120,7 +120,8 @@ def _fit(settings: FitSettings, reporter: Reporter) -> Fit:
         needs = Needs(plan, store, keep_adapters=True)
         reporter.say(
             f"{counted(n, 'row')}, {counted(len(plan.arms), 'initialization')}, rank {rank}: "
-            f"cross-validation in {settings.folds} folds, {counted(n_workers, 'run')} at a time"
+            f"cross-validation in {min(settings.folds, n)} folds, "
+            f"{counted(n_workers, 'run')} at a time"
         )
         rows = read_task(plan.tasks[TASK].data, settings.task, skip_bad=settings.skip_bad_rows)
         chosen = nested_order(len(rows.examples), stream_seed(settings.seed, "subset"))[:n]

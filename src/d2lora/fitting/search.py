@@ -103,7 +103,7 @@ class Search:
     def _tuned(self) -> Steps[list[Contender]]:
         """Lead to the learning rate and length of every initialization."""
         trials = {arm: Trials(self._needs, self._cell(arm)) for arm in self._arms}
-        yield from self._searched(trials, self._settings.folds)
+        yield from self._searched(trials, self._n_folds(self._n))
         return [own.chosen(arm) for arm, own in trials.items()]
 
     def _searched(self, trials: "Mapping[str, Trials]", most_folds: int) -> Steps[None]:
@@ -181,10 +181,14 @@ class Search:
             for fold, own in enumerate(training)
         ]  # fmt: skip
 
+    def _n_folds(self, n: int) -> int:
+        """Return into how many folds n rows fall: at most one a row."""
+        return min(self._settings.folds, n)
+
     def _folds_of(self, one: Contender, n: int | None = None) -> Steps[list[AdaptSettings]]:
         """Lead to the settings of training without each of the folds."""
         runs: list[AdaptSettings] = []
-        for fold in range(min(self._settings.folds, n or self._n)):
+        for fold in range(self._n_folds(n or self._n)):
             own = yield from self._settings_of(one, fold=fold, n=n)
             runs.append(own)
         return runs
@@ -192,7 +196,7 @@ class Search:
     def _settings_of(
         self, one: Contender, *, fold: int, n: int | None = None
     ) -> Steps[AdaptSettings]:
-        n_folds = min(self._settings.folds, n or self._n)
+        n_folds = self._n_folds(n or self._n)
         own = yield from self._needs.trained_as(
             self._cell(one.name, n), one.tuned, fold=(fold, n_folds), keep_best=False
         )
@@ -280,8 +284,8 @@ class Search:
             yield from self._searched({winner.name: own}, 2)
             held_out = yield from self._held_out(own.chosen(winner.name), n)
             found.append(of_folds(data, (yield from self._run(held_out))))
-        share = 1 - 1 / self._settings.folds
-        return LearningCurve.of([n * share for n in (*sizes, self._n)], [*found, winner.answers])
+        trained_on = [n - n / self._n_folds(n) for n in (*sizes, self._n)]
+        return LearningCurve.of(trained_on, [*found, winner.answers])
 
     # The test, once
 

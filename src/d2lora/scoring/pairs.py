@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from d2lora import fast
 from d2lora.adapters.base import causal_model
 from d2lora.data.batches import PreferencePair, Question, branch, collate, micro_batches
-from d2lora.fast.probing import Probed, in_evaluation
+from d2lora.fast.probing import Probed
 from d2lora.runtime.attempts import succeeds
+from d2lora.runtime.modes import in_evaluation
 from d2lora.runtime.rounding import agree
 from d2lora.scoring.scorer import TokenScorer, device_of_scorer, pass_tokens, sum_by_row
 

@@ -17,8 +17,9 @@ from d2lora.adapters.base import causal_model, n_positions
 from d2lora.data.batches import Batch, Branches, Encoded, collate, micro_batches
 from d2lora.fast import cuda_graphs, head
 from d2lora.fast.packing import pack, row_by_row, takes_packed_rows
-from d2lora.fast.probing import Probed, in_evaluation
+from d2lora.fast.probing import Probed
 from d2lora.runtime.attempts import succeeds
+from d2lora.runtime.modes import in_evaluation
 from d2lora.runtime.rounding import agree_closely, tolerance
 
 _HEAD_TOKENS = 8

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from d2lora.adapters.base import causal_model, n_embedded
-from d2lora.fast.probing import in_evaluation, without_passes
+from d2lora.fast.probing import without_passes
 from d2lora.runtime.attempts import succeeds
+from d2lora.runtime.modes import in_evaluation
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,8 @@ def _counted(model: nn.Module, n_tokens: int) -> int:
 class _Operations(TorchDispatchMode):
     """Counts operations inside its block as torch's FlopCounterMode does, in a tenth of its time.
 
-    Products of groups of rows, each with its own expert's matrix, are counted, too.
+    Products of groups of rows, each with its own expert's matrix, and products with quantized
+    weights are counted, too.
     """
 
     def __init__(self) -> None:

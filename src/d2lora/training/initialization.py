@@ -193,7 +193,8 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
             f"--init {name} changes the base, and a DoRA adapter cannot be converted back; use "
             "--init fresh, gaussian, orthogonal or eva with --dora"
         )
-    if changes_base(name) and is_quantized(model):
+    quantized = is_quantized(model)
+    if changes_base(name) and quantized:
         if name == "loftq":
             raise SettingsError(
                 "--init loftq quantizes the base by itself, and this one is quantized already; "
@@ -201,7 +202,12 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
             )
         raise SettingsError(
             f"--init {name} changes the base's weights, and those of this base are quantized; use "
-            "--init fresh, gaussian, orthogonal or eva"
+            "--init fresh, gaussian or eva"
+        )
+    if quantized and name == "orthogonal":
+        raise SettingsError(
+            "PEFT makes orthogonal factors in the dtype of the base's weights, and those of this "
+            "base are quantized; use --init fresh, gaussian or eva"
         )
     if (shape.rank_pattern or shape.alpha_pattern) and name != "gaussian":
         raise SettingsError(

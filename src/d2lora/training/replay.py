@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from d2lora.data.batches import Encoded, collate
-from d2lora.fast.probing import in_evaluation
+from d2lora.runtime.modes import in_evaluation
 from d2lora.scoring.scorer import device_of_scorer
 from d2lora.settings import PhaseSettings
 from d2lora.settings.seeds import seed_of
