@@ -1,6 +1,6 @@
 # make demo and make test are all that a newcomer needs; both set the environment up first.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs wheel bench clean
+.PHONY: help demo test test-all lint docs wheel bench proof clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV := .venv
@@ -70,6 +70,10 @@ bench: $(VENV)/.bench  ## benchmarks side by side with TRL, transformers and lm-
 	$(BIN)/python benchmarks/large.py --rows 1000 20000
 	$(BIN)/python benchmarks/rank_change.py --rounds 1
 	$(BIN)/python benchmarks/preferences.py --rounds 1 --steps 4
+
+proof: $(VENV)/.test  ## kills, failing disks and verdicts tried many times; needs a C compiler, some hours
+	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/crashes.py --points 100
+	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/verdicts.py --runs 1000
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) demo-out build dist

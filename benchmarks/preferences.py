@@ -99,7 +99,8 @@ def ours(base: Any, model: Any, pairs: Any, settings: Any, *, share: bool) -> di
     from d2lora.runtime.console import Reporter
     from d2lora.runtime.run_folder import RunFolder
     from d2lora.scoring import pairs as pair_scores
-    from d2lora.training import loop
+    from d2lora.training import lesson
+    from d2lora.training.loop import train
     from d2lora.training.objectives import DPO
     from d2lora.training.reference import ReferencePolicy, log_probabilities_of
 
@@ -109,14 +110,14 @@ def ours(base: Any, model: Any, pairs: Any, settings: Any, *, share: bool) -> di
     with fast.enabled(model, when=settings.fast):
         scored = log_probabilities_of(policy, pairs, base.pad_id)
     items = [replace(pair, reference=value) for pair, value in zip(pairs, scored, strict=True)]
-    in_order = type("InOrder", (loop.StepSchedule,), {"batch": _batch_in_order})
-    loop.StepSchedule = in_order  # pyright: ignore[reportPrivateImportUsage]
+    in_order = type("InOrder", (lesson.StepSchedule,), {"batch": _batch_in_order})
+    lesson.StepSchedule = in_order  # pyright: ignore[reportPrivateImportUsage]
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
         run.start("")
         with fast.enabled(model, when=settings.fast):
-            lesson = loop.Lesson(items, [], DPO(), base.pad_id)
-            loop.train(model, lesson, settings, run, Reporter(quiet=True))
+            learnt = lesson.Lesson(items, [], DPO(), base.pad_id)
+            train(model, learnt, settings, run, Reporter(quiet=True))
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
     elapsed_s = rows[-1]["elapsed_s"] - rows[0]["elapsed_s"]
     return {"step_s": elapsed_s / (len(rows) - 1), "losses": [row["loss"] for row in rows]}

@@ -47,19 +47,20 @@ def ours(settings: Any, n_warm: int = 1) -> dict[str, Any]:
     from d2lora import fast
     from d2lora.runtime.console import Reporter
     from d2lora.runtime.run_folder import RunFolder
-    from d2lora.training import loop
+    from d2lora.training import lesson
+    from d2lora.training.loop import train
     from d2lora.training.objectives import SFT
 
     base, model, examples, encoder = prepared(settings)
     items = [encoder.encode(example) for example in examples]
-    in_order = type("InOrder", (loop.StepSchedule,), {"batch": _batch_in_order})
-    loop.StepSchedule = in_order  # pyright: ignore[reportPrivateImportUsage]
+    in_order = type("InOrder", (lesson.StepSchedule,), {"batch": _batch_in_order})
+    lesson.StepSchedule = in_order  # pyright: ignore[reportPrivateImportUsage]
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
         run.start("")
         say = Reporter(quiet=True)
         with fast.enabled(model, when=settings.fast):
-            loop.train(model, loop.Lesson(items, [], SFT(), base.pad_id), settings, run, say)
+            train(model, lesson.Lesson(items, [], SFT(), base.pad_id), settings, run, say)
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
     ends = [row["elapsed_s"] for row in rows]
     return _result(settings, items, ends, [row["loss"] for row in rows], n_warm)

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent / "scripts")]
 
@@ -134,21 +136,27 @@ def contents(folder: Path) -> dict[str, str]:
 
 def _without_times(path: Path) -> bytes:
     data = path.read_bytes()
-    if path.suffix == ".json":
-        return json.dumps(_plain(json.loads(data)), sort_keys=True).encode()
-    if path.suffix == ".jsonl":
-        rows = [_plain(json.loads(line)) for line in data.splitlines()]
-        return json.dumps(rows, sort_keys=True).encode()
-    if path.name == "settings.yaml":
-        return re.sub(rb"resume: \w+", b"", data)
-    if path.suffix in {".html", ".md", ".csv"}:
-        text = data.decode()
-        for name in _TIMES:
-            text = re.sub(rf'("{name}": ?)[\d.e+-]+', r"\1", text)
-        return re.sub(
-            r"\b[\d.,]+ (s|min|h|ms|MB|GB)\b|\d{4}-\d\d-\d\d[ T][\d:]+", "", text
-        ).encode()
-    return data
+    if not data:  # a loss of power left it empty
+        return data
+    match path.suffix:
+        case ".json":
+            rest = json.dumps(_plain(json.loads(data)), sort_keys=True)
+        case ".jsonl":
+            rows = [_plain(json.loads(line)) for line in data.splitlines()]
+            rest = json.dumps(rows, sort_keys=True)
+        case ".yaml":
+            rest = re.sub(r"resume: \w+", "", data.decode())
+        case ".csv" | ".parquet":
+            table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+            names = [name for name in table if name.removeprefix("cost_") not in _TIMES]
+            rest = table[names].to_csv()
+        case ".html" | ".md":
+            of_cost = r"Cost of training.*?(</table>|\n\n(?!\|)|$)|>seconds<.*?</table>"
+            text = re.sub(of_cost, "", data.decode(), flags=re.DOTALL)
+            rest = re.sub(r"\b[\d.,]+ (s|min|h|ms|MB|GB)\b|\d{4}-\d\d-\d\d[ T][\d:]+", "", text)
+        case _:
+            return data
+    return rest.encode()
 
 
 def _plain(value: Any) -> Any:

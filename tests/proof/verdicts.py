@@ -1,6 +1,6 @@
 """How often the statistics of a study are right, by simulation.
 
-    python -m tests.proof.verdicts --runs 1000 > verdicts.md
+    python tests/proof/verdicts.py --runs 1000 > verdicts.md
 
 Scores of S seeds and I test rows are drawn from a model whose true effect is known: a row's
 difficulty, which both arms share, a seed's luck, which is each arm's own, and noise. What is

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from d2lora.adapters.files import PREFIX, AdapterFiles, some
+from d2lora.adapters.quantization import keep_layout
 from d2lora.errors import ModelError, first_line, listed
 from d2lora.runtime.modes import in_evaluation
 
@@ -117,6 +118,7 @@ def check_computes(model: PeftModel) -> None:
         ValueError: If it cannot.
     """
     ids_1T = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    keep_layout(model)
     try:
         with in_evaluation(model):
             model(input_ids=ids_1T, use_cache=False)

@@ -89,20 +89,30 @@ def loading(
 def prepare(model: nn.Module, dtype: torch.dtype) -> None:
     """Make quantized layers of bitsandbytes compute in the model's dtype, row by row.
 
-    On CPUs with AVX512-BF16 bitsandbytes lays 4-bit weights out anew in the first pass without a
-    gradient, for products in bfloat16 alone that have none: training would go wrong silently.
     LLM.int8 rounds activations to 8 bits but for columns with an outlier in any row of a batch, so
     that tokens see those behind them and rows each other; here weights alone are rounded.
     """
+    keep_layout(model)
     layers: Any = [*model.modules()]
     for layer in layers:
         if is_four_bit(layer):
             layer.compute_dtype = dtype
-            layer.support_avx512bf16_for_cpu = False
         elif _is_of_bitsandbytes(layer, "Linear8bitLt"):
             if layer.state.CB is None:
                 layer.init_8bit_state()
             layer.forward = partial(_eight_bit_forward, layer)
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Keep 4-bit weights as they lie.
+
+    On CPUs with AVX512-BF16 bitsandbytes lays them out anew in the first pass without a gradient,
+    for products in bfloat16 alone that have none: training would go wrong silently.
+    """
+    layers: Any = [*model.modules()]
+    for layer in layers:
+        if is_four_bit(layer):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _eight_bit_forward(layer: Any, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from d2lora.errors import RunError
-from d2lora.runtime.claims import claimed, clear_leftovers, is_main_process, target_of
+from d2lora.runtime.claims import claimed, is_main_process, target_of
 
 DONE = "done.json"
 SETTINGS = "settings.yaml"
@@ -173,8 +173,6 @@ class RunFolder:
         with claimed(path, "whole folder" if whole else "folder"):
             run = cls(target_of(path))
             run._check(settings_yaml, resume=resume)
-            if is_main_process():
-                clear_leftovers(run.path, "*")
             yield run
 
     def _check(self, settings_yaml: str, *, resume: bool) -> None:

@@ -44,14 +44,17 @@ def tracked(settings: PhaseSettings, run: RunFolder, reporter: Reporter) -> Gene
     known = read_json(path) if path.is_file() else {"id": uuid.uuid4().hex[:8]}
     trackers = {name: _started(name, settings, run, known) for name in settings.track}
     write_json(path, known)
+    lost: set[str] = set()
 
     def send(values: Mapping[str, Any]) -> None:
         numbers = {k: v for k, v in values.items() if k != "step" and isinstance(v, int | float)}
-        for name, tracker in list(trackers.items()):
+        for name, tracker in trackers.items():
+            if name in lost:
+                continue
             try:
                 tracker.log(numbers, step=values["step"])
             except _faults(name) as error:
-                del trackers[name]
+                lost.add(name)
                 reporter.say(f"warning: {name} is left out from here: {first_line(error)}")
 
     run.listeners.append(send)
@@ -59,8 +62,11 @@ def tracked(settings: PhaseSettings, run: RunFolder, reporter: Reporter) -> Gene
         yield
     finally:
         run.listeners.remove(send)
-        for tracker in trackers.values():
-            tracker.finish()
+        for name, tracker in trackers.items():
+            try:
+                tracker.finish()
+            except _faults(name) as error:
+                reporter.say(f"warning: {name} was not closed: {first_line(error)}")
 
 
 def _started(

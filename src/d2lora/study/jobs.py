@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from d2lora.runtime.run_folder import DONE, SETTINGS
+from d2lora.runtime.run_folder import DONE, SETTINGS, new_file
 from d2lora.settings import (
     AdaptSettings,
     BaseSettings,
@@ -228,7 +228,8 @@ class Scored(Job):
         name = BASE if path is None else str(path)
         measured = measure(name, base, sets, self.tests, Reporter(quiet=True))
         records = pd.DataFrame(measured.task.records)
-        records.drop(columns="adapter").to_parquet(self.folder / "records.parquet", index=False)
+        with new_file(self.folder / "records.parquet") as file:
+            records.drop(columns="adapter").to_parquet(file, index=False)
         if self.training and not self.keep:
             for file in (self.folder / "adapter").glob("*.safetensors"):
                 file.unlink()
