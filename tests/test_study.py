@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from d2lora import AdaptSettings, WarmStart, WarmupSettings
+from d2lora import AdaptSettings, WarmStart, WarmupSettings, adapt
 from d2lora.adapters.manifest import Manifest
 from d2lora.cli import main
 from d2lora.embedded.__main__ import write_world
@@ -134,6 +134,21 @@ def test_a_rate_length_or_name_that_could_not_be_used_is_a_fault_of_the_plan(
 ) -> None:
     with pytest.raises(SettingsError, match="wrong settings"):
         read_plan(*settings(tmp_path, plan | values).plan)
+
+
+def test_a_study_is_not_written_among_the_runs_of_its_store(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    own = settings(tmp_path, plan)
+    with pytest.raises(SettingsError, match="choose another for one of the two"):
+        run_study(own.changed(out=own.store))
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_arm_that_is_not_trained_is_not_averaged(tmp_path: Path, plan: dict[str, Any]) -> None:
+    plan["arms"] = ["fresh", {"kind": "warm_only", "average_of": 2}]
+    with pytest.raises(SettingsError, match="arm warm_only: `average_of` is of arms"):
+        read_plan(*settings(tmp_path, plan).plan)
 
 
 @pytest.mark.parametrize("where", ["warm_up", "arm"])
@@ -460,6 +475,38 @@ def test_a_warm_start_that_cannot_be_used_stops_a_study_before_it_runs(
         run_study(settings(tmp_path, plan))
     for part in ("leave out `m`", "expected a folder, got 3", "rows cannot be mixed"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_averaged_arm_is_the_mean_of_runs_in_other_orders_and_costs_as_much(
+    tmp_path: Path, plan: dict[str, Any], keep: bool
+) -> None:
+    plan |= {"learning_rates": [0.01], "sizes": [8], "seeds": 1}
+    plan["arms"] = ["warm", {"kind": "warm", "average_of": 3}]
+    study = run_study(settings(tmp_path, plan, keep_adapters=keep))
+    assert not study.failures
+    one, averaged = study.results[1:]
+    assert averaged["arm"] == "warm, average of 3"
+    for name in ("n_steps", "n_tokens", "flops"):
+        assert averaged["cost"][name] == pytest.approx(3 * one["cost"][name])
+    assert averaged["cost"]["n_trainable_parameters"] == one["cost"]["n_trainable_parameters"]
+    folder = tmp_path / "store" / averaged["key"]
+    if not keep:
+        assert not list(folder.rglob("*.safetensors"))
+        assert averaged["adapter"] is None
+        return
+    own = Path(averaged["adapter"])
+    assert own.parent == folder
+    made = AdaptSettings(**yaml.safe_load((folder / "run-2" / "settings.yaml").read_text()))
+    alone = adapt(made.changed(out=tmp_path / "alone"))
+    paths = [folder / "run-0", folder / "run-1", alone.path]
+    runs = [load_file(path / "adapter_model.safetensors") for path in paths]
+    for name, mean in load_file(own / "adapter_model.safetensors").items():
+        parts = torch.stack([run[name] for run in runs])
+        torch.testing.assert_close(mean, parts.mean(dim=0))
+        if "lora_B" in name:
+            assert (parts[0] != parts[1]).any(), "in another order"
+    read_findings(study.path)
 
 
 def test_only_the_last_job_of_a_cell_knows_the_test_rows(

@@ -4,8 +4,7 @@ Each row of the task is held out once: an adapter trained without it answers it,
 base with examples from the other rows in its prompt.
 """
 
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 from d2lora.data.reading import TaskData, labels_of, read_task
 from d2lora.data.rows import Example, Message
 from d2lora.data.sources import nested_order, split_validation
-from d2lora.runtime.run_folder import DONE
-from d2lora.settings import AdaptSettings, ConvertSettings, EvaluateSettings
+from d2lora.settings import AdaptSettings, EvaluateSettings
 from d2lora.settings.seeds import seed_of
+from d2lora.study.averages import average
 from d2lora.study.jobs import adapted
 from d2lora.study.store import Job, identity_of, shared_base
 
@@ -173,23 +172,3 @@ class AveragedWhole(Job):
         """Average the adapters."""
         average([run.path for run in self.runs], self.path)
         return {}
-
-
-def averaging(paths: Sequence[Path], out: Path) -> ConvertSettings:
-    """Return the settings that average adapters in A and B."""
-    first, *others = map(str, paths)
-    mixed: Mapping[str, Any] = {"mix": tuple(others), "mix_method": "average"}
-    return ConvertSettings(adapter=first, out=out, **mixed)
-
-
-def average(paths: Sequence[Path], out: Path) -> None:
-    """Write the average of adapters that share an initialization, of their rank.
-
-    A and B are averaged each: runs from one initialization stay near each other, so that this is
-    close to the average of the updates (model soups, Wortsman et al. 2022, arXiv 2203.05482).
-    """
-    from d2lora.tools.convert import convert
-
-    if not (out / DONE).is_file():
-        shutil.rmtree(out, ignore_errors=True)
-        convert(averaging(paths, out))

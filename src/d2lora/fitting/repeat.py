@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.fitting.found import Fitted
-from d2lora.fitting.jobs import averaging
 from d2lora.settings import Settings
+from d2lora.study.averages import averaging
 
 _UNSEEN = {"quiet", "measure_start"}
 """Settings of a run in the store that change nothing of the adapter."""

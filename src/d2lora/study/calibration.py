@@ -104,7 +104,8 @@ class Calibration:
             if isinstance(job, Trial | Scored) and job.training is not None:
                 task, n = job.about
                 step = self._task_step(task).seconds
-                total += n_steps_of(job.training) * step
+                n_runs = job.average_of if isinstance(job, Scored) else 1
+                total += n_runs * n_steps_of(job.training) * step
                 if isinstance(job, Trial):
                     total += _validations(job.training, n) * step
             if isinstance(job, Scored):

@@ -101,8 +101,14 @@ def _times(store: Path) -> dict[tuple[str, str, int], list[float]]:
     for path in store.glob(f"*/{RESULT}"):
         result = read_json(path)
         kind, task, n = result["about"]
+        kind = _kind(kind, result.get("average_of", 1))
         times.setdefault((kind, task, n), []).append(result["job_s"])
     return times
+
+
+def _kind(name: str, n_runs: int) -> str:
+    """Return the kind of runs of like length: averages are several runs in one."""
+    return f"{name}, average of {n_runs}" if n_runs > 1 else name
 
 
 class _Seconds:
@@ -139,7 +145,7 @@ class _Seconds:
 
     def _like(self, job: Job) -> float | None:
         """Return the mean seconds of runs of its kind and task at the nearest size, by ratio."""
-        kind = type(job).__name__
+        kind = _kind(type(job).__name__, getattr(job, "average_of", 1))
         task, n = job.about
         like = {s: seconds for (k, t, s), seconds in self._times.items() if (k, t) == (kind, task)}
         if not like:

@@ -19,6 +19,7 @@ from d2lora.settings import (
     PairsSettings,
     WarmupSettings,
 )
+from d2lora.study.averages import average, total_cost
 from d2lora.study.store import Job, adapter_content, identity_of, shared_base
 
 
@@ -198,6 +199,8 @@ class Scored(Job):
     """Where nothing is trained: the adapter to measure. None: the base alone."""
     shots: AdaptSettings | None = None
     """Where the base is prompted with examples: which rows, as `adapt` would choose them."""
+    average_of: int = 1
+    """Runs that are trained, each in an order of its own, and averaged in A and B."""
     keep: bool = True
     """Keep the trained adapter."""
 
@@ -206,6 +209,7 @@ class Scored(Job):
         return {
             "tests": identity_of(self.tests),
             "training": None if self.training is None else identity_of(self.training),
+            **({"average_of": self.average_of} if self.average_of > 1 else {}),
             "adapter": None if self.adapter is None else adapter_content(self.adapter),
             "shots": None if self.shots is None else identity_of(self.shots),
         }
@@ -219,7 +223,7 @@ class Scored(Job):
         from d2lora.runtime.console import Reporter
 
         path = self.folder / "adapter" if self.training else self.adapter
-        values = adapted(self.training, self.folder / "adapter") if self.training else {}
+        values = self._trained(self.training, self.folder / "adapter") if self.training else {}
         started = time.perf_counter()
         sets = TestSets.read(self.tests)
         if self.shots is not None:
@@ -231,7 +235,7 @@ class Scored(Job):
         with new_file(self.folder / "records.parquet") as file:
             records.drop(columns="adapter").to_parquet(file, index=False)
         if self.training and not self.keep:
-            for file in (self.folder / "adapter").glob("*.safetensors"):
+            for file in self.folder.rglob("*.safetensors"):
                 file.unlink()
         return {
             **values,
@@ -245,6 +249,16 @@ class Scored(Job):
             "n_output_tokens": sum(r.get("n_output_tokens", 0) for r in measured.task.records),
             "evaluation_s": round(time.perf_counter() - started, 3),
         }
+
+    def _trained(self, training: AdaptSettings, path: Path) -> dict[str, Any]:
+        """Train the adapter, or the runs of which it is the average; return what they cost."""
+        if self.average_of == 1:
+            return adapted(training, path)
+        paths = [path.with_name(f"run-{order}") for order in range(self.average_of)]
+        runs = [adapted(training.changed(seed_order=order), own) for order, own in enumerate(paths)]
+        average(paths, path)
+        cost = total_cost([run["cost"] for run in runs])
+        return {**runs[0], "average_of": self.average_of, "cost": cost}
 
 
 def adapted(settings: AdaptSettings, path: Path) -> dict[str, Any]:

@@ -70,9 +70,8 @@ class Needs:
             shots = adapt_settings(self.plan, arm, cell.task, cell.n, cell.seed, Path())
             return Scored(*place, tests, shots=shots)
         tuned = yield from self.tuned(cell)
-        return Scored(
-            *place, tests, (yield from self.trained_as(cell, tuned)), keep=self.keep_adapters
-        )
+        training = yield from self.trained_as(cell, tuned)
+        return Scored(*place, tests, training, average_of=arm.average_of, keep=self.keep_adapters)
 
     def trained_as(self, cell: Cell, tuned: Tuned, **values: Any) -> Steps[AdaptSettings]:
         """Lead to the settings of a cell's training at a learning rate and length."""

@@ -69,6 +69,9 @@ class ArmPlan(Settings):
     """Kind `init`: the initialization, as `d2lora adapt --init` takes it."""
     adapt: dict[str, Any] = Field(default_factory=dict)
     """Settings of `adapt` for this arm alone."""
+    average_of: int = Field(default=1, ge=1)
+    """Runs of every cell, each in an order of its own, that are averaged in A and B; they share
+    initialization, rows, learning rate and length. 1: no averaging."""
     against: str | None = None
     """Name of the arm that it is compared with. None: the first arm."""
 

@@ -16,7 +16,7 @@ from d2lora.adapters.manifest import has_manifest
 from d2lora.errors import SettingsError, did_you_mean, listed
 from d2lora.settings import AdaptSettings, PairsSettings
 from d2lora.settings.yaml_text import parse_yaml
-from d2lora.study.plan import KINDS, NEEDS_WARM_UP, ArmPlan, Kind, StudyPlan
+from d2lora.study.plan import KINDS, NEEDS_WARM_UP, UNTRAINED, ArmPlan, Kind, StudyPlan
 from d2lora.study.recipes import listed_values, warm_up_settings
 
 _FIXED = {
@@ -208,6 +208,8 @@ def _faults_of_names(plan: StudyPlan) -> list[str]:
             )
         if (arm.kind == "init") != bool(arm.init):
             faults.append(f"arm {arm.name or arm.kind}: kind `init`, and it alone, needs `init`")
+        if arm.average_of > 1 and arm.kind in UNTRAINED:
+            faults.append(f"arm {arm.name or arm.kind}: `average_of` is of arms that are trained")
         if arm.against is not None and arm.against not in names:
             faults.append(
                 f"arm {arm.name or arm.kind}: no arm `{arm.against}`."
@@ -239,14 +241,19 @@ def _named(plan: StudyPlan) -> tuple[ArmPlan, ...]:
     arms: list[ArmPlan] = []
     for arm in plan.arms:
         if arm.kind not in NEEDS_WARM_UP:
-            arms.append(arm.changed(name=arm.name or arm.init or arm.kind))
+            arms.append(arm.changed(name=arm.name or _default_name(arm)))
             continue
         for warm_up in _warm_ups(plan, arm):
-            stem = arm.name or arm.kind
+            stem = arm.name or _default_name(arm)
             alone = len(plan.warm_ups) == 1 or (arm.name and arm.warm_up)
             name = stem if alone else f"{stem} ({warm_up})"
             arms.append(arm.changed(name=name, warm_up=warm_up))
     return tuple(arms)
+
+
+def _default_name(arm: ArmPlan) -> str:
+    averaged = f", average of {arm.average_of}" if arm.average_of > 1 else ""
+    return f"{arm.init or arm.kind}{averaged}"
 
 
 def _warm_ups(plan: StudyPlan, arm: ArmPlan) -> list[str]:

@@ -14,7 +14,7 @@ from d2lora.data.reading import Say, labels_of, read_task
 from d2lora.data.sources import is_remote
 from d2lora.data.tasks import Task
 from d2lora.embedded.__main__ import write_world
-from d2lora.errors import D2LoraError, DataError, ModelError, RunError, listed
+from d2lora.errors import D2LoraError, DataError, ModelError, RunError, SettingsError, listed
 from d2lora.evaluation.harness import read_harness_tasks, split_names
 from d2lora.evaluation.test_sets import never_chosen
 from d2lora.runtime.claims import check_writable
@@ -38,6 +38,11 @@ def place(settings: StudySettings) -> tuple[StudyPlan, Path, Path]:
     name = "-".join(Path(plan).stem for plan in settings.plan)
     out = settings.out or Path("studies") / name
     store = (settings.store or out.parent / "store").resolve()
+    if store == out.resolve():
+        raise SettingsError(
+            f"--out {out}: the runs of studies go to this folder (--store); choose another for one "
+            "of the two"
+        )
     check_writable(store, "--store")
     return _placed(read_plan(*settings.plan, changes=settings.set), store / "world"), store, out
 
