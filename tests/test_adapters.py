@@ -697,3 +697,11 @@ def test_an_adapter_that_names_another_base_is_warned_of(
         path.write_text(json.dumps({**config, "base_model_name_or_path": named}))
         assert main(words) == 0
         assert (f"was made on {named}" in capsys.readouterr().err) == warned
+
+
+def test_names_in_an_adapters_settings_have_one_order_in_every_process(
+    warm_start: WarmStart,
+) -> None:
+    config = json.loads((warm_start.path / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) > 3
+    assert config["target_modules"] == sorted(config["target_modules"])

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from d2lora.commands import COMMANDS
 from d2lora.errors import D2LoraError, SettingsError, did_you_mean, disk_errors, disk_fault
+from d2lora.runtime.signals import TerminatedError, raised
 
 if TYPE_CHECKING:
     from d2lora.settings import Settings
 
+INTERRUPTED = 129
+"""From this exit code on a signal ended the command: 128 and its number."""
 HELP = """usage: d2lora COMMAND [SETTINGS.yaml] [--setting value ...]
 
 Data-driven LoRA initialization for scarce tasks: warm an adapter up once on
@@ -31,8 +34,8 @@ Settings come from a YAML file, from options, or both; options win.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code.
 
-    0: done; 2: a mistake of the user's; 74: a disk that is full or fails; 130: interrupted; 141:
-    the output's reader is gone.
+    0: done; 2: a mistake of the user's; 74: a disk that is full or fails; 130: interrupted; 129
+    and 143: ended by SIGHUP and SIGTERM; 141: the output's reader is gone.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -50,7 +53,8 @@ def _exit_code(words: list[str]) -> int:
     """Run a command; say on stderr what went wrong, if anything."""
     try:
         _check_text(words)
-        _run(words[0], words[1:])
+        with raised():
+            _run(words[0], words[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # `d2lora ... | head`: whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,6 +65,9 @@ def _exit_code(words: list[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("d2lora: interrupted\n")
         return 130
+    except TerminatedError as error:
+        sys.stderr.write(f"d2lora: ended by {error}\n")
+        return error.code
     except disk_errors() as error:
         fault = disk_fault(error)
         if fault is None:

@@ -286,6 +286,11 @@ def save_adapter(model: PeftModel, folder: Path, *, initial: Path | None = None)
     config.init_lora_weights = True
     config.eva_config = config.corda_config = config.lora_ga_config = None
     config.loftq_config = {}
+    # PEFT keeps sets, whose order is another one in every process.
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
     model.save_pretrained(
         str(folder),
         save_embedding_layers=False,

@@ -4,6 +4,7 @@ Each executor is a `submit` that returns a future; the study knows nothing else 
 """
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import (
@@ -15,13 +16,14 @@ from concurrent.futures import (
 )
 from contextlib import contextmanager
 from importlib import import_module
-from multiprocessing import Queue, get_context, parent_process
+from multiprocessing import Queue, connection, get_context, parent_process
 from typing import Any, cast
 
 from d2lora.errors import D2LoraError, SettingsError
 from d2lora.runtime.console import quiet_libraries
 from d2lora.runtime.extras import need_extra
 from d2lora.runtime.loading import loading
+from d2lora.runtime.signals import kept
 from d2lora.study.store import Job, perform
 
 Submit = Callable[[Job], "Future[dict[str, Any]]"]
@@ -74,14 +76,17 @@ def executor(kind: str, n_workers: int, address: str | None) -> Generator[Submit
         try:
             yield lambda job: inline.submit(perform, job)
         finally:
-            inline.shutdown(cancel_futures=True)
+            # Where the command is interrupted, the run in the thread is not waited for.
+            inline.shutdown(wait=False, cancel_futures=True)
     else:
         pool = _Processes(*layout(kind, n_workers))
+        done = False
         try:
             yield pool.submit
             pool.started()
+            done = True
         finally:
-            pool.close()
+            pool.close(at_once=not done)
 
 
 class _Processes:
@@ -94,13 +99,14 @@ class _Processes:
     def _new(self) -> ProcessPoolExecutor:
         context = get_context("spawn")
         gpus = context.Queue()
+        ended, self._end = context.Pipe(duplex=False)
         known = _gpus()
         for worker in range(self._n_workers):
             gpus.put(known[worker % len(known)] if known else "")
         # Set before torch is loaded in the workers: two OpenMP teams on the same cores slow
         # each other.
         os.environ["OMP_NUM_THREADS"] = str(self._n_threads or 1)
-        pool = ProcessPoolExecutor(self._n_workers, context, _start_worker, (gpus,))
+        pool = ProcessPoolExecutor(self._n_workers, context, _start_worker, (gpus, ended))
         self._starting = [pool.submit(_load) for _ in range(self._n_workers)]
         return pool
 
@@ -116,8 +122,11 @@ class _Processes:
             self._pool = self._new()
             return self._pool.submit(perform, job)
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool) -> None:
+        """Let the workers end; at once: in the middle of their runs."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if at_once:
+            self._end.close()
 
 
 def _gpus() -> list[str]:
@@ -130,13 +139,14 @@ def _gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _start_worker(gpus: "Queue[str]") -> None:
-    """Set up a worker: its GPU, quiet libraries, and an end with its parent."""
+def _start_worker(gpus: "Queue[str]", ended: Any) -> None:
+    """Set up a worker: its GPU, quiet libraries, and an end with the study, which closes a pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study ends its workers
     gpu = gpus.get()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     quiet_libraries()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_study, args=(ended,), daemon=True).start()
 
 
 def _load() -> None:
@@ -146,11 +156,11 @@ def _load() -> None:
             import_module(f"d2lora.{module}")
 
 
-def _end_with_parent() -> None:
-    """Stop at once when the study's process is gone: its next run does the job again."""
+def _end_with_study(ended: Any) -> None:
+    """Stop at once when the study's process ends or is gone: its next run does the job again."""
     parent = parent_process()
     assert parent is not None
-    parent.join()
+    connection.wait([parent.sentinel, ended])
     os._exit(1)
 
 
@@ -163,7 +173,8 @@ def _ray(n_workers: int, address: str | None) -> Generator[Submit]:
     if started:
         n_cpus = None if address else n_workers or n_cores()
         try:
-            ray.init(address or "local", num_cpus=n_cpus, log_to_driver=False)
+            with kept():
+                ray.init(address or "local", num_cpus=n_cpus, log_to_driver=False)
         except ConnectionError as error:
             raise SettingsError(f"--address {address}: no Ray cluster there: {error}") from None
     n_gpus = 1 if ray.cluster_resources().get("GPU") else 0

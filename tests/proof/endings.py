@@ -1,0 +1,224 @@
+"""Commands that are asked to end while they run, and several that run at once.
+
+    python tests/proof/endings.py --times 10
+
+SIGTERM or SIGINT goes to the command alone, as a batch system sends it, at a random time; every
+process that it started has to be gone within five seconds, the exit code is 128 and the signal's
+number, and the second try ends as a run that was left alone.
+
+At once: two studies of one plan on one store, two that share half of their runs, two runs in one
+folder, and reports while a study writes. Each cell is trained once, and nothing is torn.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent / "scripts")]
+
+from crashes import Command, contents
+
+LIMIT_S = 5.0
+"""Within which everything has to be gone that a command started."""
+_HANGS_S = 600
+
+
+@dataclass
+class Record:
+    """What came of the ends of one command by one signal."""
+
+    n_tried: int = 0
+    n_clean: int = 0
+    """Ends in time, by the right code, with a second try as a run that was left alone."""
+    longest_s: float = 0.0
+    faults: list[str] = field(default_factory=list[str])
+
+
+def started(words: Sequence[str], folder: Path, name: str = "said") -> "subprocess.Popen[bytes]":
+    """Start a command as a user does, in a session of its own."""
+    with (folder.parent / name).open("wb") as said:
+        return subprocess.Popen(
+            [sys.executable, "-m", "d2lora", *words], cwd=folder, stdout=said, stderr=said,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def again(command: Command, folder: Path) -> tuple[int, str]:
+    """Run a command to its end, with `--resume` where it says so."""
+    said = folder.parent / "said"
+    code = started(command.words, folder).wait(_HANGS_S)
+    if code == 2 and "with --resume" in said.read_text("utf-8", "replace"):
+        code = started((*command.words, "--resume"), folder).wait(_HANGS_S)
+    return code, said.read_text("utf-8", "replace")
+
+
+def ended(command: Command, number: int, n_times: int, folder: Path, seed: int) -> Record:
+    """End a command by a signal at random times."""
+    place, record, chance = folder / "run", Record(), random.Random(seed)
+    _fresh(place)
+    began = time.monotonic()
+    code, said = again(command, place)
+    whole_s = time.monotonic() - began
+    assert code == 0, f"{command.name}: {said}"
+    expected = contents(place)
+    while record.n_tried < n_times:
+        _fresh(place)
+        process = started(command.words, place)
+        time.sleep(chance.uniform(0.1, 0.95) * whole_s)
+        if process.poll() is not None:
+            continue  # it was done before
+        family = psutil.Process(process.pid).children(recursive=True)
+        at_s = time.monotonic()
+        process.send_signal(number)
+        code = process.wait(_HANGS_S)
+        _, alive = psutil.wait_procs(family, timeout=_HANGS_S)
+        took_s = time.monotonic() - at_s
+        said = (folder / "said").read_text("utf-8", "replace")
+        record.n_tried += 1
+        record.longest_s = max(record.longest_s, took_s)
+        # Before Python is up, or after the work is done, the signal ends it by itself.
+        codes = {128 + number, -number, 0}
+        wrong = None
+        if code not in codes or "Traceback" in said or "leaked" in said:
+            wrong = f"exit code {code}: {said.strip()[-300:]}"
+        elif alive or took_s > LIMIT_S:
+            wrong = f"{took_s:.1f} s until all was gone"
+        else:
+            second, said = again(command, place)
+            found = contents(place)
+            if second != 0 and "holds a finished run" not in said:
+                wrong = f"the second try ends with {second}: {said.strip()[-300:]}"
+            elif found != expected:
+                names = sorted(
+                    n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n)
+                )
+                wrong = f"other files: {', '.join(names[:4])}"
+        if wrong:
+            record.faults.append(f"{command.name}, {signal.Signals(number).name}: {wrong}")
+        else:
+            record.n_clean += 1
+    return record
+
+
+def _fresh(place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+
+
+def commands(inputs: Path) -> Iterator[Command]:
+    """Write small inputs; yield what is ended."""
+    import conftest
+    from d2lora.embedded import general_rows, title_rows
+    from support import small_plan, write_rows
+
+    base = conftest.save_tiny_base(inputs / "base", 0)
+    general = write_rows(inputs / "pool.jsonl", general_rows("train", 40))
+    titles = write_rows(inputs / "titles.jsonl", title_rows("train", 20))
+    plan = small_plan(inputs, base, general, titles)
+    path = inputs / "plan.json"
+    path.write_text(json.dumps(plan), encoding="utf-8")
+    run = ("--base", base, "--rank", "4", "--batch-size", "4", "--checkpoint-every", "2")
+    yield Command("adapt", ("adapt", *run, "--data", titles, "--max-steps", "300", "--out", "out"))
+    for executor in ("inline", "processes", "ray"):
+        words = ("study", str(path), "--executor", executor, "--workers", "2")
+        yield Command(f"study, {executor}", (*words, "--store", "store", "--out", "study"))
+
+
+def at_once(study: Command, folder: Path) -> Iterator[tuple[str, str]]:
+    """Run several commands at once; yield what, and what is wrong with it (empty: nothing)."""
+    alone, place = folder / "alone", folder / "run"
+    _fresh(alone)
+    code, said = again(study, alone)
+    assert code == 0, said
+    expected = contents(alone)
+    n_runs = len(list(alone.glob("store/*/result.json")))
+
+    _fresh(place)
+    other = [word if word != "study" else "other" for word in study.words[1:]]
+    both = [started(study.words, place), started(("study", *other), place, "said-2")]
+    codes = [one.wait(_HANGS_S) for one in both]
+    wrong = "" if codes == [0, 0] else f"exit codes {codes}"
+    for name in ("study", "other"):
+        found = contents(place / name)
+        lacking = {n: digest for n, digest in contents(alone / "study").items()}
+        wrong = wrong or ("" if found == lacking else f"{name} differs from a study alone")
+    trained = len(list(place.glob("store/*/result.json")))
+    wrong = wrong or ("" if trained == n_runs else f"{trained} runs for {n_runs}")
+    yield "two studies on one store", wrong
+
+    _fresh(place)
+    both = [started(study.words, place), started(study.words, place, "said-2")]
+    codes = sorted(one.wait(_HANGS_S) for one in both)
+    wrong = "" if codes == [0, 2] else f"exit codes {codes}"
+    yield "two studies in one folder", wrong or _same(contents(place), expected)
+
+    _fresh(place)
+    process, n_reports, wrong = started(study.words, place), 0, ""
+    while process.poll() is None:
+        code = started(("report", "study"), place, "said-2").wait(_HANGS_S)
+        said = (folder / "said-2").read_text("utf-8", "replace")
+        n_reports += 1
+        if "Traceback" in said or code not in {0, 2}:
+            wrong = said[-300:]
+    wrong = wrong or ("" if process.returncode == 0 else f"exit code {process.returncode}")
+    yield f"{n_reports} reports while a study writes", wrong or _same(contents(place), expected)
+
+
+def _same(found: dict[str, str], expected: dict[str, str]) -> str:
+    names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+    return f"other files: {', '.join(names[:4])}" if names else ""
+
+
+def main() -> None:
+    """Print the tables, then every fault."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--times", type=int, default=10, help="ends by each signal")
+    parser.add_argument("--only", nargs="*", help="names of commands, and `at once`")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    faults: list[str] = []
+    say = sys.stdout.write
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["D2LORA_CACHE"] = str(folder / "cache")
+        (folder / "inputs").mkdir()
+        known = list(commands(folder / "inputs"))
+        say("| command | signal | tried | as if left alone | longest until all was gone, s |\n")
+        say("|---|---|---|---|---|\n")
+        for command in known:
+            if given.only and command.name not in given.only:
+                continue
+            for number in (signal.SIGTERM, signal.SIGINT):
+                record = ended(command, number, given.times, folder, given.seed)
+                faults += record.faults
+                say(
+                    f"| {command.name} | {number.name} | {record.n_tried} | {record.n_clean} | "
+                    f"{record.longest_s:.1f} |\n"
+                )
+                sys.stdout.flush()
+        if not given.only or "at once" in given.only:
+            say("\n| at once | as alone |\n|---|---|\n")
+            study = next(one for one in known if one.name == "study, processes")
+            for what, wrong in at_once(study, folder):
+                say(f"| {what} | {'no' if wrong else 'yes'} |\n")
+                faults += [f"{what}: {wrong}"] if wrong else []
+        for fault in faults:
+            say(f"\n- {fault}\n")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
