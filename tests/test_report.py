@@ -8,13 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import pandas as pd
 import pytest
 
 from d2lora.cli import main
 from d2lora.errors import RunError
+from d2lora.report import canvas, examples
 from d2lora.report.analysis import read_findings
-from d2lora.report.canvas import BASE_COLOUR, COLOURS
+from d2lora.report.canvas import BASE_COLOUR, COLOURS, Palette
+from d2lora.report.charts import charts
 from d2lora.report.summary import cost_grid
 from d2lora.report.words import headline
 from d2lora.report.write import write_report
@@ -162,6 +165,23 @@ def test_every_chart_is_a_picture_too(known: Path) -> None:
     names = {path.stem for path in known.glob("*.png")}
     assert names == {"score-sums", "difference-sums", "curves-sums-16", "forgetting-sums"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in known.glob("*.png"))
+
+
+def test_every_chart_is_valid_vega_lite(tmp_path: Path) -> None:
+    findings = read_findings(study(tmp_path))
+    drawn = charts(findings, Palette([arm.name for arm in findings.plan.arms]))
+    assert all(drawn.values())
+    for chart in (chart for section in drawn.values() for chart in section):
+        alt.Chart.from_dict(chart.spec, validate=True)
+
+
+def test_a_page_of_many_seeds_shows_the_outputs_of_the_first_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canvas, "MAX_DOTS", 3)
+    monkeypatch.setattr(examples, "MAX_CELLS", 5)
+    text = write_report(read_findings(study(tmp_path, seeds=3))).read_text("utf-8")
+    assert "Of 13 cells the 5 of the first seeds are shown." in visible(text)
 
 
 def test_many_arms_stand_in_rows_a_chart_for_each_n(tmp_path: Path) -> None:

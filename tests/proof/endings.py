@@ -25,11 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from crashes import Command, contents
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent / "scripts")]
-
-from crashes import Command, contents
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent / "scripts")]
 
 LIMIT_S = 5.0
 """Within which everything has to be gone that a command started."""
@@ -152,9 +151,8 @@ def at_once(study: Command, folder: Path) -> Iterator[tuple[str, str]]:
     codes = [one.wait(_HANGS_S) for one in both]
     wrong = "" if codes == [0, 0] else f"exit codes {codes}"
     for name in ("study", "other"):
-        found = contents(place / name)
-        lacking = {n: digest for n, digest in contents(alone / "study").items()}
-        wrong = wrong or ("" if found == lacking else f"{name} differs from a study alone")
+        own = _same(contents(place / name), contents(alone / "study"))
+        wrong = wrong or (f"{name}: {own}" if own else "")
     trained = len(list(place.glob("store/*/result.json")))
     wrong = wrong or ("" if trained == n_runs else f"{trained} runs for {n_runs}")
     yield "two studies on one store", wrong

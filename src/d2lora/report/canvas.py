@@ -10,6 +10,7 @@ from typing import Any
 
 import altair as alt
 import vl_convert
+from altair.utils.schemapi import debug_mode
 
 from d2lora.runtime.grids import Grid
 from d2lora.study.cells import BASE
@@ -31,6 +32,8 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 FONT = "sans-serif"
 Rows = list[dict[str, Any]]
 PNG_WIDTH, HEIGHT = 560, 300
+MAX_DOTS = 3_000
+"""Seeds, over all that a chart shows, that are drawn as a dot each."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,13 @@ DARK = theme("#e8ebef", "#a3adb8", "#323a44")
 
 def rows_of(rows: Rows) -> alt.Chart:
     """Return a layer to be, of values that stand in the page itself."""
-    return alt.Chart(alt.Data(values=rows))
+    with debug_mode(False):  # each value would be checked
+        return alt.Chart(alt.Data(values=rows))
+
+
+def dots(rows: Rows) -> Rows:
+    """Return rows that are drawn as a dot each; none of too many, which would be a cloud."""
+    return rows if len(rows) <= MAX_DOTS else []
 
 
 def chart_of(
@@ -138,7 +147,7 @@ def chart_of(
 ) -> Chart:
     """Return a chart of layers, as wide as its container and `height` pixels high."""
     whole = alt.layer(*layers).properties(width="container", height=height)
-    spec = whole.to_dict()
+    spec = whole.to_dict(validate=False)  # each value would be checked
     del spec["config"]
     return Chart(name, title, words, spec, data)
 

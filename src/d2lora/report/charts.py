@@ -5,7 +5,7 @@ from typing import Any
 import altair as alt
 
 from d2lora.errors import counted
-from d2lora.report.canvas import Chart, Palette, Rows, chart_of, rows_of
+from d2lora.report.canvas import Chart, Palette, Rows, chart_of, dots, rows_of
 from d2lora.report.compared import differences, scores
 from d2lora.report.findings import Convergence, Findings
 from d2lora.report.numbers import signed
@@ -100,9 +100,9 @@ def forgetting(findings: Findings, palette: Palette, task: str) -> Chart | None:
         ),
         rows_of(rows).mark_text(dy=-11).encode(x=x, y=y, text="label:N"),
     ]
-    if seeds:
-        dots = rows_of(seeds).mark_circle(size=20, opacity=0.35)
-        layers.insert(0, dots.encode(x=x, y=y, color=palette.colour(shown), tooltip=tooltip))
+    if dots(seeds):
+        cloud = rows_of(seeds).mark_circle(size=20, opacity=0.35)
+        layers.insert(0, cloud.encode(x=x, y=y, color=palette.colour(shown), tooltip=tooltip))
     title = f"{findings.title(task)}: score against forgetting"
     words = "Score against the change of held-out general loss. " + " ".join(
         f"{row['arm']} at n = {row['n']}: {row['score']:.1f} % and {signed(row['change'], 2)} nats."

@@ -9,7 +9,7 @@ from typing import Any
 
 import altair as alt
 
-from d2lora.report.canvas import HEIGHT, Chart, Palette, Rows, chart_of, rows_of
+from d2lora.report.canvas import HEIGHT, Chart, Palette, Rows, chart_of, dots, rows_of
 from d2lora.report.findings import Comparison, Findings, Level
 from d2lora.report.numbers import signed
 from d2lora.report.tables import chart_score_grid, difference_grid, percent
@@ -118,10 +118,10 @@ def scores(findings: Findings, palette: Palette, task: str, n: int | None = None
             shape=shape, tooltip=[*tooltip, *ends], **points
         ),
     ]
-    if seeds:
-        dots = rows_of(seeds).mark_circle(size=22, opacity=0.4)
+    if dots(seeds):
+        cloud = rows_of(seeds).mark_circle(size=22, opacity=0.4)
         tips = [*tooltip, alt.Tooltip("seed:Q")]
-        layers.insert(-1, dots.encode(color=colour, tooltip=tips, **points))
+        layers.insert(-1, cloud.encode(color=colour, tooltip=tips, **points))
     words = f"{score} in percent. " + " ".join(
         f"{arm}: "
         + ", ".join(
@@ -174,7 +174,7 @@ def differences(
         rows_of([{}]).mark_rule(strokeWidth=1.5, aria=False).encode(**zero),
         base.mark_rule(strokeWidth=1, opacity=0.7).encode(**layout.spans("lowest", "highest")),
         base.mark_rule(strokeWidth=3).encode(**layout.spans("low", "high")),
-        rows_of(seeds)
+        rows_of(dots(seeds))
         .mark_circle(size=22, opacity=0.4)
         .encode(color=colour, tooltip=["arm:N", "n:Q", "seed:Q", numbers[0]], **points),
     ]

@@ -1,6 +1,6 @@
 """Outputs of finished cells, to be browsed side by side in the page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from d2lora.report.findings import Findings
 
 MAX_OUTPUTS = 12_000
 """Outputs in a page, over all cells; each cell shows the same first test rows."""
+MAX_CELLS = 2_000
+"""Cells whose outputs are in a page."""
 MAX_CHARACTERS = 2_000
 """Of a text; a longer one is cut, and says so."""
 
@@ -29,6 +31,7 @@ class Examples:
 def read_examples(findings: Findings) -> Examples:
     """Read the records of every cell that answered from the study's store."""
     cells = [c for c in findings.cells if findings.score_of[c["task"]] not in PREFERENCE]
+    n_cells, cells = len(cells), _of_first_seeds(cells)
     found = [(cell, _records(findings, cell)) for cell in cells]
     there = [(cell, records) for cell, records in found if records is not None]
     texts = _Texts()
@@ -53,6 +56,8 @@ def read_examples(findings: Findings) -> Examples:
                 "scores": [round(value, 4) for value in values],
             }
         )
+    if len(cells) < n_cells:
+        notes.append(f"Of {n_cells:,} cells the {len(cells):,} of the first seeds are shown.")
     if len(there) < len(cells):
         notes.append(
             f"The outputs of {len(cells) - len(there)} of {len(cells)} cells are "
@@ -64,6 +69,13 @@ def read_examples(findings: Findings) -> Examples:
     arms = [arm.name for arm in findings.plan.arms]
     data = {"texts": texts.all, "tasks": tasks, "sizes": sizes, "arms": arms}
     return Examples(data, notes)
+
+
+def _of_first_seeds(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the cells that a page has room for: those of the first seeds, in their order."""
+    seeds = sorted(cell["seed"] for cell in cells)
+    last = seeds[min(len(seeds), MAX_CELLS) - 1] if seeds else 0
+    return [cell for cell in cells if cell["seed"] <= last][:MAX_CELLS]
 
 
 def _records(findings: Findings, cell: Mapping[str, Any]) -> pd.DataFrame | None:

@@ -1,7 +1,9 @@
 """Findings as files for other tools: tables, and a summary in Markdown."""
 
+import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from d2lora.errors import counted
@@ -49,17 +51,20 @@ def item_table(findings: Findings) -> pd.DataFrame:
 
     Prompts and outputs stay in the store, in `KEY/records.parquet`.
     """
-    parts = [
-        pd.DataFrame(
-            {
-                **{name: cell[name] for name in ("task", "arm", "n", "seed")},
-                "row": range(len(next(iter(cell["scores"].values())))),
-                **cell["scores"],
-            }
-        )
-        for cell in findings.cells
-    ]
-    return pd.concat(parts, ignore_index=True)
+    n_rows = [len(next(iter(cell["scores"].values()))) for cell in findings.cells]
+    columns: dict[str, Any] = {
+        name: np.repeat(np.array([cell[name] for cell in findings.cells]), n_rows)
+        for name in ("task", "arm", "n", "seed")
+    }
+    columns["row"] = np.concatenate([np.arange(n) for n in n_rows])
+    names = dict.fromkeys(name for cell in findings.cells for name in cell["scores"])
+    for name in names:
+        own = [
+            cell["scores"].get(name, [math.nan] * n)
+            for cell, n in zip(findings.cells, n_rows, strict=True)
+        ]
+        columns[name] = np.concatenate(own)
+    return pd.DataFrame(columns)
 
 
 def summary_text(findings: Findings) -> str:

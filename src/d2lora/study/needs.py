@@ -49,11 +49,15 @@ class Needs:
         self.failed: dict[str, str] = {}
         self._arms = {arm.name: arm for arm in plan.arms}
         self._tuned: dict[Cell, Tuned] = {}
+        self.last: dict[Cell, Scored] = {}
+        """The job that scores a cell, once it is known."""
+        self._warm_ups: dict[tuple[str, int], WarmUp | Ready] = {}
 
     def result(self, cell: Cell) -> Steps[dict[str, Any]]:
         """Lead to a cell's result."""
-        last = yield from self.last_job(cell)
-        return (yield from self.need(last))
+        if cell not in self.last:
+            self.last[cell] = yield from self.last_job(cell)
+        return (yield from self.need(self.last[cell]))
 
     def last_job(self, cell: Cell) -> Steps[Scored]:
         """Lead to the job that scores a cell."""
@@ -225,9 +229,12 @@ class Needs:
         if arm.kind not in NEEDS_WARM_UP:
             return None
         name = arm.warm_up or ""
-        job = yield from self.warm_up(name, seed % self.plan.warm_up_seeds_of(name))
-        yield from self.need(job)
-        return job
+        which = name, seed % self.plan.warm_up_seeds_of(name)
+        if which not in self._warm_ups:
+            job = yield from self.warm_up(*which)
+            yield from self.need(job)
+            self._warm_ups[which] = job
+        return self._warm_ups[which]
 
     def warm_up(self, name: str, seed: int = 0) -> Steps[WarmUp | Ready]:
         """Lead to the job that makes a warm start, or uses an existing one."""

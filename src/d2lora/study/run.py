@@ -167,9 +167,8 @@ class _Run:
 
 def _row(needs: Needs, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
     kind = next((arm.kind for arm in needs.plan.arms if arm.name == cell.arm), BASE)
-    last = reached(needs.last_job(cell))
-    assert not isinstance(last, Missing), "the cell is finished"
-    return {"arm": cell.arm, "kind": kind, "key": last.key, **asdict(cell), **_measured(result)}
+    key = needs.last[cell].key
+    return {"arm": cell.arm, "kind": kind, "key": key, **asdict(cell), **_measured(result)}
 
 
 def _measured(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,8 @@ _FILES = {
     "data", "validation_data", "general_text", "choices", "for_task", "keep_out", "training_data",
     "replay",
 }  # fmt: skip
-_BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_BASE_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+"""Endings of a base's files that count."""
 
 
 @dataclass(frozen=True)
@@ -226,8 +227,8 @@ def _base_stamp(settings: BaseSettings, *, fetch: bool) -> tuple[Stamp, ...]:
         if fetch:
             raise
         return ()
-    files = {file for pattern in _BASE_FILES for file in folder.glob(pattern)}
-    return tuple(stamp_of(file) for file in sorted(files))
+    files = sorted(file for file in folder.iterdir() if file.name.endswith(_BASE_FILES))
+    return tuple(map(stamp_of, files))
 
 
 @lru_cache(maxsize=64)
