@@ -73,6 +73,8 @@ bench: $(VENV)/.bench  ## benchmarks side by side with TRL, transformers and lm-
 
 proof: $(VENV)/.test  ## kills, failing disks and verdicts tried many times; needs a C compiler, some hours
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/crashes.py --points 100
+	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/endings.py --times 10
+	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/load.py --cells 50000
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/verdicts.py --runs 1000
 
 clean:  ## remove what the targets made
