@@ -78,6 +78,13 @@ MISTAKES = {
     "an unknown setting in a file": (
         "adapt {unknown_yaml}", r"unknown setting `learning_rte`\. Did you mean `learning_rate`\?"
     ),
+    "a number to base 60": (
+        "study quick --set steps={{4:8}}", r"found `4:8`, which has no space after its colon"
+    ),
+    "a number to base 60 in a settings file": ("adapt {colon_yaml}", r"found `1:20`"),
+    "a number to base 8": (
+        "study quick --set sizes=[016]", r"found `016`, which starts with a zero"
+    ),
     "a settings file that is none": ("adapt {not_yaml}", r"not a YAML file"),
     "a missing settings file": ("adapt nowhere.yaml", r"cannot read the settings file"),
     "a missing data file": (
@@ -194,6 +201,7 @@ def test_a_mistake_gives_one_clear_error_and_exit_code_2(
         bad_rows=case.file("bad_rows.jsonl", '{"question": "q", "answer": "#### 1"}\n{"question"'),
         unknown_yaml=case.file("unknown.yaml", "learning_rte: 1\n"),
         not_yaml=case.file("not.yaml", "a: [\n"),
+        colon_yaml=case.file("colon.yaml", "rank: 1:20\n"),
         dated_yaml=case.file("dated.yaml", "out: 2024-13-45\n"),
     )
     try:

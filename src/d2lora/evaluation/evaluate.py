@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from d2lora.adapters.attach import attached
 from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.files import AdapterFiles
 from d2lora.adapters.manifest import check_fit
@@ -78,10 +79,12 @@ def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str
         if name != BASE:  # all of them before the first is measured
             AdapterFiles.read(Path(name))
     base = base or load_base(settings)
-    for name in names:
-        if name != BASE and (warning := check_fit(Path(name), base)):
-            reporter.say(warning)
     folders = [Path(name) for name in names if name != BASE]
+    for folder in folders:
+        if warning := check_fit(folder, base):
+            reporter.say(warning)
+        with attached(base.model, folder):  # what does not fit is known before hours of measuring
+            pass
     sets = replace(sets, labels=labels_known(sets, folders, reporter.say))
     check_rows(names, base, sets, settings)
     trained_on = _trained_on(names, base, sets, reporter)

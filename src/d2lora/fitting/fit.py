@@ -50,6 +50,9 @@ from d2lora.study.steps import Missing, Steps, T, reached
 from d2lora.study.store import Job
 
 PAGE = "index.html"
+FIT = "fit.json"
+_BEFORE_FIT = {"store", SETTINGS, BAD_ROWS, "adapter", "commands.sh"}
+"""What a fit that died may have written."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,7 @@ def _write(
     }
     commands = commands_of(found, out)
     write_text(out / "commands.sh", commands)
-    write_json(out / "fit.json", {**to_json(found), **about})
+    write_json(out / FIT, {**to_json(found), **about})
     write_text(out / PAGE, page(settings, plan, found, commands, about))
     write_json(out / DONE, {"kind": "fit"})
 
@@ -264,8 +267,9 @@ def _check_folder(out: Path) -> None:
     Raises:
         RunError: If it is not.
     """
-    names = present(out)
-    if names and not {"store", SETTINGS} & set(names):
+    names = set(present(out))
+    begun = "store" in names and names <= _BEFORE_FIT  # it is made before all else
+    if names and not begun and not (out / FIT).is_file():
         raise RunError(f"{out} holds something that is not a fit; choose another --out")
 
 
