@@ -102,6 +102,7 @@ def _fit(settings: FitSettings, reporter: Reporter) -> Fit:
     rank = rank_of(settings, starts)
     starts = [at_rank(start, rank, store / "warm-starts") for start in starts]
     n = settings.n or len(data.examples)
+    _check_number(n)
     plan = plan_of(settings, starts, rank, n)
     lines: list[str] = []
     with executor(settings.executor, settings.workers, settings.address) as submit:
@@ -117,8 +118,7 @@ def _fit(settings: FitSettings, reporter: Reporter) -> Fit:
         if settings.n is None:
             n -= sum(len(one.removed) for one in checks)
             plan = plan.changed(sizes=(n,))
-        if n < 2:
-            raise DataError(f"{counted(n, 'row')}: at least 2 are needed, one to hold out")
+        _check_number(n)
         n_workers, _ = layout(settings.executor, settings.workers)
         needs = Needs(plan, store, keep_adapters=True)
         reporter.say(
@@ -133,6 +133,11 @@ def _fit(settings: FitSettings, reporter: Reporter) -> Fit:
         found = _reached(search.fitted, needs, submit, reporter)
     _write(settings, plan, found, lines)
     return Fit(out, found)
+
+
+def _check_number(n: int) -> None:
+    if n < 2:
+        raise DataError(f"{counted(n, 'row')}: at least 2 are needed, one to hold out")
 
 
 def _rows(settings: FitSettings, reporter: Reporter) -> TaskData:
