@@ -219,6 +219,28 @@ def test_a_sampled_answer_does_not_depend_on_the_rows_beside_it(
     assert expected[0] != expected[2]  # the same prompt, another draw
 
 
+def test_rows_that_only_an_adapters_template_shows_are_scored_in_it(
+    tmp_path: Path, tiny_base: str
+) -> None:
+    template = tmp_path / "tools.jinja"
+    template.write_text(
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]"
+        "{{ m.content }}<|eos|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tool = {"type": "function", "function": {"name": "sky", "parameters": {}}}
+    turns = [{"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Dry."}]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns, "tools": [tool]}] * 2)
+    text = write_rows(tmp_path / "text.jsonl", text_rows("valid", 2))
+    run(tmp_path / "own", tiny_base, rows, chat_template=template, max_steps=0, rank=2)
+    settings = EvaluateSettings(
+        base=tiny_base, adapters=(str(tmp_path / "own"),), data=(rows,), general_text=(text,),
+        max_new_tokens=2, out=tmp_path / "scores", quiet=True,
+    )  # fmt: skip
+    assert len(evaluate(settings).records) == 2
+    with pytest.raises(DataError, match="cannot be expressed in the plain chat format"):
+        evaluate(settings.changed(adapters=("base", *settings.adapters), out=tmp_path / "more"))
+
+
 @pytest.mark.parametrize(
     "cold", [Sampling(1e-300), Sampling(1e-40), Sampling(1e-6), Sampling(1.0, 1e-300)]
 )

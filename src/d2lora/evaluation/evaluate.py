@@ -19,7 +19,6 @@ from d2lora.adapters.attach import attached
 from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.files import AdapterFiles
 from d2lora.adapters.manifest import check_fit
-from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import answers_beyond
 from d2lora.data.reading import TaskData
 from d2lora.data.rows import Fault
@@ -27,7 +26,7 @@ from d2lora.data.sources import BAD_ROWS, write_bad_rows
 from d2lora.data.trained_rows import TrainedRows, places
 from d2lora.errors import SettingsError, counted
 from d2lora.evaluation.closed import calibration_error
-from d2lora.evaluation.measure import BASE, Measured, check_rows, measure
+from d2lora.evaluation.measure import BASE, Measured, check_rows, encoders_of, measure
 from d2lora.evaluation.scores import Evaluation, Forgetting, forgetting_table, scores_of_adapters
 from d2lora.evaluation.stats import (
     Difference,
@@ -128,10 +127,12 @@ def _check_lengths(
     """Warn of gold answers that are too long to be generated."""
     if task is None or task.task.answers != "open":
         return
-    encoder = Encoder.of(base, settings.chat_format)
-    beyond = answers_beyond(encoder, task.examples[: settings.limit], settings.max_new_tokens)
-    if beyond is not None:
-        reporter.say(f"warning: {beyond}")
+    examples = task.examples[: settings.limit]
+    for encoder in encoders_of(settings.adapters or (BASE,), base, settings):
+        beyond = answers_beyond(encoder, examples, settings.max_new_tokens)
+        if beyond is not None:
+            reporter.say(f"warning: {beyond}")
+            return
 
 
 def _names(settings: EvaluateSettings) -> list[str]:
