@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -220,6 +221,36 @@ def test_the_next_adapter_is_measured_on_the_base_as_it_was(tmp_path: Path, gpt2
         losses.append({name: f.general_loss for name, f in found.forgetting.items()})
     assert losses[0] == losses[1]
     assert len(set(losses[0].values())) == 3
+
+
+def test_the_last_adapter_is_known_not_to_fit_before_the_first_is_measured(
+    tmp_path: Path, gpt2_base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fits, cut = (make_adapter(gpt2_base, tmp_path / name) for name in ("fits", "cut"))
+    file = cut / "adapter_model.safetensors"
+    weights_of_it = load_file(file)
+    missing = weights_of_it.popitem()[0]
+    save_file(weights_of_it, file)
+    text = write_rows(tmp_path / "text.jsonl", text_rows("valid", 2))
+    with pytest.raises(ModelError, match=re.escape(missing)):
+        evaluate(
+            EvaluateSettings(
+                base=gpt2_base, adapters=(str(fits), str(cut)), general_text=(text,),
+                out=tmp_path / "out",
+            )
+        )  # fmt: skip
+    assert "evaluating" not in capsys.readouterr().err
+
+
+def test_whole_layers_for_a_quantized_base_are_refused_with_the_way_out(
+    tmp_path: Path, tiny_base: str, quantized_base: str
+) -> None:
+    whole = make_adapter(
+        tiny_base, tmp_path / "w", target_modules=["q_proj"], modules_to_save=["down_proj"]
+    )
+    base = loaded(quantized_base)
+    with pytest.raises(ModelError, match="as it was before quantization"):
+        attach_adapter(base.model, whole, trainable=False)
 
 
 def test_adapters_on_a_quantized_base_are_measured_unfolded_in_any_order(

@@ -237,6 +237,27 @@ def test_references_come_from_a_path(tmp_path: Path) -> None:
         examples(tmp_path, text, {"q": "?", "a": ["x", " "]})
 
 
+def test_references_come_from_named_columns_and_several_fields(tmp_path: Path) -> None:
+    named = (
+        "columns: {all: 'a[*]'}\nprompt: '{q}'\ncompletion: '{all}'\nreferences: all\n"
+        "values: {all: {1: one, 2: two}}\n"
+    )
+    [example] = examples(tmp_path, named, {"q": "?", "a": [1, 2]})
+    assert example.references == ("one", "two")
+    numbers = "prompt: '{q}'\ncompletion: '{a[0]}'\nreferences: a[*]\n"
+    [example] = examples(tmp_path, numbers, {"q": "?", "a": [1998, True]})
+    assert example.references == ("1998", "true")
+    several = "prompt: '{q}'\ncompletion: '{r1}'\nreferences: [r2, r3]\n"
+    [example] = examples(tmp_path, several, {"q": "?", "r1": "x", "r2": "y", "r3": "z"})
+    assert example.references == ("y", "z")
+    [example] = examples(tmp_path, several, {"q": "?", "r1": "x", "r2": "", "r3": None})
+    assert example.references == ()
+    with pytest.raises(DataError, match="field `r3` is missing"):
+        examples(tmp_path, several, {"q": "?", "r1": "x", "r2": "y"})
+    with pytest.raises(SettingsError, match="`same prompt` stands alone"):
+        examples(tmp_path, several.replace("r3", "same prompt"), {"q": "?"})
+
+
 def test_a_closed_answer_is_right_by_any_of_its_references_in_the_calibration_too(
     tmp_path: Path, tiny_base: str
 ) -> None:

@@ -78,6 +78,13 @@ MISTAKES = {
     "an unknown setting in a file": (
         "adapt {unknown_yaml}", r"unknown setting `learning_rte`\. Did you mean `learning_rate`\?"
     ),
+    "a number to base 60": (
+        "study quick --set steps={{4:8}}", r"found `4:8`, which has no space after its colon"
+    ),
+    "a number to base 60 in a settings file": ("adapt {colon_yaml}", r"found `1:20`"),
+    "a number to base 8": (
+        "study quick --set sizes=[016]", r"found `016`, which starts with a zero"
+    ),
     "a settings file that is none": ("adapt {not_yaml}", r"not a YAML file"),
     "a missing settings file": ("adapt nowhere.yaml", r"cannot read the settings file"),
     "a missing data file": (
@@ -165,6 +172,32 @@ MISTAKES = {
     "a name that leaves no room for temporary files": (
         "generate --base {base} --prompts {data} --out {out}" + "x" * 240, r"name too long"
     ),
+    "a rank given twice": (
+        "adapt --base {base} --data {data} --out {out} --rank-pattern q_proj=3 q_proj=5",
+        r"`q_proj` is given twice",
+    ),
+    "files of no bytes": (
+        "convert --base {base} --adapter {warm} --merge --shard-size 0GB --out {out}",
+        r"expected a size with its unit, as in 5GB",
+    ),
+    "one file in several": (
+        "convert --base {base} --adapter {warm} --merge --shard-size 1MB --out {out}.gguf",
+        r"give an --out that is a folder",
+    ),
+    "a project of no tracker": (
+        "adapt --base {base} --data {data} --out {out} --track-project p", r"give --track, too"
+    ),
+    "a nucleus of greedy decoding": (
+        "generate --base {base} --prompt x --top-p 0.5", r"nothing is sampled: give --temperature"
+    ),
+    "a limit on no task": (
+        "evaluate --base {base} --general-text {data} --limit 3 --out {out}",
+        r"give --data, or leave it out",
+    ),
+    "a task of no rows": ("inspect --adapter {warm} --task titles", r"--task titles is about rows"),
+    "a number of no test rows": (
+        "fit --base {base} --data {data} --n-test 3 --out {out}", r"give --test, or leave it out"
+    ),
     "a demo over something else": ("demo --out {base}", r"not a demo"),
 }  # fmt: skip
 
@@ -194,6 +227,7 @@ def test_a_mistake_gives_one_clear_error_and_exit_code_2(
         bad_rows=case.file("bad_rows.jsonl", '{"question": "q", "answer": "#### 1"}\n{"question"'),
         unknown_yaml=case.file("unknown.yaml", "learning_rte: 1\n"),
         not_yaml=case.file("not.yaml", "a: [\n"),
+        colon_yaml=case.file("colon.yaml", "rank: 1:20\n"),
         dated_yaml=case.file("dated.yaml", "out: 2024-13-45\n"),
     )
     try:

@@ -189,13 +189,56 @@ def test_folding_the_adapter_gives_the_same_outputs_and_leaves_no_trace(
 
 def test_sampling_is_seeded_and_top_p_cuts_the_tail() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
-    generator = torch.Generator().manual_seed(0)
-    drawn = choose(logits, Sampling(1.0, 0.75), generator)
+    sampling = Sampling(1.0, 0.75)
+    drawn = choose(logits, sampling, sampling.draws(range(4000), 1)[:, 0])
     share = drawn.bincount(minlength=4) / 4000
     assert share[2:].sum() == 0
     assert share[0] == pytest.approx(0.5 / 0.8, abs=0.03)
-    again = choose(logits, Sampling(1.0, 0.75), torch.Generator().manual_seed(0))
+    again = choose(logits, sampling, sampling.draws(range(4000), 1)[:, 0])
     assert torch.equal(drawn, again)
+    other = Sampling(1.0, 0.75, 1).draws(range(4000), 1)[:, 0]
+    assert not torch.equal(drawn, choose(logits, sampling, other))
+    most = torch.full((4000,), 1 - 2**-24)  # the last token that is kept, not one behind it
+    assert set(choose(logits, sampling, most).tolist()) == {1}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_sampled_answer_does_not_depend_on_the_rows_beside_it(
+    tiny_base: str, *, fast: bool
+) -> None:
+    base = load_base(BaseSettings(base=tiny_base))
+    prompts = [list(range(5, 5 + n)) for n in (9, 4, 9, 7, 4, 12)]
+
+    def answers(batch_size: int, *, fast: bool) -> dict[int, list[int]]:
+        with adapted(base, None, fast_when=fast) as (model, _):
+            decoder = Decoder(model, base, 10, batch_size, Sampling(1.0, 0.9, 3))
+            return dict(decoder.complete(prompts))
+
+    expected = answers(1, fast=False)
+    assert answers(4, fast=fast) == answers(6, fast=fast) == expected
+    assert expected[0] != expected[2]  # the same prompt, another draw
+
+
+def test_rows_that_only_an_adapters_template_shows_are_scored_in_it(
+    tmp_path: Path, tiny_base: str
+) -> None:
+    template = tmp_path / "tools.jinja"
+    template.write_text(
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]"
+        "{{ m.content }}<|eos|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tool = {"type": "function", "function": {"name": "sky", "parameters": {}}}
+    turns = [{"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Dry."}]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns, "tools": [tool]}] * 2)
+    text = write_rows(tmp_path / "text.jsonl", text_rows("valid", 2))
+    run(tmp_path / "own", tiny_base, rows, chat_template=template, max_steps=0, rank=2)
+    settings = EvaluateSettings(
+        base=tiny_base, adapters=(str(tmp_path / "own"),), data=(rows,), general_text=(text,),
+        max_new_tokens=2, out=tmp_path / "scores", quiet=True,
+    )  # fmt: skip
+    assert len(evaluate(settings).records) == 2
+    with pytest.raises(DataError, match="cannot be expressed in the plain chat format"):
+        evaluate(settings.changed(adapters=("base", *settings.adapters), out=tmp_path / "more"))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +246,7 @@ def test_sampling_is_seeded_and_top_p_cuts_the_tail() -> None:
 )
 def test_sampling_near_zero_takes_the_likeliest_token(cold: Sampling) -> None:
     logits = 100 * torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 4.0]])
-    assert choose(logits, cold, torch.Generator().manual_seed(0)).tolist() == [1, 0]
+    assert choose(logits, cold, cold.draws(range(2), 1)[:, 0]).tolist() == [1, 0]
 
 
 def test_evaluation_writes_a_record_of_every_row_and_adapter(

@@ -277,6 +277,25 @@ def test_a_fit_does_not_write_into_a_folder_of_something_else(
         fit(settings(tiny_base, rows, tmp_path))
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("settings.yaml", "adapter.json", "done.json"),  # a finished run of `adapt`
+        ("settings.yaml", "metrics.jsonl", "checkpoint"),  # one that was killed
+        ("settings.yaml",),
+        ("store", "my-study"),
+    ],
+)
+def test_a_fit_does_not_write_over_a_run_of_another_command(
+    tmp_path: Path, tiny_base: str, rows: str, files: tuple[str, ...]
+) -> None:
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(RunError, match="not a fit"):
+        fit(settings(tiny_base, rows, tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+
+
 def test_documents_are_fitted_by_their_loss_alone(tmp_path: Path, tiny_base: str) -> None:
     texts = [{"text": f"The river number {n} is long and cold."} for n in range(6)]
     data = write_rows(tmp_path / "texts.jsonl", [*texts, {"text": ""}])

@@ -248,9 +248,12 @@ def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(
     assert "rows: 12 to learn from, 4 held out" in printed
     assert "steps: 6 of 8 rows" in printed
     assert "Nothing was trained or written" in printed
+    assert "warning: only 6 optimizer steps" in printed
     assert not [*tmp_path.iterdir()]
     assert all(torch.equal(base.model.state_dict()[n], value) for n, value in before.items())
-    done = adapt(settings, base).manifest.cost
+    made = adapt(settings, base).manifest
+    assert [*found.warnings] == made.warnings
+    done = made.cost
     assert (found.n_steps, found.n_rows, found.n_valid) == (done["n_steps"], 12, 4)
     assert found.n_tokens == pytest.approx(done["n_tokens"], rel=0.2)
     assert found.seconds > 0

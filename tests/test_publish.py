@@ -210,6 +210,7 @@ def test_an_adapter_of_peft_alone_is_published(hub: Hub, tiny_base: str, tmp_pat
     sent = put(tmp_path / "plain", hub)
     assert set(sent) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] is None
+    assert b"d2lora" not in sent["README.md"]  # which did not make it
 
 
 def test_private_means_private(hub: Hub, adapter: Path) -> None:
@@ -273,6 +274,7 @@ def test_a_token_that_is_not_the_hubs_is_named(
         ({"to": "someone/titles"}, "who cannot write to someone; choose one of me, lab"),
         ({"base_id": "./my-model"}, "--base-id owner/name"),
         ({"scores": (Path("nowhere"),)}, "nowhere: no finished evaluation"),
+        ({"license": "Apache 2.0"}, "such as apache-2.0 or cc-by-4.0; found 'Apache 2.0'"),
         ({"folder": Path("nowhere")}, "nowhere: no such folder"),
         ({"about": Path("nowhere.md")}, r"--about nowhere\.md: cannot be read"),
     ],

@@ -184,6 +184,15 @@ def test_rows_that_are_missing_stop_a_study_before_it_runs(
     assert not (tmp_path / "study").exists()
 
 
+def test_a_size_that_leaves_no_row_to_choose_by_stops_a_study_before_it_runs(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    plan["sizes"] = [1, 4]
+    with pytest.raises(DataError, match="n = 1 leaves no row to choose the learning rate"):
+        run_study(settings(tmp_path, plan))
+    assert not (tmp_path / "study").exists()
+
+
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_plan_is_whole(name: str) -> None:
     assert read_plan(name).question

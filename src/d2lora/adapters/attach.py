@@ -18,9 +18,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from d2lora.adapters.files import PREFIX, AdapterFiles, some
-from d2lora.adapters.quantization import keep_layout
+from d2lora.adapters.quantization import is_quantized, keep_layout
 from d2lora.errors import ModelError, first_line, listed
 from d2lora.runtime.modes import in_evaluation
+
+_WHOLE_LAYERS = (
+    "It brings whole layers (`modules_to_save`); where they are quantized in the base, give the "
+    "base as it was before quantization"
+)
 
 
 @contextmanager
@@ -154,9 +159,10 @@ def _check_names(model: nn.Module, files: AdapterFiles) -> None:
         if names
     ]
     if faults:
+        whole = is_quantized(model) and files.config.modules_to_save
         raise ModelError(
             f"{files.folder}: the adapter does not fit the base:\n{listed(faults)}\n"
-            "Give the base that it was made on"
+            + (_WHOLE_LAYERS if whole else "Give the base that it was made on")
         )
 
 

@@ -52,10 +52,11 @@ def card(manifest: Manifest, form: Form = "adapter", published: Published | None
     base_id = hub_id(manifest.base.id) if published is None else published.base_id
     published = published or Published("this folder", base_id)
     kind = f"LoRA {manifest.kind}"
-    title = f"A {kind} made by d2lora" if form == "adapter" else f"A model with a {kind} merged in"
+    made = f"A {kind} made by d2lora" if manifest.cost else f"A {kind}"
+    title = made if form == "adapter" else f"A model with a {kind} merged in"
     table = "\n".join(f"| {name} | {value} |" for name, value in _facts(manifest).items())
     parts = [
-        f"---\n{_metadata(form, published)}\n---\n\n# {title}",
+        f"---\n{_metadata(manifest, form, published)}\n---\n\n# {title}",
         published.about.strip(),
         f"| | |\n|---|---|\n{table}",
         _data(manifest),
@@ -65,7 +66,7 @@ def card(manifest: Manifest, form: Form = "adapter", published: Published | None
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _metadata(form: Form, published: Published) -> str:
+def _metadata(manifest: Manifest, form: Form, published: Published) -> str:
     """Return the hub's metadata, in YAML."""
     relation = "adapter" if form == "adapter" else "finetune"
     return ModelCardData(
@@ -74,7 +75,7 @@ def _metadata(form: Form, published: Published) -> str:
         base_model_relation=relation if published.base_id else None,
         license=published.license,
         pipeline_tag="text-generation",
-        tags=["lora", "d2lora"],
+        tags=["lora", "d2lora"] if manifest.cost or form == "merged" else ["lora"],
         model_name=published.repo.rpartition("/")[2] if published.scores else None,
         eval_results=list(published.scores) or None,
     ).to_yaml()
@@ -90,7 +91,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "rank, alpha": f"{lora.rank}, {lora.alpha:g}",
         "targets": ", ".join(lora.targets),
     }
-    if cost:  # an adapter of d2lora's own
+    if cost:  # an adapter of d2lora's own, here and in the title
         facts |= {
             "initialized from": _initialized_from(manifest),
             "objective": _objective(manifest),

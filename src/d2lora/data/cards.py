@@ -48,9 +48,10 @@ class Card(Settings):
     document of which every token is learnt."""
     completion: str | None = None
     """Template of the answer. None: `{completion}`."""
-    references: str | None = None
-    """Further right answers of a test row: a path to a list, or `same prompt`: rows with equal
-    prompts are one, with all their answers."""
+    references: str | tuple[str, ...] | None = None
+    """Further right answers of a test row: a path to a text or a list, or several paths, of which
+    those without a value are left out; or `same prompt`: rows with equal prompts are one, with all
+    their answers."""
     answers: Answers = "open"
     """open: generated; closed: the likeliest of the labels; pairs: `chosen` and `rejected`, and the
     likelier one counts."""
@@ -86,12 +87,20 @@ class Card(Settings):
         Template.of(text or "")
         return text
 
-    @field_validator("references")
-    @classmethod
-    def _reference(cls, references: str | None) -> str | None:
-        if references not in (None, SAME_PROMPT):
-            steps_of(str(references))
-        return references
+    @model_validator(mode="after")
+    def _reference(self) -> "Card":
+        for path in self.reference_paths:
+            steps_of(path)
+        if SAME_PROMPT in self.reference_paths:
+            raise ValueError(f"`references`: `{SAME_PROMPT}` stands alone, without other paths")
+        return self
+
+    @property
+    def reference_paths(self) -> tuple[str, ...]:
+        """Paths to further right answers within a row."""
+        if self.references is None or self.references == SAME_PROMPT:
+            return ()
+        return (self.references,) if isinstance(self.references, str) else self.references
 
     @field_validator("labels")
     @classmethod
@@ -150,8 +159,7 @@ class Card(Settings):
         known = (PREFERENCES,) if self.answers == "pairs" else FORMATS
         recognized = [name for form in known for name in (*form.needs, *form.reads)]
         whole = self.prompt is not None and self.completion is not None
-        if self.references not in (None, SAME_PROMPT):
-            shown.append(str(self.references))
+        shown += self.reference_paths
         return [*named, *shown, *([] if whole else recognized)]
 
 

@@ -16,7 +16,7 @@ from d2lora.errors import DataError, SettingsError
 
 Format = Literal["template", "plain"]
 Tools = Sequence[Mapping[str, Any]]
-_OTHER_BASE = "use a base whose chat template supports tools"
+_OTHER_BASE = "use a base whose chat template supports tools, or give one as --chat-template"
 _SPEAKER = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 

@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from typing import Any, Literal
 
 from d2lora.data.answers import target_fault
-from d2lora.data.cards import SAME_PROMPT, Card, NamedCard, is_card_file, read_card, shipped_cards
+from d2lora.data.cards import Card, NamedCard, is_card_file, read_card, shipped_cards
 from d2lora.data.formats import (
     FORMATS,
     PROMPTS,
@@ -74,8 +74,7 @@ class Task:
         if card.prompt is not None and "completion" not in templates:
             filled.append("completion")
         paths += [path for path in filled if column_of(path) not in card.columns]
-        if card.references not in (None, SAME_PROMPT):
-            paths.append(str(card.references))
+        paths += [p for p in card.reference_paths if column_of(p) not in card.columns]
         shown = list(dict.fromkeys(map(column_of, paths)))
         if card.columns or "prompt" in templates or card.prompt == "":
             whole = [path for path in card.columns.values() if path in shown]
@@ -154,7 +153,7 @@ class Task:
         if "system" in templates and not any(turn.role == "system" for turn in example.prompt):
             system = Message("system", self._filled("system", values).text)
             example = replace(example, prompt=(system, *example.prompt))
-        return replace(example, references=self._references(row)) if answered else example
+        return replace(example, references=self._references(values)) if answered else example
 
     def _columns(self, row: Fields, *, answered: bool) -> dict[str, Any]:
         """Return the fields that the card names; without an answer those that are there."""
@@ -237,19 +236,26 @@ class Task:
             return error
         return BadRowError(f"{error}; {self.named.place(setting)} needs it")
 
-    def _references(self, row: Fields) -> tuple[str, ...]:
-        path = self.card.references
-        if path is None or path == SAME_PROMPT:
-            return ()
-        try:
-            value = value_at(row, path)
-        except BadRowError as error:
-            raise self._placed(error, "references") from None
-        texts = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            error = BadRowError(f"field `{path}` must be a text or a list of texts, none empty")
-            raise self._placed(error, "references")
-        return tuple(texts)
+    def _references(self, values: Fields) -> tuple[str, ...]:
+        """Return the further right answers: of several paths those that hold something."""
+        paths, found = self.card.reference_paths, list[str]()
+        for path in paths:
+            if len(paths) > 1 and values.get(path, path) in (None, ""):
+                continue
+            try:
+                value = value_at(values, path)
+            except BadRowError as error:
+                raise self._placed(error, "references") from None
+            texts = value if isinstance(value, list) else [value]
+            if not all(_is_answer(text) for text in texts):
+                error = BadRowError(f"field `{path}` must be a text or a list of texts, none empty")
+                raise self._placed(error, "references")
+            found += map(as_text, texts)
+        return tuple(found)
+
+
+def _is_answer(value: Any) -> bool:
+    return not isinstance(value, list | dict) and value is not None and bool(as_text(value).strip())
 
 
 def _field(value: Any) -> Any:

@@ -24,6 +24,7 @@ from d2lora.evaluation.steps import Steps, alone, steps_of
 from d2lora.fast.llama import Llama, LlamaSteps
 from d2lora.runtime.attempts import succeeds
 from d2lora.runtime.rounding import agree
+from d2lora.settings.seeds import stream_seed
 
 _COLD = 1e-6
 """Below this temperature the likeliest token is as good as certain, and logits over it overflow."""
@@ -38,6 +39,27 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < _COLD
+
+    def draws(self, rows: Sequence[int], n_tokens: int) -> Tensor:
+        """Return what decides each token, uniform in [0, 1), shape (B, T).
+
+        A row has its own, so that its answer depends neither on the rows that it is decoded with
+        nor on how.
+
+        Args:
+            rows: Numbers of the prompts.
+            n_tokens: Tokens of an answer.
+        """
+        if self.is_greedy:
+            return torch.zeros(1, 1).expand(len(rows), n_tokens)
+        streams = (stream_seed(self.seed, f"answer {row}") for row in rows)
+        generators = (torch.Generator().manual_seed(stream) for stream in streams)
+        return torch.stack([torch.rand(n_tokens, generator=g) for g in generators])
 
 
 @dataclass(frozen=True)
@@ -63,17 +85,18 @@ class Decoder:
         places = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
         check_room(prompts, places, self.model, self.max_new_tokens)
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        generator = torch.Generator().manual_seed(self.sampling.seed)
         if not order:
             return
         ends = [prompts[order[place]] for place in (0, -1)]
         llama, new_steps = self._steps(ends)
         n_beside = 1
-        if llama and self.sampling.temperature == 0:
+        if llama and self.sampling.is_greedy:
             n_beside = min(torch.get_num_threads(), math.ceil(len(order) / _ROWS_BESIDE))
 
         def decode(chunk: Sequence[int]) -> list[list[int]]:
-            return self._decode([prompts[index] for index in chunk], new_steps(), generator)
+            n_tokens = min(self.max_new_tokens, n_positions(self.model))
+            draws_BT = self.sampling.draws(chunk, n_tokens)
+            return self._decode([prompts[index] for index in chunk], new_steps(), draws_BT)
 
         together = [order] if new_steps().pads else _of_one_length(order, prompts)
         chunks = [chunk for rows in together for chunk in self._chunks(rows, n_beside)]
@@ -114,7 +137,7 @@ class Decoder:
 
     @torch.inference_mode()
     def _decode(
-        self, prompts: Sequence[Sequence[int]], steps: Steps, generator: torch.Generator
+        self, prompts: Sequence[Sequence[int]], steps: Steps, draws_BT: Tensor
     ) -> list[list[int]]:
         limit, stop = n_positions(self.model), self.stop_ids
         rooms = [min(self.max_new_tokens, limit - len(prompt)) for prompt in prompts]
@@ -122,8 +145,8 @@ class Decoder:
         owners = list(range(len(prompts)))
         going = set(owners)
         logits_BV = steps.prefill(prompts)
-        while True:
-            next_B = choose(logits_BV, self.sampling, generator)
+        for draws_B in draws_BT.T:
+            next_B = choose(logits_BV, self.sampling, draws_B[owners])
             for row, token in enumerate(next_B.tolist()):
                 if row not in going:
                     continue
@@ -133,13 +156,14 @@ class Decoder:
                 if token in stop or len(output) == rooms[owners[row]]:
                     going.remove(row)
             if not going:
-                return outputs
+                break
             if len(owners) - len(going) >= steps.slack:
                 order = steps.keep(sorted(going))
                 owners = [owners[row] for row in order]
                 going = set(range(len(order)))
                 next_B = next_B[order]
             logits_BV = steps.step(next_B)
+        return outputs
 
 
 def check_room(
@@ -216,14 +240,23 @@ def _side_by_side(n_workers: int) -> Generator[Callable[..., Iterator[Any]]]:
         torch.set_num_threads(n_threads)  # a worker's number is that of later threads, too
 
 
-def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Return the next token of each row, shape (B,)."""
-    if sampling.temperature < _COLD:
+def choose(logits_BV: Tensor, sampling: Sampling, draws_B: Tensor) -> Tensor:
+    """Return the next token of each row, shape (B,).
+
+    Args:
+        logits_BV: Logits.
+        sampling: How to choose.
+        draws_B: Of `Sampling.draws`: the share of the probability before the token to take.
+    """
+    if sampling.is_greedy:
         return logits_BV.argmax(-1)
     probabilities_BV = (logits_BV.float() / sampling.temperature).softmax(-1).cpu()
-    sorted_BV, order_BV = probabilities_BV.sort(descending=True)
+    sorted_BV, order_BV = probabilities_BV.sort(descending=True, stable=True)
     # A token is kept while the mass before it is below top_p; the first always is.
     before_BV = sorted_BV.cumsum(-1) - sorted_BV
     sorted_BV[:, 1:][before_BV[:, 1:] >= sampling.top_p] = 0
-    drawn_B1 = torch.multinomial(sorted_BV, 1, generator=generator)
+    reached_BV = sorted_BV.double().cumsum(-1)
+    wanted_B1 = draws_B.double()[:, None] * reached_BV[:, -1:]
+    last_B1 = (sorted_BV > 0).sum(-1, keepdim=True) - 1
+    drawn_B1 = (reached_BV <= wanted_B1).sum(-1, keepdim=True).minimum(last_B1)
     return order_BV.gather(1, drawn_B1)[:, 0].to(logits_BV.device)

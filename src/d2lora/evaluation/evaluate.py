@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from d2lora.adapters.attach import attached
 from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.files import AdapterFiles
 from d2lora.adapters.manifest import check_fit
-from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import answers_beyond
 from d2lora.data.reading import TaskData
 from d2lora.data.rows import Fault
@@ -26,7 +26,7 @@ from d2lora.data.sources import BAD_ROWS, write_bad_rows
 from d2lora.data.trained_rows import TrainedRows, places
 from d2lora.errors import SettingsError, counted
 from d2lora.evaluation.closed import calibration_error
-from d2lora.evaluation.measure import BASE, Measured, check_rows, measure
+from d2lora.evaluation.measure import BASE, Measured, check_rows, encoders_of, measure
 from d2lora.evaluation.scores import Evaluation, Forgetting, forgetting_table, scores_of_adapters
 from d2lora.evaluation.stats import (
     Difference,
@@ -78,10 +78,12 @@ def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str
         if name != BASE:  # all of them before the first is measured
             AdapterFiles.read(Path(name))
     base = base or load_base(settings)
-    for name in names:
-        if name != BASE and (warning := check_fit(Path(name), base)):
-            reporter.say(warning)
     folders = [Path(name) for name in names if name != BASE]
+    for folder in folders:
+        if warning := check_fit(folder, base):
+            reporter.say(warning)
+        with attached(base.model, folder):  # what does not fit is known before hours of measuring
+            pass
     sets = replace(sets, labels=labels_known(sets, folders, reporter.say))
     check_rows(names, base, sets, settings)
     trained_on = _trained_on(names, base, sets, reporter)
@@ -125,16 +127,20 @@ def _check_lengths(
     """Warn of gold answers that are too long to be generated."""
     if task is None or task.task.answers != "open":
         return
-    encoder = Encoder.of(base, settings.chat_format)
-    beyond = answers_beyond(encoder, task.examples[: settings.limit], settings.max_new_tokens)
-    if beyond is not None:
-        reporter.say(f"warning: {beyond}")
+    examples = task.examples[: settings.limit]
+    for encoder in encoders_of(settings.adapters or (BASE,), base, settings):
+        beyond = answers_beyond(encoder, examples, settings.max_new_tokens)
+        if beyond is not None:
+            reporter.say(f"warning: {beyond}")
+            return
 
 
 def _names(settings: EvaluateSettings) -> list[str]:
     """Return what to measure; the base comes first where forgetting needs it."""
     if not (settings.data or settings.general_text or settings.choices):
         raise SettingsError("nothing to evaluate on: give --data, --general-text or --choices")
+    if settings.limit and not settings.data:
+        raise SettingsError("--limit is about the task's rows: give --data, or leave it out")
     names = list(dict.fromkeys(settings.adapters)) or [BASE]
     forgetting = settings.general_text or settings.choices
     return [BASE, *names] if forgetting and BASE not in names else names

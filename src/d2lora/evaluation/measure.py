@@ -1,6 +1,6 @@
 """base + one adapter + test rows -> records of rows, held-out general loss, multiple choice."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,13 @@ def prompts_of(encoder: Encoder, sets: TestSets, settings: EvaluateSettings) -> 
     return Prompts(every(encoder.prompt_of, prompted.examples), n_fewer_shots=prompted.n_fewer)
 
 
+def encoders_of(names: Iterable[str], base: Base, settings: EvaluateSettings) -> list[Encoder]:
+    """Return an encoder for each way in which adapters are prompted."""
+    folders = [None if name == BASE else Path(name) for name in names]
+    encoders = [encoder_of(folder, base, settings.chat_format) for folder in folders]
+    return list({_way(encoder): encoder for encoder in encoders}.values())
+
+
 def check_rows(
     names: Sequence[str], base: Base, sets: TestSets, settings: EvaluateSettings
 ) -> None:
@@ -196,25 +203,24 @@ def check_rows(
         DataError: If prompts leave no room for an answer, or choices do not fit; it names all. If
             chat formats differ so that over-long rows dropped of one adapter's are not the others'.
     """
-    data = sets.task
     kept: set[tuple[int, ...]] = set()
-    folders = [None if name == BASE else Path(name) for name in names]
-    encoders = [encoder_of(folder, base, settings.chat_format) for folder in folders]
-    ways = {_way(encoder): encoder for encoder in encoders}
-    for encoder in ways.values():
-        if data is not None and data.task.answers == "pairs":
-            examples = data.examples[: settings.limit]
+    for encoder in encoders_of(names, base, settings):
+        questions_of(encoder, sets.choices)
+    data = sets.task
+    if data is None:
+        return
+    examples = data.examples[: settings.limit]
+    for encoder in encoders_of(settings.adapters or (BASE,), base, settings):
+        if data.task.answers == "pairs":
             pairs = encode_pairs(encoder, examples, settings.max_length, settings.overlong)
             kept.add(tuple(pairs.kept))
-        if data is not None and data.task.answers in ("open", "closed"):
-            examples = data.examples[: settings.limit]
+        if data.task.answers in ("open", "closed"):
             prompts = prompts_of(encoder, sets, settings)
             if data.task.answers == "closed":
                 label_questions(encoder, examples, prompts.ids, sets.labels)
             else:
                 places = [example.place for example in examples]
                 check_room(prompts.ids, places, base.model, settings.max_new_tokens)
-        questions_of(encoder, sets.choices)
     if len(kept) > 1:
         raise DataError(
             "the adapters were trained in different chat formats, in which --overlong drop leaves "

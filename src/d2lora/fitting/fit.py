@@ -50,6 +50,9 @@ from d2lora.study.steps import Missing, Steps, T, reached
 from d2lora.study.store import Job
 
 PAGE = "index.html"
+FIT = "fit.json"
+_BEFORE_FIT = {"store", SETTINGS, BAD_ROWS, "adapter", "commands.sh"}
+"""What a fit that died may have written."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def _fit(settings: FitSettings, reporter: Reporter) -> Fit:
     rank = rank_of(settings, starts)
     starts = [at_rank(start, rank, store / "warm-starts") for start in starts]
     n = settings.n or len(data.examples)
+    _check_number(n)
     plan = plan_of(settings, starts, rank, n)
     lines: list[str] = []
     with executor(settings.executor, settings.workers, settings.address) as submit:
@@ -114,8 +118,7 @@ def _fit(settings: FitSettings, reporter: Reporter) -> Fit:
         if settings.n is None:
             n -= sum(len(one.removed) for one in checks)
             plan = plan.changed(sizes=(n,))
-        if n < 2:
-            raise DataError(f"{counted(n, 'row')}: at least 2 are needed, one to hold out")
+        _check_number(n)
         n_workers, _ = layout(settings.executor, settings.workers)
         needs = Needs(plan, store, keep_adapters=True)
         reporter.say(
@@ -132,6 +135,11 @@ def _fit(settings: FitSettings, reporter: Reporter) -> Fit:
     return Fit(out, found)
 
 
+def _check_number(n: int) -> None:
+    if n < 2:
+        raise DataError(f"{counted(n, 'row')}: at least 2 are needed, one to hold out")
+
+
 def _rows(settings: FitSettings, reporter: Reporter) -> TaskData:
     """Read the task's rows, and check that a fit can learn from them."""
     if settings.overlong == "drop":
@@ -139,6 +147,8 @@ def _rows(settings: FitSettings, reporter: Reporter) -> TaskData:
             "--overlong drop: every row of a fit is held out once, so none is dropped in training; "
             "use truncate, or leave out long rows"
         )
+    if settings.n_test and not settings.test:
+        raise SettingsError("--n-test is about test rows: give --test, or leave it out")
     data = read_task(
         settings.data, settings.task, skip_bad=settings.skip_bad_rows, say=reporter.say
     )
@@ -253,7 +263,7 @@ def _write(
     }
     commands = commands_of(found, out)
     write_text(out / "commands.sh", commands)
-    write_json(out / "fit.json", {**to_json(found), **about})
+    write_json(out / FIT, {**to_json(found), **about})
     write_text(out / PAGE, page(settings, plan, found, commands, about))
     write_json(out / DONE, {"kind": "fit"})
 
@@ -264,8 +274,9 @@ def _check_folder(out: Path) -> None:
     Raises:
         RunError: If it is not.
     """
-    names = present(out)
-    if names and not {"store", SETTINGS} & set(names):
+    names = set(present(out))
+    begun = "store" in names and names <= _BEFORE_FIT  # it is made before all else
+    if names and not begun and not (out / FIT).is_file():
         raise RunError(f"{out} holds something that is not a fit; choose another --out")
 
 

@@ -71,6 +71,13 @@ class PhaseSettings(
             )
         return self
 
+    @model_validator(mode="after")
+    def _of_trackers(self) -> Self:
+        default = type(self).model_fields["track_project"].default
+        if self.track_project != default and not self.track:
+            raise ValueError("track_project is about trackers: give --track, too")
+        return self
+
 
 class WarmupSettings(PhaseSettings):
     """`d2lora warmup`: base + general data -> warm start."""
@@ -92,7 +99,7 @@ class WarmupSettings(PhaseSettings):
     meta_steps: int | None = Field(default=None, ge=1)
     """Meta warm-up (Reptile): the warm-up is cut into small tasks of so many optimizer steps, each
     on a few rows of one source (field `source`, else the file), and the weights move towards where
-    each ends. None: plain warm-up."""
+    each ends; the length is rounded up to whole ones. None: plain warm-up."""
     meta_rows: int = Field(default=16, ge=2)
     """Rows of such a task."""
     meta_rate: float = Field(default=1.0, gt=0, le=1)

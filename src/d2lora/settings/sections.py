@@ -164,6 +164,9 @@ class LoraSettings(Settings):
             if not name or not re.fullmatch(number, given, re.ASCII) or float(given) == 0:
                 example = "q_proj=8" if whole else "q_proj=16"
                 raise ValueError(f"expected a name and a positive number, as in {example}")
+        names = [value.rpartition("=")[0] for value in values or ()]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"`{twice[0]}` is given twice")
         return values
 
 

@@ -1,9 +1,10 @@
 """The commands around the two phases."""
 
+import re
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from d2lora.settings.core import Settings
 from d2lora.settings.sections import (
@@ -117,6 +118,12 @@ class GenerateSettings(BaseSettings, GenerationSettings):
     out: Path | None = None
     """JSONL file to write. None: print."""
 
+    @model_validator(mode="after")
+    def _of_sampling(self) -> Self:
+        if self.top_p < 1 and self.temperature == 0:
+            raise ValueError("top_p is about sampling, and nothing is sampled: give --temperature")
+        return self
+
 
 class PairsSettings(BaseSettings, FormatSettings, GenerationSettings):
     """`d2lora pairs`: task rows with gold answers -> preference pairs, by sampling."""
@@ -167,10 +174,19 @@ class ConvertSettings(BaseSettings):
     else float32."""
     merge: bool = False
     """Merge the adapter into the base and write a plain model."""
-    shard_size: str | None = Field(default=None, pattern=r"^\d+(\.\d+)?[KMGT]i?B$")
+    shard_size: str | None = None
     """Largest file of a merged model's weights, as in `5GB`. None: as transformers does."""
     seed: Seed = 0
     """Seed of A in new directions, and of the tokens that a merge is checked on."""
+
+    @field_validator("shard_size")
+    @classmethod
+    def _size(cls, size: str | None) -> str | None:
+        if size is not None and not re.fullmatch(
+            r"(?=.*[1-9])\d+(\.\d+)?[KMGT]i?B", size, re.ASCII
+        ):
+            raise ValueError("expected a size with its unit, as in 5GB or 500MB")
+        return size
 
 
 class PublishSettings(Settings):

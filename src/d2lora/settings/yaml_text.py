@@ -1,5 +1,9 @@
-"""YAML in which nothing is lost: a name given twice is an error, where PyYAML keeps the last."""
+"""YAML in which nothing is lost or misread.
 
+A name given twice is an error, where PyYAML keeps the last; so are numbers to other bases than ten.
+"""
+
+import re
 from collections.abc import Hashable
 from typing import Any
 
@@ -24,6 +28,35 @@ class _Loader(yaml.SafeLoader):
                 )
             lines[name] = line
         return super().construct_mapping(node, deep)
+
+
+def _check_decimal(node: yaml.ScalarNode) -> None:
+    """Refuse what YAML 1.1 reads to base 60 or 8: `{4:8}` for `{4: 8}`, `016`."""
+    if ":" in node.value:
+        fault = "has no space after its colon, as in `{4: 8}`"
+    elif re.match(r"[-+]?0[0-9_]", node.value):
+        fault = "starts with a zero"
+    else:
+        return
+    raise yaml.MarkedYAMLError(
+        problem=f"expected a number, found `{node.value}`, which {fault}",
+        problem_mark=node.start_mark,
+    )
+
+
+def _integer(loader: "_Loader", node: yaml.ScalarNode) -> int:
+    _check_decimal(node)
+    return loader.construct_yaml_int(node)
+
+
+def _float(loader: "_Loader", node: yaml.ScalarNode) -> float:
+    if ":" in node.value:
+        _check_decimal(node)
+    return loader.construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
 class _TextLoader(_Loader):

@@ -20,7 +20,7 @@ from d2lora.evaluation.test_sets import never_chosen
 from d2lora.runtime.claims import check_writable
 from d2lora.runtime.run_folder import present
 from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
-from d2lora.study.plan import SHIPPED, WORLD, StudyPlan
+from d2lora.study.plan import SHIPPED, UNTRAINED, WORLD, StudyPlan
 from d2lora.study.read_plan import read_plan
 from d2lora.study.recipes import base_values
 from d2lora.warmstart import WarmStart
@@ -92,9 +92,24 @@ def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> Non
             faults.append(
                 f"tasks.{name}: n = {max(plan.sizes)} is requested, but it has {rows} rows"
             )
-    faults += _faults_of_choices(plan)
+    faults += [*_faults_of_single_rows(plan), *_faults_of_choices(plan)]
     if faults:
         raise DataError(f"the study cannot run:\n{listed(faults)}")
+
+
+def _faults_of_single_rows(plan: StudyPlan) -> list[str]:
+    """Look for arms that choose a learning rate or length where no row can be held out."""
+    if 1 not in plan.sizes:
+        return []
+    several = len(set(plan.learning_rates)) > 1
+    return [
+        f"tasks.{task}: n = 1 leaves no row to choose the learning rate and length of {arm.name} "
+        "by; give `rates` and `epochs`, or larger sizes"
+        for task in plan.tasks
+        for arm in plan.arms
+        if arm.kind not in UNTRAINED
+        and (plan.steps or (several and plan.learning_rate_of(task, arm.name, 1) is None))
+    ]
 
 
 def _faults_of_choices(plan: StudyPlan) -> list[str]:

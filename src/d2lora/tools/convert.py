@@ -107,7 +107,8 @@ def _check_asked(settings: ConvertSettings, *, gguf: bool) -> None:
     if not settings.mix and (settings.mix_weights or settings.mix_method != "cat"):
         raise SettingsError("--mix-weights and --mix-method are of a mixture: give --mix, too")
     if settings.shard_size and (gguf or not settings.merge):
-        raise SettingsError("--shard-size is of a merged model's folder: give --merge, too")
+        wanted = "an --out that is a folder" if gguf else "--merge, too"
+        raise SettingsError(f"--shard-size is of a merged model's folder: give {wanted}")
 
 
 def _to_gguf(settings: ConvertSettings, folder: Path) -> float | None:

@@ -31,6 +31,7 @@ from d2lora.settings import PublishSettings
 from d2lora.tools.publication import Content, Finished, read_scores, with_about
 
 _REPO = re.compile(r"[A-Za-z0-9](?:[\w-]|\.(?!\.))*/[A-Za-z0-9_](?:[\w-]|\.(?!\.))*", re.ASCII)
+_LICENSE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def publish(settings: PublishSettings) -> Publication:
     _check_repo(settings.to, "owner/name")
     if settings.base_id is not None:
         _check_repo(settings.base_id, "the base's hub id as --base-id owner/name")
+    _check_license(settings.license)
     model = Finished.read(settings.folder)
     scores = read_scores(settings.scores, model)
     api, notes = HfApi(), list[str]()
@@ -89,6 +91,15 @@ def _check_repo(name: str, expected: str) -> None:
     if ends or "--" in name or len(name) > 96 or not _REPO.fullmatch(name):
         raise SettingsError(
             f"expected {expected}: letters, digits, `-`, `_` and `.`, at most 96 characters; "
+            f"found {name!r}"
+        )
+
+
+def _check_license(name: str | None) -> None:
+    """Check that a license has the form of the hub's identifiers; which there are it knows."""
+    if name is not None and not _LICENSE.fullmatch(name):
+        raise SettingsError(
+            f"expected an identifier of the hub as --license, such as apache-2.0 or cc-by-4.0; "
             f"found {name!r}"
         )
 

@@ -26,7 +26,7 @@ from d2lora.training.loop import train
 from d2lora.training.memory import Memory, available, gigabytes, largest, memory_of
 from d2lora.training.objectives import objective_of
 from d2lora.training.passes import Passes
-from d2lora.training.phase import Phase
+from d2lora.training.phase import Phase, warnings_before
 from d2lora.training.recomputation import can_recompute, recomputed, recomputes
 from d2lora.training.replay import Replay
 
@@ -67,6 +67,8 @@ class Forecast:
     seconds: float
     n_measured: int
     """Steps that the time rests on."""
+    warnings: Sequence[str]
+    """What the run would warn of before its first step."""
 
     @property
     def peak(self) -> int:
@@ -130,6 +132,7 @@ def forecast(phase: Phase) -> Forecast:
         free,
         seconds * (n_tokens + n_validated),
         n_measured,
+        warnings_before(schedule.n_steps, settings, phase.rows),
     )
 
 
@@ -200,6 +203,8 @@ def show(found: Forecast) -> None:
         f"{gigabytes(found.available)} are free beside what the process has; the run would go "
         f"{chosen} checkpointing. Nothing was trained or written"
     )
+    for warning in found.warnings:
+        console.print(f"warning: {warning}")
 
 
 def _duration(seconds: float) -> str:

@@ -92,8 +92,7 @@ def run_phase(phase: Phase) -> None:
         )
         warnings = [] if start is None or start.warning is None else [start.warning]
         warnings += _warned(
-            (too_short(lesson.schedule(settings).n_steps), _unheeded(settings, rows)),
-            phase.reporter,
+            warnings_before(lesson.schedule(settings).n_steps, settings, rows), phase.reporter
         )
         trained = train(phase.adapter.model, lesson, settings, run, phase.reporter, resume=resumes)
     n_before = n_scored_tokens + phase.adapter.about.n_tokens
@@ -208,6 +207,12 @@ def _warned(warnings: Iterable[str | None], reporter: Reporter) -> list[str]:
     for warning in found:
         reporter.say(f"warning: {warning}")
     return found
+
+
+def warnings_before(n_steps: int, settings: PhaseSettings, rows: Rows) -> list[str]:
+    """Return what is to be warned of before the first of `n_steps` optimizer steps."""
+    found = (too_short(n_steps), _unheeded(settings, rows))
+    return [warning for warning in found if warning is not None]
 
 
 def _unheeded(settings: PhaseSettings, rows: Rows) -> str | None:
