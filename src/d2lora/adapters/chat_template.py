@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from d2lora.errors import SettingsError, did_you_mean
 from d2lora.settings import BaseSettings
+from d2lora.settings.yaml_text import parse_yaml
 
 _GIVEN = {"messages", "add_generation_prompt"}
 """What a template gets with every row."""
@@ -78,8 +79,8 @@ def _assigned(arguments: tuple[str, ...], template: str) -> str:
     for argument in arguments:
         name, equals, text = argument.partition("=")
         try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
+            value = parse_yaml(text)
+        except yaml.YAMLError:
             value = text
         value = text if isinstance(value, date) else value
         if not equals or not name.isidentifier() or not isinstance(value, str | int | float | bool):

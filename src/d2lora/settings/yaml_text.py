@@ -1,15 +1,45 @@
-"""YAML in which nothing is lost: a name given twice is an error, where PyYAML keeps the last."""
+"""YAML in which nothing is lost: a name given twice is an error, where PyYAML keeps the last.
 
+Nothing in it can exhaust the memory or break what is written of it later, either: aliases that
+multiply, endless whole numbers, and texts that no file can hold are errors.
+"""
+
+import re
 from collections.abc import Hashable
 from typing import Any
 
 import yaml
 
 _MERGE, _NULL = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:null"
+_INT = "tag:yaml.org,2002:int"
+_MOST_NODES = 100_000
+"""Values that a text with aliases may stand for."""
+_MOST_BITS = 1024
+"""Of a whole number; more than a float holds."""
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses names that are given twice."""
+    """Refuses names that are given twice, and values that nothing could be done with."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        if _n_values(node, {}) > _MOST_NODES:
+            raise yaml.MarkedYAMLError(problem="its aliases (`*name`) stand for too many values")
+        return super().construct_document(node)
+
+    def construct_scalar(self, node: Any) -> str:
+        text = super().construct_scalar(node)
+        if isinstance(text, str) and (found := _UNWRITABLE.search(text)):
+            line = node.start_mark.line + 1
+            raise yaml.MarkedYAMLError(problem=f"a text in line {line} holds {ascii(found[0])}")
+        return text
+
+    def construct_yaml_int(self, node: Any) -> int:
+        value = super().construct_yaml_int(node)
+        if value.bit_length() > _MOST_BITS:
+            line = node.start_mark.line + 1
+            raise yaml.MarkedYAMLError(problem=f"a whole number in line {line} is too large")
+        return value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002
         lines: dict[Hashable, int] = {}
@@ -24,6 +54,25 @@ class _Loader(yaml.SafeLoader):
                 )
             lines[name] = line
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor(_INT, _Loader.construct_yaml_int)
+
+
+def _n_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many values a node stands for, each alias counted as what it repeats.
+
+    Raises:
+        yaml.MarkedYAMLError: If it holds itself.
+    """
+    if known.get(id(node)) == 0:
+        raise yaml.MarkedYAMLError(problem="an alias (`*name`) stands within what it repeats")
+    if id(node) not in known:
+        known[id(node)] = 0
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = (part for one in inner for part in (one if isinstance(one, tuple) else (one,)))
+        known[id(node)] = 1 + sum(_n_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 class _TextLoader(_Loader):
@@ -44,10 +93,14 @@ def parse_yaml(text: str, *, texts: bool = False) -> Any:
         texts: Whether values without quotes are texts too: `no`, `1.0`, `2024-01-31`.
 
     Raises:
-        yaml.YAMLError: If it is not YAML, a mapping gives a name twice, or a value is no number or
-            date though written as one.
+        yaml.YAMLError: If it is not YAML, a mapping gives a name twice, a value is not what its
+            form or tag says (no date, no number), or could not be kept.
     """
     try:
         return yaml.load(text, _TextLoader if texts else _Loader)  # noqa: S506 - SafeLoaders
-    except (ValueError, RecursionError) as error:  # a date such as 2024-13-45, or endless digits
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except ValueError as error:  # a date such as 2024-13-45, or endless digits
         raise yaml.YAMLError(str(error)) from None
+    except (AttributeError, LookupError, TypeError, OverflowError) as error:  # PyYAML's own
+        raise yaml.YAMLError(f"a value is not what its tag says: {error}") from None
