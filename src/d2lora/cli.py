@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from d2lora.commands import COMMANDS
-from d2lora.errors import D2LoraError, SettingsError, did_you_mean, disk_errors, disk_fault
+from d2lora.errors import (
+    D2LoraError,
+    SettingsError,
+    did_you_mean,
+    disk_errors,
+    disk_fault,
+    printable,
+)
 
 if TYPE_CHECKING:
     from d2lora.settings import Settings
@@ -56,7 +63,7 @@ def _exit_code(words: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except D2LoraError as error:
-        sys.stderr.write(f"d2lora: {error}\n")
+        sys.stderr.write(f"d2lora: {printable(str(error))}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("d2lora: interrupted\n")
@@ -65,7 +72,7 @@ def _exit_code(words: list[str]) -> int:
         fault = disk_fault(error)
         if fault is None:
             raise
-        sys.stderr.write(f"d2lora: {fault}\n")
+        sys.stderr.write(f"d2lora: {printable(fault)}\n")
         return 74
     return 0
 

@@ -1,6 +1,7 @@
 """Adapters put on a base, folded into it, and taken off again without a trace."""
 
 import hashlib
+import re
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -18,9 +19,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from d2lora.adapters.files import PREFIX, AdapterFiles, some
+from d2lora.adapters.foreign import OF_PASSES
 from d2lora.adapters.quantization import keep_layout
 from d2lora.errors import ModelError, first_line, listed
+from d2lora.runtime.limits import OverTimeError, within
 from d2lora.runtime.modes import in_evaluation
+
+_MOST_SECONDS = 3
+"""Of this process, to match one pattern with the names of all modules."""
 
 
 @contextmanager
@@ -88,6 +94,7 @@ def detach_adapter(model: PeftModel) -> PreTrainedModel:
 
 
 def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> PeftModel:
+    _check_patterns(model, files)
     files.config.inference_mode = not trainable
     files.config.base_model_name_or_path = None  # else PEFT warns of each base that was moved
     try:
@@ -108,6 +115,33 @@ def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> 
     return on_base.eval()
 
 
+def _check_patterns(model: nn.Module, files: AdapterFiles) -> None:
+    """Match an adapter's patterns with the names of modules as PEFT will, within a time.
+
+    Raises:
+        ModelError: If one of them takes forever.
+    """
+    config, names = files.config, [name for name, _ in model.named_modules()]
+    whole = [p for p in (config.target_modules, config.exclude_modules) if isinstance(p, str)]
+    ends = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
+    layers = config.layers_pattern or []
+    layers = [layers] if isinstance(layers, str) else layers
+    for pattern in (
+        *whole,
+        *(rf"(.*\.)?({end})" for end in ends),
+        *(rf".*\.{layer}\.(\d+)\..*" for layer in layers),
+    ):
+        try:
+            with within(_MOST_SECONDS):
+                for name in names:
+                    re.fullmatch(pattern, name)
+        except OverTimeError:
+            raise ModelError(
+                f"{files.folder}: matching the pattern {pattern!r:.80} with the names of the "
+                f"base's modules takes more than {_MOST_SECONDS} s; simplify it"
+            ) from None
+
+
 @torch.no_grad()
 def check_computes(model: PeftModel) -> None:
     """Compute one token, since PEFT takes layers for adapters that it then cannot compute.
@@ -122,7 +156,7 @@ def check_computes(model: PeftModel) -> None:
     try:
         with in_evaluation(model):
             model(input_ids=ids_1T, use_cache=False)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except OF_PASSES as error:
         raise ValueError(f"PEFT does not compute it ({first_line(error)})") from None
 
 

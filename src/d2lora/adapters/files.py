@@ -30,6 +30,13 @@ PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 _FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
+_TEXTS = ("base_model_name_or_path", "revision", "peft_version")
+_FLAGS = ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "inference_mode")
+_UNUSED = {
+    "auto_mapping", "runtime_config", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config",
+}  # fmt: skip
+"""Settings of how an adapter is made or loaded, which say nothing of what it computes."""
 _UNSUPPORTED = {
     "layer_replication": "repeats layers of the base",
     "kasa_config": "changes the base's weights",
@@ -54,7 +61,9 @@ class AdapterFiles:
         Raises:
             ModelError: If it is not a LoRA adapter, or one of its files is missing or damaged.
         """
-        return cls(folder, read_adapter_config(folder), _read_weights(folder / ADAPTER_WEIGHTS))
+        config, weights = read_adapter_config(folder), _read_weights(folder / ADAPTER_WEIGHTS)
+        _check_ranks(folder, config, weights)
+        return cls(folder, config, weights)
 
     @property
     def layers(self) -> dict[str, Factors]:
@@ -94,7 +103,7 @@ class AdapterFiles:
 def some(names: list[str], shown: int = 3) -> str:
     """Return the first of many names, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    return ", ".join(n if len(n) <= 200 else f"{n[:200]}..." for n in names[:shown]) + more
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
@@ -122,7 +131,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         with warnings.catch_warnings():
             # PEFT warns of settings that matter when an adapter is made, not afterwards.
             warnings.simplefilter("ignore")
-            config = LoraConfig(**{key: value for key, value in values.items() if key in known})
+            config = LoraConfig(**{k: v for k, v in values.items() if k in known - _UNUSED})
     except (TypeError, ValueError, ImportError) as error:
         raise ModelError(f"{path}: {first_line(error)}") from None
     config.init_lora_weights = True  # what is read replaces any initialization
@@ -132,6 +141,8 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         why = unreadable(path, f"not JSON, or cut off ({error})")
         raise ModelError(f"{path}: {why}") from None
@@ -144,7 +155,7 @@ def _faults(values: dict[str, Any], known: set[str]) -> list[str]:
     """Return what is wrong with a configuration, a sentence each."""
     faults: list[str] = []
     rank, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
-    if not isinstance(rank, int) or rank < 1:
+    if type(rank) is not int or rank < 1:
         faults.append(f"`r` must be a whole number of at least 1, found {rank!r}")
     if not _is_number(alpha):
         faults.append(f"`lora_alpha` must be a number, found {alpha!r}")
@@ -186,12 +197,29 @@ def _faults_of_types(values: dict[str, Any]) -> list[str]:
         ("lora_dropout", "a number", _is_number),
         ("layers_to_transform", "layer numbers", _are_numbers),
         ("bias", "none, all or lora_only", lambda v: v in ("none", "all", "lora_only")),
+        *((name, "a text", lambda v: isinstance(v, str)) for name in _TEXTS),
+        *((name, "true or false", lambda v: isinstance(v, bool)) for name in _FLAGS),
     ]
     return [
         f"`{name}` must be {kind}, found {values[name]!r}"
         for name, kind, fits in kinds
         if values.get(name) is not None and not fits(values[name])
     ]
+
+
+def _check_ranks(folder: Path, config: LoraConfig, weights: dict[str, Tensor]) -> None:
+    """Check that ranks are not far beyond those of the weights, as PEFT makes room for them first.
+
+    Raises:
+        ModelError: If one is.
+    """
+    largest = max((max(w.shape) for n, w in weights.items() if ".lora_" in n and w.dim()), default=1)
+    rank = max(config.r, *(config.rank_pattern or {}).values(), 1)
+    if rank > max(1024, largest):
+        raise ModelError(
+            f"{folder}: {ADAPTER_CONFIG} has a rank of {rank:,}, and no weight is larger than "
+            f"{largest:,}"
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -7,6 +7,7 @@ is not. The ids of all other texts are the tokenizer's own.
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 from uuid import uuid4
@@ -14,13 +15,17 @@ from uuid import uuid4
 from jinja2 import TemplateError
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from d2lora.errors import DataError
+from d2lora.errors import DataError, ModelError
+from d2lora.runtime.limits import OverTimeError, within
 
 OF_TEMPLATES = (
     TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
     ValueError,
 )  # fmt: skip
 """What a template that does not take its turns may raise: Jinja's errors, and Python's within."""
+_MOST_SECONDS = 3
+_MOST_CHARACTERS, _MOST_GROWTH = 1_000_000, 100
+"""Characters that a template may write, and for each character of a row."""
 _TURNS = [{"role": role, "content": "."} for role in ("user", "assistant", "user")]
 
 
@@ -149,8 +154,43 @@ def markers_of(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.chat_template is None:
         return ""
     try:
-        text = tokenizer.apply_chat_template(_TURNS, tokenize=False)
+        return rendered(tokenizer, _TURNS)
     except OF_TEMPLATES:
         return ""
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, Any]], *,
+    tools: Sequence[Mapping[str, Any]] = (), completing: bool = False,
+) -> str:  # fmt: skip
+    """Return turns as a tokenizer's chat template writes them, within limits.
+
+    transformers runs it in Jinja's sandbox, which lets it read and write nothing.
+
+    Args:
+        tokenizer: The tokenizer.
+        turns: As a chat template gets them.
+        tools: That are offered.
+        completing: Whether an answer is to follow.
+
+    Raises:
+        ModelError: If it takes too long for one row, or writes too much.
+        Exception: One of `OF_TEMPLATES`, if it does not take the turns.
+    """
+    name = f"the chat template of {tokenizer.name_or_path or 'the base'}"
+    try:
+        with within(_MOST_SECONDS):
+            text = tokenizer.apply_chat_template(
+                list(turns), tools=list(tools) or None, tokenize=False,
+                add_generation_prompt=completing,
+            )  # fmt: skip
+    except OverTimeError:
+        raise ModelError(f"{name} takes more than {_MOST_SECONDS} s for one row") from None
+    except MemoryError:
+        raise ModelError(f"{name} takes more memory for one row than there is") from None
     assert isinstance(text, str)
+    if len(text) > _MOST_CHARACTERS:
+        given = sum(len(json.dumps(part)) for part in (*turns, *tools))
+        if len(text) > _MOST_CHARACTERS + _MOST_GROWTH * given:
+            raise ModelError(f"{name} writes {len(text):,} characters for a row of {given:,}")
     return text

@@ -48,7 +48,8 @@ class Settings(BaseModel):
             cls.__pydantic_validator__.validate_python(values, self_instance=cls.__new__(cls))
         except ValidationError as error:
             errors = error.errors()
-            return _explained(cls, [e for e in errors if e["loc"] and e["type"] != "missing"])
+            whole = [e for e in errors if e["loc"] and (e["type"], len(e["loc"])) != ("missing", 1)]
+            return _explained(cls, whole)
         return []
 
     def changed(self, /, **values: Any) -> Self:
@@ -84,7 +85,7 @@ def _explained(kind: type[Settings], errors: Sequence[Mapping[str, Any]]) -> lis
         name = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             faults.append(f"unknown setting `{name}`.{did_you_mean(name, kind.model_fields)}")
-        elif fault["type"] == "missing":
+        elif fault["type"] == "missing" and "." not in name:
             faults.append(f"`{name}` is needed: give it as --{name} or in the settings file")
         else:
             reason = fault["msg"].removeprefix("Value error, ")

@@ -123,7 +123,8 @@ def _to_gguf(settings: ConvertSettings, folder: Path) -> float | None:
         place = base_folder(settings.base, settings.revision, settings.gguf_file)
         if has_manifest(folder):
             Manifest.read(folder).check_base(identity_of(place), settings.base, folder)
-        config = AutoConfig.from_pretrained(place)
+        with foreign(f"{settings.base}: not a causal language model"):
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         dtype = torch.float32 if settings.dtype == "auto" else dtype_of(settings.dtype, _CPU)
         write_adapter(folder, config, path, dtype, settings.out.stem)
     return None
