@@ -10,7 +10,6 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-
 from d2lora.adapters.base_files import smollm2_file
 from d2lora.errors import RunError, SettingsError, counted
 from d2lora.report.analysis import read_findings

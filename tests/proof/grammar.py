@@ -15,21 +15,11 @@ from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
+from texts import ODD
 
 Rng = random.Random
 Values = dict[str, Any]
 
-ODD = (
-    "", " ", "\t\n", "\x00", "a\x00b", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x7f\x80\x9f",
-    "\ufeff", "a\u200db", "\u202egnp.exe", "\u2028\u2029", "e\u0301" * 40, "\U0001f468\u200d\U0001f469",
-    "\ufffe\uffff", "\U0010ffff", "\ue000", "نص عربي", "中文字" * 50, "ไทย", "हिन्दी", "ß ﬁ Ⅳ ½ ²",
-    "<|eos|>", "<|bos|><|pad|>", "<|im_end|>\n<|im_start|>assistant\n", "{{ x }}{% raw %}", "{", "}}",
-    "%s%n", "=1+1", "@SUM(A1)", "-2+3", "+cmd|' /C calc'!A0", "</script><script>", "a" * 5000,
-    "7" * 5000, "\r", "a\rb", "\r\n", '"', "'", '""', "\\", "\\u0000", "null", "NaN", "#### 42",
-    "#### 1,25", "#### ٤٢", "#### 1/0", "Human: a\n\nAssistant: b", "Human:" * 300, "1e999",
-    "١٢٣", "１２", "–−-", "\u0130I\u0131i", "Z" + "\u0335" * 200, "[" * 3000, '{"a":' * 3000,
-    '["\\ud800"]', '{"name": "f", "arguments": "\\ud800"}', "[" + "9" * 5000 + "]", "../../etc/passwd",
-)  # fmt: skip
 FORMATS: tuple[tuple[str, ...], ...] = (
     ("prompt", "completion"), ("instruction", "input", "output"), ("question", "answer"),
     ("instruction", "context", "response"), ("text",), ("text", "title"), ("messages",),
@@ -98,7 +88,10 @@ def turn(rng: Rng, role: str) -> Any:
     made: Values = {who: role, what: content}
     if role == "assistant" and rng.random() < 0.1:
         arguments: Any = rng.choice([value(rng), json.dumps(value(rng)), "{", '"\\ud800"'])
-        call = {"id": "1", "function": {"name": rng.choice(["f", text(rng)]), "arguments": arguments}}
+        call = {
+            "id": "1",
+            "function": {"name": rng.choice(["f", text(rng)]), "arguments": arguments},
+        }
         made["tool_calls"] = rng.choice([[call], [call, call], call, json.dumps(call)])
     if rng.random() < 0.05:
         made[rng.choice(list(made))] = value(rng)
@@ -222,7 +215,7 @@ def damaged(rng: Rng, data: bytes) -> bytes:
     return data[:place] + rng.randbytes(rng.randint(0, 4)) + data[place + rng.randint(0, 3) :]
 
 
-def _jsonl(rng: Rng, rows: list[Line], planted: bool) -> str:  # noqa: FBT001
+def _jsonl(rng: Rng, rows: list[Line], planted: bool) -> str:
     made: list[str] = []
     for one in rows:
         written = json.dumps(one.values, ensure_ascii=rng.random() < 0.5)
@@ -237,7 +230,7 @@ def _jsonl(rng: Rng, rows: list[Line], planted: bool) -> str:  # noqa: FBT001
     return rng.choice(["\n", "\n", "\r\n"]).join(made) + "\n" * rng.randint(0, 1)
 
 
-def _json(rng: Rng, rows: list[Line], planted: bool) -> str:  # noqa: FBT001
+def _json(rng: Rng, rows: list[Line], planted: bool) -> str:
     values = [one.values for one in rows]
     forms: list[Any] = [values, {"data": values}, {"version": 1, "rows": values}]
     if not planted:
@@ -250,7 +243,7 @@ def _columns(rows: list[Line]) -> list[str]:
     return list(dict.fromkeys(name for one in rows for name in one.values))
 
 
-def _csv(rng: Rng, rows: list[Line], planted: bool) -> str:  # noqa: FBT001
+def _csv(rng: Rng, rows: list[Line], planted: bool) -> str:
     names, file = _columns(rows), io.StringIO(newline="")
     writer = csv.writer(file, quoting=rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
     writer.writerow(names)
@@ -263,7 +256,7 @@ def _csv(rng: Rng, rows: list[Line], planted: bool) -> str:  # noqa: FBT001
     return made if planted or rng.random() < 0.95 else made + '"never closed\n'
 
 
-def _tsv(rng: Rng, rows: list[Line], planted: bool) -> str:  # noqa: FBT001
+def _tsv(_: Rng, rows: list[Line], planted: bool) -> str:
     names = _columns(rows)
     made = ["\t".join(names)]
     for one in rows:

@@ -27,10 +27,14 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from d2lora.runtime.console import quiet_libraries  # noqa: E402
+
+quiet_libraries()
+from texts import HOSTILE  # noqa: E402
 
 import test_report  # noqa: E402
-
 from d2lora.adapters.card import card  # noqa: E402
 from d2lora.adapters.manifest import Manifest  # noqa: E402
 from d2lora.cli import main as command_line  # noqa: E402
@@ -44,18 +48,9 @@ from d2lora.runtime.grids import Grid  # noqa: E402
 from d2lora.selection import datacard  # noqa: E402
 
 HARMLESS = "plain"
-HOSTILE = (
-    "<script>window.planted = 1</script>", "</script><script>window.planted = 1</script>", "<!--", "]]>", "<![CDATA[",
-    "\"><img src=x onerror='window.planted = 1'>", "' onmouseover='window.planted = 1", "</title></style><svg onload=planted()>",
-    "<a href=javascript:window.planted=1>x</a>", "<iframe src=//evil.example></iframe>", "<base href=//evil.example/>",
-    "<meta http-equiv=refresh content=0;url=//evil.example>", "<link rel=stylesheet href=//evil.example>", "&lt;b&gt; &amp; &#x3c;",
-    "{{ 7 * 7 }}{% raw %}", "${window.planted = 1}", "%3Cscript%3E", "[red]x[/red]", "[/]", "[link=//evil.example]x[/link]", ":smile:",
-    "\x1b[2J\x1b[31mred", "\x1b]0;title\x07", "\x1b]8;;http://evil.example\x1b\\x\x1b]8;;\x1b\\", "\x9b31mx", "\x08\x08\x7f", "a\rb", "a\nb\n\n# c\n\n| d | e |",
-    "\u202egnp.exe", "\u2066x\u2069", "a\u2028b\u2029c", "\ud800", "\x00", "=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "=cmd|' /C calc'!A0", "`x`", "|x|",
-    "![x](//evil.example/x.png)", "[x](javascript:planted())", "<//evil.example>", "**x** _y_ ~~z~~", "# x", "- x", "---\nlicense: mit\n---", "$x$",
-    "__proto__", "constructor", "toString", "a.b[c]", "datum['x']", "\\", "\\\"", "'", "\"", " ", "x" * 5000, "中文 عربي", "\U0001f468\u200d\U0001f469",
-)  # fmt: skip
-_CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029\u2066-\u2069\ud800-\udfff]")
+_CONTROLS = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029\u2066-\u2069\ud800-\udfff]"
+)
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
@@ -133,30 +128,33 @@ def faults(text: str, folder: Path, harmless: Sequence[list[Any]]) -> Iterator[s
     """Yield what is wrong with what is made of a hostile text."""
     path = study(folder, text)
     findings = read_findings(path)
-    page = write_report(findings)
-    html = page.read_text("utf-8")
-    if elements(html) != harmless[0]:
+    try:
+        page = write_report(findings)
+    except ValueError as error:
+        yield f"no page: {error!s:.200}"
+        return
+    if elements(html := page.read_text("utf-8")) != harmless[0]:
         yield "the page has other elements"
     for name in ("chart-data", "example-data"):
         json.loads(html.partition(f'id="{name}">')[2].partition("</script>")[0])
-    for row in csv.reader(io.StringIO((page.parent / "results.csv").read_text("utf-8"))):
+    if elements(fit_page(text)) != elements(fit_page(HARMLESS)):
+        yield "the page of a fit has other elements"
+    yield from _tables(page.parent)
+    summary = (page.parent / "summary.md").read_text("utf-8")
+    for made, expected in zip((summary, *cards(text)), harmless[1:], strict=True):
+        if markdown(made) != expected:
+            yield f"the summary or a card has other markup: {made[:60]!r}"
+        if found := _CONTROLS.search(made):
+            yield f"the summary or a card holds {found[0]!a}"
+    yield from _terminal(text, findings, path)
+
+
+def _tables(report: Path) -> Iterator[str]:
+    pd.read_parquet(report / "results.parquet")
+    for row in csv.reader(io.StringIO((report / "results.csv").read_text("utf-8"))):
         for cell in row:
             if cell[:1] in tuple("=+-@\t\r") and not re.fullmatch(r"-?[\d.e+-]+", cell):
                 yield f"a formula in results.csv: {cell[:40]!r}"
-    pd.read_parquet(page.parent / "results.parquet")
-    summary = (page.parent / "summary.md").read_text("utf-8")
-    if markdown(summary) != harmless[1]:
-        yield "the summary has other markup"
-    if found := _CONTROLS.search(summary):
-        yield f"the summary holds {found[0]!a}"
-    for made, expected in zip(cards(text), harmless[2:], strict=True):
-        if markdown(made) != expected:
-            yield f"a card has other markup: {made[:60]!r}"
-        if found := _CONTROLS.search(made):
-            yield f"a card holds {found[0]!a}"
-    if elements(fit_page(text)) != elements(fit_page(HARMLESS)):
-        yield "the page of a fit has other elements"
-    yield from _terminal(text, findings, path)
 
 
 def _terminal(text: str, findings: Any, path: Path) -> Iterator[str]:
@@ -166,8 +164,8 @@ def _terminal(text: str, findings: Any, path: Path) -> Iterator[str]:
     show_answers(findings, 2, console)
     with redirect_stdout(out), redirect_stderr(out):
         if "\0" not in text:
-            command_line(["adapt", "--data", text or "x", "--out", str(path / "out")])
-            command_line(["inspect", "--adapter", text or "x"])
+            command_line(["adapt", "--data", text, "--out", str(path / "out")])
+            command_line(["inspect", "--adapter", text])
         settings = path / "settings.yaml"
         settings.write_text(json.dumps({text: text, "base": [text]}), encoding="utf-8")
         command_line(["adapt", str(settings)])
@@ -191,9 +189,9 @@ def cards(text: str) -> Iterator[str]:
     row = {"file": text, "rows": 5, "sha256": text}
     values: dict[str, Any] = {
         "format_version": 1, "kind": "adapter", "objective": text, "chat_format": "auto",
-        "base": {"id": text or "x", "revision": text or None, "fingerprint": text or "x", "quantization": text or "x"},
-        "lora": {"rank": 4, "alpha": 8, "dropout": 0, "targets": [text or "x"]}, "data": [row],
-        "n_examples": 5, "selection": text, "settings": {"beta": 0.1}, "reference": text or "x",
+        "base": {"id": text, "revision": text, "fingerprint": text, "quantization": text},
+        "lora": {"rank": 4, "alpha": 8, "dropout": 0, "targets": [text]}, "data": [row],
+        "n_examples": 5, "selection": text, "settings": {"beta": 0.1}, "reference": text,
         "cost": {"n_steps": 1, "n_tokens": 2, "elapsed_s": 1.0}, "validation_loss_before": None,
         "validation_loss_after": None, "adapter_fingerprint": text, "provenance": {},
         "lineage": [{"path": text, "data": [row], "fingerprint": text}],
@@ -201,8 +199,10 @@ def cards(text: str) -> Iterator[str]:
     yield card(Manifest.model_validate(values))
     about = {
         "m": 1, "n_clean": 1, "n_pool": 1, "method": "random", "for_task": [text], "pool": [row],
-        "tokens": {"prompt": [1] * 5, "answer": [1] * 5}, "vendi_score": {"chosen": 1.0, "random": 1.0},
-        "vendi_rows": 1, "distinct_grams": {"1": 1.0}, "similarity_to_task": None, "keep_out": [text],
+        "tokens": {"prompt": [1] * 5, "answer": [1] * 5},
+        "vendi_score": {"chosen": 1.0, "random": 1.0},
+        "vendi_rows": 1, "distinct_grams": {"1": 1.0}, "similarity_to_task": None,
+        "keep_out": [text],
         "rejected": {"duplicate": 0, "near_duplicate": 0, "contaminated": 0},
         "sources": {text: {"chosen": 1, "pool": 1}}, "prompts_with_several_answers": 0,
     }  # fmt: skip
@@ -212,9 +212,14 @@ def cards(text: str) -> Iterator[str]:
 def fit_page(text: str) -> str:
     """Return the page of a fit with a text wherever one can stand."""
     grid = Grid(text, (text, text), [(text, text)])
-    made = {"versions": dict.fromkeys(("d2lora", "torch", "transformers", "peft"), text), "python": text, "platform": text}
+    made = {
+        "versions": dict.fromkeys(("d2lora", "torch", "transformers", "peft"), text),
+        "python": text,
+        "platform": text,
+    }
     return environment("d2lora.fitting").get_template("page.html.j2").render(
-        title=text, style=as_is(own_file("style.css")), facts={text: text}, verdict=[text], cautions=[text],
+        title=text, style=as_is(own_file("style.css")), facts={text: text}, verdict=[text],
+        cautions=[text],
         tables=[grid], examples=grid, commands=text, bill=text, settings=text, made=made,
     )  # fmt: skip
 
@@ -243,6 +248,12 @@ def opened(pages: Sequence[tuple[str, Path]], chromium: str) -> Iterator[str]:
         browser.close()
 
 
+def say(line: object) -> None:
+    """Print a line at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     """Print the table, then what got through."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -261,18 +272,19 @@ def main() -> None:
         for number, text in enumerate(texts):
             folder = top / str(number)
             found += [f"{text[:40]!a}: {fault}" for fault in faults(text, folder, harmless)]
-            pages.append((text, folder / "study" / "report" / "index.html"))
-        print("| what | tried | lost |\n|---|---|---|")
-        print(f"| texts, in page, summary, table, cards and terminal | {len(texts)} | {len(found)} |")
+            page = folder / "study" / "report" / "index.html"
+            pages += [(text, page)] if page.is_file() else []
+        say("| what | tried | lost |\n|---|---|---|")
+        say(f"| texts, in page, summary, table, cards and terminal | {len(texts)} | {len(found)} |")
         chromium = shutil.which("chromium") or shutil.which("chromium-browser")
         if chromium is not None:
             seen = list(opened(pages, chromium))
-            print(f"| pages in Chromium | {len(pages)} | {len(seen)} |")
+            say(f"| pages in Chromium | {len(pages)} | {len(seen)} |")
             found += seen
         elif os.environ.get("CI"):
             found.append("CI installs Chromium")
     for one in found:
-        print(f"\n- {one}")
+        say(f"\n- {one}")
     sys.exit(bool(found))
 
 

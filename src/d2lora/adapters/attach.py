@@ -1,7 +1,6 @@
 """Adapters put on a base, folded into it, and taken off again without a trace."""
 
 import hashlib
-import re
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -18,15 +17,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from d2lora.adapters.files import PREFIX, AdapterFiles, some
+from d2lora.adapters.files import PREFIX, AdapterFiles, check_patterns, some
 from d2lora.adapters.foreign import OF_PASSES
 from d2lora.adapters.quantization import keep_layout
 from d2lora.errors import ModelError, first_line, listed
-from d2lora.runtime.limits import OverTimeError, within
 from d2lora.runtime.modes import in_evaluation
-
-_MOST_SECONDS = 3
-"""Of this process, to match one pattern with the names of all modules."""
 
 
 @contextmanager
@@ -94,7 +89,7 @@ def detach_adapter(model: PeftModel) -> PreTrainedModel:
 
 
 def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> PeftModel:
-    _check_patterns(model, files)
+    check_patterns(files.folder, files.config, [name for name, _ in model.named_modules()])
     files.config.inference_mode = not trainable
     files.config.base_model_name_or_path = None  # else PEFT warns of each base that was moved
     try:
@@ -113,33 +108,6 @@ def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> 
     if not trainable:
         on_base.requires_grad_(False)
     return on_base.eval()
-
-
-def _check_patterns(model: nn.Module, files: AdapterFiles) -> None:
-    """Match an adapter's patterns with the names of modules as PEFT will, within a time.
-
-    Raises:
-        ModelError: If one of them takes forever.
-    """
-    config, names = files.config, [name for name, _ in model.named_modules()]
-    whole = [p for p in (config.target_modules, config.exclude_modules) if isinstance(p, str)]
-    ends = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
-    layers = config.layers_pattern or []
-    layers = [layers] if isinstance(layers, str) else layers
-    for pattern in (
-        *whole,
-        *(rf"(.*\.)?({end})" for end in ends),
-        *(rf".*\.{layer}\.(\d+)\..*" for layer in layers),
-    ):
-        try:
-            with within(_MOST_SECONDS):
-                for name in names:
-                    re.fullmatch(pattern, name)
-        except OverTimeError:
-            raise ModelError(
-                f"{files.folder}: matching the pattern {pattern!r:.80} with the names of the "
-                f"base's modules takes more than {_MOST_SECONDS} s; simplify it"
-            ) from None
 
 
 @torch.no_grad()

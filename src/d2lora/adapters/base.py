@@ -109,13 +109,14 @@ def load_base(settings: BaseSettings) -> Base:
     loading = quantization.loading(settings, folder, dtype, device)
     try:
         with foreign("not a causal language model"):
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                 output_loading_info=True, **loading,
             )  # fmt: skip
     except ModelError as error:
         reason = quantization.why_not_loaded(settings, folder, str(error)) or str(error)
         raise ModelError(f"{settings.base}: {reason}") from None
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise ModelError(
             f"{settings.base}: {counted(len(missing), 'weight')} that config.json asks for "

@@ -116,7 +116,7 @@ def _data(manifest: Manifest) -> str:
 def _scores(scores: tuple[EvalResult, ...]) -> str:
     """Return the scores as a table; the metadata has their means alone."""
     rows = [
-        f"| {inline(score.dataset_name)} | {inline(score.metric_name)} | "
+        f"| {inline(str(score.dataset_name))} | {inline(str(score.metric_name))} | "
         f"{score.metric_value:.4g} | "
         f"{args['low']:.4g} to {args['high']:.4g} | {args['rows']:,} |"
         for score in scores

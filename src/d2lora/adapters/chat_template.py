@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from d2lora.errors import SettingsError, did_you_mean
@@ -45,26 +44,6 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if isinstance(template, Mapping):
         template = template.get("default")
     return template
-
-
-def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a chat template has no powers, such as 9**9**9, which nothing can interrupt.
-
-    Raises:
-        SettingsError: If it has.
-    """
-    known: Any = tokenizer.chat_template
-    for template in known.values() if isinstance(known, Mapping) else (known,):
-        try:
-            parts = list(Environment().lex(template))
-        except TemplateError:
-            continue  # it says so itself, once it is used
-        if powers := [line for line, kind, text in parts if (kind, text) == ("operator", "**")]:
-            raise SettingsError(
-                f"the chat template of {tokenizer.name_or_path or 'the base'} computes a power in "
-                f"line {powers[0]}, which may take forever; use --chat-format plain, or another "
-                "--chat-template"
-            )
 
 
 def with_template(

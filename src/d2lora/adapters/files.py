@@ -8,7 +8,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +22,7 @@ from torch import Tensor
 from d2lora.adapters.factors import Factors
 from d2lora.adapters.fingerprints import unreadable
 from d2lora.errors import ModelError, first_line, listed
+from d2lora.runtime.limits import OverTimeError, within
 from d2lora.settings import changes_base
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -29,6 +30,10 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 _FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+_MOST_SECONDS = 3
+"""Of this process, to match one pattern with the names of all modules."""
+_MOST_ALPHA = 1e9
+"""Beyond any strength that trains, and far from where a float of 32 bits ends."""
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
 _TEXTS = ("base_model_name_or_path", "revision", "peft_version")
 _FLAGS = ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "inference_mode")
@@ -63,6 +68,7 @@ class AdapterFiles:
         """
         config, weights = read_adapter_config(folder), _read_weights(folder / ADAPTER_WEIGHTS)
         _check_ranks(folder, config, weights)
+        check_patterns(folder, config, [name.partition(".lora_")[0] for name in weights])
         return cls(folder, config, weights)
 
     @property
@@ -157,8 +163,8 @@ def _faults(values: dict[str, Any], known: set[str]) -> list[str]:
     rank, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
     if type(rank) is not int or rank < 1:
         faults.append(f"`r` must be a whole number of at least 1, found {rank!r}")
-    if not _is_number(alpha):
-        faults.append(f"`lora_alpha` must be a number, found {alpha!r}")
+    if alpha is None or not _is_number(alpha) or abs(alpha) > _MOST_ALPHA:
+        faults.append(f"`lora_alpha` must be a number of at most {_MOST_ALPHA:g}, found {alpha!r}")
     if not (_are_names(targets) or (targets is None and values.get("target_parameters"))):
         faults.append(f"`target_modules` must be names or a pattern, found {targets!r}")
     faults += _faults_of_types(values)
@@ -207,13 +213,41 @@ def _faults_of_types(values: dict[str, Any]) -> list[str]:
     ]
 
 
+def check_patterns(folder: Path, config: LoraConfig, names: Sequence[str]) -> None:
+    """Match an adapter's patterns with the names of modules as PEFT will, within a time.
+
+    Raises:
+        ModelError: If one of them takes forever.
+    """
+    whole = [p for p in (config.target_modules, config.exclude_modules) if isinstance(p, str)]
+    ends = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
+    layers = config.layers_pattern or []
+    layers = [layers] if isinstance(layers, str) else layers
+    for pattern in (
+        *whole,
+        *(rf"(.*\.)?({end})" for end in ends),
+        *(rf".*\.{layer}\.(\d+)\..*" for layer in layers),
+    ):
+        try:
+            with within(_MOST_SECONDS):
+                for name in names:
+                    re.fullmatch(pattern, name)
+        except OverTimeError:
+            raise ModelError(
+                f"{folder}: matching the pattern {pattern!r:.80} with the names of modules takes "
+                f"more than {_MOST_SECONDS} s; simplify it"
+            ) from None
+
+
 def _check_ranks(folder: Path, config: LoraConfig, weights: dict[str, Tensor]) -> None:
     """Check that ranks are not far beyond those of the weights, as PEFT makes room for them first.
 
     Raises:
         ModelError: If one is.
     """
-    largest = max((max(w.shape) for n, w in weights.items() if ".lora_" in n and w.dim()), default=1)
+    largest = max(
+        (max(w.shape) for n, w in weights.items() if ".lora_" in n and w.dim()), default=1
+    )
     rank = max(config.r, *(config.rank_pattern or {}).values(), 1)
     if rank > max(1024, largest):
         raise ModelError(

@@ -41,7 +41,7 @@ def foreign(what: str) -> Generator[None]:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Say whether a library in Rust gave up; its error is no `Exception`, and has no public name."""
+    """Say whether a library in Rust gave up; its error has no public name."""
     return type(error).__name__ == "PanicException"
 
 

@@ -9,11 +9,12 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from d2lora.adapters.base import Base, n_embedded, n_positions, tokenizer_of, unknown_token
-from d2lora.adapters.chat_template import check_template, with_template
+from d2lora.adapters.chat_template import with_template
 from d2lora.adapters.foreign import is_panic
 from d2lora.data.batches import Encoded, PreferencePair
 from d2lora.data.chat_text import ChatText, Format
 from d2lora.data.rows import BadRowError, Example, Message
+from d2lora.data.special_tokens import check_template
 from d2lora.data.truncation import Span, fitted
 from d2lora.errors import DataError, ModelError, SettingsError, first_line
 from d2lora.settings import BaseSettings

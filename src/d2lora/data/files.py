@@ -150,14 +150,18 @@ def _table(path: Path, records: Iterator[Record], header: Sequence[str]) -> Iter
             yield Row(dict(zip(names, fields, strict=True)), str(path), line)
 
 
+def _check_columns(path: Path, names: Iterable[str]) -> None:
+    if twice := repeated(names):
+        raise DataError(f"{path}: {twice} names more than one column; rename or drop columns")
+
+
 def _parquet(path: Path) -> Iterator[Row | Fault]:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(path)
-        if twice := repeated(file.schema_arrow.names):
-            raise DataError(f"{path}: {twice} names more than one column; rename or drop columns")
+        _check_columns(path, file.schema_arrow.names)
         values = (row for batch in file.iter_batches(_PARQUET_ROWS) for row in batch.to_pylist())
         for number, row in enumerate(values, 1):
             yield readable(Row(with_nulls(row), str(path), number))

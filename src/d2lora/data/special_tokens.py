@@ -7,15 +7,15 @@ is not. The ids of all other texts are the tokenizer's own.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 from uuid import uuid4
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from d2lora.errors import DataError, ModelError
+from d2lora.errors import DataError, ModelError, SettingsError
 from d2lora.runtime.limits import OverTimeError, within
 
 OF_TEMPLATES = (
@@ -159,9 +159,29 @@ def markers_of(tokenizer: PreTrainedTokenizerBase) -> str:
         return ""
 
 
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a chat template has no powers, such as 9**9**9, which nothing can interrupt.
+
+    Raises:
+        SettingsError: If it has.
+    """
+    known: Any = tokenizer.chat_template
+    for template in known.values() if isinstance(known, Mapping) else (known,):
+        try:
+            parts = list(Environment(autoescape=True).lex(template))
+        except TemplateError:
+            continue  # it says so itself, once it is used
+        if powers := [line for line, kind, text in parts if (kind, text) == ("operator", "**")]:
+            raise SettingsError(
+                f"the chat template of {tokenizer.name_or_path or 'the base'} computes a power in "
+                f"line {powers[0]}, which may take forever; use --chat-format plain, or another "
+                "--chat-template"
+            )
+
+
 def rendered(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, Any]], *,
-    tools: Sequence[Mapping[str, Any]] = (), completing: bool = False,
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], *,
+    tools: list[dict[str, Any]] | None = None, completing: bool = False,
 ) -> str:  # fmt: skip
     """Return turns as a tokenizer's chat template writes them, within limits.
 
@@ -181,7 +201,7 @@ def rendered(
     try:
         with within(_MOST_SECONDS):
             text = tokenizer.apply_chat_template(
-                list(turns), tools=list(tools) or None, tokenize=False,
+                turns, tools=[*tools] if tools else None, tokenize=False,
                 add_generation_prompt=completing,
             )  # fmt: skip
     except OverTimeError:
@@ -190,7 +210,7 @@ def rendered(
         raise ModelError(f"{name} takes more memory for one row than there is") from None
     assert isinstance(text, str)
     if len(text) > _MOST_CHARACTERS:
-        given = sum(len(json.dumps(part)) for part in (*turns, *tools))
+        given = sum(len(json.dumps(part)) for part in (*turns, *(tools or ())))
         if len(text) > _MOST_CHARACTERS + _MOST_GROWTH * given:
             raise ModelError(f"{name} writes {len(text):,} characters for a row of {given:,}")
     return text

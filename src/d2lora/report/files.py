@@ -96,7 +96,9 @@ def summary_text(findings: Findings) -> str:
     tables = [
         markdown(grid) for grid in (*grids, pooled_grid(findings), cost_grid(findings)) if grid.rows
     ]
-    failed = [f"- failed: {inline(cell)}: {inline(reason)}" for cell, reason in findings.failures.items()]
+    failed = [
+        f"- failed: {inline(cell)}: {inline(reason)}" for cell, reason in findings.failures.items()
+    ]
     versions = ", ".join(f"{k} {v}" for k, v in made.get("versions", {}).items())
     end = f"{counted(plan.seeds, 'seed')}, base {plan.base}, {made.get('date')}, {versions}."
     return "\n".join([*lines, *tables, *failed, inline(end), ""])

@@ -11,7 +11,7 @@ from d2lora.errors import printable
 NONE = "–"
 """Stands where there is no number."""
 _ENTITIES = {"<": "&lt;", "&": "&amp;"}
-_MARKUP = re.compile(r"[\\<|`*_~\[\]]|&(?=#?\w+;)")
+_MARKUP = re.compile(r"[\\<|`*~\[\]]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
 _NOT_IN_CODE = str.maketrans("`|", "'¦")
 """What would end code, or the cell that it stands in."""
 _LEFT = {"arm", "task", "what"}
@@ -38,7 +38,12 @@ def as_table(grid: Grid) -> Table:
 
 def markdown(grid: Grid) -> str:
     """Return a grid as a Markdown table with its title, for a pull request or a paper."""
-    lines = [f"**{inline(grid.title)}**", "", _line(grid.columns), _line(["---"] * len(grid.columns))]
+    lines = [
+        f"**{inline(grid.title)}**",
+        "",
+        _line(grid.columns),
+        _line(["---"] * len(grid.columns)),
+    ]
     return "\n".join([*lines, *(_line(row) for row in grid.rows)]) + "\n"
 
 

@@ -17,10 +17,10 @@ from d2lora.data.ngrams import gram_hashes, word_hashes, words
 from d2lora.data.reading import TaskData
 from d2lora.data.rows import Example
 from d2lora.data.sources import nested_order
-from d2lora.selection.hygiene import Cleaned, source_of
-from d2lora.selection.tfidf import Array, Bags, count_bags, dense_product, weighted_bags
 from d2lora.errors import printable
 from d2lora.runtime.grids import code, inline
+from d2lora.selection.hygiene import Cleaned, source_of
+from d2lora.selection.tfidf import Array, Bags, count_bags, dense_product, weighted_bags
 from d2lora.settings import SelectSettings
 
 SAMPLE = 1000
@@ -151,7 +151,7 @@ def page(card: dict[str, Any], examples: Sequence[Example]) -> str:
     rejected = "\n".join(f"| {step} | {n:,} |" for step, n in card["rejected"].items() if n)
     shown = "\n\n".join(_fenced(example.text) for example in examples[:N_SHOWN])
     pool = "\n".join(
-        f"- {code(d['file'])}, {d['rows']:,} rows, sha256 `{d['sha256']}`" for d in card["pool"]
+        f"- {code(d['file'])}, {d['rows']:,} rows, sha256 {code(d['sha256'])}" for d in card["pool"]
     )
     return PAGE.format(
         table=table, sources=sources, rejected=rejected or "| none | 0 |", shown=shown, pool=pool

@@ -73,9 +73,8 @@ def check_names(values: Mapping[Any, Any]) -> None:
     Raises:
         ValueError: With the first that is none.
     """
-    for name in values:
-        if not isinstance(name, str):
-            raise ValueError(f"the name of a setting must be a text, found {name!r:.60}")
+    if wrong := [name for name in values if not isinstance(name, str)]:
+        raise ValueError(f"the name of a setting must be a text, found {wrong[0]!r:.60}")
 
 
 def _explained(kind: type[Settings], errors: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -92,5 +91,7 @@ def _explained(kind: type[Settings], errors: Sequence[Mapping[str, Any]]) -> lis
             if not name:  # two settings contradict each other
                 faults.append(reason)
                 continue
-            faults.append(f"`{name}`: {reason[0].lower()}{reason[1:]}, got {_shown(fault['input'])}")
+            faults.append(
+                f"`{name}`: {reason[0].lower()}{reason[1:]}, got {_shown(fault['input'])}"
+            )
     return faults

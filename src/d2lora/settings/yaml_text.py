@@ -29,9 +29,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_scalar(self, node: Any) -> str:
         text = super().construct_scalar(node)
-        if isinstance(text, str) and (found := _UNWRITABLE.search(text)):
+        if found := _UNWRITABLE.search(text):
             line = node.start_mark.line + 1
-            raise yaml.MarkedYAMLError(problem=f"a text in line {line} holds {ascii(found[0])}")
+            raise yaml.MarkedYAMLError(problem=f"a text in line {line} holds {found[0]!a}")
         return text
 
     def construct_yaml_int(self, node: Any) -> int:

@@ -139,7 +139,13 @@ class StudyPlan(BaseSettings):
     @field_validator("tasks", "arms", mode="before")
     @classmethod
     def _names_are_texts(cls, parts: Any) -> Any:
-        for part in parts.values() if isinstance(parts, Mapping) else parts if isinstance(parts, list | tuple) else ():
+        for part in (
+            parts.values()
+            if isinstance(parts, Mapping)
+            else parts
+            if isinstance(parts, list | tuple)
+            else ()
+        ):
             if isinstance(part, Mapping):
                 check_names(part)
         return parts

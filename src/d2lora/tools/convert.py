@@ -31,6 +31,7 @@ from d2lora.adapters.card import write_manifest
 from d2lora.adapters.factors import Factors, extend, truncate
 from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles
 from d2lora.adapters.fingerprints import identity_of
+from d2lora.adapters.foreign import foreign
 from d2lora.adapters.manifest import (
     Manifest,
     ancestor_of,
