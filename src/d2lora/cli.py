@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command is known, so `d2lora --help` answers in a blink.
 """
 
+import errno
 import os
 import sys
 from collections import Counter
@@ -22,6 +23,9 @@ from d2lora.errors import (
 if TYPE_CHECKING:
     from d2lora.settings import Settings
 
+_OF_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
+"""What a system says of a name that no file can have."""
+_SHOWN = 400
 HELP = """usage: d2lora COMMAND [SETTINGS.yaml] [--setting value ...]
 
 Data-driven LoRA initialization for scarce tasks: warm an adapter up once on
@@ -69,6 +73,9 @@ def _exit_code(words: list[str]) -> int:
         sys.stderr.write("d2lora: interrupted\n")
         return 130
     except disk_errors() as error:
+        if getattr(error, "errno", None) in _OF_NAMES:
+            sys.stderr.write(f"d2lora: {printable(str(error)[:_SHOWN])}\n")
+            return 2
         fault = disk_fault(error)
         if fault is None:
             raise

@@ -29,7 +29,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent / "scripts")
 from attacks import CONFIG, WEIGHTS, Attack, everything  # noqa: E402
 
 HUNG = 999
-LIMIT_S = 40
+LIMIT_S = 120
 """Of a command; one that takes longer hangs."""
 MEMORY = 6 * 2**30
 """Bytes that a command may need on top of what libraries have mapped."""
@@ -66,7 +66,7 @@ class Watch:
             self.seen.append(f"import of {given[1]}")
         elif event == "exec" and getattr(given[0], "co_filename", "").startswith(str(self.folder)):
             self.seen.append(f"code of {given[0].co_filename} run")
-        elif event.startswith(_FORBIDDEN):
+        elif event.startswith(_FORBIDDEN) and not _is_own(event, given):
             named = [os.fsdecode(one) for one in given if isinstance(one, str | bytes)]
             paths = [str(Path(one).absolute()) for one in named]
             inside = paths and all(path.startswith(self.written) for path in paths)
@@ -83,6 +83,13 @@ class Watch:
                 self.seen.append(f"{place} written")
         elif not place.startswith((*self.read, *self.written)):
             self.seen.append(f"{place} read")
+
+
+def _is_own(event: str, given: tuple[Any, ...]) -> bool:
+    """Say whether d2lora does it by itself: it asks for its commit, and reads back its own rows."""
+    if event == "subprocess.Popen":
+        return list(given[1]) == ["git", "-C", str(HERE.parent.parent), "rev-parse", "HEAD"]
+    return event == "pickle.find_class" and given == ("d2lora.data.batches", "Encoded")
 
 
 # The good ones

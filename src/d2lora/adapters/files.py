@@ -163,8 +163,10 @@ def _faults(values: dict[str, Any], known: set[str]) -> list[str]:
     rank, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
     if type(rank) is not int or rank < 1:
         faults.append(f"`r` must be a whole number of at least 1, found {rank!r}")
-    if alpha is None or not _is_number(alpha) or abs(alpha) > _MOST_ALPHA:
-        faults.append(f"`lora_alpha` must be a number of at most {_MOST_ALPHA:g}, found {alpha!r}")
+    if alpha is None or not _is_number(alpha):
+        faults.append(f"`lora_alpha` must be a number, found {alpha!r}")
+    elif abs(alpha) > _MOST_ALPHA:
+        faults.append(f"`lora_alpha` must be at most {_MOST_ALPHA:g}, found {alpha!r}")
     if not (_are_names(targets) or (targets is None and values.get("target_parameters"))):
         faults.append(f"`target_modules` must be names or a pattern, found {targets!r}")
     faults += _faults_of_types(values)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from d2lora.data.rows import Example, Message
 from d2lora.data.special_tokens import OF_TEMPLATES, Shield, markers_of, rendered
-from d2lora.errors import DataError, SettingsError
+from d2lora.errors import DataError, ModelError, SettingsError
 
 Format = Literal["template", "plain"]
 Tools = Sequence[Mapping[str, Any]]
@@ -128,6 +128,8 @@ class ChatText:
     ) -> str:
         try:
             return rendered(self.tokenizer, turns, tools=tools, completing=completing)
+        except ModelError:  # it is a ValueError, too
+            raise
         except OF_TEMPLATES as error:
             reason = self.shield.unmarked(str(error)) or type(error).__name__
             raise DataError(f"{self._template} refuses the turns: {reason}") from None

@@ -150,11 +150,17 @@ class Shield:
 
 
 def markers_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what a chat template writes around turns; nothing where it takes no such turns."""
+    """Return what a chat template writes around turns; nothing where it takes no such turns.
+
+    Raises:
+        ModelError: As `rendered`.
+    """
     if tokenizer.chat_template is None:
         return ""
     try:
         return rendered(tokenizer, _TURNS)
+    except ModelError:  # it is a ValueError, too
+        raise
     except OF_TEMPLATES:
         return ""
 

@@ -147,6 +147,8 @@ def chart_of(
     return Chart(name, title, words, _without_escapes(spec), data)
 
 
+_MOST_CHARACTERS = 200
+"""Of a text; a picture is as wide as its longest line."""
 _NOT_IN_TEXTS = str.maketrans("\\\n\t", "\u29f5  ")
 """What ends the texts of Vega's expressions, or is an escape there."""
 
@@ -154,7 +156,8 @@ _NOT_IN_TEXTS = str.maketrans("\\\n\t", "\u29f5  ")
 def _without_escapes(value: Any) -> Any:
     """Return a specification whose texts are no more than texts in Vega's expressions."""
     if isinstance(value, str):
-        return value.translate(_NOT_IN_TEXTS)
+        text = value.translate(_NOT_IN_TEXTS)
+        return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
     if isinstance(value, dict):
         return {_without_escapes(name): _without_escapes(inner) for name, inner in value.items()}
     return [_without_escapes(inner) for inner in value] if isinstance(value, list) else value
