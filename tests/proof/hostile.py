@@ -328,9 +328,7 @@ def main() -> None:
         crashes.preload()
         (top / "good").mkdir()
         good = make(top / "good")
-        say(
-            "| what | commands run | refused | harmless | lost |\n|---|---|---|---|---|", flush=True
-        )
+        say("| what | commands run | refused | harmless | lost |\n|---|---|---|---|---|")
         lost: list[str] = []
         for kind, attacks in everything().items():
             chosen = [(of, attack) for of, attack in attacks if given.only in attack.name]
