@@ -259,7 +259,7 @@ def templates() -> list[Attack]:
         of("a wide centre", "{{ 'a'|center(99999999999999) }}" + TURNS), of("an endless macro", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"),
         of("a text doubled", "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}" + TURNS),
         of("classes", dunder + TURNS), of("globals", "{{ cycler.__init__.__globals__.os.system('touch executed') }}" + TURNS),
-        of("a format", "{{ '{0.__class__.__mro__}'.format(messages) }}" + TURNS), of("a format map", "{{ '{a.__class__}'.format_map({'a': 1}) }}" + TURNS),
+        of("a format", "{{ '{0.__class__.__mro__}'.format(messages) }}" + TURNS), of("a format map", "{{ '{a.__class__}'.format_map({'a': 1}) }}" + TURNS, "undefined in the sandbox"),
         of("an attribute by name", "{{ ''|attr('__class__')|attr('__mro__') }}" + TURNS, "undefined in the sandbox"),
         of("an include", "{% include '/etc/passwd' %}" + TURNS), of("an import", "{% import 'os' as os %}" + TURNS),
         of("a namespace", "{{ namespace(__init__=1) }}" + TURNS), of("changed turns", "{{ messages.clear() }}" + TURNS),

@@ -38,6 +38,6 @@ HOSTILE = (
     "\x1b[2J\x1b[31mred", "\x1b]0;title\x07", "\x1b]8;;http://evil.example\x1b\\x\x1b]8;;\x1b\\", "\x9b31mx", "\x08\x08\x7f", "a\rb", "a\nb\n\n# c\n\n| d | e |",
     "\u202egnp.exe", "\u2066x\u2069", "a\u2028b\u2029c", "\ud800", "\x00", "=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "=cmd|' /C calc'!A0", "`x`", "|x|",
     "![x](//evil.example/x.png)", "[x](javascript:planted())", "<//evil.example>", "**x** _y_ ~~z~~", "# x", "- x", "---\nlicense: mit\n---", "$x$",
-    "__proto__", "constructor", "toString", "a.b[c]", "datum['x']", "\\", '\\"', "'", '"', " ", "x" * 5000, "中文 عربي", "\U0001f468\u200d\U0001f469",
+    "__proto__", "constructor", "toString", "a.b[c]", "datum['x']", "\\", '\\"', "'", '"', "  x  ", "x" * 1900, "中文 عربي", "\U0001f468\u200d\U0001f469",
 )  # fmt: skip
 """In names and outputs."""

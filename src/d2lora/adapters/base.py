@@ -190,7 +190,7 @@ def load_tokenizer(settings: BaseSettings) -> PreTrainedTokenizerBase:
     with foreign(f"{settings.base}: not a causal language model"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if isinstance(tokenizer, PreTrainedTokenizerFast):
-        check_growth(tokenizer.backend_tokenizer.to_str(), settings.base)
+        check_growth(tokenizer.backend_tokenizer, settings.base)
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ModelError(
             f"{settings.base}: `model_max_length` of its tokenizer_config.json must be a number, "

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from d2lora.errors import D2LoraError, ModelError, disk_fault, first_line
 
 _MOST_GROWTH = 1000
@@ -26,7 +28,8 @@ def foreign(what: str) -> Generator[None]:
     """Turn what a library raises on a file into an error that names it.
 
     Raises:
-        ModelError: For any error but those of a disk; of a damaged file a library may raise all.
+        ModelError: For any error but those of a disk or of memory; of a damaged file a library may
+            raise all.
     """
     try:
         yield
@@ -35,7 +38,7 @@ def foreign(what: str) -> Generator[None]:
     except BaseException as error:  # tokenizers raises nothing more special
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        if disk_fault(error):
+        if disk_fault(error) or type(error).__name__ == "OutOfMemoryError":
             raise
         raise ModelError(f"{what}: {first_line(error)}") from None
 
@@ -64,29 +67,28 @@ def check_config(folder: Path) -> None:
             )
 
 
-def check_growth(tokenizer: str, name: str) -> None:
+def check_growth(tokenizer: Tokenizer, name: str) -> None:
     """Check that a tokenizer makes no endless text of a short one.
 
     Args:
-        tokenizer: The JSON of its Rust core.
+        tokenizer: Its Rust core.
         name: Its base.
 
     Raises:
         ModelError: If it does.
     """
-    parts = json.loads(tokenizer)
-    for what in ("normalizer", "decoder"):
-        if (growth := _growth(parts.get(what))) > _MOST_GROWTH:
+    parts: dict[str, Any] = {"normalizer": tokenizer.normalizer, "decoder": tokenizer.decoder}
+    for what, part in parts.items():
+        # As they are pickled, which is JSON; that of the whole would hold the vocabulary, too.
+        if part is not None and (growth := _growth(json.loads(part.__getstate__()))) > _MOST_GROWTH:
             raise ModelError(
                 f"{name}: the {what} of its tokenizer.json may make {growth:.3g} characters of "
                 f"one; at most {_MOST_GROWTH:,} are allowed"
             )
 
 
-def _growth(part: Mapping[str, Any] | None) -> float:
+def _growth(part: Mapping[str, Any]) -> float:
     """Return how many characters a normalizer or decoder may make of one."""
-    if part is None:
-        return 1
     match part["type"]:
         case "Sequence":
             growth = 1.0

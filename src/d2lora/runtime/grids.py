@@ -11,7 +11,9 @@ from d2lora.errors import printable
 NONE = "–"
 """Stands where there is no number."""
 _ENTITIES = {"<": "&lt;", "&": "&amp;"}
-_MARKUP = re.compile(r"[\\<|`*~\[\]]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
+_MARKUP = re.compile(
+    r"[\\<|`*~\[\]]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|^[#>+]|^-(?= )|(?<=^\d)[.)]"
+)
 _NOT_IN_CODE = str.maketrans("`|", "'¦")
 """What would end code, or the cell that it stands in."""
 _LEFT = {"arm", "task", "what"}
@@ -60,4 +62,4 @@ def inline(text: str) -> str:
 def code(text: str) -> str:
     """Return a text as code in a line of Markdown, in which nothing is markup."""
     line = " ".join(printable(text).split()).translate(_NOT_IN_CODE)
-    return f"`{line}`"
+    return f"`{line or ' '}`"
