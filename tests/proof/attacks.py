@@ -229,7 +229,7 @@ def manifests() -> list[Attack]:
         of("a pickle", written(name, PICKLE)), of("a manifest elsewhere", linked(name, "{secret}")),
         value("format_version", to=10**30), value("format_version", to=None), value("kind", to="x"),
         value("base", to=[]), value("base", "id", to="\x1b]0;x\x07\n# x", harmless=text), value("base", "fingerprint", to="0" * 64),
-        value("base", "fingerprint", to=5), value("lora", "rank", to=10**9), value("lora", "targets", to=["(a+)+$"]),
+        value("base", "fingerprint", to=5), value("lora", "rank", to=10**9), value("lora", "targets", to=["(a+)+$"], harmless="those of PEFT's configuration count"),
         value("lora", "alpha", to="x"), value("data", to=[{}]), value("data", to=[{"file": "\x1b[31m| a\n", "rows": "x", "sha256": []}]),
         value("cost", to={}, harmless="a cost that is not known"), value("cost", to={"n_steps": "x"}), value("settings", to={"beta": "x"}, harmless="not used here"),
         value("chat_format", to="x"), value("labels", to=["a"] * 10**5, harmless="an open task has none"),
