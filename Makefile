@@ -71,11 +71,14 @@ bench: $(VENV)/.bench  ## benchmarks side by side with TRL, transformers and lm-
 	$(BIN)/python benchmarks/rank_change.py --rounds 1
 	$(BIN)/python benchmarks/preferences.py --rounds 1 --steps 4
 
-proof: $(VENV)/.test  ## kills, failing disks and verdicts tried many times; needs a C compiler, some hours
+proof: $(VENV)/.test  ## kills, failing disks, odd and hostile input, verdicts, tried many times; needs a C compiler, some hours
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/crashes.py --points 100
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/endings.py --times 10
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/load.py --cells 50000
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/verdicts.py --runs 1000
+	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/inputs.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/hostile.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/pages.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) demo-out build dist

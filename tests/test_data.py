@@ -16,7 +16,7 @@ from pyarrow import parquet
 from d2lora.data.choices import read_choice_questions
 from d2lora.data.files import text_lines
 from d2lora.data.reading import read_pool, read_task
-from d2lora.data.rows import Message, Row
+from d2lora.data.rows import TOO_DEEP, Message, Row
 from d2lora.data.sources import nested_order, read_source, split_validation
 from d2lora.errors import DataError
 from d2lora.settings.seeds import stream_seed
@@ -241,7 +241,7 @@ def test_deep_nesting_is_a_bad_row_and_nan_a_missing_value(tmp_path: Path) -> No
         '{"instruction": "i", "input": NaN, "output": "o"}\n'
     )
     data = read_task([str(path)], skip_bad=True)
-    assert [str(fault) for fault in data.faults] == [f"{path}, line 1: nested too deeply"]
+    assert [str(fault) for fault in data.faults] == [f"{path}, line 1: {TOO_DEEP}"]
     assert data.examples[0].prompt[0].content == "i"
 
 

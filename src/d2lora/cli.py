@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command is known, so `d2lora --help` answers in a blink.
 """
 
+import errno
 import os
 import sys
 from collections import Counter
@@ -10,7 +11,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from d2lora.commands import COMMANDS
-from d2lora.errors import D2LoraError, SettingsError, did_you_mean, disk_errors, disk_fault
+from d2lora.errors import (
+    D2LoraError,
+    SettingsError,
+    did_you_mean,
+    disk_errors,
+    disk_fault,
+    printable,
+)
 from d2lora.runtime.signals import TerminatedError, raised
 
 if TYPE_CHECKING:
@@ -18,6 +26,9 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 129
 """From this exit code on a signal ended the command: 128 and its number."""
+_OF_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
+"""What a system says of a name that no file can have."""
+_SHOWN = 400
 HELP = """usage: d2lora COMMAND [SETTINGS.yaml] [--setting value ...]
 
 Data-driven LoRA initialization for scarce tasks: warm an adapter up once on
@@ -60,19 +71,20 @@ def _exit_code(words: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except D2LoraError as error:
-        sys.stderr.write(f"d2lora: {error}\n")
+        sys.stderr.write(f"d2lora: {printable(str(error))}\n")
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("d2lora: interrupted\n")
-        return 130
-    except TerminatedError as error:
-        sys.stderr.write(f"d2lora: ended by {error}\n")
-        return error.code
+    except (KeyboardInterrupt, TerminatedError) as end:
+        asked = isinstance(end, TerminatedError)
+        sys.stderr.write(f"d2lora: ended by {end}\n" if asked else "d2lora: interrupted\n")
+        return end.code if asked else 130
     except disk_errors() as error:
+        if getattr(error, "errno", None) in _OF_NAMES:
+            sys.stderr.write(f"d2lora: {printable(str(error)[:_SHOWN])}\n")
+            return 2
         fault = disk_fault(error)
         if fault is None:
             raise
-        sys.stderr.write(f"d2lora: {fault}\n")
+        sys.stderr.write(f"d2lora: {printable(fault)}\n")
         return 74
     return 0
 

@@ -10,8 +10,6 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from rich.console import Console
-
 from d2lora.adapters.base_files import smollm2_file
 from d2lora.errors import RunError, SettingsError, counted
 from d2lora.report.analysis import read_findings
@@ -19,7 +17,7 @@ from d2lora.report.findings import Findings
 from d2lora.report.summary import show, show_answers
 from d2lora.report.write import write_report
 from d2lora.runtime.claims import claimed, target_of
-from d2lora.runtime.console import WIDTH, Reporter
+from d2lora.runtime.console import WIDTH, Reporter, plain_console
 from d2lora.runtime.run_folder import provenance, write_json
 from d2lora.settings import DemoSettings, StudySettings
 from d2lora.study.executors import layout
@@ -69,7 +67,7 @@ def _demo(settings: DemoSettings, out: Path) -> Findings:
     )
     study.check()
     findings = read_findings(study.path)
-    console = Console(width=WIDTH)
+    console = plain_console(width=WIDTH)
     if settings.base == "smollm2":
         show_answers(findings, N_SHOWN, console)
     show(findings, console)

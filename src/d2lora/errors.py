@@ -79,10 +79,24 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+_CONTROLS = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ud800-\udfff]"
+)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean `x`?" for the nearest known name, or an empty string."""
     nearest = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean `{nearest[0]}`?" if nearest else ""
+
+
+def printable(text: str) -> str:
+    r"""Return a text for a terminal: line ends and tabs stay, other controls are shown as `\x1b`.
+
+    What would move the cursor, name the window, or turn the direction of what follows is then a
+    text like any other.
+    """
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def counted(n: int, thing: str) -> str:

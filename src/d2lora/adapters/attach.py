@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from d2lora.adapters.files import PREFIX, AdapterFiles, some
+from d2lora.adapters.files import PREFIX, AdapterFiles, check_patterns, some
+from d2lora.adapters.foreign import OF_PASSES
 from d2lora.adapters.quantization import is_quantized, keep_layout
 from d2lora.errors import ModelError, first_line, listed
 from d2lora.runtime.modes import in_evaluation
@@ -93,6 +94,7 @@ def detach_adapter(model: PeftModel) -> PreTrainedModel:
 
 
 def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> PeftModel:
+    check_patterns(files.folder, files.config, [name for name, _ in model.named_modules()])
     files.config.inference_mode = not trainable
     files.config.base_model_name_or_path = None  # else PEFT warns of each base that was moved
     try:
@@ -127,7 +129,7 @@ def check_computes(model: PeftModel) -> None:
     try:
         with in_evaluation(model):
             model(input_ids=ids_1T, use_cache=False)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except OF_PASSES as error:
         raise ValueError(f"PEFT does not compute it ({first_line(error)})") from None
 
 

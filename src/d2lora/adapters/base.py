@@ -22,13 +22,15 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from d2lora.adapters import quantization
 from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.chat_template import chosen_template, with_template
-from d2lora.adapters.files import ADAPTER_CONFIG
+from d2lora.adapters.files import ADAPTER_CONFIG, some
 from d2lora.adapters.fingerprints import Identity, fingerprint_of, identity_of
+from d2lora.adapters.foreign import OF_PASSES, check_config, check_growth, foreign
 from d2lora.adapters.gguf import quantization_of
 from d2lora.errors import ModelError, counted, first_line
 from d2lora.runtime.rounding import tolerance
@@ -99,21 +101,27 @@ def load_base(settings: BaseSettings) -> Base:
             f"{settings.base}: it holds an adapter ({ADAPTER_CONFIG}), not a base; give --base "
             "the model that the adapter was made on, or remove that file"
         )
+    check_config(folder)
     fingerprint = fingerprint_of(folder)
     tokenizer = load_tokenizer(settings)
     template = chosen_template(settings, tokenizer)
     dtype = dtype_of(settings.dtype, device)
     loading = quantization.loading(settings, folder, dtype, device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, **loading
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        why = quantization.why_not_loaded(settings, folder, first_line(error))
-        if why is None and isinstance(error, RuntimeError):
-            raise
-        reason = why or f"not a causal language model: {first_line(error)}"
+        with foreign("not a causal language model"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True, **loading,
+            )  # fmt: skip
+    except ModelError as error:
+        reason = quantization.why_not_loaded(settings, folder, str(error)) or str(error)
         raise ModelError(f"{settings.base}: {reason}") from None
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{settings.base}: {counted(len(missing), 'weight')} that config.json asks for "
+            f"are not in its files, and would be random: {some(missing)}"
+        )
     model.requires_grad_(False)
     remove_hook_from_module(model, recurse=True)  # accelerate's, of a model that is on one device
     quantization.prepare(model, dtype)
@@ -150,7 +158,7 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
     other_1T[0, -1] = 0
     try:
         one, other = (model(input_ids=i, use_cache=False).logits for i in (ids_1T, other_1T))
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except OF_PASSES as error:
         raise ModelError(
             f"{name}: {type(model).__name__} is not supported: it does not compute token ids alone "
             f"({first_line(error)})"
@@ -179,11 +187,15 @@ def load_tokenizer(settings: BaseSettings) -> PreTrainedTokenizerBase:
         ModelError: If there is none, or it has no EOS token.
     """
     folder = base_folder(settings.base, settings.revision, settings.gguf_file)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
-        raise ModelError(f"{settings.base}: not a causal language model: {reason}") from None
+    with foreign(f"{settings.base}: not a causal language model"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        check_growth(tokenizer.backend_tokenizer, settings.base)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ModelError(
+            f"{settings.base}: `model_max_length` of its tokenizer_config.json must be a number, "
+            f"found {tokenizer.model_max_length!r:.60}"
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{settings.base}: the tokenizer has no EOS token, so completions could not end; set "

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from d2lora.adapters.base_files import hub_id
 from d2lora.adapters.manifest import MANIFESTS, Manifest
+from d2lora.runtime.grids import code, inline
 from d2lora.runtime.run_folder import write_json, write_text
 
 CARD_FILE, MERGED = "README.md", "merged.json"
@@ -85,18 +86,19 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
     """Return what the manifest knows, for the card's table."""
     base, lora, cost = manifest.base, manifest.lora, manifest.cost
     facts: dict[str, Any] = {
-        "base": f"`{base.id or 'not known'}`" + (f" at {base.revision}" if base.revision else ""),
-        "base fingerprint": f"`{base.fingerprint}`" if base.fingerprint else "",
-        "base quantization": base.quantization or "",
+        "base": code(base.id or "not known")
+        + (f" at {inline(base.revision)}" if base.revision else ""),
+        "base fingerprint": code(base.fingerprint) if base.fingerprint else "",
+        "base quantization": inline(base.quantization or ""),
         "rank, alpha": f"{lora.rank}, {lora.alpha:g}",
-        "targets": ", ".join(lora.targets),
+        "targets": inline(", ".join(lora.targets)),
     }
     if cost:  # an adapter of d2lora's own, here and in the title
         facts |= {
             "initialized from": _initialized_from(manifest),
             "objective": _objective(manifest),
             "chat format": manifest.chat_format,
-            "training rows": f"{manifest.n_examples:,} ({manifest.selection})",
+            "training rows": f"{manifest.n_examples:,} ({inline(manifest.selection)})",
             "steps, tokens": f"{cost['n_steps']:,}, {cost['n_tokens']:,}",
             "time": f"{cost['elapsed_s']:.0f} s",
             "held-out loss": _losses(manifest),
@@ -105,14 +107,18 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
 
 
 def _data(manifest: Manifest) -> str:
-    lines = [f"- `{d['file']}`, {d['rows']:,} rows, sha256 `{d['sha256']}`" for d in manifest.data]
+    lines = [
+        f"- {code(d['file'])}, {d['rows']:,} rows, sha256 {code(d['sha256'])}"
+        for d in manifest.data
+    ]
     return "\n".join(["Data:", "", *lines]) if lines else ""
 
 
 def _scores(scores: tuple[EvalResult, ...]) -> str:
     """Return the scores as a table; the metadata has their means alone."""
     rows = [
-        f"| {score.dataset_name} | {score.metric_name} | {score.metric_value:.4g} | "
+        f"| {inline(str(score.dataset_name))} | {inline(str(score.metric_name))} | "
+        f"{score.metric_value:.4g} | "
         f"{args['low']:.4g} to {args['high']:.4g} | {args['rows']:,} |"
         for score in scores
         if (args := score.metric_args)
@@ -128,18 +134,18 @@ def _usage(form: Form, published: Published) -> str:
 
 
 def _objective(manifest: Manifest) -> str:
-    name = manifest.objective.upper()
+    name = inline(manifest.objective.upper())
     if manifest.objective == "sft":
         return name
-    held = f", reference {manifest.reference}" if manifest.reference else ""
+    held = f", reference {inline(manifest.reference)}" if manifest.reference else ""
     return f"{name}, beta {manifest.settings['beta']:g}{held}"
 
 
 def _initialized_from(manifest: Manifest) -> str:
     if not manifest.lineage:
         about = manifest.initialization
-        return f"{about['name'] if about else 'fresh'} LoRA"
-    return f"warm start `{manifest.lineage[-1].path}`"
+        return f"{inline(str(about['name'])) if about else 'fresh'} LoRA"
+    return f"warm start {code(manifest.lineage[-1].path)}"
 
 
 def _losses(manifest: Manifest) -> str:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +22,7 @@ from torch import Tensor
 from d2lora.adapters.factors import Factors
 from d2lora.adapters.fingerprints import unreadable
 from d2lora.errors import ModelError, first_line, listed
+from d2lora.runtime.limits import OverTimeError, within
 from d2lora.settings import changes_base
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -29,7 +30,18 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 _FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+_MOST_SECONDS = 3
+"""Of this process, to match one pattern with the names of all modules."""
+_MOST_ALPHA = 1e9
+"""Beyond any strength that trains, and far from where a float of 32 bits ends."""
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
+_TEXTS = ("base_model_name_or_path", "revision", "peft_version")
+_FLAGS = ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "inference_mode")
+_UNUSED = {
+    "auto_mapping", "runtime_config", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config",
+}  # fmt: skip
+"""Settings of how an adapter is made or loaded, which say nothing of what it computes."""
 _UNSUPPORTED = {
     "layer_replication": "repeats layers of the base",
     "kasa_config": "changes the base's weights",
@@ -54,7 +66,10 @@ class AdapterFiles:
         Raises:
             ModelError: If it is not a LoRA adapter, or one of its files is missing or damaged.
         """
-        return cls(folder, read_adapter_config(folder), _read_weights(folder / ADAPTER_WEIGHTS))
+        config, weights = read_adapter_config(folder), _read_weights(folder / ADAPTER_WEIGHTS)
+        _check_ranks(folder, config, weights)
+        check_patterns(folder, config, [name.partition(".lora_")[0] for name in weights])
+        return cls(folder, config, weights)
 
     @property
     def layers(self) -> dict[str, Factors]:
@@ -94,7 +109,7 @@ class AdapterFiles:
 def some(names: list[str], shown: int = 3) -> str:
     """Return the first of many names, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    return ", ".join(n if len(n) <= 200 else f"{n[:200]}..." for n in names[:shown]) + more
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
@@ -122,7 +137,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         with warnings.catch_warnings():
             # PEFT warns of settings that matter when an adapter is made, not afterwards.
             warnings.simplefilter("ignore")
-            config = LoraConfig(**{key: value for key, value in values.items() if key in known})
+            config = LoraConfig(**{k: v for k, v in values.items() if k in known - _UNUSED})
     except (TypeError, ValueError, ImportError) as error:
         raise ModelError(f"{path}: {first_line(error)}") from None
     config.init_lora_weights = True  # what is read replaces any initialization
@@ -132,6 +147,8 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         why = unreadable(path, f"not JSON, or cut off ({error})")
         raise ModelError(f"{path}: {why}") from None
@@ -144,10 +161,12 @@ def _faults(values: dict[str, Any], known: set[str]) -> list[str]:
     """Return what is wrong with a configuration, a sentence each."""
     faults: list[str] = []
     rank, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
-    if not isinstance(rank, int) or rank < 1:
+    if type(rank) is not int or rank < 1:
         faults.append(f"`r` must be a whole number of at least 1, found {rank!r}")
-    if not _is_number(alpha):
+    if alpha is None or not _is_number(alpha):
         faults.append(f"`lora_alpha` must be a number, found {alpha!r}")
+    elif abs(alpha) > _MOST_ALPHA:
+        faults.append(f"`lora_alpha` must be at most {_MOST_ALPHA:g}, found {alpha!r}")
     if not (_are_names(targets) or (targets is None and values.get("target_parameters"))):
         faults.append(f"`target_modules` must be names or a pattern, found {targets!r}")
     faults += _faults_of_types(values)
@@ -186,12 +205,57 @@ def _faults_of_types(values: dict[str, Any]) -> list[str]:
         ("lora_dropout", "a number", _is_number),
         ("layers_to_transform", "layer numbers", _are_numbers),
         ("bias", "none, all or lora_only", lambda v: v in ("none", "all", "lora_only")),
+        *((name, "a text", lambda v: isinstance(v, str)) for name in _TEXTS),
+        *((name, "true or false", lambda v: isinstance(v, bool)) for name in _FLAGS),
     ]
     return [
         f"`{name}` must be {kind}, found {values[name]!r}"
         for name, kind, fits in kinds
         if values.get(name) is not None and not fits(values[name])
     ]
+
+
+def check_patterns(folder: Path, config: LoraConfig, names: Sequence[str]) -> None:
+    """Match an adapter's patterns with the names of modules as PEFT will, within a time.
+
+    Raises:
+        ModelError: If one of them takes forever.
+    """
+    whole = [p for p in (config.target_modules, config.exclude_modules) if isinstance(p, str)]
+    ends = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
+    layers = config.layers_pattern or []
+    layers = [layers] if isinstance(layers, str) else layers
+    for pattern in (
+        *whole,
+        *(rf"(.*\.)?({end})" for end in ends),
+        *(rf".*\.{layer}\.(\d+)\..*" for layer in layers),
+    ):
+        try:
+            with within(_MOST_SECONDS):
+                for name in names:
+                    re.fullmatch(pattern, name)
+        except OverTimeError:
+            raise ModelError(
+                f"{folder}: matching the pattern {pattern!r:.80} with the names of modules takes "
+                f"more than {_MOST_SECONDS} s; simplify it"
+            ) from None
+
+
+def _check_ranks(folder: Path, config: LoraConfig, weights: dict[str, Tensor]) -> None:
+    """Check that ranks are not far beyond those of the weights, as PEFT makes room for them first.
+
+    Raises:
+        ModelError: If one is.
+    """
+    largest = max(
+        (max(w.shape) for n, w in weights.items() if ".lora_" in n and w.dim()), default=1
+    )
+    rank = max(config.r, *(config.rank_pattern or {}).values(), 1)
+    if rank > max(1024, largest):
+        raise ModelError(
+            f"{folder}: {ADAPTER_CONFIG} has a rank of {rank:,}, and no weight is larger than "
+            f"{largest:,}"
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -96,11 +96,17 @@ def _loaded_files(folder: Path) -> list[Path]:
     if whole.is_file():
         return [whole]
     if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
+        files = sorted(folder.glob("*.safetensors"))
+        if odd := [file for file in files if not file.is_file()]:
+            raise ModelError(f"{odd[0]}: not a file, or a link to nothing")
+        return files
     try:
         shards = {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ModelError(f"{index}: {unreadable(index, 'not an index of weights')}") from None
+    outside = sorted(n for n in shards if Path(n).is_absolute() or ".." in Path(n).parts)
+    if outside:
+        raise ModelError(f"{index}: it names a file outside of the folder: {outside[0]!r:.200}")
     missing = sorted(name for name in shards if not (folder / name).is_file())
     if missing:
         raise ModelError(
@@ -121,7 +127,7 @@ def _tensor_digests(file: Path) -> Iterator[str]:
     try:
         with safe_open(file, "np"):  # checks the header and the length
             pass
-    except SafetensorError:
+    except (SafetensorError, OSError):
         why = unreadable(file, "not a safetensors file, or cut off")
         raise ModelError(f"{file}: {why}") from None
     with file.open("rb") as handle:

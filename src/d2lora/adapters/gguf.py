@@ -51,7 +51,11 @@ def _convert(path: Path, header: GgufHeader, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    place: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    place: dict[str, Any] = {
+        "gguf_file": path.name,
+        "local_files_only": True,
+        "trust_remote_code": False,
+    }
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
         model = AutoModelForCausalLM.from_pretrained(

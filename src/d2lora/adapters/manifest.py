@@ -9,10 +9,10 @@ README.md                                        the model card, see `card`
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from peft import LoraConfig, PeftModel
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from d2lora.adapters.base import Base
 from d2lora.adapters.base_files import EMBEDDED, SMOLLM2, SMOLLM2_HUB_ID
@@ -24,6 +24,24 @@ from d2lora.runtime.run_folder import read_json, sha256_of
 
 FORMAT_VERSION = 1
 MANIFESTS = {"warm start": "warm_start.json", "adapter": "adapter.json"}
+
+
+def _data_record(values: dict[str, Any]) -> dict[str, Any]:
+    kinds: dict[str, type] = {"file": str, "rows": int, "sha256": str}
+    if wrong := [n for n, kind in kinds.items() if not isinstance(values.get(n), kind)]:
+        raise ValueError(f"`{wrong[0]}` must be of type {kinds[wrong[0]].__name__}")
+    return values
+
+
+def _cost_record(values: dict[str, Any]) -> dict[str, Any]:
+    names = ("n_steps", "n_tokens", "elapsed_s") if values else ()
+    if wrong := [n for n in names if not isinstance(values.get(n), int | float)]:
+        raise ValueError(f"`{wrong[0]}` must be a number")
+    return values
+
+
+DataRecord = Annotated[dict[str, Any], AfterValidator(_data_record)]
+CostRecord = Annotated[dict[str, Any], AfterValidator(_cost_record)]
 
 
 class _Part(BaseModel):
@@ -74,7 +92,7 @@ class Ancestor(_Part):
     """The warm start that an adapter was initialized from."""
 
     path: str
-    data: list[dict[str, Any]]
+    data: list[DataRecord]
     fingerprint: str
 
 
@@ -88,11 +106,11 @@ class Manifest(_Part):
     chat_format: Literal["auto", "template", "plain"]
     """`auto`: not known, as of an adapter made elsewhere."""
     lora: LoraRecord
-    data: list[dict[str, Any]]
+    data: list[DataRecord]
     n_examples: int
     selection: str
     settings: dict[str, Any]
-    cost: dict[str, Any]
+    cost: CostRecord
     validation_loss_before: float | None
     validation_loss_after: float | None
     """Of the weights that are kept."""

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from d2lora.data.rows import Example, Message
-from d2lora.data.special_tokens import OF_TEMPLATES, Shield, markers_of
-from d2lora.errors import DataError, SettingsError
+from d2lora.data.special_tokens import OF_TEMPLATES, Shield, markers_of, rendered
+from d2lora.errors import DataError, ModelError, SettingsError
 
 Format = Literal["template", "plain"]
 Tools = Sequence[Mapping[str, Any]]
@@ -127,14 +127,12 @@ class ChatText:
         self, turns: list[dict[str, Any]], tools: list[dict[str, Any]], *, completing: bool
     ) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns, tools=list(tools) or None, tokenize=False, add_generation_prompt=completing
-            )
+            return rendered(self.tokenizer, turns, tools=tools, completing=completing)
+        except ModelError:  # it is a ValueError, too
+            raise
         except OF_TEMPLATES as error:
             reason = self.shield.unmarked(str(error)) or type(error).__name__
             raise DataError(f"{self._template} refuses the turns: {reason}") from None
-        assert isinstance(text, str)
-        return text
 
     @property
     def _template(self) -> str:

@@ -10,11 +10,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from d2lora.adapters.base import Base, n_embedded, n_positions, tokenizer_of, unknown_token
 from d2lora.adapters.chat_template import with_template
+from d2lora.adapters.foreign import is_panic
 from d2lora.data.batches import Encoded, PreferencePair
 from d2lora.data.chat_text import ChatText, Format
 from d2lora.data.rows import BadRowError, Example, Message
+from d2lora.data.special_tokens import check_template
 from d2lora.data.truncation import Span, fitted
-from d2lora.errors import DataError, ModelError, SettingsError
+from d2lora.errors import DataError, ModelError, SettingsError, first_line
 from d2lora.settings import BaseSettings
 
 
@@ -22,16 +24,18 @@ def resolve_format(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> Fo
     """Return the chat format to use; None and `auto` take the template where there is one.
 
     Raises:
-        SettingsError: If a template is wanted and the tokenizer has none.
+        SettingsError: If a template is wanted and the tokenizer has none, or one that no time
+            limit could stop.
     """
     has_template = tokenizer.chat_template is not None
     if wanted == "template" and not has_template:
         raise SettingsError(
             "--chat-format template: the base's tokenizer has no chat template; use plain or auto"
         )
-    if wanted in (None, "auto"):
-        return "template" if has_template else "plain"
-    return "plain" if wanted == "plain" else "template"
+    if wanted == "plain" or not has_template:
+        return "plain"
+    check_template(tokenizer)
+    return "template"
 
 
 @dataclass(frozen=True)
@@ -237,3 +241,8 @@ def _placed(example: Example) -> Generator[None]:
         yield
     except DataError as error:
         raise DataError(f"{example.place}: {error}" if example.place else str(error)) from None
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        reason = f"the base's tokenizer gives up on it: {first_line(error)}"
+        raise DataError(f"{example.place}: {reason}" if example.place else reason) from None

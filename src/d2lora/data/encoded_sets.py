@@ -206,7 +206,12 @@ def _limited(
     if overlong == "drop":
         kept = array("q", (i for i, length in enumerate(lengths) if length <= limit))
         if not kept:
-            raise DataError(f"no example is left within {limit} tokens (--max-length {max_length})")
+            least = min(range(len(lengths)), key=lengths.__getitem__)
+            where = f", {examples[least].place}" if examples[least].place else ""
+            raise DataError(
+                f"no example is left within {limit} tokens (--max-length {max_length}): the "
+                f"shortest has {lengths[least]}{where}"
+            )
         left = Lazy(items.__getitem__, kept)
         return EncodedSet(left, kept, len(too_long), 0, longest, limit=limit)
     long, numbers, n_cut = Lazy(examples.__getitem__, too_long), array("q", range(len(items))), 0

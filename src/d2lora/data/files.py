@@ -13,7 +13,7 @@ from pathlib import Path
 
 from d2lora.data.json_rows import read_json, read_json_lines
 from d2lora.data.opening import opened, opened_bytes
-from d2lora.data.rows import GZIP, Fault, Row, kind_of, repeated, with_nulls
+from d2lora.data.rows import GZIP, Fault, Row, kind_of, readable, repeated, with_nulls
 from d2lora.errors import DataError
 
 _PARQUET_ROWS = 4096
@@ -81,7 +81,7 @@ def _readable(path: Path) -> Generator[None]:
 def _not_utf8(path: Path) -> str:
     """Return a message on where a file stops being UTF-8."""
     before = 0
-    with opened_bytes(path) as file:
+    with _readable(path), opened_bytes(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode()
@@ -150,23 +150,33 @@ def _table(path: Path, records: Iterator[Record], header: Sequence[str]) -> Iter
             yield Row(dict(zip(names, fields, strict=True)), str(path), line)
 
 
+def _check_columns(path: Path, names: Iterable[str]) -> None:
+    if twice := repeated(names):
+        raise DataError(f"{path}: {twice} names more than one column; rename or drop columns")
+
+
 def _parquet(path: Path) -> Iterator[Row | Fault]:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(path)
-        if twice := repeated(file.schema_arrow.names):
-            raise DataError(f"{path}: {twice} names more than one column; rename or drop columns")
+        _check_columns(path, file.schema_arrow.names)
         values = (row for batch in file.iter_batches(_PARQUET_ROWS) for row in batch.to_pylist())
         for number, row in enumerate(values, 1):
-            yield Row(with_nulls(row), str(path), number)
+            yield readable(Row(with_nulls(row), str(path), number))
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from None
     except OverflowError as error:
         raise DataError(f"{path}: a date in it is out of Python's range: {error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: a text in it is not UTF-8: {error}") from None
+    except LookupError as error:
+        raise DataError(f"{path}: a time zone in it is not known: {error}") from None
+    except DataError:
+        raise
+    except ValueError as error:  # such as two fields of one name inside of a column
+        raise DataError(f"{path}: a value in it cannot be read: {error}") from None
 
 
 TABLES = {".csv": _csv, ".tsv": _tsv}

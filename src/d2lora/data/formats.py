@@ -4,7 +4,6 @@ A row is of the first format in `FORMATS` all of whose `needs` it has. A field t
 there, so a table of rows of several formats reads as each of them.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from d2lora.data.paths import column_of
-from d2lora.data.rows import BadRowError, Example, Message, fields_of, text_field
+from d2lora.data.rows import BadRowError, Example, Message, fields_of, from_json, text_field
 from d2lora.data.turns import turns_of, unread_of
 
 Fields = Mapping[str, Any]
@@ -147,8 +146,8 @@ def _tools(row: Fields) -> tuple[Mapping[str, Any], ...]:
     tools = row.get(TOOLS)
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else None
-        except (ValueError, RecursionError):
+            tools = from_json(tools) if tools.strip() else None
+        except ValueError:
             raise BadRowError(f"`{TOOLS}` is a text that is not JSON: {tools!r:.60}") from None
     if tools is None:
         return ()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.data.opening import opened
-from d2lora.data.rows import Fault, Row, repeated
+from d2lora.data.rows import TOO_DEEP, Fault, Row, repeated, too_deep
 from d2lora.errors import DataError
 
 _GAP = re.compile(r"[\s,:]*")
@@ -65,12 +65,15 @@ def _parsed(file: str, line: int, text: str) -> Row | Fault:
     except ValueError:  # of Python, for one integer that takes long to read
         reason = "an integer of thousands of digits; write it as text"
     except RecursionError:
-        reason = "nested too deeply"
+        reason = TOO_DEEP
     else:
         if isinstance(value, dict):
             half = _half_character(value) if "\\u" in text else None
-            return Row(value, file, line) if half is None else Fault(file, line, half, text)
-        reason = f"expected an object, found {type(value).__name__}"
+            if half is None and not any(map(too_deep, value.values())):
+                return Row(value, file, line)
+            reason = half or TOO_DEEP
+        else:
+            reason = f"expected an object, found {type(value).__name__}"
     return Fault(file, line, reason, text)
 
 
@@ -104,7 +107,7 @@ def read_json(path: Path) -> Iterator[Row | Fault]:
     except _UnusableError as error:
         raise DataError(f"{path}: {error}") from None
     except RecursionError:
-        raise DataError(f"{path}: nested too deeply") from None
+        raise DataError(f"{path}: {TOO_DEEP}") from None
     if not isinstance(value, dict | list):
         raise DataError(f"{path}: expected a list of rows, found {type(value).__name__}")
     field = _field_of_rows(value, path) if isinstance(value, dict) else None

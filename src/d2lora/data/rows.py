@@ -130,6 +130,45 @@ class Fault:
         return f"{place(self.file, self.line)}: {self.reason}"
 
 
+_DEEPEST = 64
+"""Lists and objects inside of each other that a value may have."""
+
+
+def too_deep(value: Any, left: int = _DEEPEST) -> bool:
+    """Say whether a value is nested deeper than what is done with it could follow."""
+    if not isinstance(value, list | dict):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return left == 0 or any(too_deep(one, left - 1) for one in inner)
+
+
+def readable(row: Row) -> Row | Fault:
+    """Return a row, or the fault that it is nested too deeply."""
+    if any(map(too_deep, row.values.values())):
+        return Fault(row.file, row.line, TOO_DEEP, "")
+    return row
+
+
+TOO_DEEP = f"nested too deeply, more than {_DEEPEST} lists or objects inside of each other"
+
+
+def from_json(text: str) -> Any:
+    """Return the value of a JSON text inside of a row.
+
+    Raises:
+        ValueError: If it is not JSON, nested too deeply, or holds half of a surrogate pair.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    if too_deep(value):
+        raise ValueError(TOO_DEEP)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def with_nulls(values: dict[str, Any]) -> dict[str, Any]:
     """Return a row's values with null for NaN, which stands for a missing number."""
     missing = [name for name, one in values.items() if isinstance(one, float) and math.isnan(one)]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from d2lora.data.files import READERS, file_items
-from d2lora.data.rows import Fault, Row, kind_of, repeated, with_nulls
+from d2lora.data.rows import Fault, Row, kind_of, readable, repeated, with_nulls
 from d2lora.errors import DataError
 from d2lora.runtime.run_folder import read_json, sha256_of, write_text
 
@@ -142,7 +142,7 @@ def _of_hub(name: str) -> bool:
     return len(parts) in (2, 3) and all(parts) and not name.startswith((".", "/"))
 
 
-def _hub_items(name: str, digested: Callable[[bytes], None]) -> Iterator[Row]:
+def _hub_items(name: str, digested: Callable[[bytes], None]) -> Iterator[Row | Fault]:
     repository, _, split = name.partition(":")
     parts = repository.split("/")
     if not _of_hub(name):
@@ -166,7 +166,7 @@ def _hub_items(name: str, digested: Callable[[bytes], None]) -> Iterator[Row]:
     for number, row in enumerate(loaded, 1):
         values = with_nulls(dict(row))
         digested(json.dumps(values, sort_keys=True, default=str).encode())
-        yield Row(values, name, number)
+        yield readable(Row(values, name, number))
 
 
 def nested_order(n_rows: int, seed: int) -> list[int]:

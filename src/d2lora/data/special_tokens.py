@@ -7,20 +7,25 @@ is not. The ids of all other texts are the tokenizer's own.
 
 import json
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 from uuid import uuid4
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from d2lora.errors import DataError
+from d2lora.errors import DataError, ModelError, SettingsError
+from d2lora.runtime.limits import OverTimeError, within
 
 OF_TEMPLATES = (
     TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
     ValueError,
 )  # fmt: skip
 """What a template that does not take its turns may raise: Jinja's errors, and Python's within."""
+_MOST_SECONDS = 3
+_MOST_CHARACTERS, _MOST_GROWTH = 1_000_000, 100
+"""Characters that a template may write, and for each character of a row."""
 _TURNS = [{"role": role, "content": "."} for role in ("user", "assistant", "user")]
 
 
@@ -145,12 +150,73 @@ class Shield:
 
 
 def markers_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what a chat template writes around turns; nothing where it takes no such turns."""
+    """Return what a chat template writes around turns; nothing where it takes no such turns.
+
+    Raises:
+        ModelError: As `rendered`.
+    """
     if tokenizer.chat_template is None:
         return ""
     try:
-        text = tokenizer.apply_chat_template(_TURNS, tokenize=False)
+        return rendered(tokenizer, _TURNS)
+    except ModelError:  # it is a ValueError, too
+        raise
     except OF_TEMPLATES:
         return ""
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a chat template has no powers, such as 9**9**9, which nothing can interrupt.
+
+    Raises:
+        SettingsError: If it has.
+    """
+    known: Any = tokenizer.chat_template
+    for template in known.values() if isinstance(known, Mapping) else (known,):
+        try:
+            parts = list(Environment(autoescape=True).lex(template))
+        except TemplateError:
+            continue  # it says so itself, once it is used
+        if powers := [line for line, kind, text in parts if (kind, text) == ("operator", "**")]:
+            raise SettingsError(
+                f"the chat template of {tokenizer.name_or_path or 'the base'} computes a power in "
+                f"line {powers[0]}, which may take forever; use --chat-format plain, or another "
+                "--chat-template"
+            )
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], *,
+    tools: list[dict[str, Any]] | None = None, completing: bool = False,
+) -> str:  # fmt: skip
+    """Return turns as a tokenizer's chat template writes them, within limits.
+
+    transformers runs it in Jinja's sandbox, which lets it read and write nothing.
+
+    Args:
+        tokenizer: The tokenizer.
+        turns: As a chat template gets them.
+        tools: That are offered.
+        completing: Whether an answer is to follow.
+
+    Raises:
+        ModelError: If it takes too long for one row, or writes too much.
+        Exception: One of `OF_TEMPLATES`, if it does not take the turns.
+    """
+    name = f"the chat template of {tokenizer.name_or_path or 'the base'}"
+    try:
+        with within(_MOST_SECONDS):
+            text = tokenizer.apply_chat_template(
+                turns, tools=[*tools] if tools else None, tokenize=False,
+                add_generation_prompt=completing,
+            )  # fmt: skip
+    except OverTimeError:
+        raise ModelError(f"{name} takes more than {_MOST_SECONDS} s for one row") from None
+    except MemoryError:
+        raise ModelError(f"{name} takes more memory for one row than there is") from None
     assert isinstance(text, str)
+    if len(text) > _MOST_CHARACTERS:
+        given = sum(len(json.dumps(part)) for part in (*turns, *(tools or ())))
+        if len(text) > _MOST_CHARACTERS + _MOST_GROWTH * given:
+            raise ModelError(f"{name} writes {len(text):,} characters for a row of {given:,}")
     return text

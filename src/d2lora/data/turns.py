@@ -4,11 +4,10 @@ A turn has `role` and `content`, or ShareGPT's `from` and `value`. Content is te
 parts that are text. An assistant's turn may call tools, and turns of a tool answer.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from d2lora.data.rows import BadRowError, Message, Role
+from d2lora.data.rows import BadRowError, Message, Role, from_json
 
 ROLES: dict[str, Role] = {
     "system": "system", "developer": "system",
@@ -119,6 +118,6 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return from_json(value)
+    except ValueError:
         return value

@@ -19,7 +19,7 @@ from d2lora.data.files import text_lines
 from d2lora.data.reading import read_task
 from d2lora.data.rows import Example, kind_of, user
 from d2lora.data.tasks import AUTO
-from d2lora.errors import DataError, SettingsError
+from d2lora.errors import DataError, SettingsError, printable
 from d2lora.evaluation.decoding import Decoder, Sampling, check_room
 from d2lora.runtime.claims import claimed
 from d2lora.runtime.console import Reporter
@@ -175,7 +175,12 @@ def _write(rows: list[dict[str, Any]], settings: GenerateSettings) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(settings.out, lines)
     elif len(rows) == 1:
-        sys.stdout.write(rows[0]["output"] + "\n")
+        _print(rows[0]["output"])
     else:
         for row in rows:
-            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+            _print(json.dumps(row, ensure_ascii=False))
+
+
+def _print(text: str) -> None:
+    """Print a line as it is, but for what could command a terminal, where it goes to one."""
+    sys.stdout.write(f"{printable(text) if sys.stdout.isatty() else text}\n")

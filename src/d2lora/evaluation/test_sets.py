@@ -72,7 +72,8 @@ class TestSets:
             )
         if task is not None and task.task.answers == "none":
             raise DataError(
-                f"task {task.task.name} has no answers to score; give the rows as --general-text"
+                f"{' '.join(settings.data)}: task {task.task.name} has no answers to score; give "
+                "the rows as --general-text"
             )
         if settings.general_text:
             general = read_task(settings.general_text, skip_bad=skip_bad, say=say)

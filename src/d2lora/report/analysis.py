@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from d2lora.errors import RunError
+from d2lora.errors import RunError, printable
 from d2lora.evaluation.crossed import pooled_difference, power
 from d2lora.evaluation.metrics import main_column
 from d2lora.evaluation.stats import Difference, difference_p, holm, mean_interval, paired_difference
@@ -50,6 +50,7 @@ def read_findings(path: Path) -> Findings:
     study = read_json(path / "study.json")
     if lacking := sorted(_KEYS - study.keys()):
         raise RunError(f"{path / 'study.json'}: it lacks {', '.join(lacking)}; {_AGAIN}")
+    study = {**_printable(study), "store": study["store"]}
     plan = StudyPlan(**study["plan"])
     rows = _lines(path / "results.jsonl")
     if not rows:
@@ -84,9 +85,18 @@ def read_findings(path: Path) -> Findings:
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            return [_printable(json.loads(line)) for line in file]
+    except (FileNotFoundError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: missing or cut off ({error}); {_AGAIN}") from None
+
+
+def _printable(value: Any) -> Any:
+    """Return a value with its texts and names as they can stand in pages, charts and tables."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(name): _printable(inner) for name, inner in value.items()}
+    return [_printable(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _main_score(rows: Sequence[dict[str, Any]], task: str) -> str:

@@ -78,7 +78,11 @@ class Palette:
 
 def png(chart: Chart) -> bytes:
     """Draw a chart on white, with its title and legend."""
-    spec = {**chart.spec, "width": PNG_WIDTH, "title": {"text": chart.title, "anchor": "start"}}
+    spec = {
+        **chart.spec,
+        "width": PNG_WIDTH,
+        "title": {"text": _without_escapes(chart.title), "anchor": "start"},
+    }
     return vl_convert.vegalite_to_png(
         spec, vl_version=_version(), scale=2, config={**LIGHT, "background": "#ffffff"}
     )
@@ -149,7 +153,23 @@ def chart_of(
     whole = alt.layer(*layers).properties(width="container", height=height)
     spec = whole.to_dict(validate=False)  # each value would be checked
     del spec["config"]
-    return Chart(name, title, words, spec, data)
+    return Chart(name, title, words, _without_escapes(spec), data)
+
+
+_MOST_CHARACTERS = 200
+"""Of a text; a picture is as wide as its longest line."""
+_NOT_IN_TEXTS = str.maketrans("\\\n\t", "\u29f5  ")
+"""What ends the texts of Vega's expressions, or is an escape there."""
+
+
+def _without_escapes(value: Any) -> Any:
+    """Return a specification whose texts are no more than texts in Vega's expressions."""
+    if isinstance(value, str):
+        text = value.translate(_NOT_IN_TEXTS)
+        return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
+    if isinstance(value, dict):
+        return {_without_escapes(name): _without_escapes(inner) for name, inner in value.items()}
+    return [_without_escapes(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _version() -> str:

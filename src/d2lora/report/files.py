@@ -10,9 +10,11 @@ from d2lora.errors import counted
 from d2lora.report import words
 from d2lora.report.findings import Findings
 from d2lora.report.summary import cost_grid, pooled_grid, task_grid
-from d2lora.runtime.grids import markdown
+from d2lora.runtime.grids import inline, markdown
 from d2lora.study.cells import BASE
 from d2lora.study.decontamination import contamination_lines
+
+_OF_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def cell_table(findings: Findings) -> pd.DataFrame:
@@ -46,6 +48,18 @@ def cell_table(findings: Findings) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def csv_text(table: pd.DataFrame) -> str:
+    """Return a table as CSV in which no spreadsheet takes a text for a formula.
+
+    Such a text (`=1+1`, `@x`) gets an apostrophe before it, as a spreadsheet's user would type it.
+    """
+
+    def shown(value: Any) -> Any:
+        return f"'{value}" if isinstance(value, str) and value.startswith(_OF_FORMULAS) else value
+
+    return table.map(shown).rename(columns=shown).to_csv(index=False)
+
+
 def item_table(findings: Findings) -> pd.DataFrame:
     """Return one row a cell and test row, with every score (0 to 1), for your own statistics.
 
@@ -71,22 +85,25 @@ def summary_text(findings: Findings) -> str:
     """Return findings, cautions, tables and provenance as Markdown."""
     plan, made = findings.plan, findings.provenance
     verdicts = words.task_verdicts(findings)
+    contamination = contamination_lines(findings.contamination)
     lines = [
-        f"# {plan.question or findings.path.resolve().name}",
+        f"# {inline(plan.question or findings.path.resolve().name)}",
         "",
-        *(f"{sentence}\n" for sentence in words.headline(findings)),
-        *(f"- {sentence}" for sentence in findings.verdicts()),
+        *(f"{inline(sentence)}\n" for sentence in words.headline(findings)),
+        *(f"- {inline(sentence)}" for sentence in findings.verdicts()),
         "",
-        *(f"- {verdict.title}: {verdict.power}" for verdict in verdicts),
-        *(f"- {caution}" for caution in words.cautions(findings)),
-        *(f"- Contamination: {line}." for line in contamination_lines(findings.contamination)),
+        *(f"- {inline(verdict.title)}: {verdict.power}" for verdict in verdicts),
+        *(f"- {inline(caution)}" for caution in words.cautions(findings)),
+        *(f"- Contamination: {inline(line)}." for line in contamination),
         "",
     ]
     grids = [task_grid(findings, task) for task in plan.tasks]
     tables = [
         markdown(grid) for grid in (*grids, pooled_grid(findings), cost_grid(findings)) if grid.rows
     ]
-    failed = [f"- failed: {cell}: {reason}" for cell, reason in findings.failures.items()]
+    failed = [
+        f"- failed: {inline(cell)}: {inline(reason)}" for cell, reason in findings.failures.items()
+    ]
     versions = ", ".join(f"{k} {v}" for k, v in made.get("versions", {}).items())
     end = f"{counted(plan.seeds, 'seed')}, base {plan.base}, {made.get('date')}, {versions}."
-    return "\n".join([*lines, *tables, *failed, end, ""])
+    return "\n".join([*lines, *tables, *failed, inline(end), ""])

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,13 +184,20 @@ def version_table(provenance: dict[str, Any]) -> Grid:
     return Grid("Software and machine of the last run", ("what", "version"), rows)
 
 
+def _there(name: str) -> Path | None:
+    """Return a file that is there; of a name that no file can have, a system's error is none."""
+    with suppress(OSError):
+        return Path(name) if Path(name).is_file() else None
+    return None
+
+
 def fingerprint_table(plan: StudyPlan) -> Grid:
     """Return the SHA-256 of every data file that still exists."""
     rows: list[tuple[str, ...]] = []
     for use, name in dict.fromkeys(_data(plan)):
-        path = Path(name)
-        fingerprint = sha256_of(path) if path.is_file() else "no such file here"
-        rows.append((use, path.name if path.is_file() else name, fingerprint))
+        path = _there(name)
+        fingerprint = "no such file here" if path is None else sha256_of(path)
+        rows.append((use, name if path is None else path.name, fingerprint))
     return Grid("Data files, as they are now", ("use", "file", "SHA-256"), rows)
 
 

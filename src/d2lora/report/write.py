@@ -13,7 +13,7 @@ from pathlib import Path
 from d2lora.errors import RunError
 from d2lora.report.analysis import read_findings
 from d2lora.report.examples import read_examples
-from d2lora.report.files import cell_table, item_table, summary_text
+from d2lora.report.files import cell_table, csv_text, item_table, summary_text
 from d2lora.report.findings import Findings
 from d2lora.runtime.claims import claimed
 from d2lora.runtime.console import Reporter
@@ -67,7 +67,7 @@ def _write(findings: Findings, out: Path) -> None:
         for chart in (chart for own in drawn.values() for chart in own):
             (folder / f"{chart.name}.png").write_bytes(png(chart))
         cells = cell_table(findings)
-        cells.to_csv(folder / "results.csv", index=False)
+        write_text(folder / "results.csv", csv_text(cells))
         cells.to_parquet(folder / "results.parquet", index=False)
         item_table(findings).to_parquet(folder / "items.parquet", index=False)
         write_text(folder / "summary.md", summary_text(findings))

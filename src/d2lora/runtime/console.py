@@ -6,8 +6,9 @@ import sys
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,7 +17,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 
+from d2lora.errors import printable
 from d2lora.runtime.claims import is_main_process
 
 WIDTH = 110
@@ -36,10 +39,38 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
 
 
+class _Plain(RenderHook):
+    """Shows control characters of data as texts, so that they cannot command the terminal."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """Wrap what is to be shown."""
+        return [_Printable(one) for one in renderables]
+
+
+class _Printable:
+    def __init__(self, shown: ConsoleRenderable) -> None:
+        self._shown = shown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for part in console.render(self._shown, options):
+            yield part if part.control else Segment(printable(part.text), part.style)
+
+
+def plain_console(**given: Any) -> Console:
+    """Return a console on which texts are shown as they are: no markup, no emoji, no controls.
+
+    Args:
+        given: Of rich's console.
+    """
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, **given)
+    console.push_render_hook(_Plain())
+    return console
+
+
 def table_console() -> Console:
     """Return a console on standard output, wide enough for tables in a file or a pipe."""
-    wide = Console(highlight=False, soft_wrap=True)
-    return wide if wide.is_terminal else Console(highlight=False, soft_wrap=True, width=WIDTH)
+    wide = plain_console()
+    return wide if wide.is_terminal else plain_console(width=WIDTH)
 
 
 class Bar:
@@ -62,7 +93,7 @@ class Reporter:
     def __init__(self, *, quiet: bool = False) -> None:
         """Make a reporter; a quiet one, or one beside the main process, says nothing."""
         quiet = quiet or not is_main_process()
-        self._console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
+        self._console = plain_console(file=sys.stderr, quiet=quiet)
         self._quiet = quiet
 
     def say(self, text: str) -> None:
@@ -76,13 +107,13 @@ class Reporter:
             yield Bar(None)
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=self._console) as progress:
             progress.add_task(description, total=total, completed=completed, note="")

@@ -26,6 +26,7 @@ import yaml
 
 from d2lora.errors import RunError
 from d2lora.runtime.claims import claimed, is_main_process, target_of
+from d2lora.settings.yaml_text import parse_yaml
 
 DONE = "done.json"
 SETTINGS = "settings.yaml"
@@ -298,8 +299,8 @@ def _step_of(line: str) -> float:
 
 def _settings_of(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError):
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError):
         values = None
     if not isinstance(values, dict):
         raise RunError(

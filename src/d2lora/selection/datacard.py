@@ -17,6 +17,8 @@ from d2lora.data.ngrams import gram_hashes, word_hashes, words
 from d2lora.data.reading import TaskData
 from d2lora.data.rows import Example
 from d2lora.data.sources import nested_order
+from d2lora.errors import printable
+from d2lora.runtime.grids import code, inline
 from d2lora.selection.hygiene import Cleaned, source_of
 from d2lora.selection.tfidf import Array, Bags, count_bags, dense_product, weighted_bags
 from d2lora.settings import SelectSettings
@@ -141,7 +143,7 @@ def page(card: dict[str, Any], examples: Sequence[Example]) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     sources = "\n".join(
-        f"| {_cell(name)} | {n['chosen']:,} | {n['pool']:,} |"
+        f"| {inline(name)} | {n['chosen']:,} | {n['pool']:,} |"
         for name, n in list(card["sources"].items())[:N_SOURCES]
     )
     if len(card["sources"]) > N_SOURCES:
@@ -149,7 +151,7 @@ def page(card: dict[str, Any], examples: Sequence[Example]) -> str:
     rejected = "\n".join(f"| {step} | {n:,} |" for step, n in card["rejected"].items() if n)
     shown = "\n\n".join(_fenced(example.text) for example in examples[:N_SHOWN])
     pool = "\n".join(
-        f"- `{d['file']}`, {d['rows']:,} rows, sha256 `{d['sha256']}`" for d in card["pool"]
+        f"- {code(d['file'])}, {d['rows']:,} rows, sha256 {code(d['sha256'])}" for d in card["pool"]
     )
     return PAGE.format(
         table=table, sources=sources, rejected=rejected or "| none | 0 |", shown=shown, pool=pool
@@ -157,7 +159,7 @@ def page(card: dict[str, Any], examples: Sequence[Example]) -> str:
 
 
 def _for(card: dict[str, Any]) -> str:
-    return " for " + ", ".join(f"`{name}`" for name in card["for_task"]) if card["for_task"] else ""
+    return " for " + ", ".join(map(code, card["for_task"])) if card["for_task"] else ""
 
 
 def _quartiles(values: Sequence[int]) -> str:
@@ -174,16 +176,13 @@ def _likeness(found: dict[str, float] | None) -> str:
 def _contamination(card: dict[str, Any]) -> str:
     if not card["keep_out"]:
         return "not checked: name the evaluation files with --keep-out"
-    names = ", ".join(f"`{name}`" for name in card["keep_out"])
+    names = ", ".join(map(code, card["keep_out"]))
     return f"{card['rejected']['contaminated']:,} rows that overlap with {names} removed"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _fenced(text: str) -> str:
     cut = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"
+    cut = printable(cut)
     fence = "`" * 3
     while fence in cut:
         fence += "`"

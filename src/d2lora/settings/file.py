@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from d2lora.errors import SettingsError, did_you_mean, listed
+from d2lora.errors import SettingsError, listed
 from d2lora.settings import Settings
 from d2lora.settings.yaml_text import parse_yaml
 
@@ -26,26 +26,23 @@ def read_settings_file(kind: type[Settings], path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
         raise SettingsError(f"{path}: expected `name: value` lines, found {found}")
-    named: dict[str, Any] = {str(name): value for name, value in values.items()}
-    faults: list[str] = []
-    for name, value in named.items():
-        if name not in kind.model_fields:
-            faults.append(f"unknown setting `{name}`.{did_you_mean(name, kind.model_fields)}")
-            continue
-        try:
-            named[name] = _validated(kind, name, value)
-        except ValidationError as error:
-            faults.append(f"`{name}`: {error.errors()[0]['msg']}, got {value!r}")
-    if faults:
+    named: dict[str, Any] = {
+        str(name): _listed(kind, str(name), value) for name, value in values.items()
+    }
+    if faults := kind.faults_of(named):
         raise SettingsError(f"{path}:\n{listed(faults)}")
-    return named
+    return {name: _typed(kind, name, value) for name, value in named.items()}
 
 
-def _validated(kind: type[Settings], name: str, value: Any) -> Any:
-    """Return a value in its field's type; one text stands for a list of one."""
-    field = kind.model_fields[name]
+def _listed(kind: type[Settings], name: str, value: Any) -> Any:
+    """Return a value, one text as a list of one where a setting takes texts."""
     texts: tuple[Any, ...] = (tuple[str, ...], tuple[str, ...] | None)
-    if isinstance(value, str) and field.annotation in texts:
-        value = [value]
+    known = kind.model_fields.get(name)
+    return [value] if known and isinstance(value, str) and known.annotation in texts else value
+
+
+def _typed(kind: type[Settings], name: str, value: Any) -> Any:
+    """Return a value in its field's type."""
+    field = kind.model_fields[name]
     typed = cast("Any", Annotated)[field.annotation, field]
     return TypeAdapter[Any](typed).validate_python(value)

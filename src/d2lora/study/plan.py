@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from d2lora.settings import BaseSettings, Epochs, LearningRate, Settings
+from d2lora.settings.core import check_names
 
 V = TypeVar("V")
 
@@ -137,6 +138,20 @@ class StudyPlan(BaseSettings):
         if not isinstance(arms, Sequence) or isinstance(arms, str):
             return arms
         return [{"kind": arm} if isinstance(arm, str) else arm for arm in arms]
+
+    @field_validator("tasks", "arms", mode="before")
+    @classmethod
+    def _names_are_texts(cls, parts: Any) -> Any:
+        for part in (
+            parts.values()
+            if isinstance(parts, Mapping)
+            else parts
+            if isinstance(parts, list | tuple)
+            else ()
+        ):
+            if isinstance(part, Mapping):
+                check_names(part)
+        return parts
 
     @field_validator("general_text", "choices", mode="before")
     @classmethod

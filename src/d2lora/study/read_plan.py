@@ -15,6 +15,7 @@ from d2lora.adapters.files import ADAPTER_CONFIG
 from d2lora.adapters.manifest import has_manifest
 from d2lora.errors import SettingsError, did_you_mean, listed
 from d2lora.settings import AdaptSettings, PairsSettings
+from d2lora.settings.core import check_names
 from d2lora.settings.yaml_text import parse_yaml
 from d2lora.study.plan import KINDS, NEEDS_WARM_UP, UNTRAINED, ArmPlan, Kind, StudyPlan
 from d2lora.study.recipes import listed_values, warm_up_settings
@@ -102,6 +103,10 @@ def _read(source: str) -> dict[str, Any]:
         raise SettingsError(f"{source}: not a YAML file: {error}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"{source}: expected `name: value` lines")
+    try:
+        check_names(values)
+    except ValueError as error:
+        raise SettingsError(f"{source}: {error}") from None
     return values
 
 

@@ -31,6 +31,7 @@ from d2lora.adapters.card import write_manifest
 from d2lora.adapters.factors import Factors, extend, truncate
 from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles
 from d2lora.adapters.fingerprints import identity_of
+from d2lora.adapters.foreign import foreign
 from d2lora.adapters.manifest import (
     Manifest,
     ancestor_of,
@@ -124,7 +125,8 @@ def _to_gguf(settings: ConvertSettings, folder: Path) -> float | None:
         place = base_folder(settings.base, settings.revision, settings.gguf_file)
         if has_manifest(folder):
             Manifest.read(folder).check_base(identity_of(place), settings.base, folder)
-        config = AutoConfig.from_pretrained(place)
+        with foreign(f"{settings.base}: not a causal language model"):
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         dtype = torch.float32 if settings.dtype == "auto" else dtype_of(settings.dtype, _CPU)
         write_adapter(folder, config, path, dtype, settings.out.stem)
     return None

@@ -132,7 +132,7 @@ def merge(base: Base, folder: Path, out: Path, seed: int, shard_size: str | None
         # What was written is what counts: transformers ties weights again as it reads them.
         try:
             read = AutoModelForCausalLM.from_pretrained(
-                written, dtype=model.dtype, use_safetensors=True
+                written, dtype=model.dtype, use_safetensors=True, trust_remote_code=False
             )
         except ValueError as error:  # a part of a larger model, as of one that sees
             raise ModelError(

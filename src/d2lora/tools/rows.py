@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.control import strip_control_codes
 from rich.text import Text
 
 from d2lora.data.batches import Encoded
@@ -125,13 +124,13 @@ def print_rows(seen: RowsSeen, out: Path | None) -> None:
     )
     if seen.labels:
         some = ", ".join(seen.labels[:10]) + (", ..." if len(seen.labels) > 10 else "")
-        console.print(f"{len(seen.labels)} labels: {strip_control_codes(some)}", markup=False)
+        console.print(f"{len(seen.labels)} labels: {some}", markup=False)
     for row in seen.first:
         _print_row(console, row)
 
 
 def _print_row(console: Console, row: Shown) -> None:
     console.print(f"\n{row.place}: {row.n_tokens:,} tokens, {row.n_supervised:,} learnt")
-    text = Text(strip_control_codes(row.given), style="dim")
-    text.append(f"{OPEN}{strip_control_codes(row.supervised)}{CLOSE}", style="bold green")
+    text = Text(row.given, style="dim")
+    text.append(f"{OPEN}{row.supervised}{CLOSE}", style="bold green")
     console.print(text)
