@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -631,3 +632,68 @@ def test_rows_are_selected_for_a_task_that_a_card_describes(tmp_path: Path, gene
         for_card=card(tmp_path, text), out=tmp_path / "selection", quiet=True,
     )  # fmt: skip
     assert len(read_rows(select(settings).data)) == 3
+
+
+NESTED = """\
+rows: paragraphs[*].qas[*]
+columns: {answer: "answers[0].text"}
+prompt: "{title}: {context} {question}"
+completion: "{answer}"
+references: answers[*].text
+"""
+
+
+def article(title: str, *contexts: str) -> dict[str, Any]:
+    """An article with two questions to each context, as SQuAD has them."""
+    return {
+        "title": title,
+        "paragraphs": [
+            {
+                "context": context,
+                "qas": [
+                    {"question": f"{what}?", "answers": [{"text": what}, {"text": f"the {what}"}]}
+                    for what in (f"who {context}", f"where {context}")
+                ],
+            }
+            for context in contexts
+        ],
+    }
+
+
+def test_rows_within_what_a_file_holds_get_the_fields_around_them(tmp_path: Path) -> None:
+    file = tmp_path / "squad.json"
+    file.write_text(json.dumps({"version": "1.1", "data": [article("a", "x", "y"), article("b")]}))
+    data = read_task([str(file)], card(tmp_path, NESTED))
+    assert [example.prompt[0].content for example in data.examples] == [
+        f"a: {context} {what} {context}?" for context in "xy" for what in ("who", "where")
+    ]
+    assert data.examples[0].references == ("who x", "the who x")
+    assert [row.place for row in data.rows] == [f"{file}, row {n}" for n in (1, 2, 3, 4)]
+    flat = write_rows(tmp_path / "left.jsonl", [row.values for row in data.rows[:2]])
+    left = read_task([flat], card(tmp_path, NESTED)).examples
+    assert [one.prompt for one in left] == [one.prompt for one in data.examples[:2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("a.json", [{"paragraphs": "x"}], "`paragraphs` must be a list of rows, found str"),
+        ("a.json", [{"paragraphs": [{"qas": ["x"]}]}], "must hold objects, found str"),
+        ("a.json", [{"paragraphs": [{"qa": []}]}], "`paragraphs[*].qas[*]` is missing"),
+        ("a.jsonl", [article("a", "x")], "a line holds one row: write the file as a JSON list"),
+    ],
+)
+def test_a_row_in_which_there_are_no_rows_says_so(
+    tmp_path: Path, name: str, rows: list[Any], message: str
+) -> None:
+    file = tmp_path / name
+    text = "\n".join(map(json.dumps, rows)) if name.endswith("l") else json.dumps(rows)
+    file.write_text(text)
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_task([str(file)], card(tmp_path, NESTED))
+
+
+@pytest.mark.parametrize("path", ["qas", "qas[0]", "qas[*].answers", "[*]"])
+def test_a_path_that_leads_to_no_rows_is_a_fault_of_the_card(tmp_path: Path, path: str) -> None:
+    with pytest.raises(SettingsError, match=r"rows|path"):
+        read_card(card(tmp_path, f"rows: '{path}'\nprompt: '{{a}}'\ncompletion: '{{b}}'\n"))

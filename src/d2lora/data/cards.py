@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from d2lora.data.formats import FORMATS
-from d2lora.data.paths import steps_of
+from d2lora.data.paths import EVERY, steps_of
 from d2lora.data.preferences import PREFERENCES
 from d2lora.data.rows import repeated
 from d2lora.data.templates import Template
@@ -41,6 +41,9 @@ class Card(Settings):
     `{label: {0: no, 1: yes}}`."""
     header: tuple[str, ...] = ()
     """Names of the columns of CSV and TSV files that have no header."""
+    rows: str = ""
+    """Path to the rows within what a file holds, as in `paragraphs[*].qas[*]`; each gets the fields
+    around it. Empty: what the file holds one of is a row."""
     system: str = ""
     """Template of a system turn, for rows that have none of their own."""
     prompt: str | None = None
@@ -80,6 +83,14 @@ class Card(Settings):
         if twice := repeated(header):
             raise ValueError(f"{twice} is named more than once")
         return header
+
+    @field_validator("rows")
+    @classmethod
+    def _leads_to_rows(cls, path: str) -> str:
+        steps = steps_of(path) if path else [EVERY]
+        if steps[-1] != EVERY or any(isinstance(step, int) for step in steps):
+            raise ValueError(f"{path!r} leads to no rows: write names and lists, as in `qas[*]`")
+        return path
 
     @field_validator("system", "prompt", "completion")
     @classmethod

@@ -21,7 +21,7 @@ from d2lora.data.ngrams import Hashes, gram_hashes, word_hashes, words
 from d2lora.data.processes import mapped
 from d2lora.data.rows import BadRowError, Example, Fault, place, user
 from d2lora.data.sources import Row, read_source
-from d2lora.data.tasks import AUTO, header_of, task_of
+from d2lora.data.tasks import AUTO, layout_of, task_of
 from d2lora.errors import DataError, counted, listed
 
 N_WORDS = 13
@@ -194,7 +194,7 @@ def normalized(text: str) -> list[str]:
 
 
 def _items(name: str, task: str) -> Iterator[_Item]:
-    source = read_source(name, header_of(task))
+    source = read_source(name, layout_of(task))
     if source.faults:
         raise DataError(
             f"{name}: {counted(len(source.faults), 'row')} cannot be checked for contamination:\n"

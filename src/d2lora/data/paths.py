@@ -35,6 +35,35 @@ def steps_of(path: str) -> list[str | int]:
     return steps
 
 
+def rows_within(row: Mapping[str, Any], path: str) -> list[dict[str, Any]]:
+    """Return the rows that a path leads to, each with the fields around it.
+
+    Of `{"title": t, "qas": [{"q": 1}, {"q": 2}]}` those at `qas[*]` are `{"title": t, "q": 1}` and
+    `{"title": t, "q": 2}`. An inner field counts before one of the same name around it.
+
+    Raises:
+        BadRowError: If there is no such list of objects.
+    """
+    found: list[tuple[dict[str, Any], Any]] = [({}, row)]
+    gone = ""
+    for step in steps_of(path):
+        inner: list[tuple[dict[str, Any], Any]] = []
+        for around, value in found:
+            if step == EVERY:
+                if not isinstance(value, list):
+                    raise BadRowError(f"`{gone}` must be a list of rows, found {_kind([value])}")
+                inner += [(around, item) for item in value]
+            else:
+                own = _step(value, step, path, gone)
+                others = {name: other for name, other in value.items() if name != step}
+                inner.append(({**around, **others}, own))
+        found, gone = inner, f"{gone}{step}" if step == EVERY else f"{gone}.{step}".strip(".")
+    for _, value in found:
+        if not isinstance(value, Mapping):
+            raise BadRowError(f"`{gone}` must hold objects, found {_kind([value])}")
+    return [{**around, **value} for around, value in found]
+
+
 class Items(list[Any]):
     """What `[*]` leads to; as a text it has an item a line."""
 

@@ -10,7 +10,7 @@ from d2lora.data.formats import FormatsSeen
 from d2lora.data.rows import BadRowError, Example, Fault, Message, place
 from d2lora.data.sources import Row, check_different, stream_source
 from d2lora.data.spool import Lazy, Spool
-from d2lora.data.tasks import AUTO, Fields, Task, header_of, task_of
+from d2lora.data.tasks import AUTO, Fields, Task, layout_of, task_of
 from d2lora.errors import DataError, counted, listed
 
 Say = Callable[[str], None]
@@ -74,10 +74,9 @@ class Reading:
             DataError: If a source cannot be read, or holds labels beside what would be learnt as
                 documents.
         """
-        n_good = 0
+        n_good, layout = 0, layout_of(self._task_name)
         for name in self._names:
-            header = header_of(self._task_name)
-            stream, n_rows, seen = stream_source(name, header), 0, FormatsSeen(name)
+            stream, n_rows, seen = stream_source(name, layout), 0, FormatsSeen(name)
             for item in stream.items:
                 if isinstance(item, Fault):
                     self.faults.append(item)

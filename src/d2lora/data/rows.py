@@ -118,6 +118,20 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How rows lie in a file, as a task's card says it."""
+
+    header: tuple[str, ...] = ()
+    """Names of the columns of a table without a header. Empty: its first line has them."""
+    rows: str = ""
+    """Path to the rows within what the file holds, as in `paragraphs[*].qas[*]`."""
+
+
+PLAIN = Layout()
+"""A row is what a file holds one of."""
+
+
+@dataclass(frozen=True)
 class Fault:
     """A row that cannot be used, why, and its text."""
 
@@ -183,7 +197,12 @@ def kind_of(path: Path) -> str:
 
 def place(file: str, line: int) -> str:
     """Return a row's file and line, for messages."""
-    return f"{file}, {'line' if kind_of(Path(file)) in _LINED else 'row'} {line}"
+    return f"{file}, {'line' if is_lined(file) else 'row'} {line}"
+
+
+def is_lined(file: str) -> bool:
+    """Say whether the rows of a file are known by a line."""
+    return kind_of(Path(file)) in _LINED
 
 
 class BadRowError(ValueError):

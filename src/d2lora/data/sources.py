@@ -16,7 +16,19 @@ from typing import Any
 import numpy as np
 
 from d2lora.data.files import READERS, file_items
-from d2lora.data.rows import Fault, Row, kind_of, readable, repeated, with_nulls
+from d2lora.data.paths import column_of, rows_within
+from d2lora.data.rows import (
+    PLAIN,
+    BadRowError,
+    Fault,
+    Layout,
+    Row,
+    is_lined,
+    kind_of,
+    readable,
+    repeated,
+    with_nulls,
+)
 from d2lora.errors import DataError
 from d2lora.runtime.run_folder import read_json, sha256_of, write_text
 
@@ -83,17 +95,17 @@ class Stream:
     """SHA-256 of the source; to be asked when the items are through."""
 
 
-def read_source(name: str, header: Sequence[str] = ()) -> Source:
+def read_source(name: str, layout: Layout = PLAIN) -> Source:
     """Read one source.
 
     Args:
         name: As for `stream_source`.
-        header: As for `stream_source`.
+        layout: As for `stream_source`.
 
     Raises:
         DataError: As `stream_source`.
     """
-    stream = stream_source(name, header)
+    stream = stream_source(name, layout)
     rows: list[Row] = []
     faults: list[Fault] = []
     for item in stream.items:
@@ -104,12 +116,12 @@ def read_source(name: str, header: Sequence[str] = ()) -> Source:
     return Source(stream.name, rows, faults, stream.fingerprint())
 
 
-def stream_source(name: str, header: Sequence[str] = ()) -> Stream:
+def stream_source(name: str, layout: Layout = PLAIN) -> Stream:
     """Open one source; JSON Lines, CSV, Parquet and hub data are never in memory as a whole.
 
     Args:
         name: A file or a hub data set.
-        header: Names of the columns of a table without a header. Empty: its first line has them.
+        layout: How rows lie in it.
 
     Raises:
         DataError: If the file is missing, of an unknown kind, unreadable or holds no rows; what
@@ -120,12 +132,42 @@ def stream_source(name: str, header: Sequence[str] = ()) -> Stream:
         if not path.is_file():
             found = "a folder, not a file" if path.is_dir() else "no such file"
             raise DataError(f"{name}: {found}")
-        return Stream(str(path), _some(name, file_items(path, header)), lambda: sha256_of(path))
+        items = _within(file_items(path, layout.header), layout.rows)
+        return Stream(str(path), _some(name, items), lambda: sha256_of(path))
     if name and path.exists():
         kinds = ", ".join(READERS)
         raise DataError(f"{name}: expected a file of kind {kinds}, found {path.suffix or 'none'}")
     digest = hashlib.sha256()
-    return Stream(name, _some(name, _hub_items(name, digest.update)), digest.hexdigest)
+    items = _within(_hub_items(name, digest.update), layout.rows)
+    return Stream(name, _some(name, items), digest.hexdigest)
+
+
+def _within(items: Iterable[Row | Fault], path: str) -> Iterator[Row | Fault]:
+    """Yield the rows that a path leads to, counted over the whole source; none: as they are.
+
+    What does not have the path's first field is a row itself, as what a study leaves of a file is.
+    """
+    if not path:
+        yield from items
+        return
+    first, number = column_of(path), 0
+    for item in items:
+        whole = isinstance(item, Row) and first not in item.values
+        if isinstance(item, Fault) or (whole and is_lined(item.file)):
+            yield item
+        elif is_lined(item.file):
+            yield item.fault(
+                f"`rows: {path}` of the card leads into it, but a line holds one row: write the "
+                "file as a JSON list"
+            )
+        else:
+            try:
+                found = [item.values] if whole else rows_within(item.values, path)
+            except BadRowError as error:
+                yield item.fault(error)
+                continue
+            yield from (Row(values, item.file, number + i) for i, values in enumerate(found, 1))
+            number += len(found)
 
 
 def _some(name: str, items: Iterable[Row | Fault]) -> Iterator[Row | Fault]:

@@ -23,7 +23,7 @@ from d2lora.data.formats import (
 )
 from d2lora.data.paths import Items, as_text, column_of, value_at
 from d2lora.data.preferences import PREFERENCES, read_preference
-from d2lora.data.rows import BadRowError, Example, Message
+from d2lora.data.rows import PLAIN, BadRowError, Example, Layout, Message
 from d2lora.data.templates import Template
 
 Answers = Literal["open", "closed", "pairs", "none"]
@@ -289,9 +289,12 @@ def is_closed(name: str) -> bool:
     return name != AUTO and task_of(name, {}).answers == "closed"
 
 
-def header_of(name: str) -> tuple[str, ...]:
-    """Return the columns of files without a header, as the card of a task names them."""
-    return task_of(name, {}).card.header if is_card_file(name) else ()
+def layout_of(name: str) -> Layout:
+    """Return how rows lie in the files of a task."""
+    if not is_card_file(name):
+        return PLAIN
+    card = task_of(name, {}).card
+    return Layout(card.header, card.rows)
 
 
 def task_of(name: str, first_row: Fields) -> Task:

@@ -17,7 +17,7 @@ from d2lora.data.contamination import Guard, Leak, leaks_of
 from d2lora.data.reading import Say, read_task
 from d2lora.data.rows import place
 from d2lora.data.sources import Row, is_remote, read_source
-from d2lora.data.tasks import AUTO, header_of
+from d2lora.data.tasks import AUTO, layout_of
 from d2lora.errors import DataError, listed
 from d2lora.evaluation.harness import split_names
 from d2lora.runtime.run_folder import write_text
@@ -187,7 +187,7 @@ class _Cleaner:
             return None, len(data.rows), removed
         gone = {one.row.line for one in removed}
         rows = [
-            row.values for row in read_source(name, header_of(task)).rows if row.line not in gone
+            row.values for row in read_source(name, layout_of(task)).rows if row.line not in gone
         ]
         text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
