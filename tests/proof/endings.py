@@ -138,23 +138,22 @@ def commands(inputs: Path) -> Iterator[Command]:
 
 def at_once(study: Command, folder: Path) -> Iterator[tuple[str, str]]:
     """Run several commands at once; yield what, and what is wrong with it (empty: nothing)."""
-    alone, place = folder / "alone", folder / "run"
-    _fresh(alone)
-    code, said = again(study, alone)
+    place = folder / "run"
+    _fresh(place)
+    code, said = again(study, place)
     assert code == 0, said
-    expected = contents(alone)
-    n_runs = len(list(alone.glob("store/*/result.json")))
+    expected = contents(place)
+    results = contents(place / "study")["results.jsonl"]
 
     _fresh(place)
     other = [word if word != "study" else "other" for word in study.words[1:]]
     both = [started(study.words, place), started(("study", *other), place, "said-2")]
     codes = [one.wait(_HANGS_S) for one in both]
     wrong = "" if codes == [0, 0] else f"exit codes {codes}"
-    for name in ("study", "other"):
-        own = _same(contents(place / name), contents(alone / "study"))
-        wrong = wrong or (f"{name}: {own}" if own else "")
-    trained = len(list(place.glob("store/*/result.json")))
-    wrong = wrong or ("" if trained == n_runs else f"{trained} runs for {n_runs}")
+    found = contents(place)
+    wrong = wrong or ("" if found.get("other/results.jsonl") == results else "other results")
+    mine = {name: value for name, value in found.items() if not name.startswith("other/")}
+    wrong = wrong or _same(mine, expected)
     yield "two studies on one store", wrong
 
     _fresh(place)
