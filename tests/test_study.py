@@ -495,7 +495,7 @@ def test_an_averaged_arm_is_the_mean_of_runs_in_other_orders_and_costs_as_much(
     study = run_study(settings(tmp_path, plan, keep_adapters=keep))
     assert not study.failures
     one, averaged = study.results[1:]
-    assert averaged["arm"] == "warm, average of 3"
+    assert averaged["arm"] == "warm (average of 3)"
     for name in ("n_steps", "n_tokens", "flops"):
         assert averaged["cost"][name] == pytest.approx(3 * one["cost"][name])
     assert averaged["cost"]["n_trainable_parameters"] == one["cost"]["n_trainable_parameters"]

@@ -257,7 +257,7 @@ def _named(plan: StudyPlan) -> tuple[ArmPlan, ...]:
 
 
 def _default_name(arm: ArmPlan) -> str:
-    averaged = f", average of {arm.average_of}" if arm.average_of > 1 else ""
+    averaged = f" (average of {arm.average_of})" if arm.average_of > 1 else ""
     return f"{arm.init or arm.kind}{averaged}"
 
 

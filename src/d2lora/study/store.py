@@ -174,7 +174,10 @@ def _task_content(name: str) -> str:
         return name
     named = read_card(name)
     files = [file_of(metric, named.folder) for metric in named.card.metrics if ".py" in metric]
-    parts = [named.card.model_dump_json(), *(content_of(str(file)) for file in files)]
+    parts = [
+        named.card.model_dump_json(exclude_defaults=True),
+        *(content_of(str(file)) for file in files),
+    ]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
