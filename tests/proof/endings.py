@@ -107,6 +107,7 @@ def ended(command: Command, number: int, n_times: int, folder: Path, seed: int) 
                 wrong = f"other files: {', '.join(names[:4])}"
         if wrong:
             record.faults.append(f"{command.name}, {signal.Signals(number).name}: {wrong}")
+            sys.stderr.write(f"{record.faults[-1]}\n")
         else:
             record.n_clean += 1
     return record

@@ -57,7 +57,7 @@ def kept() -> Generator[None]:
 
 def _raise(number: int, _frame: FrameType | None) -> NoReturn:
     for own in _SIGNALS:
-        signal.signal(own, signal.SIG_IGN)  # a second one must not cut short the end of the first
+        signal.signal(own, signal.SIG_DFL)  # a second one ends what does not come to an end
     raise TerminatedError(number)
 
 
