@@ -16,7 +16,7 @@ from concurrent.futures import (
 )
 from contextlib import contextmanager
 from importlib import import_module
-from multiprocessing import Queue, connection, get_context, parent_process
+from multiprocessing import Queue, active_children, get_context, parent_process
 from typing import Any, cast
 
 from d2lora.errors import D2LoraError, SettingsError
@@ -99,14 +99,13 @@ class _Processes:
     def _new(self) -> ProcessPoolExecutor:
         context = get_context("spawn")
         gpus = context.Queue()
-        ended, self._end = context.Pipe(duplex=False)
         known = _gpus()
         for worker in range(self._n_workers):
             gpus.put(known[worker % len(known)] if known else "")
         # Set before torch is loaded in the workers: two OpenMP teams on the same cores slow
         # each other.
         os.environ["OMP_NUM_THREADS"] = str(self._n_threads or 1)
-        pool = ProcessPoolExecutor(self._n_workers, context, _start_worker, (gpus, ended))
+        pool = ProcessPoolExecutor(self._n_workers, context, _start_worker, (gpus,))
         self._starting = [pool.submit(_load) for _ in range(self._n_workers)]
         return pool
 
@@ -124,9 +123,10 @@ class _Processes:
 
     def close(self, *, at_once: bool) -> None:
         """Let the workers end; at once: in the middle of their runs."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
         if at_once:
-            self._end.close()
+            for worker in active_children():
+                worker.terminate()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _gpus() -> list[str]:
@@ -139,14 +139,14 @@ def _gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _start_worker(gpus: "Queue[str]", ended: Any) -> None:
-    """Set up a worker: its GPU, quiet libraries, and an end with the study, which closes a pipe."""
+def _start_worker(gpus: "Queue[str]") -> None:
+    """Set up a worker: its GPU, quiet libraries, and an end with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study ends its workers
     gpu = gpus.get()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     quiet_libraries()
-    threading.Thread(target=_end_with_study, args=(ended,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _load() -> None:
@@ -156,11 +156,11 @@ def _load() -> None:
             import_module(f"d2lora.{module}")
 
 
-def _end_with_study(ended: Any) -> None:
-    """Stop at once when the study's process ends or is gone: its next run does the job again."""
+def _end_with_parent() -> None:
+    """Stop at once when the study's process is gone: its next run does the job again."""
     parent = parent_process()
     assert parent is not None
-    connection.wait([parent.sentinel, ended])
+    parent.join()
     os._exit(1)
 
 
