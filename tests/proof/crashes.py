@@ -234,11 +234,13 @@ def _fault(
         return f"exit code {ended.code}"
     if second.code != 0 and "holds a finished run" not in second.errors:
         return f"the second try ends with {second.code}: {second.errors.strip()[-300:]}"
-    found = contents(place)
-    if found != expected:
-        names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-        return f"other files: {', '.join(names[:4])}"
-    return None
+    return differing(contents(place), expected) or None
+
+
+def differing(found: dict[str, str], expected: dict[str, str]) -> str:
+    """Say which files differ; empty: none."""
+    names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+    return f"other files: {', '.join(names[:4])}" if names else ""
 
 
 def commands(inputs: Path) -> Iterator[Command]:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from crashes import Command, contents
+from crashes import Command, contents, differing
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent / "scripts")]
@@ -90,21 +90,16 @@ def ended(command: Command, number: int, n_times: int, folder: Path, seed: int) 
         record.longest_s = max(record.longest_s, took_s)
         # Before Python is up, or after the work is done, the signal ends it by itself.
         codes = {128 + number, -number, 0}
-        wrong = None
-        if code not in codes or "Traceback" in said:
+        wrong = ""
+        if code not in codes or "Traceback" in said or "leaked" in said:
             wrong = f"exit code {code}: {said.strip()[-300:]}"
         elif alive or took_s > LIMIT_S:
             wrong = f"{took_s:.1f} s until all was gone"
         else:
             second, said = again(command, place)
-            found = contents(place)
+            wrong = differing(contents(place), expected)
             if second != 0 and "holds a finished run" not in said:
                 wrong = f"the second try ends with {second}: {said.strip()[-300:]}"
-            elif found != expected:
-                names = sorted(
-                    n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n)
-                )
-                wrong = f"other files: {', '.join(names[:4])}"
         if wrong:
             record.faults.append(f"{command.name}, {signal.Signals(number).name}: {wrong}")
             sys.stderr.write(f"{record.faults[-1]}\n")
@@ -154,14 +149,14 @@ def at_once(study: Command, folder: Path) -> Iterator[tuple[str, str]]:
     found = contents(place)
     wrong = wrong or ("" if found.get("other/results.jsonl") == results else "other results")
     mine = {name: value for name, value in found.items() if not name.startswith("other/")}
-    wrong = wrong or _same(mine, expected)
+    wrong = wrong or differing(mine, expected)
     yield "two studies on one store", wrong
 
     _fresh(place)
     both = [started(study.words, place), started(study.words, place, "said-2")]
     codes = sorted(one.wait(_HANGS_S) for one in both)
     wrong = "" if codes == [0, 2] else f"exit codes {codes}"
-    yield "two studies in one folder", wrong or _same(contents(place), expected)
+    yield "two studies in one folder", wrong or differing(contents(place), expected)
 
     _fresh(place)
     process, n_reports, wrong = started(study.words, place), 0, ""
@@ -172,12 +167,7 @@ def at_once(study: Command, folder: Path) -> Iterator[tuple[str, str]]:
         if "Traceback" in said or code not in {0, 2}:
             wrong = said[-300:]
     wrong = wrong or ("" if process.returncode == 0 else f"exit code {process.returncode}")
-    yield f"{n_reports} reports while a study writes", wrong or _same(contents(place), expected)
-
-
-def _same(found: dict[str, str], expected: dict[str, str]) -> str:
-    names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-    return f"other files: {', '.join(names[:4])}" if names else ""
+    yield f"{n_reports} reports while a study writes", wrong or differing(contents(place), expected)
 
 
 def main() -> None:
@@ -187,6 +177,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of commands, and `at once`")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    # Where this runs in a shell's background, commands would be started to ignore an interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     faults: list[str] = []
     say = sys.stdout.write
     with tempfile.TemporaryDirectory() as name:

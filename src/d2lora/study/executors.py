@@ -141,7 +141,10 @@ def _gpus() -> list[str]:
 
 def _start_worker(gpus: "Queue[str]") -> None:
     """Set up a worker: its GPU, quiet libraries, and an end with its parent."""
+    from tqdm import tqdm
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study ends its workers
+    tqdm.set_lock(threading.RLock())  # its own is one of the system's, which a killed worker leaves
     gpu = gpus.get()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
