@@ -12,8 +12,10 @@ alone. Adapters are folded in and taken out, saved, loaded and merged, and train
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -76,6 +78,18 @@ SMALL = {
     "n_heads": 4, "lru_width": 32, "conv_dim": 32, "moe_ffn_hidden_size": 24,
 }  # fmt: skip
 """Every name that configurations have for a size."""
+ROPES = ("linear", "dynamic", "yarn", "longrope", "llama3")
+_SWITCHES = (
+    "tie_word_embeddings attention_bias mlp_bias use_bias bias qkv_bias use_qkv_bias "
+    "attention_out_bias add_bias_linear lm_head_bias mamba_proj_bias mamba_conv_bias "
+    "use_conv_bias conv_bias use_qk_norm qk_layernorm"
+).split()
+ONLY_ROPE = {"phi3": "longrope", "phimoe": "longrope"}
+FIXED: dict[str, set[str]] = {
+    "dbrx": {"tie_word_embeddings"},
+    "recurrent_gemma": {"rope_parameters"},
+}
+"""Settings of kinds that transformers' own code takes in one way only."""
 NOT_TINY = {
     **dict.fromkeys(
         ("gemma3n", "gemma4_assistant", "gemma4_unified_assistant"),
@@ -169,17 +183,18 @@ OWN: dict[str, dict[str, Any]] = {
 """What some need beside."""
 
 
-def tiny(kind: str, dtype: torch.dtype = torch.float32, **sizes: int) -> PreTrainedModel:
+def tiny(kind: str, dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
     """Return a random model of a kind, of some 30,000 parameters.
 
-    Its matrices are four times as large as usual, so that whatever is left out shows.
+    Its matrices are four times as large as usual, and norms and biases are random, so that
+    whatever is left out shows.
 
     Args:
         kind: Of `KINDS`.
         dtype: Of the weights.
-        sizes: In place of those in `SMALL`.
+        settings: In place of those in `SMALL`.
     """
-    config = _config(kind, {**SMALL, **sizes})
+    config = _config(kind, {**SMALL, **settings})
     with torch.device("meta"):
         n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if n_parameters > 4_000_000:
@@ -187,30 +202,91 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32, **sizes: int) -> PreTrai
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(4)
+                else:
+                    parameter.add_(0.3 * torch.randn(parameter.shape))
     return model.requires_grad_(False)
 
 
-def _config(kind: str, sizes: dict[str, int]) -> Any:
+def otherwise(kind: str, rope: str | None = None) -> dict[str, Any]:
+    """Return settings by which a kind is unlike what `tiny` makes of it.
+
+    Embeddings are tied where they were not, linear layers have biases or lack them, queries and
+    keys are normed or not, and positions are turned by another kind of RoPE.
+
+    Args:
+        kind: Of `KINDS`.
+        rope: Of `ROPES`; one by the kind's place among them if None.
+    """
+    usual = _config(kind, SMALL).get_text_config(decoder=True)
+    made: dict[str, Any] = {
+        name: not getattr(usual, name)
+        for name in _SWITCHES
+        if isinstance(getattr(usual, name, None), bool) and name not in FIXED.get(kind, ())
+    }
+    turned = getattr(usual, "rope_parameters", None)
+    if turned and "rope_parameters" not in FIXED.get(kind, ()):
+        rope = ONLY_ROPE.get(kind) or rope or ROPES[KINDS.index(kind) % len(ROPES)]
+        n_angles = _n_angles(kind)
+        if n_angles < 2 and rope == "dynamic":
+            rope = "linear"  # transformers divides by the angles beyond one
+        made["rope_parameters"] = _turned(turned, rope, n_angles)
+        made["original_max_position_embeddings"] = 16
+    return made
+
+
+def _turned(usual: dict[str, Any], rope: str, n_angles: int) -> dict[str, Any]:
+    """Return parameters of another kind of RoPE; of layers with full attention, if they differ."""
+    if "rope_type" not in usual:
+        turned = {**usual}
+        for layers in ("full_attention", "hybrid"):
+            if usual.get(layers):
+                turned[layers] = _turned(usual[layers], rope, n_angles)
+        return turned
+    kept = {name: usual[name] for name in ("rope_theta", "partial_rotary_factor") if name in usual}
+    longer = {"factor": 4.0, "original_max_position_embeddings": 16}
+    factors = [1.0 + angle / n_angles for angle in range(n_angles)]
+    own: dict[str, dict[str, Any]] = {
+        "linear": {"factor": 4.0},
+        "dynamic": {"factor": 4.0},
+        "yarn": longer,
+        "llama3": {**longer, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "longrope": {
+            **longer, "short_factor": factors, "long_factor": [2 * f for f in factors],
+            "short_mscale": 1.1, "long_mscale": 1.2,
+        },
+    }  # fmt: skip
+    return {**kept, "rope_type": rope, **own[rope]}
+
+
+def _n_angles(kind: str) -> int:
+    """Return how many angles a kind turns a position by."""
+    with torch.device("meta"):
+        buffers = AutoModelForCausalLM.from_config(_config(kind, SMALL)).named_buffers()
+        return next((b.numel() for name, b in buffers if name.endswith("inv_freq")), 4)
+
+
+def _config(kind: str, settings: dict[str, Any]) -> Any:
     made = CONFIG_MAPPING[kind]
     parts = getattr(made, "sub_configs", None) or {}
     if "text_config" in parts:
-        text = {**_known(parts["text_config"], sizes), **OWN.get(f"{kind}_text", {})}
-        return made(text_config=text, **OWN.get(kind, {}))
-    return made(**{**_known(made, sizes), **OWN.get(kind, {})})
+        text = {**_known(parts["text_config"], settings), **OWN.get(f"{kind}_text", {})}
+        tied = {k: v for k, v in settings.items() if k == "tie_word_embeddings"}
+        return made(text_config=text, **OWN.get(kind, {}), **tied)
+    return made(**{**_known(made, settings), **OWN.get(kind, {})})
 
 
-def _known(made: Any, sizes: dict[str, int]) -> dict[str, int]:
-    """Return the sizes that a configuration has; all where its class is not known."""
+def _known(made: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a configuration has; all where its class is not known."""
     if made is AutoConfig:
-        return sizes
+        return settings
     known = {*inspect.signature(made.__init__).parameters, *getattr(made, "attribute_map", {})}
     for parent in made.__mro__:
         known |= set(getattr(parent, "__annotations__", {}))
-    return {name: size for name, size in sizes.items() if name in known}
+    return {name: value for name, value in settings.items() if name in known}
 
 
 @dataclass
@@ -234,34 +310,42 @@ def held_against_itself(
     kind: str,
     dtype: torch.dtype = torch.float32,
     targets: tuple[str, ...] = ("all-linear",),
-    *,
-    training_alone: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Compare what a kind of model is used for with its own forward pass.
+
+    In 16 bits, where each way rounds otherwise, numbers are compared with the same weights' in
+    float32: how many times farther than the model's own pass they are.
 
     Args:
         kind: Of `KINDS`.
         dtype: Of the weights.
         targets: What gets an adapter.
-        training_alone: Whether only loss and gradient are compared, not everything.
+        settings: Of the model, beside its sizes, as `otherwise` gives them.
     """
-    model = tiny(kind, dtype)
+    build = partial(tiny, kind, dtype, **(settings or {}))
+    model = build()
     try:
         check_causal(model, kind)
     except ModelError as error:
         return Outcome(refused=str(error))
     peft = _adapted(model, targets)
     found = Outcome(adapted=coverage(peft))
-    _train(peft, found)
-    if training_alone:
-        return found
-    _decode(peft, found)
-    _score(peft, found)
+    if dtype == torch.float32:
+        _train(peft, found)
+        _decode(peft, found)
+        _score(peft, found)
+        _count(peft, found)
+    else:
+        exact = _adapted(build().float(), targets)
+        exact.load_state_dict(peft.state_dict())
+        _round(peft, exact, found)
+        prompts = [list(ids) for ids in _rows(5, 3, 24, 2)]
+        found.decoding = _way_to_decode(peft.get_base_model(), prompts)
     with TemporaryDirectory() as folder:
         _fold(peft, found)
-        _keep(kind, peft, Path(folder), found)
-        _resume(kind, targets, peft, Path(folder), found)
-    _count(peft, found)
+        _keep(kind, build(), peft, Path(folder), found)
+        _resume(_adapted(build(), targets), peft, Path(folder), found)
     return found
 
 
@@ -274,6 +358,47 @@ def _adapted(model: PreTrainedModel, targets: tuple[str, ...]) -> PeftModel:
             if "lora_B" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=chance))
     return peft
+
+
+def _round(peft: PeftModel, exact: PeftModel, found: Outcome) -> None:
+    """Compare the distances of d2lora's and of the model's own numbers from the exact ones."""
+    items = [Encoded(ids, len(ids) // 3) for ids in _rows(5, 6, 30, 1)]
+    questions, pairs = _questions()
+    answers = [Encoded((*q.prompt, *e), len(q.prompt)) for q in questions for e in q.endings]
+    of_pairs = [item for pair in pairs for item in (pair.chosen, pair.rejected)]
+    known, own = (
+        [*_learnt(m, lambda m=m: torch.cat([_own(m, item) for item in items])),
+         *(_sums(m, rows) for rows in (answers, of_pairs))]
+        for m in (exact, peft)
+    )  # fmt: skip
+    for when in (True, False):
+        with fast.enabled(peft, when=when) as used:
+            scorer = TokenScorer(peft)
+            said = [*_learnt(peft, lambda scorer=scorer: scorer(collate(items, 0)))]
+            choices = continuation_scores(TokenScorer(peft), questions, 0)
+            both = pair_log_probabilities(TokenScorer(peft).eval(), pairs, 0)
+        said += [torch.tensor([*chain(*scores)]) for scores in (choices, both)]
+        if when:
+            found.training, found.fast_paths = scorer.way, used.names
+        for what, exactly, theirs, ours in zip(
+            ("tokens", "gradients", "multiple choice", "pairs"), known, own, said, strict=True
+        ):
+            least = 1e-3 * torch.finfo(peft.dtype).eps * exactly.norm()
+            off = (ours - exactly).norm() / (theirs - exactly).norm().maximum(least)
+            found.off[f"{what}, {'fast' if when else 'plain'}"] = float(off)
+
+
+def _learnt(peft: PeftModel, scores_of: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities, and the gradient of their mean."""
+    parameters = [p for p in peft.parameters() if p.requires_grad]
+    scores_P = scores_of()
+    slopes = torch.autograd.grad(scores_P.mean(), parameters, allow_unused=True)
+    return scores_P.detach(), torch.cat([s.flatten().float() for s in slopes if s is not None])
+
+
+@torch.no_grad()
+def _sums(model: Any, rows: Sequence[Encoded]) -> Tensor:
+    return torch.stack([_own(model, row).sum() for row in rows])
 
 
 def _rows(n: int, shortest: int, longest: int, seed: int) -> list[tuple[int, ...]]:
@@ -362,7 +487,7 @@ def _until(ids: Sequence[int], stops: set[int]) -> list[int]:
     return list(ids[: next((n for n, token in enumerate(ids) if token in stops), len(ids))])
 
 
-def _score(peft: Any, found: Outcome) -> None:
+def _questions() -> tuple[list[Question], list[PreferencePair]]:
     questions = [
         Question(
             ids[: len(ids) // 3 + 4], tuple(e[: 4 + n] for n, e in enumerate(_rows(3, 8, 10, k)))
@@ -373,6 +498,11 @@ def _score(peft: Any, found: Outcome) -> None:
         PreferencePair(*(Encoded((*q.prompt, *e), len(q.prompt)) for e in q.endings[:2]))
         for q in questions
     ]
+    return questions, pairs
+
+
+def _score(peft: Any, found: Outcome) -> None:
+    questions, pairs = _questions()
     with torch.no_grad():
         known = [
             [float(_own(peft, Encoded((*q.prompt, *e), len(q.prompt))).sum()) for e in q.endings]
@@ -414,11 +544,10 @@ def _fold(peft: PeftModel, found: Outcome) -> None:
     found.off["weights, after folding"] = _differing(peft, before)
 
 
-def _keep(kind: str, peft: PeftModel, folder: Path, found: Outcome) -> None:
+def _keep(kind: str, model: PreTrainedModel, peft: PeftModel, folder: Path, found: Outcome) -> None:
     """Save the adapter, load it here and by PEFT, and merge it into a base that is written."""
     known, path = _logits(peft), folder / "adapter"
     save_adapter(peft, path)
-    model = tiny(kind, peft.dtype)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with attached(model, path) as again:
         found.off["weights, loaded"] = int(not torch.equal(_logits(again), known))
@@ -436,14 +565,12 @@ def _keep(kind: str, peft: PeftModel, folder: Path, found: Outcome) -> None:
         found.not_merged = str(error)
 
 
-def _resume(
-    kind: str, targets: tuple[str, ...], peft: PeftModel, folder: Path, found: Outcome
-) -> None:
+def _resume(again: PeftModel, peft: PeftModel, folder: Path, found: Outcome) -> None:
     """Train three steps; then the third alone, from the checkpoint behind the second."""
     rows = [Encoded(ids, len(ids) // 3) for ids in _rows(6, 6, 20, 4)]
     settings = TrainSettings(max_steps=3, batch_size=2, checkpoint_every=2)
     ends = []
-    for resume, model in ((False, peft), (True, _adapted(tiny(kind, peft.dtype), targets))):
+    for resume, model in ((False, peft), (True, again)):
         train(
             model, Lesson(rows, (), SFT(), 0), settings, RunFolder(folder), Reporter(quiet=True),
             resume=resume,
@@ -485,6 +612,9 @@ against their own forward pass: training loss and gradients, greedy completions 
 rows end at different times, multiple choice, pairs; adapters folded in and taken out, saved and
 loaded (by PEFT, too), merged, and resumed from a checkpoint. Written by `scripts/architectures.py`;
 the same is a test (`tests/test_architectures.py`).
+
+All of it once more with embeddings tied where they were not, biases, and another kind of RoPE
+(linear, dynamic, YaRN, LongRoPE, Llama 3's), and in bfloat16 against the same weights in float32.
 
 Experts in one tensor get an adapter where it is asked for, `--targets all-linear experts`, by
 PEFT's `target_parameters`. Operations are those of torch's counter within 5 %, or "not known".

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import FUSED, KINDS, NOT_TINY, Outcome, held_against_itself, tiny
+from architectures import (
+    FUSED,
+    KINDS,
+    NOT_TINY,
+    ROPES,
+    Outcome,
+    held_against_itself,
+    otherwise,
+    tiny,
+)
 from peft.tuners.lora.layer import ParamWrapper
 from transformers import AutoTokenizer
 
@@ -23,6 +32,7 @@ from d2lora import (
     inspect,
     warm_up,
 )
+from d2lora.adapters.base import check_causal
 from d2lora.adapters.lora import LoraShape, attach_fresh
 from d2lora.adapters.manifest import save_adapter
 from d2lora.adapters.targets import coverage, linear_names
@@ -35,6 +45,8 @@ IN_CI = set(
 )
 """Of each way to be unlike a Llama one; `make test-all` walks through every kind."""
 COMMON = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2", "olmo3", "mixtral")
+LESS_THAN_ROUNDING = {"prophetnet"}
+"""Kinds that see padding, by less than what may be rounding in 16 bits."""
 CI = os.environ.get("CI")
 WALKED = [kind for kind in KINDS if kind not in NOT_TINY and (kind in IN_CI or not CI)]
 
@@ -65,6 +77,20 @@ def test_an_architecture_gives_its_own_numbers_or_is_refused(kind: str) -> None:
     assert_the_same(found)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*COMMON, *(kind for kind in WALKED if kind not in COMMON)])
+def test_it_does_so_with_tied_embeddings_biases_and_rope_turned_otherwise(kind: str) -> None:
+    assert_the_same(held(kind, settings=otherwise(kind)))
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_each_kind_of_rope_gives_its_own_numbers(rope: str) -> None:
+    found = held("llama", settings=otherwise("llama", rope))
+    assert_the_same(found)
+    assert found.training == "rows end to end"
+    assert found.decoding == "rows padded"
+
+
 @pytest.mark.parametrize("kind", COMMON)
 def test_common_architectures_are_trained_decoded_and_scored_together(kind: str) -> None:
     found = held(kind)
@@ -75,12 +101,23 @@ def test_common_architectures_are_trained_decoded_and_scored_together(kind: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*COMMON, *(kind for kind in WALKED if kind not in COMMON)])
-def test_architectures_are_trained_by_their_own_numbers_in_bfloat16(kind: str) -> None:
-    found = held(kind, torch.bfloat16, training_alone=True)
-    if not found.refused:
-        assert found.off["loss, fast"] <= 2e-2
-        assert found.off["loss, plain"] <= 2e-2
+@pytest.mark.parametrize(
+    "kind", [kind for kind in (*COMMON, *WALKED) if kind not in LESS_THAN_ROUNDING]
+)
+def test_in_bfloat16_numbers_are_about_as_exact_as_the_models_own(kind: str) -> None:
+    found = held(kind, torch.bfloat16)
+    # Rounding sends some tokens to another expert, which is no rounding any more.
+    most = 10 if "expert" in found.adapted else 4
+    for what, off in found.off.items():
+        if not what.startswith("logits"):  # what a merge may change, it checks itself
+            assert off <= (0 if what.startswith("weights") else most), (what, off)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["big_bird", "camembert", "ernie", "roformer", "xlm"])
+def test_encoders_are_refused_in_every_dtype(kind: str, dtype: torch.dtype) -> None:
+    with pytest.raises(ModelError, match="its tokens see those behind them"):
+        check_causal(tiny(kind, dtype), kind)
 
 
 @pytest.mark.slow

@@ -219,6 +219,28 @@ def test_a_sampled_answer_does_not_depend_on_the_rows_beside_it(
     assert expected[0] != expected[2]  # the same prompt, another draw
 
 
+def test_answers_beyond_the_limit_of_short_factors_are_drawn_as_within_it(
+    tmp_path: Path, tiny_base: str
+) -> None:
+    """LongRoPE whose long and short factors are 1 is the plain one, begun anew at its limit."""
+    shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    ones = [1.0] * 4
+    config["rope_parameters"] |= {
+        "rope_type": "longrope", "short_factor": ones, "long_factor": ones,
+        "attention_factor": 1.0, "original_max_position_embeddings": 12,
+    }  # fmt: skip
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    prompts = [list(range(5, 5 + n)) for n in (9, 4, 12, 7, 4, 15)]
+    answers = []
+    for folder in (tiny_base, str(tmp_path / "base")):
+        base = load_base(BaseSettings(base=folder))
+        decoder = Decoder(base.model, base, 10, 4, Sampling(1.0, 0.9, 3))
+        answers.append(dict(decoder.complete(prompts)))
+    assert answers[0] == answers[1]
+    assert max(len(answer) for answer in answers[0].values()) == 10
+
+
 def test_rows_that_only_an_adapters_template_shows_are_scored_in_it(
     tmp_path: Path, tiny_base: str
 ) -> None:

@@ -154,8 +154,9 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
     """
     n_rows = n_embedded(model)
     ids_1T = torch.arange(1, _PROBE_TOKENS + 1, device=model.device)[None] % n_rows
+    half = _PROBE_TOKENS // 2
     other_1T = ids_1T.clone()
-    other_1T[0, -1] = 0
+    other_1T[0, half:] = ids_1T[0, half:].flip(0)
     try:
         one, other = (model(input_ids=i, use_cache=False).logits for i in (ids_1T, other_1T))
     except OF_PASSES as error:
@@ -169,15 +170,28 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
             f"{name}: its logits are NaN in {model.dtype}: its weights are damaged, or too "
             "large for this dtype; try --dtype float32"
         )
-    # Layers of 8 bits round what they compute to 16, and all tokens of a batch together.
-    dtype = torch.float16 if getattr(model, "is_quantized", False) else model.dtype
-    allowed = tolerance(dtype) * largest
-    if not torch.allclose(one[:, :-1].float(), other[:, :-1].float(), rtol=0, atol=allowed):
+    off = (one[:, :half].float() - other[:, :half].float()).abs()
+    if off.max() > _may_differ(model) * largest:
         raise ModelError(
             f"{name}: {type(model).__name__} is not supported as it is: its tokens see those "
             "behind them, so that they cannot be predicted (`is_decoder: true` in config.json "
             "makes some such models causal)"
         )
+
+
+def _may_differ(model: PreTrainedModel) -> float:
+    """Return by how much other tokens behind may change logits, of the largest.
+
+    Only by how the work is cut up: tokens are sent to experts together, and layers of 8 bits round
+    a batch together. Others compute each token by the same operations, so that not even the last
+    bit changes; in 16 bits what an encoder sees behind a token may be no more than that.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if getattr(model, "is_quantized", False):
+        return tolerance(torch.float16)
+    if model.dtype == torch.float32 or any("expert" in name for name in config.to_dict()):
+        return tolerance(model.dtype)
+    return torch.finfo(model.dtype).eps
 
 
 def load_tokenizer(settings: BaseSettings) -> PreTrainedTokenizerBase:
@@ -302,3 +316,23 @@ def n_positions(model: nn.Module) -> int:
     config = causal_model(model).config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or 0
     return limit if limit > 0 else sys.maxsize  # XLNet's -1 means none
+
+
+def short_factor_limit(model: nn.Module) -> int:
+    """Return up to how many tokens a row's positions are turned by LongRoPE's short factors.
+
+    The longest row of a pass decides for all, and a cache keeps keys as they were turned, so that
+    rows on either side of the limit are computed apart. `sys.maxsize` for other kinds of RoPE:
+    "dynamic" ones change beyond `n_positions` only.
+
+    Source: Ding et al. 2024, LongRoPE, arXiv 2402.13753.
+    """
+    config = causal_model(model).config.get_text_config(decoder=True)
+    ropes: Any = getattr(config, "rope_parameters", None) or {}
+    of_layers = [ropes] if "rope_type" in ropes else ropes.values()
+    limits = [
+        rope["original_max_position_embeddings"]
+        for rope in of_layers
+        if rope and rope.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=sys.maxsize)

@@ -168,6 +168,11 @@ class Question:
         """Tokens of the row."""
         return len(self.prompt) + sum(map(len, self.endings))
 
+    @property
+    def reach(self) -> int:
+        """Tokens of the prompt and its longest ending."""
+        return len(self.prompt) + max(map(len, self.endings))
+
 
 class Branches(NamedTuple):
     """A row for each question: the prompt once, then its endings, blind to each other."""

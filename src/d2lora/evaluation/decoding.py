@@ -5,7 +5,8 @@ a long answer does not keep the others waiting. Shapes: B rows, T tokens, V voca
 """
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from d2lora import fast
-from d2lora.adapters.base import Base, causal_model, n_positions
+from d2lora.adapters.base import Base, causal_model, n_positions, short_factor_limit
 from d2lora.errors import DataError, listed
 from d2lora.evaluation.steps import Steps, alone, steps_of
 from d2lora.fast.llama import Llama, LlamaSteps
@@ -45,7 +46,9 @@ class Sampling:
         """Whether the likeliest token is taken."""
         return self.temperature < _COLD
 
-    def draws(self, rows: Sequence[int], n_tokens: int) -> Tensor:
+    def draws(
+        self, rows: Sequence[int], n_tokens: int, n_begun: Sequence[int] | None = None
+    ) -> Tensor:
         """Return what decides each token, uniform in [0, 1), shape (B, T).
 
         A row has its own, so that its answer depends neither on the rows that it is decoded with
@@ -53,13 +56,18 @@ class Sampling:
 
         Args:
             rows: Numbers of the prompts.
-            n_tokens: Tokens of an answer.
+            n_tokens: Tokens to draw.
+            n_begun: Tokens of each answer that were drawn before; 0 if None.
         """
         if self.is_greedy:
             return torch.zeros(1, 1).expand(len(rows), n_tokens)
         streams = (stream_seed(self.seed, f"answer {row}") for row in rows)
         generators = (torch.Generator().manual_seed(stream) for stream in streams)
-        return torch.stack([torch.rand(n_tokens, generator=g) for g in generators])
+        drawn = [
+            torch.rand(n + n_tokens, generator=generator)[n:]
+            for n, generator in zip(n_begun or [0] * len(rows), generators, strict=True)
+        ]
+        return torch.stack(drawn)
 
 
 @dataclass(frozen=True)
@@ -84,25 +92,60 @@ class Decoder:
         """
         places = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
         check_room(prompts, places, self.model, self.max_new_tokens)
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        limit = short_factor_limit(self.model)
+        short = {row: prompt for row, prompt in enumerate(prompts) if len(prompt) <= limit}
+        long = {row: prompt for row, prompt in enumerate(prompts) if len(prompt) > limit}
+        begun: dict[int, list[int]] = {}
+        for row, output in self._continued(short, begun, limit):
+            text = [*short[row], *output]
+            if len(text) > limit and len(output) < self._room(short[row]):
+                long[row], begun[row] = text, output  # computed anew, with the long factors
+            else:
+                yield row, output
+        for row, output in self._continued(long, begun):
+            yield row, [*begun.get(row, []), *output]
+
+    def _continued(
+        self,
+        prompts: Mapping[int, Sequence[int]],
+        begun: Mapping[int, Sequence[int]],
+        limit: int = sys.maxsize,
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yield (row, ids that follow it), as batches end.
+
+        Args:
+            prompts: By row.
+            begun: What of a row's prompt is the beginning of its answer.
+            limit: The tokens of a row beyond which it is left.
+        """
+        order = sorted(prompts, key=lambda row: len(prompts[row]))
         if not order:
             return
         ends = [prompts[order[place]] for place in (0, -1)]
-        llama, new_steps = self._steps(ends)
+        llama, new_steps = self._steps(ends, limit)
         n_beside = 1
         if llama and self.sampling.is_greedy:
             n_beside = min(torch.get_num_threads(), math.ceil(len(order) / _ROWS_BESIDE))
 
         def decode(chunk: Sequence[int]) -> list[list[int]]:
-            n_tokens = min(self.max_new_tokens, n_positions(self.model))
-            draws_BT = self.sampling.draws(chunk, n_tokens)
-            return self._decode([prompts[index] for index in chunk], new_steps(), draws_BT)
+            rows = [prompts[row] for row in chunk]
+            n_begun = [len(begun.get(row, ())) for row in chunk]
+            rooms = [
+                min(self._room(prompt), self.max_new_tokens - n, limit + 1 - len(prompt))
+                for prompt, n in zip(rows, n_begun, strict=True)
+            ]
+            draws_BT = self.sampling.draws(chunk, max(rooms), n_begun)
+            return self._decode(rows, rooms, new_steps(), draws_BT)
 
         together = [order] if new_steps().pads else _of_one_length(order, prompts)
         chunks = [chunk for rows in together for chunk in self._chunks(rows, n_beside)]
         with _side_by_side(n_beside) as each:
             for chunk, outputs in zip(chunks, each(decode, chunks), strict=True):
                 yield from zip(chunk, outputs, strict=True)
+
+    def _room(self, prompt: Sequence[int]) -> int:
+        """Return how many tokens may follow a prompt."""
+        return min(self.max_new_tokens, n_positions(self.model) - len(prompt))
 
     def _chunks(self, order: Sequence[int], n_beside: int) -> list[Sequence[int]]:
         """Cut rows into batches of like size, as many for each worker."""
@@ -111,7 +154,7 @@ class Decoder:
         return [order[begin : begin + size] for begin in range(0, len(order), size)]
 
     @torch.inference_mode()
-    def _steps(self, ends: Sequence[Sequence[int]]) -> tuple[bool, Callable[[], Steps]]:
+    def _steps(self, ends: Sequence[Sequence[int]], limit: int) -> tuple[bool, Callable[[], Steps]]:
         """Return whether the fast pass is taken, and what makes the steps of a batch.
 
         The fast one is, where it is allowed and prompts and a token behind each get the model's own
@@ -119,13 +162,14 @@ class Decoder:
 
         Args:
             ends: The shortest and the longest prompt.
+            limit: The tokens of a row beyond which it is left.
         """
         causal, used, token = causal_model(self.model), fast.used_in(self.model), self.base.eos_id
         llama = Llama.of(causal) if used.allowed else None
         if llama and succeeds(partial(_equal, llama, causal, ends, token)):
             used.take("Llama decoding")
             return True, partial(LlamaSteps, llama)
-        return False, steps_of(causal, self.base.pad_id, ends, token)
+        return False, steps_of(causal, self.base.pad_id, ends, token, limit)
 
     @property
     def stop_ids(self) -> set[int]:
@@ -137,10 +181,13 @@ class Decoder:
 
     @torch.inference_mode()
     def _decode(
-        self, prompts: Sequence[Sequence[int]], steps: Steps, draws_BT: Tensor
+        self,
+        prompts: Sequence[Sequence[int]],
+        rooms: Sequence[int],
+        steps: Steps,
+        draws_BT: Tensor,
     ) -> list[list[int]]:
-        limit, stop = n_positions(self.model), self.stop_ids
-        rooms = [min(self.max_new_tokens, limit - len(prompt)) for prompt in prompts]
+        stop = self.stop_ids
         outputs: list[list[int]] = [[] for _ in prompts]
         owners = list(range(len(prompts)))
         going = set(owners)
@@ -216,8 +263,10 @@ def _equal(
     return True
 
 
-def _of_one_length(order: Sequence[int], prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    for _, rows in groupby(order, key=lambda index: len(prompts[index])):
+def _of_one_length(
+    order: Sequence[int], prompts: Mapping[int, Sequence[int]]
+) -> Iterator[list[int]]:
+    for _, rows in groupby(order, key=lambda row: len(prompts[row])):
         yield list(rows)
 
 

@@ -11,6 +11,7 @@ Shapes: B rows, T tokens, V vocabulary.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -140,7 +141,11 @@ def alone(causal: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 
 def steps_of(
-    causal: PreTrainedModel, pad_id: int, ends: Sequence[Sequence[int]], token: int
+    causal: PreTrainedModel,
+    pad_id: int,
+    ends: Sequence[Sequence[int]],
+    token: int,
+    limit: int = sys.maxsize,
 ) -> Callable[[], Steps]:
     """Return the first way to decode that gives a model's own logits.
 
@@ -149,8 +154,9 @@ def steps_of(
         pad_id: A token for padding.
         ends: The shortest and the longest prompt.
         token: A token that follows them.
+        limit: The tokens of a row beyond which it is left.
     """
-    most = max(1, n_positions(causal) - 2)  # two tokens follow
+    most = max(1, min(n_positions(causal), limit) - 2)  # two tokens follow
     fitting = [end[-most:] for end in ends]
     for kind in (PaddedSteps, EqualSteps):
         if succeeds(partial(_says_the_same, kind, causal, pad_id, fitting, token)):

@@ -13,9 +13,9 @@ from torch import nn
 
 from d2lora.adapters.base import causal_model
 from d2lora.data.batches import Encoded, Question, branch
-from d2lora.runtime.attempts import succeeds
 from d2lora.runtime.rounding import agree
 from d2lora.scoring.scorer import TokenScorer, log_probabilities, pass_tokens
+from d2lora.scoring.sharing import can_share, shared_reach
 
 
 @torch.no_grad()
@@ -25,13 +25,19 @@ def continuation_scores(
     """Return the summed log-probability of every continuation, question by question.
 
     On the fast path the prompt is computed once. Models that do not support such a mask are
-    detected by a comparison on the shortest and the longest question.
+    detected on the shortest and the longest question.
     """
     scorer.eval()
     order = sorted(range(len(questions)), key=lambda index: -questions[index].length)
     ends = [questions[order[place]] for place in (0, -1)] if order else []
-    if not scorer.used.allowed or not all(
-        succeeds(partial(_equal, scorer, question, pad_id)) for question in ends
+    farthest = max((question.reach for question in questions), default=0)
+    if (
+        not scorer.used.allowed
+        or farthest > shared_reach(scorer.model)
+        or not all(
+            can_share(scorer, question, pad_id, partial(_equal, scorer, question, pad_id))
+            for question in ends
+        )
     ):
         return _apart(scorer, questions, pad_id)
     scorer.used.take("shared prompts")

@@ -6,8 +6,6 @@ the first pairs, and on longer ones, and score the completions as separate rows.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +14,9 @@ from d2lora import fast
 from d2lora.adapters.base import causal_model
 from d2lora.data.batches import PreferencePair, Question, branch, collate, micro_batches
 from d2lora.fast.probing import Probed
-from d2lora.runtime.attempts import succeeds
-from d2lora.runtime.modes import in_evaluation
 from d2lora.runtime.rounding import agree
 from d2lora.scoring.scorer import TokenScorer, device_of_scorer, pass_tokens, sum_by_row
+from d2lora.scoring.sharing import can_share, shared_reach
 
 
 class PairScorer:
@@ -38,10 +35,12 @@ class PairScorer:
             self._used, self._probed = used, Probed()
             self._shares = used.allowed
         ordered = sorted(pairs, key=lambda pair: pair.length)
+        if ordered[-1].length > shared_reach(_inner(scorer).model):
+            return _apart(scorer, pairs, pad_id)
         due = self._probed.lacks(ordered[0].length, ordered[-1].length)
         for is_due, pair in zip(due, (ordered[0], ordered[-1]), strict=True):
             if is_due and self._shares:
-                self._shares = succeeds(partial(_equal, scorer, pair, pad_id))
+                self._shares = _can_share(scorer, pair, pad_id)
         if not self._shares:
             return _apart(scorer, pairs, pad_id)
         used.take("shared prompts")
@@ -76,19 +75,20 @@ def _apart(
 def _together(
     scorer: nn.Module, pairs: Sequence[PreferencePair], pad_id: int
 ) -> tuple[Tensor, Tensor]:
-    questions = [
-        Question(
-            pair.chosen.ids[: pair.chosen.n_prompt],
-            tuple(item.ids[item.n_prompt :] for item in (pair.chosen, pair.rejected)),
-        )
-        for pair in pairs
-    ]
+    questions = [_question(pair) for pair in pairs]
     causal = causal_model(_inner(scorer).model)
     rows = branch(questions, pad_id, causal.dtype).to(causal.device)
     values_P = scorer(rows)
     sums_B = torch.zeros(2 * len(pairs), dtype=values_P.dtype, device=values_P.device)
     sums_B = sums_B.index_add(0, rows.owners_P, values_P)
     return sums_B[::2], sums_B[1::2]
+
+
+def _question(pair: PreferencePair) -> Question:
+    items = pair.chosen, pair.rejected
+    return Question(
+        pair.chosen.ids[: pair.chosen.n_prompt], tuple(item.ids[item.n_prompt :] for item in items)
+    )
 
 
 def _inner(scorer: nn.Module) -> TokenScorer:
@@ -98,18 +98,19 @@ def _inner(scorer: nn.Module) -> TokenScorer:
     return inner
 
 
-@torch.no_grad()
-def _equal(scorer: nn.Module, pair: PreferencePair, pad_id: int) -> bool:
+def _can_share(scorer: nn.Module, pair: PreferencePair, pad_id: int) -> bool:
     """Say whether one row with both completions gives what two rows give."""
     inner = _inner(scorer)
     causal = causal_model(inner.model)
-    config: Any = causal.config
-    # Two rows drop out apart; a window of attention is not seen in a short pair.
+    # Two rows drop out apart.
     random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in inner.modules())
-    if random or getattr(config, "attention_dropout", 0) or getattr(config, "sliding_window", None):
+    if random or getattr(causal.config, "attention_dropout", 0):
         return False
     if pair.chosen.n_prompt == 0 or causal.get_output_embeddings() is None:
         return False
-    with in_evaluation(inner):
+
+    def is_equal() -> bool:
         together, apart = (torch.stack(f(inner, [pair], pad_id)) for f in (_together, _apart))
-    return agree(together, apart, causal.dtype)
+        return agree(together, apart, causal.dtype)
+
+    return can_share(inner, _question(pair), pad_id, is_equal)

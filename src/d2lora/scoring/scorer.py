@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from d2lora import fast
-from d2lora.adapters.base import causal_model, n_positions
+from d2lora.adapters.base import causal_model, n_positions, short_factor_limit
 from d2lora.data.batches import Batch, Branches, Encoded, collate, micro_batches
 from d2lora.fast import cuda_graphs, head
 from d2lora.fast.packing import pack, row_by_row, takes_packed_rows
@@ -54,6 +54,7 @@ class TokenScorer(nn.Module):
         self._probed = Probed()
         self._ways: list[Callable[[Batch], Tensor]] = []
         self._is_head_last: bool | None = None
+        self._limit = short_factor_limit(model)
 
     @property
     def way(self) -> str:
@@ -77,7 +78,18 @@ class TokenScorer(nn.Module):
         if isinstance(batch, Branches):
             return self._branched(batch)
         batch = within_positions(batch, causal_model(self.model))
+        if batch.ids_BT.shape[1] > self._limit:
+            return self._by_length(batch)
         return self._fastest(batch)(batch)
+
+    def _by_length(self, batch: Batch) -> Tensor:
+        """Score rows together that are all within the limit, or all beyond; others one by one."""
+        beyond_B = batch.mask_BT.sum(1) > self._limit
+        rows = [batch]
+        if beyond_B.any() and not beyond_B.all():
+            rows = [batch.row(index) for index in range(len(beyond_B))]
+        trimmed = [row.trimmed()._replace(every_token=batch.every_token) for row in rows]
+        return torch.cat([self._fastest(row)(row) for row in trimmed])
 
     def _packed(self, batch: Batch) -> Tensor:
         """Run the decoder on rows end to end."""
@@ -97,7 +109,8 @@ class TokenScorer(nn.Module):
         """Return what computes hidden states from ids: the decoder, or its recordings."""
         wanted = self._replays and self.used.allowed and torch.is_grad_enabled()
         width = cuda_graphs.recorded_width(ids_BT.shape[1])
-        if not wanted or ids_BT.device.type != "cuda" or width > n_positions(self.model):
+        most = min(n_positions(self.model), self._limit)
+        if not wanted or ids_BT.device.type != "cuda" or width > most:
             return self._plain
         if self._replayed is None:
             self._replays = cuda_graphs.fits(self.model)
@@ -173,7 +186,7 @@ class TokenScorer(nn.Module):
                     return False
                 own = causal(input_ids=ids_1T, use_cache=False).logits.float()
                 product = head_layer(self._hidden(input_ids=ids_1T)).float()
-                return agree_closely(product, own, causal.dtype)
+                return agree_closely(product, own)
 
             with in_evaluation(self.model):
                 self._is_head_last = succeeds(same)
