@@ -335,7 +335,6 @@ def held_against_itself(
         _train(peft, found)
         _decode(peft, found)
         _score(peft, found)
-        _count(peft, found)
     else:
         exact = _adapted(build().float(), targets)
         exact.load_state_dict(peft.state_dict())
@@ -346,6 +345,8 @@ def held_against_itself(
         _fold(peft, found)
         _keep(kind, build(), peft, Path(folder), found)
         _resume(_adapted(build(), targets), peft, Path(folder), found)
+    if dtype == torch.float32:
+        _count(peft, found)  # last, as it changes how experts are computed
     return found
 
 

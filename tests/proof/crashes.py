@@ -284,6 +284,8 @@ def commands(inputs: Path) -> Iterator[Command]:
         ("pairs", *of_base, "--data", titles, "--n", "4", "--max-new-tokens", "4", "--out", "out"),
     )
     yield Command("study", study)
+    assert run(study, inputs).code == 0
+    yield Command("report", ("report", str(inputs / "study"), "--out", "report"))
 
 
 def main() -> None:
