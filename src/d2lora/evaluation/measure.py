@@ -14,9 +14,11 @@ from d2lora.data.chat_text import Format
 from d2lora.data.choices import ChoiceQuestion
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import Prompts, encode_all, encode_pairs, encode_prompts, every
+from d2lora.data.options import Per
 from d2lora.data.rows import Example, Message
+from d2lora.data.tasks import Task
 from d2lora.errors import DataError, listed
-from d2lora.evaluation.closed import choose_labels
+from d2lora.evaluation.closed import choose_labels, longest_answer
 from d2lora.evaluation.closed import questions_of as label_questions
 from d2lora.evaluation.counts import Column
 from d2lora.evaluation.decoding import Decoder, check_room
@@ -164,13 +166,21 @@ def _score_closed(
     examples = data.examples[: settings.limit]
     prompts = prompts_of(encoder, sets, settings)
     _say(prompts.report(settings.max_length), reporter)
-    chosen = choose_labels(model, base, encoder, examples, prompts.ids, sets.labels)
+    per = _per(data.task)
+    chosen = choose_labels(model, base, encoder, examples, prompts.ids, sets.labels, per)
     columns = columns_of_outputs(data, [one.label for one in chosen])
     records = [
-        {**_record(name, index, example, one.label), "confidence": one.confidence}
+        {
+            **_record(name, index, example, one.label),
+            **({} if one.confidence is None else {"confidence": one.confidence}),
+        }
         for index, (example, one) in enumerate(zip(examples, chosen, strict=True))
     ]
     return TaskScores(with_scores(records, columns), columns)
+
+
+def _per(task: Task) -> Per:
+    return task.card.choices.per if task.card.choices else "answer"
 
 
 def prompts_of(encoder: Encoder, sets: TestSets, settings: EvaluateSettings) -> Prompts:
@@ -179,8 +189,7 @@ def prompts_of(encoder: Encoder, sets: TestSets, settings: EvaluateSettings) -> 
     examples = sets.task.examples[: settings.limit]
     room = settings.max_new_tokens
     if sets.task.task.answers == "closed" and examples:
-        answered = [replace(examples[0], completion=label) for label in sets.labels]
-        room = max(item.n_supervised for item in every(encoder.encode, answered))
+        room = longest_answer(encoder, examples, sets.labels)
     if not sets.shots:
         return encode_prompts(encoder, examples, settings.max_length, settings.overlong, room)
     prompted = with_shots(encoder, examples, sets.shots, room)
@@ -217,7 +226,7 @@ def check_rows(
         if data.task.answers in ("open", "closed"):
             prompts = prompts_of(encoder, sets, settings)
             if data.task.answers == "closed":
-                label_questions(encoder, examples, prompts.ids, sets.labels)
+                label_questions(encoder, examples, prompts.ids, sets.labels, _per(data.task))
             else:
                 places = [example.place for example in examples]
                 check_room(prompts.ids, places, base.model, settings.max_new_tokens)
@@ -269,6 +278,7 @@ def _record(name: str, index: int, example: Example, output: str) -> dict[str, A
         "prompt": example.prompt[-1].content,
         "target": example.completion,
         **({"references": list(example.references)} if example.references else {}),
+        **({"choices": list(example.choices)} if example.choices else {}),
         "output": output,
     }
 

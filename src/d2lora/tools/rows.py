@@ -84,7 +84,7 @@ def see_rows(settings: InspectSettings) -> RowsSeen:
         encoder.format,
         data.task.answers,
         data.task.metrics,
-        labels_of(data) if data.task.answers == "closed" else (),
+        labels_of(data),
         len(data.examples),
         len(items),
         max(lengths),
