@@ -11,7 +11,7 @@ from typing import Any, Literal
 Role = Literal["system", "user", "assistant", "tool"]
 Span = tuple[int, int]
 GZIP = ".gz"
-_LINED = (".jsonl", ".csv", ".tsv")
+_LINED = (".jsonl", ".ndjson", ".csv", ".tsv")
 """Kinds of files whose rows are known by a line."""
 
 
