@@ -1,6 +1,6 @@
 """Rows of data sets that the library `datasets` reads: of the hub, and of folders that are here."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ def of_hub(name: str) -> bool:
     return len(parts) in (2, 3) and all(parts) and not name.startswith((".", "/"))
 
 
-def rows_of_set(name: str) -> Iterable[Mapping[str, Any]]:
+def rows_of_set(name: str) -> Iterable[Any]:
     """Return the rows of a data set.
 
     Args:
@@ -68,7 +68,7 @@ def rows_of_set(name: str) -> Iterable[Mapping[str, Any]]:
         raise DataError(f"{name}: the {what} cannot be loaded: {reason}") from None
 
 
-def _of_hub(name: str) -> Iterable[Mapping[str, Any]]:
+def _of_hub(name: str) -> Iterable[Any]:
     from datasets import load_dataset
 
     repository, _, split = name.partition(":")
@@ -76,12 +76,12 @@ def _of_hub(name: str) -> Iterable[Mapping[str, Any]]:
     return load_dataset(f"{owner}/{own}", config[0] if config else None, split=split or TRAIN)
 
 
-def _of_folder(folder: DataFolder) -> Iterable[Mapping[str, Any]]:
+def _of_folder(folder: DataFolder) -> Iterable[Any]:
     from datasets import Dataset, load_dataset, load_from_disk
 
     if not any((folder.path / file).is_file() for file in _SAVED):
         return load_dataset(str(folder.path), split=folder.split)
-    saved = load_from_disk(str(folder.path))
+    saved: Any = load_from_disk(str(folder.path))
     if isinstance(saved, Dataset):
         if folder.split not in (TRAIN, str(saved.split)):
             raise ValueError(f"it was saved without splits, and {folder.split!r} is asked for")

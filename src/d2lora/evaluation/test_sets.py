@@ -145,10 +145,7 @@ def _of_the_harness(
     named = list(dict.fromkeys([*data, *choices]))
     tasks = read_harness_tasks(named, settings.lm_eval_tasks, quiet=settings.quiet)
     for name in choices:
-        if not tasks[name].is_multiple_choice:
-            raise DataError(
-                f"--choices lm_eval:{name}: not a task of multiple choice; give it as --data"
-            )
+        tasks[name].check_choices()
     return tasks[data[0]] if data else None, [tasks[name] for name in choices]
 
 

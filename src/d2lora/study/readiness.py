@@ -115,7 +115,9 @@ def _faults_of_single_rows(plan: StudyPlan) -> list[str]:
 def _faults_of_choices(plan: StudyPlan) -> list[str]:
     """Look for the tasks of lm-evaluation-harness that forgetting is measured on."""
     try:
-        read_harness_tasks(split_names(plan.choices)[1], plan.lm_eval_tasks, quiet=True)
+        names = split_names(plan.choices)[1]
+        for task in read_harness_tasks(names, plan.lm_eval_tasks, quiet=True).values():
+            task.check_choices()
     except D2LoraError as error:
         return [f"choices: {error}"]
     return []
