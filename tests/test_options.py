@@ -199,6 +199,29 @@ def test_the_likeliest_of_a_row_s_own_choices_is_chosen(
         assert record["accuracy"] == float(record["output"] == record["target"])
 
 
+def test_one_of_77_labels_is_chosen_by_its_likelihood(tmp_path: Path, tiny_base: str) -> None:
+    labels = [f"{number} {'of' * (number % 4)}" for number in range(77)]
+    rows = [{"q": f"Which, {number}?", "a": labels[number].strip()} for number in (3, 40, 76)]
+    text = f"prompt: '{{q}}'\ncompletion: '{{a}}'\nanswers: closed\nlabels: {json.dumps(labels)}\n"
+    done = evaluate(
+        EvaluateSettings(
+            base=tiny_base, data=(write_rows(tmp_path / "b.jsonl", rows),),
+            task=card(tmp_path, text), out=tmp_path / "e", quiet=True,
+        )
+    )  # fmt: skip
+    base = load_base(BaseSettings(base=tiny_base))
+    encoder = Encoder.of(base, None)
+    gaps: list[float] = []
+    for row, record in zip(rows, done.records.to_dict("records"), strict=True):
+        asked = [Example(user(row["q"]), label.strip()) for label in labels]
+        likely = torch.tensor([_log_probability(base.model, encoder, one) for one in asked])
+        best = int(likely.argmax())
+        assert record["output"] == asked[best].completion
+        assert record["confidence"] == pytest.approx(float(likely.softmax(0)[best]), rel=1e-4)
+        gaps.append(abs(record["confidence"] - float(record["output"] == record["target"])))
+    assert done.calibration["base"] <= np.mean(gaps) + 1e-9
+
+
 def _log_probability(model: Any, encoder: Encoder, example: Example) -> float:
     item = encoder.encode(example)
     with torch.no_grad():
