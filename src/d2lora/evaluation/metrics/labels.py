@@ -1,8 +1,8 @@
 """F1 of labels, as by scikit-learn's `f1_score`.
 
-A row has one label, its text, or several, a JSON list of texts or numbers. As in scikit-learn, every
-label counts that is the target or the output of some row: an output that is no target is one more
-label, of F1 0.
+A row has one label, its text, or several, a JSON list of texts or numbers. As in scikit-learn,
+every label counts that is the target or the output of some row: an output that is no target is one
+more label, of F1 0.
 """
 
 from collections.abc import Sequence
