@@ -16,7 +16,8 @@ from d2lora.adapters.manifest import Manifest
 from d2lora.data.encode import Encoder
 from d2lora.data.rows import Example, user
 from d2lora.errors import DataError, SettingsError
-from d2lora.settings import BaseSettings
+from d2lora.settings import BaseSettings, InspectSettings
+from d2lora.tools.rows import print_rows, see_rows
 from support import small_plan, write_rows
 from test_cards import card, examples
 
@@ -279,6 +280,20 @@ def test_a_study_learns_and_compares_rows_with_their_own_choices(
     own = alone.scores[cell["adapter"]]
     assert list(own) == ["accuracy"]
     assert own["accuracy"].mean == np.mean(cell["scores"]["accuracy"])
+
+
+def test_rows_are_shown_with_their_choices(
+    tmp_path: Path, tiny_base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = questions(tmp_path / "a.jsonl", 1)
+    seen = see_rows(
+        InspectSettings(base=tiny_base, data=(file,), task=card(tmp_path, PLAIN.format(per="")))
+    )
+    assert seen.first[0].choices == ("red", "a blue one")
+    assert (seen.labels, seen.metrics) == ((), ("accuracy",))
+    print_rows(seen, None)
+    assert "«" in (shown := capsys.readouterr().out)
+    assert "chosen from: red | a blue one" in shown
 
 
 def test_training_rows_have_no_labels_to_choose_from(tmp_path: Path, tiny_base: str) -> None:
