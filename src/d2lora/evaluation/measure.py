@@ -24,7 +24,7 @@ from d2lora.evaluation.counts import Column
 from d2lora.evaluation.decoding import Decoder, check_room
 from d2lora.evaluation.generate import adapted, decode, encoder_of
 from d2lora.evaluation.metrics import preference
-from d2lora.evaluation.outputs import columns_of_outputs, with_scores
+from d2lora.evaluation.outputs import columns_of_outputs, records_of, with_scores
 from d2lora.evaluation.shots import with_shots
 from d2lora.evaluation.test_sets import TestSets
 from d2lora.runtime.console import Reporter
@@ -143,10 +143,11 @@ def _score_task(
             outputs[index] = decode(base, ids, marks), len(ids)
             bar.update(len(outputs))
     said = [outputs[index] for index in range(len(examples))]
-    columns = columns_of_outputs(data, [output for output, _ in said])
+    texts = [output for output, _ in said]
+    columns = columns_of_outputs(data, texts)
     records = [
-        {**_record(name, index, example, output), "n_output_tokens": n_tokens}
-        for index, (example, (output, n_tokens)) in enumerate(zip(examples, said, strict=True))
+        {**record, "n_output_tokens": n_tokens}
+        for record, (_, n_tokens) in zip(records_of(name, examples, texts), said, strict=True)
     ]
     return TaskScores(with_scores(records, columns), columns)
 
@@ -168,13 +169,11 @@ def _score_closed(
     _say(prompts.report(settings.max_length), reporter)
     per = _per(data.task)
     chosen = choose_labels(model, base, encoder, examples, prompts.ids, sets.labels, per)
-    columns = columns_of_outputs(data, [one.label for one in chosen])
+    labels = [one.label for one in chosen]
+    columns = columns_of_outputs(data, labels)
     records = [
-        {
-            **_record(name, index, example, one.label),
-            **({} if one.confidence is None else {"confidence": one.confidence}),
-        }
-        for index, (example, one) in enumerate(zip(examples, chosen, strict=True))
+        {**record, **({} if one.confidence is None else {"confidence": one.confidence})}
+        for record, one in zip(records_of(name, examples, labels), chosen, strict=True)
     ]
     return TaskScores(with_scores(records, columns), columns)
 
@@ -269,18 +268,6 @@ def _score_preferences(
     names = preference((0.0, 0.0), (1, 1))
     columns = {name: np.array([record[name] for record in records]) for name in names}
     return TaskScores(records, dict[str, Column](columns))
-
-
-def _record(name: str, index: int, example: Example, output: str) -> dict[str, Any]:
-    return {
-        "adapter": name,
-        "row": index,
-        "prompt": example.prompt[-1].content,
-        "target": example.completion,
-        **({"references": list(example.references)} if example.references else {}),
-        **({"choices": list(example.choices)} if example.choices else {}),
-        "output": output,
-    }
 
 
 def _general_loss(
