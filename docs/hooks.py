@@ -22,9 +22,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Lead links out of docs/ to where those files are in the site, one folder nearer."""
+    """Lead links out of docs/, and those into it, to where the files are in the site."""
     names = "|".join(map(re.escape, ELSEWHERE))
-    return re.sub(rf"\]\(\.\./((?:\.\./)*)({names})", r"](\1\2", markdown)
+    markdown = re.sub(rf"\]\(\.\./((?:\.\./)*)({names})", r"](\1\2", markdown)
+    return re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", markdown)
 
 
 def command_line() -> str:

@@ -278,6 +278,21 @@ def test_a_closed_answer_is_right_by_any_of_its_references_in_the_calibration_to
     assert done.calibration["base"] == pytest.approx(unsure)
 
 
+def test_records_of_rows_with_and_without_references_have_the_same_fields(
+    tmp_path: Path, tiny_base: str
+) -> None:
+    rows = [{"q": "a?", "a": "x"}, {"q": "a?", "a": "y"}, {"q": "b?", "a": "z"}]
+    text = "prompt: '{q}'\ncompletion: '{a}'\nreferences: same prompt\nmetrics: [accuracy]\n"
+    evaluate(
+        EvaluateSettings(
+            base=tiny_base, data=(write_rows(tmp_path / "rows.jsonl", rows),),
+            task=card(tmp_path, text), max_new_tokens=2, out=tmp_path / "e", quiet=True,
+        )
+    )  # fmt: skip
+    records = read_rows(tmp_path / "e" / "records.jsonl")
+    assert [record["references"] for record in records] == [["y"], []]
+
+
 def test_labels_are_those_of_the_card_else_of_the_rows(tmp_path: Path) -> None:
     rows = [{"t": "a", "c": "yes"}, {"t": "b", "c": "no"}, {"t": "c", "c": "yes"}]
     file = write_rows(tmp_path / "rows.jsonl", rows)

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -20,15 +20,16 @@ from d2lora.data.rows import TOO_DEEP, Message, Row
 from d2lora.data.sources import nested_order, read_source, split_validation
 from d2lora.errors import DataError
 from d2lora.settings.seeds import stream_seed
+from d2lora.study.store import content_of
 from support import SHARED, needs_shared_data, write_rows
 
 ROWS = [{"prompt": f"Say {word}", "completion": word} for word in ("one", "two", "drei, vier")]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"])
 def test_every_file_kind_gives_the_same_examples(tmp_path: Path, suffix: str) -> None:
     path, frame = tmp_path / f"rows.{suffix}", pd.DataFrame(ROWS)
-    if suffix == "jsonl":
+    if suffix in ("jsonl", "ndjson"):
         write_rows(path, ROWS)
     elif suffix == "json":
         path.write_text(json.dumps({"data": ROWS}))
@@ -160,7 +161,12 @@ def test_a_line_separator_inside_a_text_is_no_new_line(tmp_path: Path) -> None:
             b'{"a": {"prompt": "p"}, "b": 1}',
             "expected a list of rows, found an object with `a`",
         ),
-        ("a.json", b'{"prompt": "p"}\n{"prompt": "q"}\n', "is it JSON Lines"),
+        (
+            "a.json",
+            b'{"prompt": "p",\n"completion": "c"}\n{"prompt": "q"}\n',
+            "Extra data at line 3",
+        ),
+        ("a.csv", b"prompt;completion\np;c\n", "between semicolons; write it with commas"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b'{"data": [{}], "test": [{}]}', "holds rows in `data` and in `test`"),
         ("a.json", b'{"data": [{}], "data": [{}]}', "`data` appears more than once"),
@@ -296,6 +302,46 @@ def test_a_parquet_column_named_twice_is_refused(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="`prompt` names more than one column"):
         read_task([str(tmp_path / "rows.parquet")])
+
+
+def test_a_json_file_of_an_object_a_line_is_read_as_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    write_rows(path, [*ROWS, {"prompt": "p"}])
+    with pytest.raises(DataError, match=r"rows\.json, row 4: field `completion`"):
+        read_task([str(path)])
+    assert len(read_task([str(path)], skip_bad=True).examples) == 3
+
+
+def test_folders_of_data_sets_are_read_as_they_are_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows, other = Dataset.from_list(ROWS), Dataset.from_list(ROWS[:1])
+    rows.save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": rows, "test": other}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    for name, part in (("train-0", rows), ("train-1", rows), ("test-0", other)):
+        part.to_parquet(tmp_path / "hub" / "data" / f"{name}000-of-00002.parquet")
+
+    def count(name: str) -> int:
+        return len(read_task([str(tmp_path / name)]).examples)
+
+    assert (count("saved"), count("splits"), count("hub")) == (3, 3, 6)
+    assert (count("splits:test"), count("hub:test")) == (1, 1)
+    before = content_of(str(tmp_path / "hub:test"))
+    assert before != content_of(str(tmp_path / "hub"))
+    (tmp_path / "hub" / "more.txt").write_text("more")
+    assert before != content_of(str(tmp_path / "hub:test"))
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("splits:tset", "no split 'tset'. Did you mean `test`? It has train, test"),
+        ("saved:test", "saved without splits, and 'test' is asked for"),
+        ("hub:valid", "the folder cannot be loaded: "), ("empty", "the folder cannot be loaded: "),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=re.escape(message)):
+            count(name)
+    with pytest.raises(DataError, match="given more than once"):
+        read_task([str(tmp_path / "hub"), str(tmp_path / "hub:train")])
 
 
 def test_a_hub_data_set_with_a_script_is_not_run(

@@ -149,6 +149,9 @@ def test_fields_that_are_not_used_are_named_once_a_source(tmp_path: Path) -> Non
     _, messages = read(tmp_path, *rows)
     unused = "`category`, `id`, `messages[].weight`"
     assert messages == [f"rows by format: 2 Dolly, 1 messages; not used: {unused}"]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    _, messages = read(tmp_path, {"messages": turns(USER, FIRST), "tools": [tool]})
+    assert messages == ["rows by format: 1 messages with `tools`"]
     _, messages = read(tmp_path, {"text": "t", "title": "T", "label": 1})
     assert messages == ["rows by format: 1 titles; not used: `label`"]
     _, messages = read(tmp_path, {"text": "t", "url": "u"})

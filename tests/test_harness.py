@@ -174,6 +174,17 @@ def test_names_that_are_no_single_task_are_refused_with_what_to_do(
 
     refused(DataError, "a group of tasks", data=("lm_eval:our_group",))
     refused(DataError, "give it as --data", choices=("lm_eval:our_problems",))
+    task = yaml.safe_load((tasks / "our_words.yaml").read_text(encoding="utf-8"))
+    _write(tasks, {**task, "task": "scored_otherwise", "metric_list": [{"metric": "mcc"}]})
+    for use in ("data", "choices"):
+        refused(
+            DataError,
+            r"none of its metrics \(mcc\) is a mean",
+            **{use: ("lm_eval:scored_otherwise",)},
+        )
+    bits = [{"metric": "acc_bytes", "aggregation": "mean", "higher_is_better": True}]
+    _write(tasks, {**task, "task": "of_bytes", "metric_list": bits})
+    refused(DataError, "neither `acc_norm` nor `acc`", choices=("lm_eval:of_bytes",))
     refused(SettingsError, "one task", data=("lm_eval:our_words", "lm_eval:our_problems"))
     refused(SettingsError, "no task of it is named", data=("rows.jsonl",))
     refused(SettingsError, "leave out --task", data=("lm_eval:our_words",), task="gsm8k")
@@ -206,12 +217,16 @@ def test_a_study_measures_forgetting_on_a_task_of_the_harness(
     assert "lm_eval" in provenance()["versions"]
 
 
-def test_a_study_names_a_task_that_the_harness_does_not_have_at_its_start(
+def test_a_study_names_a_task_that_it_cannot_measure_forgetting_on_at_its_start(
     tmp_path: Path, tiny_base: str, general: str, titles: str, tasks: Path
 ) -> None:
     plan = small_plan(tmp_path, tiny_base, general, titles)
-    plan |= {"choices": ["lm_eval:our_word"], "lm_eval_tasks": str(tasks)}
     path = tmp_path / "plan.yaml"
-    path.write_text(yaml.safe_dump(plan))
-    with pytest.raises(DataError, match=r"no such task\. Did you mean `our_words`"):
-        run_study(StudySettings(plan=(str(path),), out=tmp_path / "s", quiet=True))
+    for name, message in (
+        ("our_word", r"no such task\. Did you mean `our_words`"),
+        ("our_problems", "not a task of multiple choice"),
+    ):
+        plan |= {"choices": [f"lm_eval:{name}"], "lm_eval_tasks": str(tasks)}
+        path.write_text(yaml.safe_dump(plan))
+        with pytest.raises(DataError, match=message):
+            run_study(StudySettings(plan=(str(path),), out=tmp_path / "s", quiet=True))

@@ -155,13 +155,14 @@ def test_f1_of_labels_is_scikit_learn_s(average: str) -> None:
 
 
 @pytest.mark.parametrize("average", ["macro", "micro"])
-def test_a_row_may_have_several_labels(average: str) -> None:
+@pytest.mark.parametrize("labels", [list("abcde"), list(range(5))])
+def test_a_row_may_have_several_labels(average: str, labels: list[Any]) -> None:
     generator = np.random.default_rng(1)
     sets = [
-        [[label for label in "abcde" if generator.random() < 0.4] for _ in range(100)]
+        [[label for label in labels if generator.random() < 0.4] for _ in range(100)]
         for _ in range(2)
     ]
-    targets, outputs = map(MultiLabelBinarizer(classes=list("abcde")).fit_transform, sets)
+    targets, outputs = map(MultiLabelBinarizer(classes=labels).fit_transform, sets)
     rows = [scored(json.dumps(o), json.dumps(t)) for t, o in zip(*sets, strict=True)]
     assert mean(f"{average}_f1", rows) == pytest.approx(f1_score(targets, outputs, average=average))
 

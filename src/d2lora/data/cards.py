@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from d2lora.data.formats import FORMATS
+from d2lora.data.options import Choices
 from d2lora.data.paths import EVERY, steps_of
 from d2lora.data.preferences import PREFERENCES
 from d2lora.data.rows import repeated
@@ -60,9 +61,12 @@ class Card(Settings):
     likelier one counts."""
     labels: tuple[str, ...] = ()
     """The labels of closed answers. Empty: the answers of the training rows."""
+    choices: Choices | None = None
+    """What closed answers are chosen from, where each row brings its own choices. None: labels."""
     metrics: tuple[str, ...] = ()
     """Names of metrics, the main one first, or `file.py:function` of one's own, found from the
-    card's folder. Empty: rouge of open answers, accuracy and macro_f1 of closed ones."""
+    card's folder. Empty: rouge of open answers, accuracy and macro_f1 of labels, accuracy
+    of choices."""
     turns: Literal["last", "every"] = "last"
     """Of a conversation, what is learnt: the last answer, or every answer, each from the turns
     before it."""
@@ -142,6 +146,8 @@ class Card(Settings):
             raise ValueError("turns: every is of `answers: open`")
         if self.labels and self.answers != "closed":
             raise ValueError("labels are of `answers: closed`")
+        if self.choices is not None:
+            self._check_choices(self.choices)
         if self.answers == "pairs" and not (self.prompt is None and self.completion is None):
             raise ValueError(
                 "pairs have no templates: name their fields in `columns`, as in "
@@ -162,6 +168,24 @@ class Card(Settings):
             )
         return self
 
+    def _check_choices(self, choices: Choices) -> None:
+        if self.answers != "closed":
+            raise ValueError("choices are of `answers: closed`")
+        if self.labels:
+            raise ValueError("`choices` are each row's own, and `labels` those of all: give one")
+        if self.references is not None:
+            raise ValueError("one of the `choices` is right, so there are no `references`")
+        if choices.right and self.completion is not None:
+            raise ValueError(
+                "the answer is the choice that `right` names, or what `completion` gives: leave "
+                "one of the two out"
+            )
+
+    @property
+    def right_of_choices(self) -> bool:
+        """Whether the answer is a choice that the row names."""
+        return self.choices is not None and bool(self.choices.right)
+
     def _fields(self) -> list[str]:
         """Return the names and paths of the fields that may be shown."""
         named = [*self.columns, *self.columns.values()]
@@ -170,7 +194,7 @@ class Card(Settings):
         known = (PREFERENCES,) if self.answers == "pairs" else FORMATS
         recognized = [name for form in known for name in (*form.needs, *form.reads)]
         whole = self.prompt is not None and self.completion is not None
-        shown += self.reference_paths
+        shown += [*self.reference_paths, *(self.choices.paths if self.choices else ())]
         return [*named, *shown, *([] if whole else recognized)]
 
 

@@ -134,6 +134,11 @@ def _table(path: Path, records: Iterator[Record], header: Sequence[str]) -> Iter
     line, first = (0, list(header)) if header else next(records, (1, list[str]()))
     if isinstance(first, str):
         raise DataError(f"{path}, line {line}: {first}")
+    if kind_of(path) == ".csv" and not header and len(first) == 1 and ";" in first[0]:
+        raise DataError(
+            f"{path}: its fields stand between semicolons; write it with commas, or with tabs as a "
+            ".tsv file"
+        )
     names = [name or f"column {number}" for number, name in enumerate(first, 1)]
     if twice := repeated(names):
         raise DataError(f"{path}: the header names {twice} more than once; rename or drop columns")
@@ -181,5 +186,6 @@ def _parquet(path: Path) -> Iterator[Row | Fault]:
 
 TABLES = {".csv": _csv, ".tsv": _tsv}
 READERS: dict[str, Callable[[Path], Iterator[Row | Fault]]] = {
-    ".jsonl": read_json_lines, ".json": read_json, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet,
+    ".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json,
+    ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet,
 }  # fmt: skip

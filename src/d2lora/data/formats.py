@@ -39,7 +39,7 @@ class Format:
     def unused(self, row: Fields) -> set[str]:
         """Return the fields of a row that are not read; those of turns as `messages[].name`."""
         read = {*self.needs, *self.reads}
-        turned = read if self.turned is None else self.turned
+        turned = read - {TOOLS} if self.turned is None else self.turned
         within = {f"{field}[].{name}" for field in turned for name in unread_of(row.get(field))}
         return {name for name, value in row.items() if value is not None} - read | within
 

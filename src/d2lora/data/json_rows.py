@@ -92,6 +92,7 @@ def read_json(path: Path) -> Iterator[Row | Fault]:
     """Read a list of objects, be it in a field of an object, or an object of objects.
 
     Of an object of objects each value is a row, with its name as `key` where it has no such field.
+    A file of an object a line, as some are published under this name, is read as JSON Lines.
 
     Raises:
         DataError: If it is anything else.
@@ -101,9 +102,11 @@ def read_json(path: Path) -> Iterator[Row | Fault]:
     try:
         value = _LENIENT.decode(text)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and _is_object(text.partition("\n")[0]):
+            yield from read_json_lines(path)
+            return
         place = f"line {error.lineno}, column {error.colno}"
-        hint = "; is it JSON Lines? Then name it .jsonl" if error.msg == "Extra data" else ""
-        raise DataError(f"{path}: not JSON: {error.msg} at {place}{hint}") from None
+        raise DataError(f"{path}: not JSON: {error.msg} at {place}") from None
     except _UnusableError as error:
         raise DataError(f"{path}: {error}") from None
     except RecursionError:
@@ -116,6 +119,13 @@ def read_json(path: Path) -> Iterator[Row | Fault]:
         if key is not None and isinstance(item, Row):
             item = replace(item, values={"key": key, **item.values})
         yield item
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(_LENIENT.decode(text), dict)
+    except ValueError:
+        return False
 
 
 def _field_of_rows(value: dict[str, Any], path: Path) -> str | None:

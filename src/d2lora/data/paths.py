@@ -75,6 +75,11 @@ def as_text(value: Any) -> str:
     return str(value)  # a text, or a date or a decimal number of Parquet
 
 
+def is_answer(value: Any) -> bool:
+    """Say whether a value is one that can be answered: no list, no object, not empty."""
+    return not isinstance(value, list | dict) and value is not None and bool(as_text(value).strip())
+
+
 def column_of(path: str) -> str:
     """Return the column that a path starts from."""
     return str(steps_of(path)[0])

@@ -209,7 +209,9 @@ def with_references(data: TaskData) -> TaskData:
 
 
 def labels_of(data: TaskData) -> tuple[str, ...]:
-    """Return the labels of closed answers: those that the card lists, else all of the rows."""
+    """Return the labels that answers are chosen from: the card's, else those of the rows."""
+    if not data.task.has_labels:
+        return ()
     return data.task.card.labels or tuple(sorted({e.completion for e in data.examples}))
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 Role = Literal["system", "user", "assistant", "tool"]
 Span = tuple[int, int]
 GZIP = ".gz"
-_LINED = (".jsonl", ".csv", ".tsv")
+_LINED = (".jsonl", ".ndjson", ".csv", ".tsv")
 """Kinds of files whose rows are known by a line."""
 
 
@@ -59,6 +59,8 @@ class Example:
     """The worse completion, where the row is a preference and `completion` the chosen one."""
     references: tuple[str, ...] = ()
     """Other right answers than `completion`, for scoring."""
+    choices: tuple[str, ...] = ()
+    """What the answer is chosen from, where rows bring their own."""
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Of an answer that calls tools: `content` and `tool_calls`, for the chat template to write;
     the `completion` is then a plain text of both."""

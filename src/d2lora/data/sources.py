@@ -1,8 +1,8 @@
-"""Reading rows from files and hub data sets, choosing subsets that nest, fingerprints of data.
+"""Reading rows from files and data sets, choosing subsets that nest, fingerprints of data.
 
-A source is a file (.jsonl, .json, .csv, .tsv, .parquet) or a hub data set written
-`owner/name:split` or `owner/name/config:split`. Rows come back raw, each with the place where it
-stands; `tasks` gives them meaning.
+A source is a file (`files.READERS`), a hub data set written `owner/name:split` or
+`owner/name/config:split`, or a folder of one, `FOLDER:split`. Rows come back raw, each with the
+place where it stands; `tasks` gives them meaning.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ from d2lora.data.rows import (
     repeated,
     with_nulls,
 )
+from d2lora.data.sets import folder_of, of_hub, rows_of_set
 from d2lora.errors import DataError
 from d2lora.runtime.run_folder import read_json, sha256_of, write_text
 
@@ -64,14 +65,17 @@ class Source:
 
 
 def is_local(name: str) -> bool:
-    """Say whether a source is a file that is here, which is read without asking a hub."""
-    return kind_of(Path(name)) in READERS and Path(name).is_file()
+    """Say whether a source is a file or folder that is here, which is read without asking a hub."""
+    if kind_of(Path(name)) in READERS:
+        return Path(name).is_file()
+    return folder_of(name) is not None
 
 
 def is_remote(name: str) -> bool:
     """Say whether a source is a hub data set: it is no file, and does not look like one."""
     path = Path(name)
-    return kind_of(path) not in READERS and not path.exists() and _of_hub(name)
+    here = path.exists() or folder_of(name) is not None
+    return kind_of(path) not in READERS and not here and of_hub(name)
 
 
 def check_different(names: Iterable[str]) -> None:
@@ -80,9 +84,14 @@ def check_different(names: Iterable[str]) -> None:
     Raises:
         DataError: If one is.
     """
-    paths = [os.path.realpath(name) if is_local(name) else name for name in names]
-    if twice := repeated(paths):
+    if twice := repeated(map(_path_of, names)):
         raise DataError(f"{twice} is given more than once, so its rows would count twice")
+
+
+def _path_of(name: str) -> str:
+    if folder := folder_of(name):
+        return f"{os.path.realpath(folder.path)}:{folder.split}"
+    return os.path.realpath(name) if is_local(name) else name
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ def stream_source(name: str, layout: Layout = PLAIN) -> Stream:
     """Open one source; JSON Lines, CSV, Parquet and hub data are never in memory as a whole.
 
     Args:
-        name: A file or a hub data set.
+        name: A file, a hub data set or a folder of one.
         layout: How rows lie in it.
 
     Raises:
@@ -134,11 +143,11 @@ def stream_source(name: str, layout: Layout = PLAIN) -> Stream:
             raise DataError(f"{name}: {found}")
         items = _within(file_items(path, layout.header), layout.rows)
         return Stream(str(path), _some(name, items), lambda: sha256_of(path))
-    if name and path.exists():
+    if name and path.exists() and folder_of(name) is None:
         kinds = ", ".join(READERS)
         raise DataError(f"{name}: expected a file of kind {kinds}, found {path.suffix or 'none'}")
     digest = hashlib.sha256()
-    items = _within(_hub_items(name, digest.update), layout.rows)
+    items = _within(_set_items(name, digest.update), layout.rows)
     return Stream(name, _some(name, items), digest.hexdigest)
 
 
@@ -179,33 +188,8 @@ def _some(name: str, items: Iterable[Row | Fault]) -> Iterator[Row | Fault]:
         raise DataError(f"{name}: the file holds no rows")
 
 
-def _of_hub(name: str) -> bool:
-    parts = name.partition(":")[0].split("/")
-    return len(parts) in (2, 3) and all(parts) and not name.startswith((".", "/"))
-
-
-def _hub_items(name: str, digested: Callable[[bytes], None]) -> Iterator[Row | Fault]:
-    repository, _, split = name.partition(":")
-    parts = repository.split("/")
-    if not _of_hub(name):
-        raise DataError(
-            f"{name}: no such file, and not a hub data set (`owner/name:split` or "
-            "`owner/name/config:split`)"
-        )
-    from datasets import exceptions, load_dataset
-
-    config = parts[2] if len(parts) == 3 else None
-    try:
-        loaded = load_dataset("/".join(parts[:2]), config, split=split or "train")
-    except (exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        reason, *_ = str(error).splitlines() or [type(error).__name__]
-        if "scripts are no longer supported" in reason:
-            reason = (
-                "it is a script, and d2lora runs no code from the hub; give a data set of data "
-                "files (many have a branch `refs/convert/parquet`: download a file of it)"
-            )
-        raise DataError(f"{name}: the hub data set cannot be loaded: {reason}") from None
-    for number, row in enumerate(loaded, 1):
+def _set_items(name: str, digested: Callable[[bytes], None]) -> Iterator[Row | Fault]:
+    for number, row in enumerate(rows_of_set(name), 1):
         values = with_nulls(dict(row))
         digested(json.dumps(values, sort_keys=True, default=str).encode())
         yield readable(Row(values, name, number))

@@ -5,7 +5,8 @@ written down in the card, because a score without its prompt cannot be compared
 (lm-evaluation-harness#2034).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -21,8 +22,10 @@ from d2lora.data.formats import (
     given,
     missing,
 )
+from d2lora.data.options import NO_OPTIONS, options_of
 from d2lora.data.paths import Items, as_text, column_of, value_at
 from d2lora.data.preferences import PREFERENCES, read_preference
+from d2lora.data.references import references_of
 from d2lora.data.rows import PLAIN, BadRowError, Example, Layout, Message
 from d2lora.data.templates import Template
 
@@ -61,9 +64,20 @@ class Task:
         return "none" if self.card.prompt == "" else self.card.answers
 
     @property
+    def has_labels(self) -> bool:
+        """Whether answers are chosen from labels that all rows share."""
+        return self.answers == "closed" and self.card.choices is None
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Names of what outputs are scored by, the main one first; empty where there are none."""
-        return self.card.metrics or _DEFAULT_METRICS.get(self.answers, ())
+        default = ("accuracy",) if self.card.choices else _DEFAULT_METRICS.get(self.answers, ())
+        return self.card.metrics or default
+
+    @property
+    def _answers_itself(self) -> bool:
+        """Whether the card says what the answer is, and not the row's own form."""
+        return "completion" in self.named.templates or self.card.right_of_choices
 
     @cached_property
     def formats(self) -> tuple[Format, ...]:
@@ -71,8 +85,9 @@ class Task:
         card, templates = self.card, self.named.templates
         paths = [*card.columns.values()]
         filled = [path for template in templates.values() for path in template.paths]
-        if card.prompt is not None and "completion" not in templates:
+        if card.prompt is not None and not self._answers_itself:
             filled.append("completion")
+        filled += card.choices.paths if card.choices else ()
         paths += [path for path in filled if column_of(path) not in card.columns]
         paths += [p for p in card.reference_paths if column_of(p) not in card.columns]
         shown = list(dict.fromkeys(map(column_of, paths)))
@@ -81,6 +96,8 @@ class Task:
             turned = whole if card.prompt is None else self._turned
             return (Format(self.name, tuple(paths), tuple(shown), tuple(turned)),)
         known = (PREFERENCES,) if self.answers == "pairs" else FORMATS
+        if self._answers_itself:
+            known = PROMPTS
         if not shown:
             return known
         return tuple(replace(form, reads=(*form.reads, *shown)) for form in known)
@@ -115,6 +132,11 @@ class Task:
         example = self._read(row, answered=True)
         if self.answers == "closed":
             example = replace(example, completion=example.completion.strip())
+        if (own := example.choices) and example.completion not in own:
+            raise BadRowError(
+                f"the answer {example.completion!r:.60} is none of the {len(own)} choices of the "
+                f"row ({self.named.place('choices')})"
+            )
         if self.card.labels and example.completion not in self.card.labels:
             raise BadRowError(
                 f"the answer {example.completion!r:.60} is none of the "
@@ -142,30 +164,33 @@ class Task:
         row = {**row, **self._named(row, self.card.values.keys() - columns)}
         values = {**row, **self._columns(row, answered=answered)}
         values.update(self._named(values, self.card.values.keys() & columns))
-        if self.card.prompt is None:
+        recognized = self.card.prompt is None
+        if recognized:
             example = self._recognized(row, values, answered=answered)
         else:
-            prompt = ()
-            if "prompt" in templates:
-                prompt = self._prompt(templates["prompt"], values)
-            completion = self._completion(values) if answered or not prompt else ""
-            example = Example(prompt, completion)
+            shown = "prompt" in templates
+            example = Example(self._prompt(templates["prompt"], values) if shown else (), "")
+        if answered or not example.prompt:
+            with self._placed("choices"):
+                own = options_of(values, self.card.choices) if self.card.choices else NO_OPTIONS
+            if not recognized or self._answers_itself:
+                right = own.right or self._completion(values)
+                example = replace(example, completion=right, more={})
+            with self._placed("references"):
+                references = references_of(values, self.card.reference_paths)
+            example = replace(example, references=references, choices=own.texts)
         if "system" in templates and not any(turn.role == "system" for turn in example.prompt):
             system = Message("system", self._filled("system", values).text)
             example = replace(example, prompt=(system, *example.prompt))
-        return replace(example, references=self._references(values)) if answered else example
+        return example
 
     def _columns(self, row: Fields, *, answered: bool) -> dict[str, Any]:
         """Return the fields that the card names; without an answer those that are there."""
         named: dict[str, Any] = {}
         for name, path in self.card.columns.items():
-            try:
-                value = value_at(row, path)
-            except BadRowError as error:
-                if answered and name not in self._optional:
-                    raise self._placed(error, "columns") from None
-            else:
-                named[name] = value
+            needed = answered and name not in self._optional
+            with self._placed("columns") if needed else suppress(BadRowError):
+                named[name] = value_at(row, path)
         return named
 
     def _named(self, row: Fields, fields: Iterable[str]) -> dict[str, Any]:
@@ -196,14 +221,13 @@ class Task:
         """Read a row in a format that is known by its fields."""
         own = {name: _field(values[name]) for name in self.card.columns if name in values}
         own = own if self.card.columns else dict(row)
-        if answered and "completion" in self.named.templates:
-            own["completion"] = self._completion(values)
         if self.answers == "pairs":
             return read_preference(own)
-        known = format_of(FORMATS if answered else PROMPTS, own)
+        whole = answered and not self._answers_itself
+        known = format_of(FORMATS if whole else PROMPTS, own)
         if not isinstance(known, Conversation):
             raise BadRowError(missing(own))
-        if str(own.get("label")).lower() == "false":
+        if whole and str(own.get("label")).lower() == "false":
             raise BadRowError(
                 "`label` is false: as in KTO, this answer is one to avoid; leave such rows out, or "
                 "pair them with better answers as `chosen` and `rejected`"
@@ -220,42 +244,22 @@ class Task:
 
     def _completion(self, values: Fields) -> str:
         template = self.named.templates.get("completion", Template.of("{completion}"))
-        try:
+        with self._placed("completion"):
             return template.fill(values).text
-        except BadRowError as error:
-            raise self._placed(error, "completion") from None
 
     def _filled(self, name: str, values: Fields) -> Any:
-        try:
+        with self._placed(name):
             return self.named.templates[name].fill(values)
+
+    @contextmanager
+    def _placed(self, setting: str) -> Generator[None]:
+        """Name the line of a card's file in what is wrong with a row."""
+        try:
+            yield
         except BadRowError as error:
-            raise self._placed(error, name) from None
-
-    def _placed(self, error: BadRowError, setting: str) -> BadRowError:
-        if self.named.path is None:
-            return error
-        return BadRowError(f"{error}; {self.named.place(setting)} needs it")
-
-    def _references(self, values: Fields) -> tuple[str, ...]:
-        """Return the further right answers: of several paths those that hold something."""
-        paths, found = self.card.reference_paths, list[str]()
-        for path in paths:
-            if len(paths) > 1 and values.get(path, path) in (None, ""):
-                continue
-            try:
-                value = value_at(values, path)
-            except BadRowError as error:
-                raise self._placed(error, "references") from None
-            texts = value if isinstance(value, list) else [value]
-            if not all(_is_answer(text) for text in texts):
-                error = BadRowError(f"field `{path}` must be a text or a list of texts, none empty")
-                raise self._placed(error, "references")
-            found += map(as_text, texts)
-        return tuple(found)
-
-
-def _is_answer(value: Any) -> bool:
-    return not isinstance(value, list | dict) and value is not None and bool(as_text(value).strip())
+            if self.named.path is None:
+                raise
+            raise BadRowError(f"{error}; {self.named.place(setting)} needs it") from None
 
 
 def _field(value: Any) -> Any:
@@ -284,9 +288,9 @@ def _detected(row: Fields) -> Task:
     return _shipped("instruct")
 
 
-def is_closed(name: str) -> bool:
-    """Say whether a task, as it is named in settings, has closed answers."""
-    return name != AUTO and task_of(name, {}).answers == "closed"
+def has_labels(name: str) -> bool:
+    """Say whether answers of a task, as settings name it, are chosen from labels of all rows."""
+    return name != AUTO and task_of(name, {}).has_labels
 
 
 def layout_of(name: str) -> Layout:

@@ -8,7 +8,7 @@ import copy
 import io
 import logging
 import random
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from numbers import Real
@@ -56,6 +56,36 @@ class HarnessTask:
         """Whether choices are scored by their log-probability."""
         return self.task.OUTPUT_TYPE == "multiple_choice"
 
+    @property
+    def means(self) -> list[str]:
+        """Its metrics whose value is the mean of its rows' values."""
+        from lm_eval.api.metrics import mean
+
+        return [name for name, one in self.task.aggregation().items() if one is mean]
+
+    def check_choices(self) -> None:
+        """Check that forgetting can be measured on it.
+
+        Raises:
+            DataError: If it is no task of multiple choice, or does not say which choice is right.
+        """
+        if not self.is_multiple_choice:
+            raise DataError(
+                f"--choices {PREFIX}{self.name}: not a task of multiple choice; give it as --data"
+            )
+        if not {"acc", "acc_norm"} & set(self.means):
+            raise DataError(
+                f"--choices {PREFIX}{self.name}: it has neither `acc_norm` nor `acc`; give it as "
+                "--data"
+            )
+
+    def unscored(self, metrics: Iterable[str]) -> DataError:
+        """Return the error that none of its metrics can be compared."""
+        return DataError(
+            f"{PREFIX}{self.name}: none of its metrics ({', '.join(metrics)}) is a mean of rows, "
+            "so adapters cannot be compared on it"
+        )
+
     def scores(
         self, model: nn.Module, base: Base, limit: int | None = None, *, quiet: bool = False
     ) -> HarnessScores:
@@ -95,22 +125,14 @@ class HarnessTask:
         samples = found["samples"][self.name]
         columns = _means(samples, self.task.aggregation())
         if not columns:
-            raise DataError(
-                f"{PREFIX}{self.name}: none of its metrics ({', '.join(samples[0]['metrics'])}) is "
-                "a mean of rows, so adapters cannot be compared on it"
-            )
+            raise self.unscored(samples[0]["metrics"])
         rows = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
         return HarnessScores([self._record(sample) for sample in rows], columns)
 
     def right(self, model: nn.Module, base: Base, *, quiet: bool = False) -> list[float]:
         """Return 1 for each question answered right, else 0: `acc_norm`, else `acc`."""
         columns = self.scores(model, base, quiet=quiet).columns
-        column = columns.get("acc_norm", columns.get("acc"))
-        if column is None:
-            raise DataError(
-                f"{PREFIX}{self.name}: it has neither `acc_norm` nor `acc`; give it as --data"
-            )
-        return np.asarray(column).tolist()
+        return np.asarray(columns["acc_norm" if "acc_norm" in columns else "acc"]).tolist()
 
     def _record(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         target, output = sample["target"], str(sample["resps"][0][0])
@@ -190,7 +212,10 @@ def _read(name: str, manager: Any) -> HarnessTask:
         raise DataError(f"{PREFIX}{name}: it cannot be loaded: {_reason(error)}") from error
     if getattr(task, "UNSAFE_CODE", False):
         raise DataError(f"{PREFIX}{name}: it runs code that a model writes; d2lora does not")
-    return HarnessTask(name, task)
+    read = HarnessTask(name, task)
+    if not read.means:
+        raise read.unscored(task.aggregation())
+    return read
 
 
 def _reason(error: Exception) -> str:

@@ -14,15 +14,17 @@ from d2lora.data.chat_text import Format
 from d2lora.data.choices import ChoiceQuestion
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import Prompts, encode_all, encode_pairs, encode_prompts, every
+from d2lora.data.options import Per
 from d2lora.data.rows import Example, Message
+from d2lora.data.tasks import Task
 from d2lora.errors import DataError, listed
-from d2lora.evaluation.closed import choose_labels
+from d2lora.evaluation.closed import choose_labels, longest_answer
 from d2lora.evaluation.closed import questions_of as label_questions
 from d2lora.evaluation.counts import Column
 from d2lora.evaluation.decoding import Decoder, check_room
 from d2lora.evaluation.generate import adapted, decode, encoder_of
 from d2lora.evaluation.metrics import preference
-from d2lora.evaluation.outputs import columns_of_outputs, with_scores
+from d2lora.evaluation.outputs import columns_of_outputs, records_of, with_scores
 from d2lora.evaluation.shots import with_shots
 from d2lora.evaluation.test_sets import TestSets
 from d2lora.runtime.console import Reporter
@@ -141,10 +143,11 @@ def _score_task(
             outputs[index] = decode(base, ids, marks), len(ids)
             bar.update(len(outputs))
     said = [outputs[index] for index in range(len(examples))]
-    columns = columns_of_outputs(data, [output for output, _ in said])
+    texts = [output for output, _ in said]
+    columns = columns_of_outputs(data, texts)
     records = [
-        {**_record(name, index, example, output), "n_output_tokens": n_tokens}
-        for index, (example, (output, n_tokens)) in enumerate(zip(examples, said, strict=True))
+        {**record, "n_output_tokens": n_tokens}
+        for record, (_, n_tokens) in zip(records_of(name, examples, texts), said, strict=True)
     ]
     return TaskScores(with_scores(records, columns), columns)
 
@@ -164,13 +167,19 @@ def _score_closed(
     examples = data.examples[: settings.limit]
     prompts = prompts_of(encoder, sets, settings)
     _say(prompts.report(settings.max_length), reporter)
-    chosen = choose_labels(model, base, encoder, examples, prompts.ids, sets.labels)
-    columns = columns_of_outputs(data, [one.label for one in chosen])
+    per = _per(data.task)
+    chosen = choose_labels(model, base, encoder, examples, prompts.ids, sets.labels, per)
+    labels = [one.label for one in chosen]
+    columns = columns_of_outputs(data, labels)
     records = [
-        {**_record(name, index, example, one.label), "confidence": one.confidence}
-        for index, (example, one) in enumerate(zip(examples, chosen, strict=True))
+        {**record, **({} if one.confidence is None else {"confidence": one.confidence})}
+        for record, one in zip(records_of(name, examples, labels), chosen, strict=True)
     ]
     return TaskScores(with_scores(records, columns), columns)
+
+
+def _per(task: Task) -> Per:
+    return task.card.choices.per if task.card.choices else "answer"
 
 
 def prompts_of(encoder: Encoder, sets: TestSets, settings: EvaluateSettings) -> Prompts:
@@ -179,8 +188,7 @@ def prompts_of(encoder: Encoder, sets: TestSets, settings: EvaluateSettings) -> 
     examples = sets.task.examples[: settings.limit]
     room = settings.max_new_tokens
     if sets.task.task.answers == "closed" and examples:
-        answered = [replace(examples[0], completion=label) for label in sets.labels]
-        room = max(item.n_supervised for item in every(encoder.encode, answered))
+        room = longest_answer(encoder, examples, sets.labels)
     if not sets.shots:
         return encode_prompts(encoder, examples, settings.max_length, settings.overlong, room)
     prompted = with_shots(encoder, examples, sets.shots, room)
@@ -217,7 +225,7 @@ def check_rows(
         if data.task.answers in ("open", "closed"):
             prompts = prompts_of(encoder, sets, settings)
             if data.task.answers == "closed":
-                label_questions(encoder, examples, prompts.ids, sets.labels)
+                label_questions(encoder, examples, prompts.ids, sets.labels, _per(data.task))
             else:
                 places = [example.place for example in examples]
                 check_room(prompts.ids, places, base.model, settings.max_new_tokens)
@@ -260,17 +268,6 @@ def _score_preferences(
     names = preference((0.0, 0.0), (1, 1))
     columns = {name: np.array([record[name] for record in records]) for name in names}
     return TaskScores(records, dict[str, Column](columns))
-
-
-def _record(name: str, index: int, example: Example, output: str) -> dict[str, Any]:
-    return {
-        "adapter": name,
-        "row": index,
-        "prompt": example.prompt[-1].content,
-        "target": example.completion,
-        **({"references": list(example.references)} if example.references else {}),
-        "output": output,
-    }
 
 
 def _general_loss(

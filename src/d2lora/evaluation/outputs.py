@@ -1,7 +1,7 @@
 """From outputs to scores: what a model said, without its thoughts, by the metrics of its task."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from d2lora.data.reading import TaskData
@@ -30,6 +30,23 @@ def scored_output(output: str, example: Example, row: Row, task: Task) -> Scored
     answers = (example.completion, *example.references)
     said, *right = (without_thoughts(text, task.card.thoughts) for text in (output, *answers))
     return Scored(said, right[0], tuple(right), row.values)
+
+
+def records_of(
+    name: str, examples: Sequence[Example], outputs: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield what is known of each row; all of them have the same fields."""
+    with_references = any(example.references for example in examples)
+    for index, (example, output) in enumerate(zip(examples, outputs, strict=True)):
+        yield {
+            "adapter": name,
+            "row": index,
+            "prompt": example.prompt[-1].content,
+            "target": example.completion,
+            **({"references": list(example.references)} if with_references else {}),
+            **({"choices": list(example.choices)} if example.choices else {}),
+            "output": output,
+        }
 
 
 def with_scores(records: list[dict[str, Any]], columns: dict[str, Column]) -> list[dict[str, Any]]:

@@ -106,12 +106,11 @@ def _check_training_data(settings: EvaluateSettings, task: TaskData | None) -> N
     """
     if not settings.training_data:
         raise SettingsError("--shots needs the rows to show: give --training-data")
-    answers = None if task is None else task.task.answers
-    if settings.shots and answers == "pairs":
+    if settings.shots and task is not None and task.task.answers == "pairs":
         raise SettingsError("--shots: preferences are scored without answers to show before them")
-    if answers is None or not (settings.shots or answers == "closed"):
+    if task is None or not (settings.shots or task.task.has_labels):
         raise SettingsError(
-            "--training-data is of use for a task's --shots and closed answers alone; leave it out"
+            "--training-data is of use for a task's --shots and labels alone; leave it out"
         )
 
 
@@ -146,16 +145,13 @@ def _of_the_harness(
     named = list(dict.fromkeys([*data, *choices]))
     tasks = read_harness_tasks(named, settings.lm_eval_tasks, quiet=settings.quiet)
     for name in choices:
-        if not tasks[name].is_multiple_choice:
-            raise DataError(
-                f"--choices lm_eval:{name}: not a task of multiple choice; give it as --data"
-            )
+        tasks[name].check_choices()
     return tasks[data[0]] if data else None, [tasks[name] for name in choices]
 
 
 def _labels(task: TaskData | None, training: TaskData | None) -> tuple[str, ...]:
     """Return the labels that the card lists or that training rows have."""
-    if task is None or task.task.answers != "closed":
+    if task is None or not task.task.has_labels:
         return ()
     return labels_of(training) if training else task.task.card.labels
 
@@ -163,7 +159,7 @@ def _labels(task: TaskData | None, training: TaskData | None) -> tuple[str, ...]
 def labels_known(sets: TestSets, adapters: Sequence[Path], say: Say) -> tuple[str, ...]:
     """Return the labels to choose from: the data's, else the adapters', else the test rows'."""
     task = sets.task
-    if task is None or task.task.answers != "closed":
+    if task is None or not task.task.has_labels:
         return ()
     labels = sets.labels or _labels_of_others(task, adapters, say)
     if unknown := never_chosen(task, labels):

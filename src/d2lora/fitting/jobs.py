@@ -81,8 +81,7 @@ class Tuning(Job):
         shown = [split.data.examples[place] for place in split.trained[:shots]]
         base = shared_base(self.training)
         left = split.rows(split.left)
-        labels = labels_of(split.data) if left.task.answers == "closed" else ()
-        answers = answers_of(base, adapter, left, shown, labels, self.tests)
+        answers = answers_of(base, adapter, left, shown, labels_of(split.data), self.tests)
         return {"places": split.left, **answers}
 
 

@@ -25,7 +25,7 @@ class FitSettings(BaseSettings, FormatSettings, ReplaySettings):
     """`d2lora fit`: task rows + initializations -> the best adapter, and how sure that is."""
 
     data: tuple[str, ...]
-    """The task's rows: files (JSONL, JSON, CSV, Parquet) or hub ids (`owner/name:split`)."""
+    """The task's rows: files (JSONL, JSON, CSV, Parquet), folders or hub ids (`NAME:split`)."""
     out: Path
     """Folder to write: `adapter`, `index.html` with what was found, and the store of runs. The same
     command continues a killed run."""

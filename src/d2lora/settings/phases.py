@@ -36,7 +36,7 @@ class PhaseSettings(
     """What warm-up and adaptation share."""
 
     data: tuple[str, ...]
-    """Training data: files (JSONL, JSON, CSV, Parquet) or hub ids (`owner/name:split`)."""
+    """Training data: files (JSONL, JSON, CSV, Parquet), folders or hub ids (`NAME:split`)."""
     out: Path
     """Run folder to write."""
     init: str = FRESH

@@ -27,7 +27,7 @@ class SelectSettings(BaseSettings, HygieneSettings):
     positional: ClassVar[tuple[str, ...]] = ("data",)
 
     data: tuple[str, ...]
-    """The pool: files (JSONL, JSON, CSV, Parquet) or hub ids; may stand before the options."""
+    """The pool: files (JSONL, CSV, ...), folders or hub ids; may stand before the options."""
     m: int = Field(ge=1)
     """Rows to select (short: -m)."""
     for_task: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from typing import Any
 from d2lora.adapters.lora import PARTIAL
 from d2lora.data.reading import read_task
 from d2lora.data.sources import split_validation
-from d2lora.data.tasks import is_closed
+from d2lora.data.tasks import has_labels
 from d2lora.errors import counted
 from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, PhaseSettings
 from d2lora.study.cells import BASE, Cell
@@ -264,7 +264,7 @@ class Needs:
             out=Path(),
             data=task.test,
             task=task.task,
-            training_data=task.data if is_closed(task.task) else (),
+            training_data=task.data if has_labels(task.task) else (),
             limit=task.n_test,
             general_text=self.plan.general_text,
             choices=self.plan.choices,

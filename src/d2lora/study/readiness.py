@@ -115,7 +115,9 @@ def _faults_of_single_rows(plan: StudyPlan) -> list[str]:
 def _faults_of_choices(plan: StudyPlan) -> list[str]:
     """Look for the tasks of lm-evaluation-harness that forgetting is measured on."""
     try:
-        read_harness_tasks(split_names(plan.choices)[1], plan.lm_eval_tasks, quiet=True)
+        names = split_names(plan.choices)[1]
+        for task in read_harness_tasks(names, plan.lm_eval_tasks, quiet=True).values():
+            task.check_choices()
     except D2LoraError as error:
         return [f"choices: {error}"]
     return []
@@ -184,7 +186,7 @@ def cut_short(plan: StudyPlan) -> list[str]:
         rows, tests = (
             read_task(files, task.task, check=encoder.check) for files in (task.data, task.test)
         )
-        if tests.task.answers == "closed" and (unknown := never_chosen(tests, labels_of(rows))):
+        if tests.task.has_labels and (unknown := never_chosen(tests, labels_of(rows))):
             messages.append(f"tasks.{name}: {unknown}")
         if tests.task.answers != "open":
             continue

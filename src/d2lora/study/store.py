@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
+from d2lora.data.sets import folder_of
 from d2lora.errors import ModelError
 from d2lora.runtime.run_folder import Stamp, provenance, read_json, sha256_of, stamp_of, write_json
 from d2lora.settings import BaseSettings, Settings
@@ -151,8 +152,10 @@ def adapter_content(folder: Path) -> str:
 
 
 def content_of(name: str) -> str:
-    """Return the SHA-256 of a file; of what is not a file here, as a hub data set, the name."""
+    """Return the SHA-256 of a file or folder; of what is not here, as a hub data set, the name."""
     path = Path(name)
+    if folder := folder_of(name):
+        return f"{_folder_content(str(folder.path))}:{folder.split}"
     return _sha256(stamp_of(path)) if path.is_file() else name
 
 

@@ -14,6 +14,7 @@ from d2lora.data.batches import Encoded
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import every
 from d2lora.data.reading import labels_of, read_task
+from d2lora.data.rows import Example
 from d2lora.data.tasks import answers_of
 from d2lora.errors import counted
 from d2lora.evaluation.metrics import metrics_named
@@ -35,6 +36,8 @@ class Shown:
     n_supervised: int
     given: str
     supervised: str
+    choices: tuple[str, ...]
+    """What the answer is chosen from, where rows bring their own."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +87,22 @@ def see_rows(settings: InspectSettings) -> RowsSeen:
         encoder.format,
         data.task.answers,
         data.task.metrics,
-        labels_of(data) if data.task.answers == "closed" else (),
+        labels_of(data),
         len(data.examples),
         len(items),
         max(lengths),
         statistics.median(lengths),
         sum(item.n_supervised for item in items),
-        [_shown(example.place, item, encoder) for example, item in shown],
+        [_shown(example, item, encoder) for example, item in shown],
     )
 
 
-def _shown(place: str, item: Encoded, encoder: Encoder) -> Shown:
+def _shown(example: Example, item: Encoded, encoder: Encoder) -> Shown:
     given, supervised = (
         str(encoder.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
         for ids in (item.ids[: item.n_prompt], item.ids[item.n_prompt :])
     )
-    return Shown(place, item.length, item.n_supervised, given, supervised)
+    return Shown(example.place, item.length, item.n_supervised, given, supervised, example.choices)
 
 
 def print_rows(seen: RowsSeen, out: Path | None) -> None:
@@ -134,3 +137,5 @@ def _print_row(console: Console, row: Shown) -> None:
     text = Text(row.given, style="dim")
     text.append(f"{OPEN}{row.supervised}{CLOSE}", style="bold green")
     console.print(text)
+    if row.choices:
+        console.print(f"chosen from: {' | '.join(row.choices)}", markup=False)

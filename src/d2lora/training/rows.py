@@ -100,7 +100,7 @@ def prepare_rows(
         train_items = _encoded(settings, encoder, learnt).items
         reporter.say(f"{counted(len(train_items), 'answer')} of these rows are learnt")
     trained = TrainedRows.of(learnt)
-    labels = labels_of(data) if data.task.answers == "closed" else ()
+    labels = labels_of(data)
     origins: list[str] = []
     if isinstance(settings, WarmupSettings) and settings.meta_steps is not None:
         places = [chosen[encoded.kept[index]] for index in train_rows]

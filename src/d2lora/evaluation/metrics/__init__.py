@@ -56,7 +56,7 @@ _TITLES = {
     PREFERENCE[0]: "preference accuracy",
 }
 _FIELDS = frozenset(
-    "adapter row prompt target references output n_output_tokens confidence".split()
+    "adapter row prompt target references choices output n_output_tokens confidence".split()
 )
 """What a record of a test row has beside its scores."""
 

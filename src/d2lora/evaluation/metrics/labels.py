@@ -1,14 +1,15 @@
 """F1 of labels, as by scikit-learn's `f1_score`.
 
-A row has one label, its text, or several, a JSON list of texts. As in scikit-learn, every label
-counts that is the target or the output of some row: an output that is no target is one more label,
-of F1 0.
+A row has one label, its text, or several, a JSON list of texts or numbers. As in scikit-learn,
+every label counts that is the target or the output of some row: an output that is no target is one
+more label, of F1 0.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from d2lora.data.paths import as_text
 from d2lora.evaluation.counts import Array, Column, Counts, f1_counts, ratio
 from d2lora.evaluation.metrics.metric import Scored
 from d2lora.evaluation.metrics.structured import parsed
@@ -36,8 +37,8 @@ def _found_and_wanted(scored: Sequence[Scored]) -> tuple[list[set[str]], list[se
 
 def _labels(text: str) -> set[str]:
     value = parsed(text)
-    several = isinstance(value, list) and all(isinstance(label, str) for label in value)
-    return {label.strip() for label in value} if several else {text.strip()}
+    several = isinstance(value, list) and not any(isinstance(v, list | dict) for v in value)
+    return {as_text(label).strip() for label in value} if several else {text.strip()}
 
 
 def _table(rows: Sequence[set[str]], place: dict[str, int]) -> Array:
