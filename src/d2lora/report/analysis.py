@@ -51,7 +51,7 @@ def read_findings(path: Path) -> Findings:
     if lacking := sorted(_KEYS - study.keys()):
         raise RunError(f"{path / 'study.json'}: it lacks {', '.join(lacking)}; {_AGAIN}")
     study = {**_printable(study), "store": study["store"]}
-    plan = StudyPlan(**study["plan"])
+    plan = StudyPlan.unchecked(study["plan"])
     rows = _lines(path / "results.jsonl")
     if not rows:
         raise RunError(f"{path}: no cell of the study is finished")

@@ -25,7 +25,7 @@ from d2lora.runtime.run_folder import DONE, SETTINGS, RunFolder, new_folder, pro
 from d2lora.selection import datacard
 from d2lora.selection.features import PoolFeatures
 from d2lora.selection.hygiene import Cleaned, clean
-from d2lora.selection.methods import EMBEDDED, OF_TASK, Pick, Request, choose, need_task
+from d2lora.selection.methods import OF_TASK, Pick, Request, choose, need_task
 from d2lora.settings import SelectSettings
 from d2lora.settings.seeds import stream_seed
 
@@ -91,11 +91,6 @@ def _method(settings: SelectSettings) -> str:
         method = "dsir" if settings.for_task else "stratified"
     if method in OF_TASK:
         need_task(settings.for_task, method)
-    if settings.embedding != "base" and method not in EMBEDDED:
-        raise SettingsError(
-            f"--embedding {settings.embedding}: {method} does not use it; leave it out, or "
-            f"use --method {', '.join(EMBEDDED[:-1])} or {EMBEDDED[-1]}"
-        )
     return method
 
 
