@@ -115,8 +115,7 @@ def _run(name: str, words: list[str]) -> None:
 def _on_line(kind: "type[Settings]", words: list[str]) -> set[str]:
     """Return the settings that are given as options, at their defaults or not."""
     options = (word.partition("=")[0] for word in words if word.startswith("-"))
-    names = [kind.aliases.get(name, name)[2:].replace("-", "_") for name in options]
-    return {*names, *(name.removeprefix("no_") for name in names)}
+    return {kind.aliases.get(name, name)[2:].replace("-", "_") for name in options}
 
 
 def _check_text(words: list[str]) -> None:

@@ -18,7 +18,7 @@ from d2lora.data.encode import Encoder
 from d2lora.data.reading import TaskData, read_pool, read_task
 from d2lora.data.sources import SELECTED, SELECTION_CARD
 from d2lora.data.spool import Lazy
-from d2lora.errors import DataError, SettingsError, counted
+from d2lora.errors import DataError, counted
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.extras import need_extra
 from d2lora.runtime.run_folder import DONE, SETTINGS, RunFolder, new_folder, provenance, write_json

@@ -48,16 +48,9 @@ class Settings(BaseModel):
             SettingsError: With every fault at once, settings without effect among them. What is at
                 its default, as in a file of resolved settings, counts as not given.
         """
-        self._validate(values)
+        _validate(self, values)
         fields = type(self).model_fields
         self.check_effect([name for name in values if getattr(self, name) != fields[name].default])
-
-    def _validate(self, values: Mapping[str, Any]) -> None:
-        try:
-            self.__pydantic_validator__.validate_python(values, self_instance=self)
-        except ValidationError as error:
-            faults = listed(_explained(type(self), error.errors()))
-            raise SettingsError(f"wrong settings:\n{faults}") from None
 
     def check_effect(self, given: Collection[str]) -> None:
         """Check that settings have an effect.
@@ -91,7 +84,7 @@ class Settings(BaseModel):
             SettingsError: With every other fault.
         """
         settings = cls.__new__(cls)
-        settings._validate(values)
+        _validate(settings, values)
         return settings
 
     @classmethod
@@ -125,6 +118,15 @@ class Settings(BaseModel):
     def to_yaml(self) -> str:
         """Return the resolved settings as YAML, in the order of their definition."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _validate(settings: Settings, values: Mapping[str, Any]) -> None:
+    """Fill settings with values."""
+    try:
+        type(settings).__pydantic_validator__.validate_python(values, self_instance=settings)
+    except ValidationError as error:
+        faults = listed(_explained(type(settings), error.errors()))
+        raise SettingsError(f"wrong settings:\n{faults}") from None
 
 
 def _shown(value: Any) -> str:

@@ -96,12 +96,6 @@ class PhaseSettings(
             "--fold or --validation-data, too",
         ),
         Effect(
-            ("keep_best",),
-            lambda s: s.holds_rows_out or not s.keep_best,
-            "is about the validation loss, and no rows are held out: give --validation-fraction, "
-            "--fold or --validation-data, too",
-        ),
-        Effect(
             ("init_samples",),
             lambda s: s.init in DATA_INITS,
             f"is about initializations that look at rows: --init {' or '.join(DATA_INITS)}",
@@ -190,11 +184,6 @@ class WarmupSettings(PhaseSettings):
             lambda s: s.for_task,
             "says how rows of --for are read: give these, too",
         ),
-        Effect(
-            ("measure_start",),
-            lambda s: not s.measure_start,
-            "compares a warm start with the base: it is of d2lora adapt",
-        ),
     )
 
     @field_validator("reference")
@@ -232,10 +221,5 @@ class AdaptSettings(PhaseSettings):
             ("init_scale",),
             lambda s: not is_named_init(s.init),
             "scales a warm start, and the run is not initialized from one: give it as --init",
-        ),
-        Effect(
-            ("measure_start",),
-            lambda s: not s.measure_start or (s.objective == "sft" and not is_named_init(s.init)),
-            "compares a warm start with the base, by --objective sft alone: give it as --init",
         ),
     )
