@@ -56,7 +56,6 @@ IDLE = {
     "gradient_steps": f"{SELECT} --method perplexity --gradient-steps 9",
     "gradient_width": f"{SELECT} --gradient-width 128",
     "feature_tokens": f"{SELECT} --method diverse --embedding words --feature-tokens 64",
-    "cache": f"{SELECT} --method random --cache c",
     "quantization": f"{SELECT} --method dsir --quantization nf4",
     "limit": f"{EVALUATE} --general-text g.jsonl --limit 3",
     "task": f"{EVALUATE} --general-text g.jsonl --task titles",

@@ -50,7 +50,8 @@ class Settings(BaseModel):
         """
         _validate(self, values)
         fields = type(self).model_fields
-        self.check_effect([name for name in values if getattr(self, name) != fields[name].default])
+        defaults = {name: fields[name].get_default(call_default_factory=True) for name in values}
+        self.check_effect([n for n, default in defaults.items() if getattr(self, n) != default])
 
     def check_effect(self, given: Collection[str]) -> None:
         """Check that settings have an effect.

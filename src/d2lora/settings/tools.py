@@ -93,7 +93,7 @@ class SelectSettings(BaseSettings, HygieneSettings):
             "is used by --method gradient alone",
         ),
         Effect(
-            ("feature_tokens", "cache", "dtype", "quantization"),
+            ("feature_tokens", "dtype", "quantization"),
             _runs_base,
             "is about what the base computes, and this selection computes nothing with it: that do "
             "--method gradient and perplexity, and by --embedding base diverse, similar, mixture",

@@ -159,7 +159,7 @@ class StudyPlan(BaseSettings):
 
     effects: ClassVar[tuple[Effect, ...]] = (
         Effect(
-            ("warm_up", "warm_ups", "warm_up_seeds"),
+            ("warm_up_seeds",),
             lambda plan: any(arm.kind in NEEDS_WARM_UP for arm in plan.arms),
             "is about warm-ups, and no arm has one: leave it out, or add an arm such as `warm`",
         ),

@@ -58,8 +58,8 @@ def read_plan(*sources: str, changes: Sequence[str] = ()) -> StudyPlan:
     for change in changes:
         _change(values, change)
     plan = StudyPlan.unchecked(values)
-    # Of several plans one may say what the arms of another have no use for.
-    given = {*changed, *(read[0] if len(read) == 1 else ())}
+    # A plan may say what the arms of another, or those of --set, have no use for.
+    given = {*changed, *(read[0] if len(read) == 1 and "arms" not in changed else ())}
     idle = plan.without_effect(given).values()
     faults = [*idle, *_faults_of_settings(plan), *_faults_of_names(plan)]
     faults += [] if faults else faults_of_idle(plan.changed(arms=_named(plan)))
