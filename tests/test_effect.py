@@ -11,7 +11,7 @@ from d2lora.cli import main
 from d2lora.commands import COMMANDS
 from d2lora.errors import SettingsError
 from d2lora.settings import DATA_INITS, AdaptSettings, ConvertSettings, Settings
-from d2lora.study.heeded import faults_of_idle
+from d2lora.study.heeded import faults_of_own, faults_of_shared
 from d2lora.study.plan import StudyPlan
 from d2lora.study.read_plan import read_plan, shipped
 from d2lora.study.recipes import adapt_settings
@@ -151,7 +151,7 @@ IDLE_IN_PLANS = {
     "pairs": ("pairs: {samples: 2}", "every objective here is sft"),
     "warm-ups of no arm": ("arms: [fresh, few_shot]\nwarm_up_seeds: 2", "no arm has one"),
     "warm-ups made before": (
-        "warm_ups: {a: {path: x}}\nwarm_up: {m: 3}", "all are made already",
+        "warm_ups: {a: {path: x}}\nwarm_up_seeds: 3", "all are made already",
     ),
     "held-out rows for nothing": (
         "steps: {}\nlearning_rates: [0.001]\nfolds: 2", "nothing is chosen",
@@ -205,7 +205,7 @@ arms:
   - {kind: warm, adapt: {objective: dpo}}
 """
     plan = read_plan(plan_file(tmp_path, text))
-    assert faults_of_idle(plan) == []
+    assert faults_of_own(plan) == faults_of_shared(plan) == []
     (fresh, warm) = plan.arms
     plain = adapt_settings(plan, fresh, "titles", 16, 0, Path())
     assert (plain.beta, plain.init_scale, plain.rank, plain.patience) == (0.1, 1.0, 4, 0)
@@ -222,6 +222,11 @@ def test_a_later_plan_may_say_what_the_arms_of_an_earlier_one_have_no_use_for(
     assert read_plan("scarcity", plan).shots == 2
     with pytest.raises(SettingsError, match="few_shot"):
         read_plan("scarcity", plan, changes=("shots=2",))
+
+
+def test_a_plan_may_be_narrowed_to_some_of_its_arms(tmp_path: Path) -> None:
+    plan = plan_file(tmp_path, "arms: [fresh, few_shot]\nshots: 2\nadapt: {rank: 4}\n")
+    assert len(read_plan(plan, changes=("arms=[warm]",)).arms) == 1
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -12,39 +12,49 @@ from d2lora.study.plan import FROM_WARM_START, UNTRAINED, ArmPlan, StudyPlan
 from d2lora.study.recipes import INHERITED, adapt_values, warm_up_values
 
 
-def faults_of_idle(plan: StudyPlan) -> list[str]:
-    """Return what is wrong with settings that no run of a plan heeds; its arms have names."""
-    made = {
+def faults_of_own(plan: StudyPlan) -> list[str]:
+    """Return what is wrong with settings of one warm-up or arm that it does not heed.
+
+    Args:
+        plan: A plan whose arms have names.
+    """
+    tasks = list(plan.tasks)
+    faults: list[str] = []
+    for name, settings in _made(plan).items():
+        own = plan.warm_ups[name]
+        faults += _faults(f"warm_ups.{name}", own, [settings.without_effect(own)])
+    for arm in _trained(plan):
+        found = _of_arms(plan, [arm], tasks, arm.adapt)
+        faults += _faults(f"arms, {arm.name}: adapt", arm.adapt, found)
+    return faults
+
+
+def faults_of_shared(plan: StudyPlan) -> list[str]:
+    """Return what is wrong with settings that no warm-up or arm of those that share them heeds.
+
+    Args:
+        plan: A plan whose arms have names.
+    """
+    arms, shared = _trained(plan), plan.warm_up
+    faults = _faults("warm_up", shared, [w.without_effect(shared) for w in _made(plan).values()])
+    faults += _faults("adapt", plan.adapt, _of_arms(plan, arms, list(plan.tasks), plan.adapt))
+    for name, task in plan.tasks.items():
+        found = _of_arms(plan, arms, [name], task.adapt)
+        faults += _faults(f"tasks.{name}.adapt", task.adapt, found)
+    return faults
+
+
+def _made(plan: StudyPlan) -> dict[str, WarmupSettings]:
+    """Return the settings of the warm-ups that a study makes itself."""
+    return {
         name: WarmupSettings.unchecked(warm_up_values(plan, name, Path()))
         for name, values in plan.warm_ups.items()
         if "path" not in values
     }
-    arms = [arm for arm in plan.arms if arm.kind not in UNTRAINED]
-    tasks = list(plan.tasks)
-    return [
-        *_faults("warm_up", plan.warm_up, [w.without_effect(plan.warm_up) for w in made.values()]),
-        *(
-            fault
-            for name, own in plan.warm_ups.items()
-            if name in made
-            for fault in _faults(f"warm_ups.{name}", own, [made[name].without_effect(own)])
-        ),
-        *_faults("adapt", plan.adapt, _of_arms(plan, arms, tasks, plan.adapt)),
-        *(
-            fault
-            for name, task in plan.tasks.items()
-            for fault in _faults(
-                f"tasks.{name}.adapt", task.adapt, _of_arms(plan, arms, [name], task.adapt)
-            )
-        ),
-        *(
-            fault
-            for arm in arms
-            for fault in _faults(
-                f"arms, {arm.name}: adapt", arm.adapt, _of_arms(plan, [arm], tasks, arm.adapt)
-            )
-        ),
-    ]
+
+
+def _trained(plan: StudyPlan) -> list[ArmPlan]:
+    return [arm for arm in plan.arms if arm.kind not in UNTRAINED]
 
 
 def _faults(place: str, names: Mapping[str, Any], idle: Sequence[Mapping[str, str]]) -> list[str]:

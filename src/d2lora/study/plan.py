@@ -164,7 +164,7 @@ class StudyPlan(BaseSettings):
             "is about warm-ups, and no arm has one: leave it out, or add an arm such as `warm`",
         ),
         Effect(
-            ("warm_up", "warm_up_seeds"),
+            ("warm_up_seeds",),
             lambda plan: any("path" not in own for own in plan.warm_ups.values()),
             "is about warm-ups that the study makes, and all are made already (`path`)",
         ),

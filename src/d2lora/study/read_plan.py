@@ -17,7 +17,7 @@ from d2lora.errors import SettingsError, did_you_mean, listed
 from d2lora.settings import AdaptSettings, PairsSettings
 from d2lora.settings.core import check_names
 from d2lora.settings.yaml_text import parse_yaml
-from d2lora.study.heeded import faults_of_idle
+from d2lora.study.heeded import faults_of_own, faults_of_shared
 from d2lora.study.plan import KINDS, NEEDS_WARM_UP, UNTRAINED, ArmPlan, Kind, StudyPlan
 from d2lora.study.recipes import listed_values, warm_up_settings
 
@@ -59,13 +59,15 @@ def read_plan(*sources: str, changes: Sequence[str] = ()) -> StudyPlan:
         _change(values, change)
     plan = StudyPlan.unchecked(values)
     # A plan may say what the arms of another, or those of --set, have no use for.
-    given = {*changed, *(read[0] if len(read) == 1 and "arms" not in changed else ())}
-    idle = plan.without_effect(given).values()
+    whole = len(read) == 1 and "arms" not in changed
+    idle = plan.without_effect({*changed, *(read[0] if whole else ())}).values()
     faults = [*idle, *_faults_of_settings(plan), *_faults_of_names(plan)]
-    faults += [] if faults else faults_of_idle(plan.changed(arms=_named(plan)))
+    named = plan.changed(arms=_named(plan))
+    if not faults:
+        faults = [*faults_of_own(named), *(faults_of_shared(named) if whole else ())]
     if faults:
         raise SettingsError(f"{' + '.join(sources)}:\n{listed(faults)}")
-    return plan.changed(arms=_named(plan))
+    return named
 
 
 def _filled(plans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
