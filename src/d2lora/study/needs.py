@@ -261,20 +261,21 @@ class Needs:
         """Return how a task's adapters are scored."""
         task = self.plan.tasks[name]
         own = {**self.plan.adapt, **task.adapt}
-        return EvaluateSettings(
+        values: dict[str, Any] = {
             **dict(self._base()),
-            out=Path(),
-            data=task.test,
-            task=task.task,
-            training_data=task.data if is_closed(task.task) else (),
-            limit=task.n_test,
-            general_text=self.plan.general_text,
-            choices=self.plan.choices,
-            lm_eval_tasks=self.plan.lm_eval_tasks,
-            max_new_tokens=task.max_new_tokens,
+            "out": Path(),
+            "data": task.test,
+            "task": task.task,
+            "training_data": task.data if is_closed(task.task) else (),
+            "limit": task.n_test,
+            "general_text": self.plan.general_text,
+            "choices": self.plan.choices,
+            "lm_eval_tasks": self.plan.lm_eval_tasks,
+            "max_new_tokens": task.max_new_tokens,
             **{name: own[name] for name in _ALIKE if name in own},
-            quiet=True,
-        )
+            "quiet": True,
+        }
+        return EvaluateSettings.unchecked(values)  # of a fit without test rows, how it answers
 
     def need(self, job: Job) -> Steps[dict[str, Any]]:
         """Lead to the result of a job that must not fail."""
