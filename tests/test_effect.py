@@ -183,6 +183,9 @@ IDLE_IN_PLANS = {
     "a learning rate that the study chooses": (
         "adapt: {learning_rate: 0.1}", "`learning_rate` is set by the study itself",
     ),
+    "a mixture of a warm-up in tokens": (
+        "arms: [fresh, mixed]\nwarm_up: {max_tokens: 500}", "cannot be mixed with a task's rows",
+    ),
     "two lengths": (
         "epochs: {16: 3}\nadapt: {max_steps: 5}", "`max_steps` and the plan's `epochs` both set",
     ),

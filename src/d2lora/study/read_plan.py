@@ -220,6 +220,14 @@ def _faults_of_names(plan: StudyPlan) -> list[str]:
                 f"arm {arm.name or arm.kind}: rows cannot be mixed with those of a warm start that "
                 "was made before; name a warm-up with its data"
             )
+        if arm.kind == "mixed" and any(
+            "max_tokens" in {**plan.warm_up, **plan.warm_ups.get(w, {})}
+            for w in _warm_ups(plan, arm)
+        ):
+            faults.append(
+                f"arm {arm.name or arm.kind}: a warm-up that ends by max_tokens cannot be mixed with "
+                "a task's rows; give it epochs or max_steps"
+            )
         if (arm.kind == "init") != bool(arm.init):
             faults.append(f"arm {arm.name or arm.kind}: kind `init`, and it alone, needs `init`")
         if arm.average_of > 1 and arm.kind in UNTRAINED:
