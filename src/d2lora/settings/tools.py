@@ -19,6 +19,8 @@ from d2lora.settings.sections import (
     SelectMethod,
 )
 
+HARNESS = "lm_eval:"
+"""In front of a task of lm-evaluation-harness, where a file could stand."""
 EMBEDDED = ("diverse", "similar", "mixture")
 """Selection methods that use the embedding setting."""
 
@@ -136,6 +138,18 @@ class EvaluateSettings(BaseSettings, FormatSettings, GenerationSettings):
             ("limit", "task"),
             lambda s: s.data,
             "is about the task's rows: give --data, or leave it out",
+        ),
+        Effect(
+            ("max_new_tokens",),
+            lambda s: any(not name.startswith(HARNESS) for name in s.data),
+            "is about answers to the rows of --data; tasks of lm-evaluation-harness have their own",
+        ),
+        Effect(
+            ("chat_format", "chat_template", "template_args"),
+            lambda s: any(
+                not name.startswith(HARNESS) for name in (*s.data, *s.general_text, *s.choices)
+            ),
+            "is about rows, and tasks of lm-evaluation-harness are asked as they stand",
         ),
         Effect(
             ("shots_seed",), lambda s: s.shots, "is about rows to show: give --shots, too"

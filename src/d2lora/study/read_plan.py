@@ -221,12 +221,12 @@ def _faults_of_names(plan: StudyPlan) -> list[str]:
                 "was made before; name a warm-up with its data"
             )
         if arm.kind == "mixed" and any(
-            "max_tokens" in {**plan.warm_up, **plan.warm_ups.get(w, {})}
-            for w in _warm_ups(plan, arm)
+            "max_tokens" in {**plan.warm_up, **plan.warm_ups.get(name, {})}
+            for name in _warm_ups(plan, arm)
         ):
             faults.append(
-                f"arm {arm.name or arm.kind}: a warm-up that ends by max_tokens cannot be mixed with "
-                "a task's rows; give it epochs or max_steps"
+                f"arm {arm.name or arm.kind}: a warm-up that ends by max_tokens cannot be mixed "
+                "with a task's rows; give it epochs or max_steps"
             )
         if (arm.kind == "init") != bool(arm.init):
             faults.append(f"arm {arm.name or arm.kind}: kind `init`, and it alone, needs `init`")
