@@ -92,7 +92,7 @@ def _chosen(settings: WarmupSettings, run: RunFolder) -> WarmupSettings:
         shared = SelectSettings.model_fields.keys() & WarmupSettings.model_fields.keys()
         common = {name: getattr(settings, name) for name in shared - {"out"}}
         common |= {"out": folder, "method": settings.select}
-        select(SelectSettings.unchecked(common))
+        select(SelectSettings.heeded(common))
     return settings.changed(data=(str(folder / SELECTED),))
 
 
