@@ -180,24 +180,6 @@ MISTAKES = {
         "convert --base {base} --adapter {warm} --merge --shard-size 0GB --out {out}",
         r"expected a size with its unit, as in 5GB",
     ),
-    "one file in several": (
-        "convert --base {base} --adapter {warm} --merge --shard-size 1MB --out {out}.gguf",
-        r"give an --out that is a folder",
-    ),
-    "a project of no tracker": (
-        "adapt --base {base} --data {data} --out {out} --track-project p", r"give --track, too"
-    ),
-    "a nucleus of greedy decoding": (
-        "generate --base {base} --prompt x --top-p 0.5", r"nothing is sampled: give --temperature"
-    ),
-    "a limit on no task": (
-        "evaluate --base {base} --general-text {data} --limit 3 --out {out}",
-        r"give --data, or leave it out",
-    ),
-    "a task of no rows": ("inspect --adapter {warm} --task titles", r"--task titles is about rows"),
-    "a number of no test rows": (
-        "fit --base {base} --data {data} --n-test 3 --out {out}", r"give --test, or leave it out"
-    ),
     "a demo over something else": ("demo --out {base}", r"not a demo"),
 }  # fmt: skip
 

@@ -47,8 +47,10 @@ def settings(base: str, rows: str, out: Path, **values: Any) -> FitSettings:
     given: dict[str, Any] = {
         "learning_rates": (1e-3,), "steps": 2, "folds": 2, "runs": 2, "shots": 2,
         "max_new_tokens": 4, "executor": "inline", "quiet": True, "warm_starts": ("none",),
-        "rank": 4, "keep_out_words": 0, **values,
+        "rank": 4, **values,
     }  # fmt: skip
+    if given.keys() & {"test", "choices", "general_text"}:
+        given.setdefault("keep_out_words", 0)
     return FitSettings(base=base, data=(rows,), out=out, **given)
 
 

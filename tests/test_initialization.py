@@ -168,7 +168,7 @@ def test_dpo_from_pissa_is_held_to_the_base_as_it_was(
         ({"init": "pissa", "rank": 33}, "ranks up to 16"),
         ({"init": "lora_ga", "rank": 9}, "ranks up to 8"),
         ({"init": "pissa", "dora": True}, "cannot be converted back"),
-        ({"init": "pissa", "init_scale": 0.5}, "--init pissa is not one"),
+        ({"init": "pissa", "init_scale": 0.5}, "init_scale scales a warm start"),
         ({"init": "pissa", "objective": "dpo", "reference": "warm_start"}, "not initialized from"),
         ({"init": "pisa"}, "Did you mean `pissa`"),
     ],

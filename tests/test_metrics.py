@@ -177,6 +177,9 @@ SCRIPTS = {
     "Thai": ("ดีมาก", "ดีใจ", 2 / 7),
     "Korean": ("작은 모델", "큰 모델", 1 / 2),
     "composed or not": ("café", unicodedata.normalize("NFD", "café"), 1),
+    "Turkish": ("İzmir güzel", "İstanbul güzel", 1 / 2),
+    "Yoruba, accents that are of no letter": ("ọ̀rọ̀ kan", "ọ́rọ́ kan", 1 / 2),
+    "Russian with stress": ("за́мок у моря", "замо́к у моря", 2 / 3),
     "German": ("Größe der Häuser", "GRÖSSE der Häuser", 1),
     "emoji": ("🙂", "🙂", 1),
 }
@@ -193,6 +196,7 @@ def test_rouge_tells_words_in_every_script(name: str) -> None:
 def test_words_for_finding_repeats_hold_their_marks_in_every_script() -> None:
     assert words("हिन्दी में") == ["हिन्दी", "में"]
     assert words("العَرَبِيَّة!") == ["العَرَبِيَّة"]
+    assert words("İstanbul'da за́мок") == ["i\u0307stanbul", "da", "за́мок"]
     assert words("学習 of Größe") == ["学", "習", "of", "grösse"]
 
 

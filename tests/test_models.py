@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from d2lora import ModelError
 from d2lora.adapters.base import device_of, dtype_of, load_base
 from d2lora.adapters.base_files import base_folder
-from d2lora.adapters.fingerprints import fingerprint_of
+from d2lora.adapters.fingerprints import fingerprint_of, identity_of
 from d2lora.settings import BaseSettings
 
 EMBEDDED = "8e7dcdb90a70d2828b15ec8cc6278c25d539939df5009a19620c8acd6941ccd7"
@@ -71,6 +71,7 @@ def test_files_that_are_not_loaded_do_not_change_a_fingerprint(
         for name in ("consolidated.safetensors", "model.fp16.safetensors", "adapter.safetensors"):
             shutil.copy(other, folder / name)
         assert fingerprint_of(folder) == own
+        assert identity_of(folder) == identity_of(Path(tiny_base))  # quantized or not, too
     next(sharded.glob("model-00002*")).unlink()
     with pytest.raises(ModelError, match="1 file of weights missing: model-00002"):
         fingerprint_of(sharded)

@@ -422,9 +422,10 @@ def test_settings_that_are_damaged_are_not_called_others(
 def test_settings_of_validation_without_validation_rows_are_warned_of(
     tmp_path: Path, tiny_base: str, problems: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run(tmp_path / "a", tiny_base, problems, patience=2, eval_every=3, quiet=False)
+    asked: dict[str, Any] = {"validation_fraction": 0.2, "patience": 2, "eval_every": 3}
+    done = run(tmp_path / "a", tiny_base, problems, n=1, **asked, quiet=False)
     (warning,) = [w for w in done.manifest.warnings if "without effect" in w]
     assert warning.startswith("--patience and --eval-every")
     assert warning in " ".join(capsys.readouterr().err.split())
-    held = run(tmp_path / "b", tiny_base, problems, patience=2, validation_fraction=0.2)
+    held = run(tmp_path / "b", tiny_base, problems, **asked)
     assert not [w for w in held.manifest.warnings if "without effect" in w]

@@ -252,10 +252,8 @@ def settings(folder: Path, base: str, pool: str, **values: Any) -> SelectSetting
 def test_select_writes_chosen_rows_reasons_and_a_card(
     tmp_path: Path, tiny_base: str, pool: str, titles: str, method: str
 ) -> None:
-    asked = settings(
-        tmp_path, tiny_base, pool, method=method, for_task=(titles,), gradient_steps=2,
-        gradient_width=64,
-    )  # fmt: skip
+    few = {"gradient_steps": 2, "gradient_width": 64} if method == "gradient" else {}
+    asked = settings(tmp_path, tiny_base, pool, method=method, for_task=(titles,), **few)
     chosen = select(asked)
     rows, reasons = read_rows(chosen.data), read_rows(chosen.path / "reasons.jsonl")
     original = read_rows(Path(pool))
@@ -282,8 +280,9 @@ def test_the_method_follows_from_whether_there_is_a_task(
 def test_similar_finds_the_rows_of_the_task_in_a_mixed_pool(
     tmp_path: Path, tiny_base: str, pool: str, titles: str
 ) -> None:
-    asked = settings(tmp_path, tiny_base, pool, for_task=(titles,), embedding="words")
-    chosen = select(asked.changed(method="similar"))
+    chosen = select(
+        settings(tmp_path, tiny_base, pool, for_task=(titles,), method="similar", embedding="words")
+    )
     assert all("Write a title" in row["prompt"] for row in read_rows(chosen.data))
     likeness = chosen.card["similarity_to_task"]
     assert likeness["chosen"] > likeness["random"]
@@ -323,19 +322,19 @@ def test_an_embedding_that_is_not_installed_names_the_extra(
     tmp_path: Path, tiny_base: str, pool: str, titles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    asked = settings(tmp_path, tiny_base, pool, for_task=(titles,), embedding="no/such-model")
+    named: dict[str, Any] = {"method": "similar", "embedding": "no/such-model"}
+    asked = settings(tmp_path, tiny_base, pool, for_task=(titles,), **named)
     with pytest.raises(SettingsError, match=r"pip install 'd2lora\[embeddings\]'"):
-        select(asked.changed(method="similar"))
+        select(asked)
 
 
 def test_an_embedding_that_the_method_would_not_look_at_is_an_error(
     tmp_path: Path, tiny_base: str, pool: str, titles: str
 ) -> None:
-    asked = settings(tmp_path, tiny_base, pool, for_task=(titles,), embedding="words")
-    with pytest.raises(SettingsError, match=r"dsir does not use it.*similar or mixture"):
-        select(asked)
-    assert not asked.out.exists()
-    select(asked.changed(method="mixture"))
+    named: dict[str, Any] = {"for_task": (titles,), "embedding": "words"}
+    with pytest.raises(SettingsError, match=r"diverse, similar or mixture alone"):
+        settings(tmp_path, tiny_base, pool, **named)
+    select(settings(tmp_path, tiny_base, pool, method="mixture", **named))
 
 
 def test_the_command_takes_a_pool_first_and_short_options(

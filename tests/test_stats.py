@@ -73,6 +73,26 @@ def test_equal_arms_show_no_difference_without_claiming_certainty() -> None:
     assert difference.high == pytest.approx(3 / 60)
 
 
+def test_a_difference_that_all_rows_share_has_an_interval_that_scores_can_have() -> None:
+    better = paired_difference(np.zeros((1, 4)), np.ones((1, 4)))
+    assert (better.low, better.mean, better.high) == (-0.5, 1, 1)  # 3 of 4 may go as far as -1
+    worse = paired_difference(np.ones((1, 60)), np.zeros((1, 60)))
+    assert (worse.low, worse.mean, worse.high) == (-1, -1, pytest.approx(-0.9))
+    of_losses = paired_difference(np.array([[5.0]]), np.array([[8.0]]))
+    assert (of_losses.low, of_losses.high) == (-3, 3)
+
+
+def test_intervals_over_few_seeds_stay_where_scores_from_0_to_1_can_differ() -> None:
+    first, second = np.zeros((2, 4)), np.array([[1, 1, 1, 1], [0, 0, 0, 1.0]])
+    assert paired_difference(first, second).over_seeds == (-1, 1)
+    low, high = paired_difference(10 * first, 10 * second).over_seeds or (0, 0)
+    assert low < -10 < 10 < high  # of another scale
+    table = (second - first)[None]
+    assert pooled_difference([table, table], from_0_to_1=True).interval == (-1, 1)
+    assert (pooled_difference([table, table]).interval or (0, 0))[1] > 1
+    assert pooled_difference([np.ones((2, 2, 4))]).interval == (-0.5, 1)
+
+
 def test_shapes_that_do_not_pair_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected two equal shapes"):
         paired_difference(np.zeros((2, 3)), np.zeros((2, 4)))

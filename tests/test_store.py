@@ -113,7 +113,7 @@ def test_a_task_is_known_by_its_card_and_by_the_metrics_of_its_own(tmp_path: Pat
     card, metric = tmp_path / "card.yaml", tmp_path / "mine.py"
     card.write_text("metrics: [mine.py:score]\n")
     metric.write_text("def score(prediction, row):\n    return 1.0\n")
-    settings = EvaluateSettings(task=str(card), out=tmp_path / "e")
+    settings = EvaluateSettings.unchecked({"task": str(card), "out": tmp_path / "e"})
     first = identity_of(settings)["task"]
     metric.write_text("def score(prediction, row):\n    return 0.0\n")
     assert identity_of(settings)["task"] != first
@@ -129,6 +129,6 @@ def test_a_card_that_ships_is_known_by_what_it_holds_as_a_copy_of_it_is(tmp_path
     other.write_text(f"{text}\nsystem: You are good at sums.\n")
 
     def known_by(task: str) -> object:
-        return identity_of(EvaluateSettings(task=task, out=tmp_path / "e"))["task"]
+        return identity_of(EvaluateSettings.unchecked({"task": task, "out": tmp_path}))["task"]
 
     assert known_by("svamp") == known_by(str(copy)) != known_by(str(other))

@@ -492,6 +492,7 @@ def test_an_averaged_arm_is_the_mean_of_runs_in_other_orders_and_costs_as_much(
 ) -> None:
     plan |= {"learning_rates": [0.01], "sizes": [8], "seeds": 1}
     plan["arms"] = ["warm", {"kind": "warm", "average_of": 3}]
+    del plan["adapt"]["rank"]
     study = run_study(settings(tmp_path, plan, keep_adapters=keep))
     assert not study.failures
     one, averaged = study.results[1:]

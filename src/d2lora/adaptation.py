@@ -67,10 +67,6 @@ def _prepared(settings: AdaptSettings, base: Base | None, act: Callable[[Phase],
     need_trackers(settings.track)
     reporter = Reporter(quiet=settings.quiet)
     warm_start = None if is_named_init(settings.init) else WarmStart.load(settings.init)
-    if warm_start is None and settings.init_scale != 1:
-        raise SettingsError(
-            f"--init-scale scales a warm start, and --init {settings.init} is not one"
-        )
     chat_format = _inherited_format(settings, warm_start)
     with RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume) as run:
         base = base or load_base(settings)

@@ -105,10 +105,17 @@ def _run(name: str, words: list[str]) -> None:
             "`d2lora --help` lists the commands"
         )
     chosen = _parse(COMMANDS[name].kind, name, words)
+    chosen.check_effect(_on_line(type(chosen), words))
     quiet_libraries()
     with loading():
         run = COMMANDS[name].load()
     run(chosen)
+
+
+def _on_line(kind: "type[Settings]", words: list[str]) -> set[str]:
+    """Return the settings that are given as options, at their defaults or not."""
+    options = (word.partition("=")[0] for word in words if word.startswith("-"))
+    return {kind.aliases.get(name, name)[2:].replace("-", "_") for name in options}
 
 
 def _check_text(words: list[str]) -> None:

@@ -76,11 +76,9 @@ def _chosen(settings: WarmupSettings, run: RunFolder) -> WarmupSettings:
     A resumed run finds its rows already selected.
 
     Raises:
-        SettingsError: If the selection lacks its size, or --for its selection method.
+        SettingsError: If the selection lacks its size.
     """
     if settings.select is None:
-        if settings.for_task:
-            raise SettingsError("--for needs a selection method; add one, as in --select similar")
         return settings
     if settings.m is None:
         raise SettingsError(f"--select {settings.select} needs -m, the number of rows to select")
@@ -93,7 +91,8 @@ def _chosen(settings: WarmupSettings, run: RunFolder) -> WarmupSettings:
         run.start(settings.to_yaml())
         shared = SelectSettings.model_fields.keys() & WarmupSettings.model_fields.keys()
         common = {name: getattr(settings, name) for name in shared - {"out"}}
-        select(SelectSettings(**common, out=folder, method=settings.select))
+        common |= {"out": folder, "method": settings.select}
+        select(SelectSettings.heeded(common))
     return settings.changed(data=(str(folder / SELECTED),))
 
 

@@ -17,10 +17,13 @@ _UNSPACED = "".join(
 )
 _JOINERS = r"[\u200c\u200d]"  # inside of Persian and Indian words
 _LETTER = rf"[[\p{{L}}\p{{N}}]&&[{_UNSPACED}]]\p{{M}}*"
-_SPACED = rf"[[\p{{L}}\p{{N}}\p{{M}}]--[{_UNSPACED}]]+"
+# Accents are marks of many scripts, Thai and Tai Le among them.
+_SPACED = rf"(?:[[\p{{L}}\p{{N}}]--[{_UNSPACED}]]|\p{{M}})+"
 _WORD = rf"{_LETTER}|{_SPACED}(?:{_JOINERS}+{_SPACED})*"
 _WORDS = regex.compile(_WORD, regex.V1)
-_PIECES = regex.compile(rf"{_LETTER}|[[\w\p{{N}}]--[{_UNSPACED}]]+|[^\w\p{{N}}\s]+", regex.V1)
+_PIECES = regex.compile(
+    rf"{_LETTER}|(?:[[\w\p{{N}}]--[{_UNSPACED}]]|\p{{M}})+|[^\w\p{{N}}\s]+", regex.V1
+)
 # Equal on ASCII, and three times as fast.
 _ASCII_WORDS, _ASCII_PIECES = re.compile(r"[^\W_]+"), re.compile(r"\w+|[^\w\s]+")
 

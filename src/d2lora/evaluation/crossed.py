@@ -25,6 +25,27 @@ def verdict_of(low: float, high: float) -> str:
     return "hurts" if high < 0 else NOTHING_SEEN
 
 
+def within_0_and_1(scores: Array) -> bool:
+    """Say whether all scores lie on the scale that tables show in percent."""
+    return bool(((scores >= 0) & (scores <= 1)).all())
+
+
+def clipped(low: float, high: float) -> tuple[float, float]:
+    """Return what of the interval of a difference of such scores can be: it covers as often."""
+    return max(-1.0, low), min(1.0, high)
+
+
+def of_three(difference: float, n_items: int) -> tuple[float, float]:
+    """Return the 95 % CI of a mean difference that all items share, by the rule of three.
+
+    Fewer than 3 of I items would do otherwise, and these may go as far as -1 or 1, or as far as
+    what was seen.
+    """
+    share, furthest = min(1.0, 3.0 / n_items), max(1.0, abs(difference))
+    low = difference - share * (furthest + difference)
+    return low, difference + share * (furthest - difference)
+
+
 @dataclass(frozen=True)
 class _Parts:
     """Variances of a crossed table of items and seeds, by the analysis of variance."""
@@ -136,7 +157,7 @@ class Pooled:
         return NO_VERDICT if self.interval is None else verdict_of(*self.interval)
 
 
-def pooled_difference(tasks: Sequence[Array]) -> Pooled:
+def pooled_difference(tasks: Sequence[Array], *, from_0_to_1: bool = False) -> Pooled:
     """Return the mean of paired differences over tasks and sizes, each counting the same.
 
     A seed draws the rows, order and random weights of every size and task, so seeds are the units
@@ -146,6 +167,7 @@ def pooled_difference(tasks: Sequence[Array]) -> Pooled:
     Args:
         tasks: Differences of each task, shape (N, S, I): sizes, seeds, items. S is the same for
             all; of means over items I is 1.
+        from_0_to_1: Whether they are of scores from 0 to 1, so that none can be beyond -1 and 1.
     """
     n_cells = sum(len(task) for task in tasks)
     by_seed = np.concatenate([task.mean(axis=2) for task in tasks]).mean(axis=0)
@@ -159,8 +181,12 @@ def pooled_difference(tasks: Sequence[Array]) -> Pooled:
         lasting = _Parts.of(task.mean(axis=0)).item
         parts.append((share**2 * lasting / n_items, n_items - 1.0))
     spread = Spread.of(parts)
-    margin = spread.margin if spread.variance else min(1.0, 3 / sum(t.shape[2] for t in tasks))
+    margin = spread.margin
     interval = mean - margin, mean + margin
+    if not spread.variance:
+        interval = of_three(mean, sum(task.shape[2] for task in tasks))
+    if from_0_to_1:
+        interval = clipped(*interval)
     return Pooled(mean, interval, spread.p_value(mean), n_cells, n_seeds)
 
 

@@ -139,8 +139,6 @@ def _names(settings: EvaluateSettings) -> list[str]:
     """Return what to measure; the base comes first where forgetting needs it."""
     if not (settings.data or settings.general_text or settings.choices):
         raise SettingsError("nothing to evaluate on: give --data, --general-text or --choices")
-    if settings.limit and not settings.data:
-        raise SettingsError("--limit is about the task's rows: give --data, or leave it out")
     names = list(dict.fromkeys(settings.adapters)) or [BASE]
     forgetting = settings.general_text or settings.choices
     return [BASE, *names] if forgetting and BASE not in names else names

@@ -24,9 +24,8 @@ from d2lora.adapters.base import Base
 from d2lora.errors import DataError, SettingsError, did_you_mean, first_line
 from d2lora.evaluation.counts import Column
 from d2lora.runtime.extras import need_extra
+from d2lora.settings.tools import HARNESS as PREFIX
 
-PREFIX = "lm_eval:"
-"""In front of a task's name, where a file could stand."""
 _FAULTS = (AttributeError, LookupError, TemplateError, TypeError, ValueError)
 """What the harness raises for task files that do not fit their rows."""
 _BATCH_SIZE = 8

@@ -15,8 +15,11 @@ from d2lora.evaluation.crossed import (
     NO_VERDICT,
     ROUNDING,
     Array,
+    clipped,
     crossed_spread,
+    of_three,
     verdict_of,
+    within_0_and_1,
 )
 
 N_RESAMPLES = 10_000
@@ -138,9 +141,10 @@ def paired_difference(first: Array, second: Array, seed: int = 0) -> Difference:
 
     Both arms answer the same items with the same seeds. Items are resampled with all their
     seeds kept together, so that the interval holds for other items and these seeds: these draws
-    of task rows, orders and random weights. `over_seeds` holds for other seeds, too. Where no item
-    differs at all the interval is that of the rule of three: with 95 % confidence fewer than 3 of I
-    items would differ.
+    of task rows, orders and random weights. `over_seeds` holds for other seeds, too. Where all
+    items differ alike, or not at all, the interval is that of the rule of three: with 95 %
+    confidence fewer than 3 of I items would do otherwise, by as much as there is room for. Where
+    all scores lie from 0 to 1, no interval leaves -1 to 1.
 
     Args:
         first: Scores, shape (S, I).
@@ -156,8 +160,7 @@ def paired_difference(first: Array, second: Array, seed: int = 0) -> Difference:
     by_item = by_seed_and_item.mean(axis=0)
     n_seeds, n_items = by_seed_and_item.shape
     if (by_item == by_item[0]).all():
-        margin = min(1.0, 3.0 / n_items)
-        low, high = float(by_item[0]) - margin, float(by_item[0]) + margin
+        low, high = of_three(float(by_item[0]), n_items)
     else:
         low, high = _bootstrap(by_item, seed)
     by_seed = by_seed_and_item.mean(axis=1)
@@ -167,6 +170,8 @@ def paired_difference(first: Array, second: Array, seed: int = 0) -> Difference:
     if n_seeds > 1:
         margin = crossed_spread(by_seed_and_item).margin
         over_seeds = min(low, mean - margin), max(high, mean + margin)
+        if within_0_and_1(first) and within_0_and_1(second):
+            over_seeds = clipped(*over_seeds)
     return Difference(
         mean, low, high, over_seeds, seed_sd, tuple(by_seed.tolist()), n_items, n_seeds
     )

@@ -147,8 +147,6 @@ def _rows(settings: FitSettings, reporter: Reporter) -> TaskData:
             "--overlong drop: every row of a fit is held out once, so none is dropped in training; "
             "use truncate, or leave out long rows"
         )
-    if settings.n_test and not settings.test:
-        raise SettingsError("--n-test is about test rows: give --test, or leave it out")
     data = read_task(
         settings.data, settings.task, skip_bad=settings.skip_bad_rows, say=reporter.say
     )

@@ -42,7 +42,7 @@ def plan_of(settings: FitSettings, starts: Sequence[Path], rank: int, n: int) ->
     )
     warm = [ArmPlan(kind="warm", name=f"warm start {name}", warm_up=name) for name in names]
     new = [ArmPlan(kind="init", name=init, init=init) for init in settings.inits]
-    return StudyPlan(
+    values: dict[str, Any] = dict(
         **{name: getattr(settings, name) for name in BaseSettings.model_fields},
         warm_ups={name: {"path": str(path)} for name, path in zip(names, starts, strict=True)},
         tasks={TASK: task},
@@ -58,3 +58,4 @@ def plan_of(settings: FitSettings, starts: Sequence[Path], rank: int, n: int) ->
         lm_eval_tasks=settings.lm_eval_tasks,
         keep_out_words=settings.keep_out_words,
     )
+    return StudyPlan.unchecked(values)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from d2lora.errors import RunError, printable
-from d2lora.evaluation.crossed import pooled_difference, power
+from d2lora.evaluation.crossed import pooled_difference, power, within_0_and_1
 from d2lora.evaluation.metrics import main_column
 from d2lora.evaluation.stats import Difference, difference_p, holm, mean_interval, paired_difference
 from d2lora.report.curves import mean_of, size_that_scores, steps_to_reach
@@ -51,7 +51,7 @@ def read_findings(path: Path) -> Findings:
     if lacking := sorted(_KEYS - study.keys()):
         raise RunError(f"{path / 'study.json'}: it lacks {', '.join(lacking)}; {_AGAIN}")
     study = {**_printable(study), "store": study["store"]}
-    plan = StudyPlan(**study["plan"])
+    plan = StudyPlan.unchecked(study["plan"])
     rows = _lines(path / "results.jsonl")
     if not rows:
         raise RunError(f"{path}: no cell of the study is finished")
@@ -194,12 +194,14 @@ def _pooled(levels: Sequence[Level], against: dict[str, str]) -> list[PooledComp
     levels_at = {(v.task, v.arm, v.n): v for v in levels}
     for arm, other in against.items():
         cells: dict[tuple[str, int], Array] = {}
+        within: list[bool] = []
         seeds: dict[tuple[str, int], tuple[int, ...]] = {}
         for v in levels:
             reference = levels_at.get((v.task, other, v.n))
             if v.arm == arm and reference and _are_paired(v, reference):
                 cells[v.task, v.n] = v.scores - reference.scores
                 seeds[v.task, v.n] = v.seeds
+                within += [within_0_and_1(v.scores), within_0_and_1(reference.scores)]
         most = max(seeds.values(), key=len, default=())
         cells = {place: cell for place, cell in cells.items() if seeds[place] == most}
         if len(cells) < 2:
@@ -207,7 +209,8 @@ def _pooled(levels: Sequence[Level], against: dict[str, str]) -> list[PooledComp
         tasks = tuple(dict.fromkeys(task for task, _ in cells))
         tables = [np.stack([c for (task, _), c in cells.items() if task == own]) for own in tasks]
         sizes = tuple(sorted({n for _, n in cells}))
-        found.append(PooledComparison(arm, other, tasks, sizes, pooled_difference(tables), 1.0))
+        pooled = pooled_difference(tables, from_0_to_1=all(within))
+        found.append(PooledComparison(arm, other, tasks, sizes, pooled, 1.0))
     return found
 
 

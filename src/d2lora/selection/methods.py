@@ -217,8 +217,6 @@ METHODS: dict[str, Method] = {
 
 OF_TASK = ("similar", "dsir", "gradient", "mixture")
 """Methods that need examples of a task."""
-EMBEDDED = ("diverse", "similar", "mixture")
-"""Methods that use the embedding setting."""
 
 
 def choose(method: str, features: Features, request: Request) -> list[Pick]:

@@ -18,14 +18,14 @@ from d2lora.data.encode import Encoder
 from d2lora.data.reading import TaskData, read_pool, read_task
 from d2lora.data.sources import SELECTED, SELECTION_CARD
 from d2lora.data.spool import Lazy
-from d2lora.errors import DataError, SettingsError, counted
+from d2lora.errors import DataError, counted
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.extras import need_extra
 from d2lora.runtime.run_folder import DONE, SETTINGS, RunFolder, new_folder, provenance, write_json
 from d2lora.selection import datacard
 from d2lora.selection.features import PoolFeatures
 from d2lora.selection.hygiene import Cleaned, clean
-from d2lora.selection.methods import EMBEDDED, OF_TASK, Pick, Request, choose, need_task
+from d2lora.selection.methods import OF_TASK, Pick, Request, choose, need_task
 from d2lora.settings import SelectSettings
 from d2lora.settings.seeds import stream_seed
 
@@ -91,11 +91,6 @@ def _method(settings: SelectSettings) -> str:
         method = "dsir" if settings.for_task else "stratified"
     if method in OF_TASK:
         need_task(settings.for_task, method)
-    if settings.embedding != "base" and method not in EMBEDDED:
-        raise SettingsError(
-            f"--embedding {settings.embedding}: {method} does not use it; leave it out, or "
-            f"use --method {', '.join(EMBEDDED[:-1])} or {EMBEDDED[-1]}"
-        )
     return method
 
 

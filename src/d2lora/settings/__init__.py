@@ -9,6 +9,7 @@ from d2lora.settings.core import Settings
 from d2lora.settings.fitting import FitSettings
 from d2lora.settings.phases import AdaptSettings, PhaseSettings, WarmupSettings
 from d2lora.settings.sections import (
+    DATA_INITS,
     FRESH,
     PEFT_INITS,
     BaseSettings,
@@ -38,6 +39,7 @@ from d2lora.settings.tools import (
 )
 
 __all__ = [
+    "DATA_INITS",
     "FRESH",
     "PEFT_INITS",
     "AdaptSettings",

@@ -1,7 +1,7 @@
 """What all settings share: frozen, validated, with readable errors."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -10,6 +10,19 @@ from d2lora.errors import SettingsError, did_you_mean, listed
 
 _MOST_SHOWN = 200
 """Characters of a value in a message."""
+
+
+class Effect(NamedTuple):
+    """Where some settings have an effect; given elsewhere they are an error.
+
+    Limits that are not reached, and switches that turn off what would not happen, are heeded.
+    """
+
+    names: tuple[str, ...]
+    where: Callable[[Any], object]
+    """Whether they have one with these settings."""
+    why: str
+    """What a user is told who gives them elsewhere, behind their names."""
 
 
 class Settings(BaseModel):
@@ -25,18 +38,65 @@ class Settings(BaseModel):
     takes them all, several take a word each."""
     settings_file: ClassVar[bool] = True
     """Whether the first word may be a settings file."""
+    effects: ClassVar[tuple[Effect, ...]] = ()
+    """Where those of this class have an effect that do not always have one."""
 
     def __init__(self, /, **values: Any) -> None:
         """Validate `values`.
 
         Raises:
-            SettingsError: With every fault at once.
+            SettingsError: With every fault at once, settings without effect among them. What is at
+                its default, as in a file of resolved settings, counts as not given.
         """
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            faults = listed(_explained(type(self), error.errors()))
-            raise SettingsError(f"wrong settings:\n{faults}") from None
+        _validate(self, values)
+        fields = type(self).model_fields
+        defaults = {name: fields[name].get_default(call_default_factory=True) for name in values}
+        self.check_effect([n for n, default in defaults.items() if getattr(self, n) != default])
+
+    def check_effect(self, given: Collection[str]) -> None:
+        """Check that settings have an effect.
+
+        Raises:
+            SettingsError: With those that have none.
+        """
+        if faults := self.without_effect(given):
+            raise SettingsError(f"wrong settings:\n{listed(list(faults.values()))}")
+
+    def without_effect(self, given: Collection[str]) -> dict[str, str]:
+        """Return those of the given settings that have no effect, and why."""
+        return {
+            name: f"{name} {effect.why}"
+            for effect in self._effects()
+            if not effect.where(self)
+            for name in effect.names
+            if name in given
+        }
+
+    @classmethod
+    def _effects(cls) -> Iterator[Effect]:
+        for kind in reversed(cls.__mro__):
+            yield from vars(kind).get("effects", ())
+
+    @classmethod
+    def unchecked(cls, values: Mapping[str, Any]) -> Self:
+        """Return validated settings, some of which may have no effect.
+
+        Raises:
+            SettingsError: With every other fault.
+        """
+        settings = cls.__new__(cls)
+        _validate(settings, values)
+        return settings
+
+    @classmethod
+    def heeded(cls, values: Mapping[str, Any]) -> Self:
+        """Return validated settings without those that have no effect, as where several share some.
+
+        Raises:
+            SettingsError: With every other fault.
+        """
+        idle = cls.unchecked(values).without_effect(values)
+        return cls(**{name: value for name, value in values.items() if name not in idle})
 
     @classmethod
     def faults_of(cls, values: Mapping[str, Any]) -> list[str]:
@@ -54,11 +114,20 @@ class Settings(BaseModel):
 
     def changed(self, /, **values: Any) -> Self:
         """Return a validated copy in which `values` replace the present ones."""
-        return type(self)(**{**dict(self), **values})
+        return self.unchecked({**dict(self), **values})
 
     def to_yaml(self) -> str:
         """Return the resolved settings as YAML, in the order of their definition."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _validate(settings: Settings, values: Mapping[str, Any]) -> None:
+    """Fill settings with values."""
+    try:
+        type(settings).__pydantic_validator__.validate_python(values, self_instance=settings)
+    except ValidationError as error:
+        faults = listed(_explained(type(settings), error.errors()))
+        raise SettingsError(f"wrong settings:\n{faults}") from None
 
 
 def _shown(value: Any) -> str:

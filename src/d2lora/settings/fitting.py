@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from d2lora.errors import did_you_mean
+from d2lora.settings.core import Effect
 from d2lora.settings.sections import (
     FRESH,
     PEFT_INITS,
@@ -17,6 +18,7 @@ from d2lora.settings.sections import (
     Seed,
     is_named_init,
 )
+from d2lora.settings.studies import OF_EXECUTORS
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -116,6 +118,23 @@ class FitSettings(BaseSettings, FormatSettings, ReplaySettings):
         if values is not None and len(set(values)) < len(values):
             raise ValueError("each may be given once")
         return values
+
+    effects: ClassVar[tuple[Effect, ...]] = (
+        *OF_EXECUTORS,
+        Effect(
+            ("n_test",), lambda s: s.test, "is about test rows: give --test, or leave it out"
+        ),
+        Effect(
+            ("alpha", "targets"),
+            lambda s: s.inits,
+            "is about adapters without a warm start, and --inits names none",
+        ),
+        Effect(
+            ("keep_out_words",),
+            lambda s: s.test or s.choices or s.general_text,
+            "is about rows that overlap with test rows: give --test, --choices or --general-text",
+        ),
+    )  # fmt: skip
 
     @property
     def budget_s(self) -> float | None:

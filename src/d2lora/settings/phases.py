@@ -6,7 +6,9 @@ from typing import ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 
 from d2lora.errors import did_you_mean
+from d2lora.settings.core import Effect
 from d2lora.settings.sections import (
+    DATA_INITS,
     FRESH,
     PEFT_INITS,
     BaseSettings,
@@ -71,12 +73,47 @@ class PhaseSettings(
             )
         return self
 
-    @model_validator(mode="after")
-    def _of_trackers(self) -> Self:
-        default = type(self).model_fields["track_project"].default
-        if self.track_project != default and not self.track:
-            raise ValueError("track_project is about trackers: give --track, too")
-        return self
+    @property
+    def holds_rows_out(self) -> bool:
+        """Whether there is to be a validation loss."""
+        return bool(self.validation_data or self.fold or self.validation_fraction)
+
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("validation_fraction",),
+            lambda s: not s.fold and not s.validation_data,
+            "is not heeded beside --fold or --validation-data, which hold other rows out: give one",
+        ),
+        Effect(
+            ("fold",),
+            lambda s: not s.validation_data,
+            "is not heeded beside --validation-data, which are held out instead: give one",
+        ),
+        Effect(
+            ("eval_every", "patience"),
+            lambda s: s.holds_rows_out or not (s.eval_every or s.patience),
+            "is about the validation loss, and no rows are held out: give --validation-fraction, "
+            "--fold or --validation-data, too",
+        ),
+        Effect(
+            ("init_samples",),
+            lambda s: s.init in DATA_INITS,
+            f"is about initializations that look at rows: --init {' or '.join(DATA_INITS)}",
+        ),
+        Effect(
+            ("seed_dropout",),
+            lambda s: not is_named_init(s.init) if s.dropout is None else s.dropout,
+            "is about dropout, and there is none: give --dropout, too",
+        ),
+        Effect(
+            ("seed_init",),
+            lambda s: is_named_init(s.init),
+            "is about random weights, and the run is initialized from an adapter's: leave it out",
+        ),
+        Effect(
+            ("track_project",), lambda s: s.track, "is about trackers: give --track, too"
+        ),
+    )  # fmt: skip
 
 
 class WarmupSettings(PhaseSettings):
@@ -126,16 +163,28 @@ class WarmupSettings(PhaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        given = self.model_fields_set & {"meta_rows", "meta_rate"}
-        changed = [
-            n for n in sorted(given) if getattr(self, n) != type(self).model_fields[n].default
-        ]
-        if self.meta_steps is None and changed:
-            raise ValueError(f"{changed[0]} is a setting of a meta warm-up: give meta_steps, too")
+    def _whole_tasks(self) -> Self:
         if self.meta_steps is not None and self.stop_step is not None:
             raise ValueError("stop_step would end a meta warm-up within a task: give max_steps")
         return self
+
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("meta_rows", "meta_rate"),
+            lambda s: s.meta_steps is not None,
+            "is a setting of a meta warm-up: give meta_steps, too",
+        ),
+        Effect(
+            ("for_task",),
+            lambda s: s.select is not None,
+            "(--for) needs a selection method; add one, as in --select similar",
+        ),
+        Effect(
+            ("for_card",),
+            lambda s: s.for_task,
+            "says how rows of --for are read: give these, too",
+        ),
+    )
 
     @field_validator("reference")
     @classmethod
@@ -166,3 +215,11 @@ class AdaptSettings(PhaseSettings):
                 "its folder as --init, or use --reference base"
             )
         return self
+
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("init_scale",),
+            lambda s: not is_named_init(s.init),
+            "scales a warm start, and the run is not initialized from one: give it as --init",
+        ),
+    )

@@ -2,11 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from d2lora.settings.core import Settings
+from d2lora.settings.core import Effect, Settings
 
 ChatFormat = Literal["auto", "template", "plain"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -30,6 +30,8 @@ Epochs = Annotated[float, Field(gt=0, lt=1e9)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 FRESH = "fresh"
 PEFT_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq", "lora_ga")
+DATA_INITS = ("eva", "corda", "lora_ga")
+"""Those that look at training rows."""
 
 
 def is_named_init(name: str) -> bool:
@@ -106,6 +108,14 @@ class KeepOutSettings(Settings):
     keep_out_words: int = Field(default=13, ge=0)
     """Consecutive words shared with a test row that make a row contaminated. 0: only the same
     question does."""
+
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("keep_out_words",),
+            lambda s: s.keep_out,
+            "is about rows that overlap with those of --keep-out: give these, too",
+        ),
+    )
 
 
 class HygieneSettings(KeepOutSettings):
@@ -245,6 +255,14 @@ class TrainSettings(Settings):
             raise ValueError("epochs and max_steps both set the length of training: give one")
         return self
 
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("stop_step",),
+            lambda s: s.stop_step is None or s.max_steps is None or s.stop_step <= s.max_steps,
+            "is beyond --max-steps, where training ends in any case",
+        ),
+    )
+
 
 class ObjectiveSettings(Settings):
     """The training objective; names and defaults are TRL's."""
@@ -263,20 +281,23 @@ class ObjectiveSettings(Settings):
     orpo_prompt_loss: bool = False
     """orpo: include the prompt in the cross-entropy, as TRL does; the paper's eq. 2 does not."""
 
-    @model_validator(mode="after")
-    def _of_the_objective(self) -> Self:
-        own = {
-            "dpo": {"label_smoothing", "reference"},
-            "orpo": {"orpo_prompt_loss"},
-        }
-        for objective, names in own.items():
-            for name in sorted(names):
-                default = type(self).model_fields[name].default
-                if objective != self.objective and getattr(self, name) != default:
-                    raise ValueError(
-                        f"{name} is a setting of --objective {objective}, not of {self.objective}"
-                    )
-        return self
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("beta",),
+            lambda s: s.objective != "sft",
+            "is a setting of --objective dpo and orpo, not of sft",
+        ),
+        Effect(
+            ("label_smoothing", "reference"),
+            lambda s: s.objective == "dpo",
+            "is a setting of --objective dpo alone",
+        ),
+        Effect(
+            ("orpo_prompt_loss",),
+            lambda s: s.objective == "orpo",
+            "is a setting of --objective orpo alone",
+        ),
+    )
 
 
 class ReplaySettings(Settings):
@@ -298,13 +319,15 @@ class ReplaySettings(Settings):
     replay_weight: float = Field(default=0.25, gt=0)
     """Weight of their mean loss per token, which is added to that of the training rows."""
 
-    @model_validator(mode="after")
-    def _of_replayed_rows(self) -> Self:
-        names = sorted(ReplaySettings.model_fields.keys() - {"replay"})
-        changed = [n for n in names if getattr(self, n) != type(self).model_fields[n].default]
-        if changed and not self.replay:
-            raise ValueError(f"{changed[0]} is about rows of --replay: give these, too")
-        return self
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            (
+                "replay_task", "replay_n", "replay_batch_size", "replay_loss", "replay_weight",
+            ),
+            lambda s: s.replay,
+            "is about rows of --replay: give these, too",
+        ),
+    )  # fmt: skip
 
 
 class GenerationSettings(Settings):

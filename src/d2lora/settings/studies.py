@@ -5,7 +5,21 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from d2lora.settings.core import Settings
+from d2lora.settings.core import Effect, Settings
+
+OF_EXECUTORS = (
+    Effect(
+        ("address",),
+        lambda s: s.executor == "ray",
+        "is about a Ray cluster: give --executor ray, too",
+    ),
+    Effect(
+        ("workers",),
+        lambda s: s.executor != "inline",
+        "is about parallel jobs, and --executor inline runs one after the other",
+    ),
+)
+"""Where the settings of executors have an effect."""
 
 
 class StudySettings(Settings):
@@ -35,6 +49,8 @@ class StudySettings(Settings):
     """Whether to write the report at the end."""
     quiet: bool = False
     """No progress bar and no messages."""
+
+    effects: ClassVar[tuple[Effect, ...]] = OF_EXECUTORS
 
 
 class ReportSettings(Settings):

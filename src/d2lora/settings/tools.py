@@ -2,11 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from d2lora.settings.core import Settings
+from d2lora.settings.core import Effect, Settings
 from d2lora.settings.sections import (
     BaseSettings,
     ChatFormat,
@@ -18,6 +18,18 @@ from d2lora.settings.sections import (
     Seed,
     SelectMethod,
 )
+
+HARNESS = "lm_eval:"
+"""In front of a task of lm-evaluation-harness, where a file could stand."""
+EMBEDDED = ("diverse", "similar", "mixture")
+"""Selection methods that use the embedding setting."""
+
+
+def _runs_base(settings: Any) -> bool:
+    """Say whether a selection computes something with the base, beyond its tokenizer."""
+    if settings.method in EMBEDDED:
+        return settings.embedding == "base"
+    return settings.method in ("gradient", "perplexity")
 
 
 class SelectSettings(BaseSettings, HygieneSettings):
@@ -63,6 +75,33 @@ class SelectSettings(BaseSettings, HygieneSettings):
     quiet: bool = False
     """No progress bar and no messages."""
 
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("for_card",),
+            lambda s: s.for_task,
+            "says how rows of --for are read: give these, too",
+        ),
+        Effect(
+            ("embedding",),
+            lambda s: s.method in EMBEDDED,
+            f"is used by --method {', '.join(EMBEDDED[:-1])} or {EMBEDDED[-1]} alone",
+        ),
+        Effect(
+            ("relevance",), lambda s: s.method == "mixture", "is used by --method mixture alone"
+        ),
+        Effect(
+            ("gradient_steps", "gradient_width"),
+            lambda s: s.method == "gradient",
+            "is used by --method gradient alone",
+        ),
+        Effect(
+            ("feature_tokens", "dtype", "quantization"),
+            _runs_base,
+            "is about what the base computes, and this selection computes nothing with it: that do "
+            "--method gradient and perplexity, and by --embedding base diverse, similar, mixture",
+        ),
+    )  # fmt: skip
+
 
 class EvaluateSettings(BaseSettings, FormatSettings, GenerationSettings):
     """`d2lora evaluate`: base + adapters + task -> records, scores, forgetting."""
@@ -94,6 +133,29 @@ class EvaluateSettings(BaseSettings, FormatSettings, GenerationSettings):
     quiet: bool = False
     """No progress bar and no messages."""
 
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("limit", "task"),
+            lambda s: s.data,
+            "is about the task's rows: give --data, or leave it out",
+        ),
+        Effect(
+            ("max_new_tokens",),
+            lambda s: any(not name.startswith(HARNESS) for name in s.data),
+            "is about answers to the rows of --data; tasks of lm-evaluation-harness have their own",
+        ),
+        Effect(
+            ("chat_format", "chat_template", "template_args"),
+            lambda s: any(
+                not name.startswith(HARNESS) for name in (*s.data, *s.general_text, *s.choices)
+            ),
+            "is about rows, and tasks of lm-evaluation-harness are asked as they stand",
+        ),
+        Effect(
+            ("shots_seed",), lambda s: s.shots, "is about rows to show: give --shots, too"
+        ),
+    )  # fmt: skip
+
 
 class GenerateSettings(BaseSettings, GenerationSettings):
     """`d2lora generate`: try an adapter on a prompt or a file of prompts."""
@@ -118,11 +180,13 @@ class GenerateSettings(BaseSettings, GenerationSettings):
     out: Path | None = None
     """JSONL file to write. None: print."""
 
-    @model_validator(mode="after")
-    def _of_sampling(self) -> Self:
-        if self.top_p < 1 and self.temperature == 0:
-            raise ValueError("top_p is about sampling, and nothing is sampled: give --temperature")
-        return self
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("top_p", "seed"),
+            lambda s: s.temperature > 0,
+            "is about sampling, and nothing is sampled: give --temperature",
+        ),
+    )
 
 
 class PairsSettings(BaseSettings, FormatSettings, GenerationSettings):
@@ -187,6 +251,37 @@ class ConvertSettings(BaseSettings):
         ):
             raise ValueError("expected a size with its unit, as in 5GB or 500MB")
         return size
+
+    @property
+    def gguf(self) -> bool:
+        """Whether a GGUF file is written."""
+        return self.out.suffix.lower() == ".gguf"
+
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("mix_weights", "mix_method"), lambda s: s.mix, "is of a mixture: give --mix, too"
+        ),
+        Effect(
+            ("shard_size",),
+            lambda s: s.merge and not s.gguf,
+            "is of a merged model's folder: give --merge and an --out that is a folder",
+        ),
+        Effect(
+            ("base", "revision", "gguf_file"),
+            lambda s: s.merge or s.gguf,
+            "is about a merge and about GGUF files: an adapter alone is converted without its base",
+        ),
+        Effect(
+            ("quantization", "chat_template", "template_args"),
+            lambda s: s.merge,
+            "is about the model that --merge writes",
+        ),
+        Effect(
+            ("seed",),
+            lambda s: s.merge or s.rank is not None,
+            "is about --rank and --merge, and nothing is random here",
+        ),
+    )  # fmt: skip
 
 
 class PublishSettings(Settings):
@@ -258,3 +353,21 @@ class InspectSettings(Settings):
     """PNG file to write: the spectrum of every layer."""
     out: Path | None = None
     """JSON file to write, with all numbers."""
+
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("other", "plot", "quantization"),
+            lambda s: s.adapter is not None,
+            "is about an adapter: give --adapter, too",
+        ),
+        Effect(
+            ("task", "chat_format", "chat_template", "template_args", "quantization"),
+            lambda s: s.data,
+            "is about rows: give --data, too",
+        ),
+        Effect(
+            ("revision", "gguf_file"),
+            lambda s: s.base is not None or s.data,
+            "is about the base: give --base, too",
+        ),
+    )

@@ -107,7 +107,7 @@ def decontaminated(
         faults += _too_few(check, max(plan.sizes))
     if faults:
         raise DataError(f"the study cannot run:\n{listed(faults)}")
-    return StudyPlan(**values), checks
+    return StudyPlan.unchecked(values), checks
 
 
 def _places(values: dict[str, Any]) -> dict[str, dict[str, Any]]:

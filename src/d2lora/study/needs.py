@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from d2lora.adapters.lora import PARTIAL
 from d2lora.data.reading import read_task
 from d2lora.data.sources import split_validation
 from d2lora.data.tasks import has_labels
@@ -22,7 +21,13 @@ from d2lora.settings import AdaptSettings, BaseSettings, EvaluateSettings, Phase
 from d2lora.study.cells import BASE, Cell
 from d2lora.study.jobs import Merged, Mixed, Norms, Paired, Ready, Scored, Trial, WarmUp
 from d2lora.study.plan import NEEDS_WARM_UP, UNTRAINED, ArmPlan, StudyPlan
-from d2lora.study.recipes import adapt_settings, base_values, pairs_settings, warm_up_settings
+from d2lora.study.recipes import (
+    INHERITED,
+    adapt_settings,
+    base_values,
+    pairs_settings,
+    warm_up_settings,
+)
 from d2lora.study.steps import CellFailedError, Steps
 from d2lora.study.store import Job, content_of
 from d2lora.study.tuning import Candidate, Curve, SearchGrid, Tuned, mean_curve
@@ -30,8 +35,6 @@ from d2lora.training.schedule import StepSchedule, batch_size_of
 
 CURVE_POINTS = 12
 """Validation losses in a trial's curve, at most, besides that of the untrained adapter."""
-_INHERITED = dict.fromkeys(("rank", "alpha", "targets", *PARTIAL))
-"""What an arm takes over from a warm start, whatever the plan says of fresh ones."""
 _ALIKE = ("max_length", "overlong", "chat_format")
 """What holds for test rows as for training rows."""
 
@@ -176,8 +179,7 @@ class Needs:
         arm = self._arms[cell.arm]
         plain = adapt_settings(self.plan, arm, cell.task, cell.n, cell.seed, Path(), **values)
         if warm_up is None:
-            init = arm.init or plain.init
-            return (yield from self._with_pairs(cell, plain.changed(init=init), None))
+            return (yield from self._with_pairs(cell, plain, None))
         changes: dict[str, Any]
         match arm.kind:
             case "longer":
@@ -204,10 +206,10 @@ class Needs:
             case "norms":
                 norms = Norms(f"{arm.warm_up}, random", ("", 0), self.store, warm_up, cell.seed)
                 yield from self.need(norms)
-                changes = {"init": str(norms.path), **_INHERITED}
+                changes = {"init": str(norms.path), **INHERITED}
             case _:
                 scale = 0.0 if arm.kind == "warm_a" else plain.init_scale
-                changes = {"init": str(warm_up.path), "init_scale": scale, **_INHERITED}
+                changes = {"init": str(warm_up.path), "init_scale": scale, **INHERITED}
         return (yield from self._with_pairs(cell, plain.changed(**changes), warm_up))
 
     def _with_pairs(
@@ -259,20 +261,21 @@ class Needs:
         """Return how a task's adapters are scored."""
         task = self.plan.tasks[name]
         own = {**self.plan.adapt, **task.adapt}
-        return EvaluateSettings(
+        values: dict[str, Any] = {
             **dict(self._base()),
-            out=Path(),
-            data=task.test,
-            task=task.task,
-            training_data=task.data if has_labels(task.task) else (),
-            limit=task.n_test,
-            general_text=self.plan.general_text,
-            choices=self.plan.choices,
-            lm_eval_tasks=self.plan.lm_eval_tasks,
-            max_new_tokens=task.max_new_tokens,
+            "out": Path(),
+            "data": task.test,
+            "task": task.task,
+            "training_data": task.data if has_labels(task.task) else (),
+            "limit": task.n_test,
+            "general_text": self.plan.general_text,
+            "choices": self.plan.choices,
+            "lm_eval_tasks": self.plan.lm_eval_tasks,
+            "max_new_tokens": task.max_new_tokens,
             **{name: own[name] for name in _ALIKE if name in own},
-            quiet=True,
-        )
+            "quiet": True,
+        }
+        return EvaluateSettings.unchecked(values)  # of a fit without test rows, how it answers
 
     def need(self, job: Job) -> Steps[dict[str, Any]]:
         """Lead to the result of a job that must not fail."""

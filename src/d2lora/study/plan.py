@@ -5,12 +5,12 @@ A plan spans cells (arm x task x n x seed).
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from d2lora.settings import BaseSettings, Epochs, LearningRate, Settings
-from d2lora.settings.core import check_names
+from d2lora.settings.core import Effect, check_names
 
 V = TypeVar("V")
 
@@ -30,6 +30,8 @@ KINDS: dict[str, str] = {
     "init": "one of PEFT's initializations",
 }
 NEEDS_WARM_UP = frozenset({"warm", "longer", "mixed", "merged", "warm_a", "norms", "warm_only"})
+FROM_WARM_START = frozenset({"warm", "warm_a", "norms", "warm_only"})
+"""Kinds that are initialized from the warm start, or one made of it."""
 UNTRAINED = frozenset({"warm_only", "few_shot"})
 WORLD = "world:"
 """Data of the embedded base's small world: `world:problems-train`, as `python -m d2lora.embedded`
@@ -75,6 +77,17 @@ class ArmPlan(Settings):
     initialization, rows, learning rate and length. 1: no averaging."""
     against: str | None = None
     """Name of the arm that it is compared with. None: the first arm."""
+
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("warm_up",),
+            lambda arm: arm.kind in NEEDS_WARM_UP,
+            f"is of arms that have one: {', '.join(sorted(NEEDS_WARM_UP))}",
+        ),
+        Effect(
+            ("adapt",), lambda arm: arm.kind not in UNTRAINED, "is of arms that are trained"
+        ),
+    )  # fmt: skip
 
 
 class StudyPlan(BaseSettings):
@@ -131,6 +144,52 @@ class StudyPlan(BaseSettings):
     keep_out_words: int = Field(default=13, ge=0)
     """Consecutive words shared with a test or multiple-choice row that make a training row
     contaminated: it is removed. 0: only the same question does."""
+
+    @property
+    def tunes(self) -> bool:
+        """Whether learning rates or lengths are chosen on rows held out."""
+        return len(self.learning_rates) > 1 or bool(self.steps)
+
+    @property
+    def objectives(self) -> set[str]:
+        """The objectives of its warm-ups and arms."""
+        parts = (self.warm_up, *self.warm_ups.values(), self.adapt)
+        own = (*(task.adapt for task in self.tasks.values()), *(arm.adapt for arm in self.arms))
+        return {part.get("objective", "sft") for part in (*parts, *own)}
+
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("warm_up_seeds",),
+            lambda plan: any(arm.kind in NEEDS_WARM_UP for arm in plan.arms),
+            "is about warm-ups, and no arm has one: leave it out, or add an arm such as `warm`",
+        ),
+        Effect(
+            ("warm_up_seeds",),
+            lambda plan: any("path" not in own for own in plan.warm_ups.values()),
+            "is about warm-ups that the study makes, and all are made already (`path`)",
+        ),
+        Effect(
+            ("shots",),
+            lambda plan: any(arm.kind == "few_shot" for arm in plan.arms),
+            "is about the arm `few_shot`, which there is not",
+        ),
+        Effect(
+            ("pairs",),
+            lambda plan: plan.objectives - {"sft"},
+            "is about preferences, and every objective here is sft",
+        ),
+        Effect(
+            ("folds", "validation_fraction"),
+            lambda plan: plan.tunes,
+            "is about rows held out to choose by, and nothing is chosen: give several "
+            "learning_rates, or steps",
+        ),
+        Effect(
+            ("validation_fraction",),
+            lambda plan: plan.folds == 1,
+            "is not heeded beside folds, which hold other rows out: give one",
+        ),
+    )
 
     @field_validator("arms", mode="before")
     @classmethod

@@ -17,17 +17,18 @@ from d2lora.errors import SettingsError, did_you_mean, listed
 from d2lora.settings import AdaptSettings, PairsSettings
 from d2lora.settings.core import check_names
 from d2lora.settings.yaml_text import parse_yaml
+from d2lora.study.heeded import faults_of_own, faults_of_shared
 from d2lora.study.plan import KINDS, NEEDS_WARM_UP, UNTRAINED, ArmPlan, Kind, StudyPlan
 from d2lora.study.recipes import listed_values, warm_up_settings
 
 _FIXED = {
-    "base", "revision", "dtype", "quantization", "device", "threads", "out", "resume",
+    "base", "revision", "gguf_file", "dtype", "quantization", "device", "threads", "out", "resume",
     "dry_run", "quiet",
 }  # fmt: skip
 _FIXED_PAIRS = _FIXED | {"data", "adapter", "n", "seed", "task"}
 _FIXED_ADAPT = _FIXED | {
     "data", "init", "n", "seed", "validation_data", "validation_fraction", "fold", "task",
-    "stop_step", "eval_every", "measure_start",
+    "stop_step", "eval_every", "measure_start", "learning_rate", "keep_best",
 }  # fmt: skip
 _LENGTHS = {"steps", "epochs"}
 
@@ -50,16 +51,23 @@ def read_plan(*sources: str, changes: Sequence[str] = ()) -> StudyPlan:
     Raises:
         SettingsError: With every fault at once.
     """
-    values = _filled([_read(source) for source in sources])
+    read = [_read(source) for source in sources]
+    values = _filled(read)
     changed = {change.partition("=")[0].partition(".")[0]: None for change in changes}
     values = _without_other_length(values, changed)
     for change in changes:
         _change(values, change)
-    plan = StudyPlan(**values)
-    faults = [*_faults_of_settings(plan), *_faults_of_names(plan)]
+    plan = StudyPlan.unchecked(values)
+    # A plan may say what the arms of another, or those of --set, have no use for.
+    whole = len(read) == 1 and "arms" not in changed
+    idle = plan.without_effect({*changed, *(read[0] if whole else ())}).values()
+    faults = [*idle, *_faults_of_settings(plan), *_faults_of_names(plan)]
+    named = plan.changed(arms=_named(plan))
+    if not faults:
+        faults = [*faults_of_own(named), *(faults_of_shared(named) if whole else ())]
     if faults:
         raise SettingsError(f"{' + '.join(sources)}:\n{listed(faults)}")
-    return plan.changed(arms=_named(plan))
+    return named
 
 
 def _filled(plans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -154,14 +162,15 @@ def _faults_of_settings(plan: StudyPlan) -> list[str]:
     for place, values in places.items():
         faults += _forbidden(place, values, _FIXED_ADAPT)
         faults += [
-            f"{place}: `{name}` and the plan's `steps` both set the length of training; give one "
-            "(`steps: {}` for none)"
+            f"{place}: `{name}` and the plan's `{length}` both set the length of training; give "
+            f"one (`{length}: {{}}` for none)"
             for name in ("epochs", "max_steps")
-            if plan.steps and name in values
+            for length in sorted(_LENGTHS)
+            if getattr(plan, length) and name in values
         ]
         whole: dict[str, Any] = {"data": ("unused",), "out": nowhere, **listed_values(values)}
         try:
-            AdaptSettings(**whole)
+            AdaptSettings.unchecked(whole)
         except SettingsError as error:
             faults.append(f"{place}: {error}")
     return faults
@@ -210,6 +219,14 @@ def _faults_of_names(plan: StudyPlan) -> list[str]:
             faults.append(
                 f"arm {arm.name or arm.kind}: rows cannot be mixed with those of a warm start that "
                 "was made before; name a warm-up with its data"
+            )
+        if arm.kind == "mixed" and any(
+            "max_tokens" in {**plan.warm_up, **plan.warm_ups.get(name, {})}
+            for name in _warm_ups(plan, arm)
+        ):
+            faults.append(
+                f"arm {arm.name or arm.kind}: a warm-up that ends by max_tokens cannot be mixed "
+                "with a task's rows; give it epochs or max_steps"
             )
         if (arm.kind == "init") != bool(arm.init):
             faults.append(f"arm {arm.name or arm.kind}: kind `init`, and it alone, needs `init`")

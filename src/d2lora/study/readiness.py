@@ -20,15 +20,13 @@ from d2lora.evaluation.test_sets import never_chosen
 from d2lora.runtime.claims import check_writable
 from d2lora.runtime.run_folder import present
 from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
-from d2lora.study.plan import SHIPPED, UNTRAINED, WORLD, StudyPlan
+from d2lora.study.plan import FROM_WARM_START, SHIPPED, UNTRAINED, WORLD, StudyPlan
 from d2lora.study.read_plan import read_plan
 from d2lora.study.recipes import base_values
 from d2lora.warmstart import WarmStart
 
 _BEFORE_STUDY = {"results.jsonl", "trials.jsonl", "removed_rows.jsonl"}
 """Files of a study that are written before `study.json`."""
-_INHERITS = {"warm", "warm_a", "norms", "warm_only"}
-"""Kinds of arms that are prompted in their warm start's chat format."""
 LIMITS = ("max_length", "overlong", "chat_format")
 """Settings of a task's training that its test rows share."""
 
@@ -140,7 +138,7 @@ def _faults_of_formats(plan: StudyPlan) -> list[str]:
         shared = {**plan.adapt, **task.adapt}.get("chat_format")
         for arm in plan.arms:
             wanted = {"chat_format": shared, **arm.adapt}["chat_format"]
-            if arm.kind in _INHERITS and arm.warm_up is not None:
+            if arm.kind in FROM_WARM_START and arm.warm_up is not None:
                 ready = plan.ready(arm.warm_up)
                 made = {**plan.warm_up, **plan.warm_ups[arm.warm_up]}.get("chat_format")
                 wanted = WarmStart.load(ready).manifest.chat_format if ready else made
@@ -231,4 +229,4 @@ def _placed(plan: StudyPlan, world: Path) -> StudyPlan:
             return str(paths[name])
         return value
 
-    return StudyPlan(**placed(values))
+    return StudyPlan.unchecked(placed(values))

@@ -78,9 +78,9 @@ def convert(settings: ConvertSettings) -> Conversion:
         ModelError: If the adapter cannot be converted, or the merge changes its outputs.
         RunError: If `out` is taken.
     """
-    folder, gguf = Path(settings.adapter), settings.out.suffix.lower() == ".gguf"
-    _check_asked(settings, gguf=gguf)
-    if gguf:
+    folder = Path(settings.adapter)
+    _check_asked(settings)
+    if settings.gguf:
         return Conversion(settings.out, {}, _to_gguf(settings, folder))
     with RunFolder.open(settings.out, "", whole=True):
         if settings.merge:
@@ -88,7 +88,7 @@ def convert(settings: ConvertSettings) -> Conversion:
         return _reshape(settings, folder)
 
 
-def _check_asked(settings: ConvertSettings, *, gguf: bool) -> None:
+def _check_asked(settings: ConvertSettings) -> None:
     """Check that one conversion is asked for.
 
     Raises:
@@ -96,20 +96,15 @@ def _check_asked(settings: ConvertSettings, *, gguf: bool) -> None:
     """
     recast = settings.dtype != "auto" and not settings.merge
     reshaped = bool(settings.rank or settings.scale or settings.mix)
-    if gguf and reshaped:
+    if settings.gguf and reshaped:
         raise SettingsError(
             "an adapter is written to a GGUF file as it is: convert it into a folder first"
         )
-    if not gguf and settings.merge == (reshaped or recast):
+    if not settings.gguf and settings.merge == (reshaped or recast):
         raise SettingsError(
             "give --rank, --scale, --mix or --dtype to convert, --merge alone, or an --out that "
             "ends in .gguf"
         )
-    if not settings.mix and (settings.mix_weights or settings.mix_method != "cat"):
-        raise SettingsError("--mix-weights and --mix-method are of a mixture: give --mix, too")
-    if settings.shard_size and (gguf or not settings.merge):
-        wanted = "an --out that is a folder" if gguf else "--merge, too"
-        raise SettingsError(f"--shard-size is of a merged model's folder: give {wanted}")
 
 
 def _to_gguf(settings: ConvertSettings, folder: Path) -> float | None:

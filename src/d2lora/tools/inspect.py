@@ -29,7 +29,6 @@ from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
 from d2lora.adapters.mixing import scale_of
 from d2lora.data.encoded_sets import encode_all
 from d2lora.data.reading import read_task
-from d2lora.data.tasks import AUTO
 from d2lora.errors import ModelError, SettingsError
 from d2lora.evaluation.generate import encoder_of
 from d2lora.runtime.claims import claimed
@@ -85,8 +84,6 @@ def inspect(settings: InspectSettings) -> Inspection:
     """
     if settings.adapter is None:
         raise SettingsError("nothing to inspect: give --adapter, or --data alone for its rows")
-    if settings.task != AUTO and not settings.data:
-        raise SettingsError(f"--task {settings.task} is about rows: give --data, too")
     folder = Path(settings.adapter)
     files = AdapterFiles.read(folder)
     mine = _updates(files)
