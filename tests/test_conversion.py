@@ -19,9 +19,13 @@ from d2lora import (
     adapt,
     convert,
 )
+from d2lora.adapters.base import load_tokenizer
 from d2lora.adapters.factors import Factors, extend, singular_values, truncate
 from d2lora.adapters.fingerprints import fingerprint_of
+from d2lora.adapters.foreign import save_tokenizer
 from d2lora.adapters.mixing import Plain
+from d2lora.errors import disk_fault
+from d2lora.settings import BaseSettings
 
 PROBE = torch.arange(5, 60)[None]
 
@@ -300,3 +304,18 @@ def test_adapters_of_different_bases_are_not_mixed(
                 adapter=str(warm_start.path), mix=(str(foreign),), out=tmp_path / "x"
             )
         )  # fmt: skip
+
+
+def test_a_tokenizer_that_the_disk_has_no_room_for_is_an_error_of_the_disk(
+    tmp_path: Path, tiny_base: str
+) -> None:
+    resource = pytest.importorskip("resource")
+    tokenizer = load_tokenizer(BaseSettings(base=tiny_base))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as found:
+            save_tokenizer(tokenizer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be written: file too large" in str(disk_fault(found.value))

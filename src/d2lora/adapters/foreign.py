@@ -2,6 +2,8 @@
 
 import base64
 import json
+import os
+import re
 import struct
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -39,6 +41,20 @@ def foreign(what: str) -> Generator[None]:
         if disk_fault(error) or type(error).__name__ == "OutOfMemoryError":
             raise
         raise ModelError(f"{what}: {first_line(error)}") from None
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer of transformers.
+
+    Raises:
+        OSError: If the disk is full or fails, for which tokenizers raises a plain `Exception`.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
+        raise
 
 
 def is_panic(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from d2lora.adapters.foreign import save_tokenizer
 from d2lora.adapters.gguf_header import GgufHeader, read_header
 from d2lora.errors import ModelError, first_line
 from d2lora.runtime.extras import need_extra
@@ -74,6 +75,6 @@ def _convert(path: Path, header: GgufHeader, folder: Path) -> None:
     model.config.__dict__.pop("quantization_config", None)
     model.__dict__.pop("hf_quantizer", None)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     origin = {"file": path.name, "fingerprint": header.fingerprint}
     write_json(folder / RECORD, {**origin, "quantization": header.quantization})

@@ -14,6 +14,7 @@ from d2lora.adapters.attach import attach_adapter, shared_weights
 from d2lora.adapters.base import Base, load_base, n_embedded
 from d2lora.adapters.base_files import gguf_of
 from d2lora.adapters.card import write_merged
+from d2lora.adapters.foreign import save_tokenizer
 from d2lora.adapters.manifest import Manifest, base_record, check_fit, has_manifest
 from d2lora.adapters.quantization import is_quantized
 from d2lora.data.encode import Encoder
@@ -125,7 +126,7 @@ def merge(base: Base, folder: Path, out: Path, seed: int, shard_size: str | None
     model, ids, apart, _ = _merged(base, folder, seed)
     with new_folder(out.resolve()) as written:  # behind a symbolic link, which stays
         model.save_pretrained(written, max_shard_size=shard_size or _SHARD_SIZE)
-        encoder.tokenizer.save_pretrained(written)
+        save_tokenizer(encoder.tokenizer, written)
         write_merged(_manifest_of(folder, base), written)
         own = TrainedRows.read(base.folder)
         (TrainedRows.read(folder) | own).write(written)
