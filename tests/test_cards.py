@@ -420,11 +420,11 @@ def test_another_chat_template_and_its_arguments_are_learnt_and_inherited(
     own["template_args"] = ("thinking=0",)
     with pytest.raises(WarmStartError, match=r"contradict the warm start .* another template"):
         adapt(AdaptSettings(**own, init=str(warm), data=(titles,), out=tmp_path / "b"))
-    plain = {**base, "adapter": str(adapter.path)}
+    alone = {"adapter": str(adapter.path)}
     other = adapt(AdaptSettings(**own, data=(titles,), out=tmp_path / "c", max_steps=1, quiet=True))
     with pytest.raises(ModelError, match=r"another chat template than .* cannot be mixed"):
-        convert(ConvertSettings(**plain, mix=(str(other.path),), out=tmp_path / "mixed"))
-    convert(ConvertSettings(**plain, merge=True, out=tmp_path / "merged"))
+        convert(ConvertSettings(**alone, mix=(str(other.path),), out=tmp_path / "mixed"))
+    convert(ConvertSettings(**base, **alone, merge=True, out=tmp_path / "merged"))
     merged = BaseSettings(base=str(tmp_path / "merged"))
     assert tokenizer_of(merged).chat_template == adapter.manifest.chat_template
 

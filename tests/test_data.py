@@ -66,18 +66,6 @@ def test_a_pool_without_a_good_row_is_an_error(tmp_path: Path) -> None:
         read_pool([write_rows(tmp_path / "a.jsonl", [{"n": 1}])])
 
 
-def test_hub_data_sets_come_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def load_dataset(name: str, config: str | None, split: str) -> Dataset:
-        asked.append((name, config, split))
-        return Dataset.from_list(ROWS)
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert len(read_task(["owner/name/config:validation"]).examples) == 3
-    assert asked == [("owner/name", "config", "validation")]
-
-
 @pytest.mark.parametrize(
     ("row", "task", "prompt", "completion"),
     [

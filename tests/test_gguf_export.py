@@ -239,7 +239,7 @@ def test_a_base_from_a_gguf_file_keeps_that_files_tokenizer(tmp_path: Path, tiny
     [
         ({"rank": 2}, "convert it into a folder first"),
         ({"scale": 0.5}, "convert it into a folder first"),
-        ({"merge": True, "shard_size": "1GB"}, "--shard-size is of a merged model's folder"),
+        ({"merge": True, "shard_size": "1GB"}, "shard_size is of a merged model's folder"),
         ({"merge": True, "shard_size": "many"}, "shard_size"),
         ({"base": "other"}, "has other weights"),
     ],

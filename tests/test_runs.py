@@ -24,6 +24,7 @@ from d2lora.adapters.lora import adamw
 from d2lora.cli import main
 from d2lora.runtime.claims import claimed
 from d2lora.runtime.run_folder import (
+    CHECKPOINT,
     METRICS,
     RunFolder,
     new_folder,
@@ -209,9 +210,9 @@ def test_a_run_that_dies_while_a_checkpoint_is_replaced_resumes_from_the_one_bef
     whole = run(tmp_path / "whole", tiny_base, problems, **common)
     with dying_between_renames(monkeypatch, 2), pytest.raises(Killed):
         run(tmp_path / "killed", tiny_base, problems, **common)
-    assert not (tmp_path / "killed" / checkpoint.FOLDER).exists()
+    assert not (tmp_path / "killed" / CHECKPOINT).exists()
     assert checkpoint.exists(tmp_path / "killed")
-    progress = read_json(tmp_path / "killed" / checkpoint.FOLDER / "progress.json")
+    progress = read_json(tmp_path / "killed" / CHECKPOINT / "progress.json")
     assert progress["step"] == 2
     resumed = run(tmp_path / "killed", tiny_base, problems, **common, resume=True)
     assert_same(whole, resumed)
@@ -245,6 +246,21 @@ def test_what_a_dead_process_left_half_written_is_cleared_by_the_next(tmp_path: 
     with RunFolder.open(out, "rank: 4\n", resume=True):
         assert [path.name for path in out.iterdir()] == ["settings.yaml"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_checkpoint_that_outlived_its_finished_run_goes_with_the_next_try(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "run", "{}\n") as run:
+        run.start("{}\n")
+        (run.path / "checkpoint").mkdir()
+        run.finish({"kind": "adapter"})
+        assert not (run.path / "checkpoint").exists()
+    (run.path / "checkpoint").mkdir()  # as of a process that died behind the marker
+    with (
+        pytest.raises(RunError, match="holds a finished run"),
+        RunFolder.open(run.path, "{}\n", resume=True),
+    ):
+        pass
+    assert not (run.path / "checkpoint").exists()
 
 
 @pytest.mark.parametrize("present", [True, False])
@@ -384,11 +400,11 @@ def test_a_damaged_checkpoint_is_an_error_that_says_how_to_go_on(
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(dies_at_step(patch, 3)):
         run(out, tiny_base, problems, checkpoint_every=2)
-    path = out / checkpoint.FOLDER / file
+    path = out / CHECKPOINT / file
     path.write_bytes(path.read_bytes()[:40] if left is None else left)
     with pytest.raises(RunError, match=file):
         run(out, tiny_base, problems, resume=True)
-    shutil.rmtree(out / checkpoint.FOLDER)
+    shutil.rmtree(out / CHECKPOINT)
     assert_same(
         run(tmp_path / "whole", tiny_base, problems), run(out, tiny_base, problems, resume=True)
     )

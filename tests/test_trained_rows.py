@@ -28,7 +28,9 @@ from support import read_rows, write_rows
 
 def evaluated(out: Path, base: str, *adapters: Path, **sets: Any) -> Evaluation:
     names = tuple(map(str, adapters))
-    return evaluate(EvaluateSettings(base=base, adapters=names, out=out, max_new_tokens=2, **sets))
+    if "data" in sets:
+        sets["max_new_tokens"] = 2
+    return evaluate(EvaluateSettings(base=base, adapters=names, out=out, **sets))
 
 
 def adapted_from(warm_start: WarmStart, out: Path, base: str, data: str, **changes: Any) -> Path:

@@ -58,7 +58,8 @@ def rows_of_set(name: str) -> Iterable[Any]:
     try:
         return _of_hub(name) if folder is None else _of_folder(folder)
     except (exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        reason = first_line(error)
+        said = isinstance(error, exceptions.DatasetGenerationError)  # only that there is a cause
+        reason = first_line((said and error.__cause__) or error)
         if "scripts are no longer supported" in reason:
             reason = (
                 "it is a script, and d2lora runs no code from the hub; give a data set of data "

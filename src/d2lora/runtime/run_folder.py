@@ -31,6 +31,7 @@ from d2lora.settings.yaml_text import parse_yaml
 DONE = "done.json"
 SETTINGS = "settings.yaml"
 METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint"
 _FREE = {
     "out", "resume", "quiet", "threads", "checkpoint_every", "checkpointing", "track",
     "track_project",
@@ -179,6 +180,7 @@ class RunFolder:
     def _check(self, settings_yaml: str, *, resume: bool) -> None:
         path = self.path
         if (path / DONE).exists():
+            self._drop_checkpoint()  # of a process that died behind the marker
             raise RunError(f"{path} holds a finished run; choose another --out or remove it")
         names = present(path)
         if resume and not names:
@@ -241,9 +243,13 @@ class RunFolder:
             _flush(path)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the marker of completion, with the run's summary."""
+        """Write the marker of completion, with the run's summary; no checkpoint is needed then."""
         self.flush_log()
         write_json(self.path / DONE, summary)
+        self._drop_checkpoint()
+
+    def _drop_checkpoint(self) -> None:
+        shutil.rmtree(self.path / CHECKPOINT, ignore_errors=True)
 
 
 def provenance() -> dict[str, Any]:

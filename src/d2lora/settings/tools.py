@@ -142,7 +142,8 @@ class EvaluateSettings(BaseSettings, FormatSettings, GenerationSettings):
         Effect(
             ("max_new_tokens",),
             lambda s: any(not name.startswith(HARNESS) for name in s.data),
-            "is about answers to the rows of --data; tasks of lm-evaluation-harness have their own",
+            "is about answers to rows of --data, and there are none; tasks of "
+            "lm-evaluation-harness have their own",
         ),
         Effect(
             ("chat_format", "chat_template", "template_args"),

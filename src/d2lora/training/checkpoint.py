@@ -12,18 +12,17 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from d2lora.errors import RunError, first_line
-from d2lora.runtime.run_folder import new_folder, read_json, restore, write_json
+from d2lora.runtime.run_folder import CHECKPOINT, new_folder, read_json, restore, write_json
 from d2lora.training.progress import Progress
 
-FOLDER = "checkpoint"
 STATE, PROGRESS = "state.safetensors", "progress.json"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def exists(run_path: Path) -> bool:
     """Say whether a run has a checkpoint, be it one that was being replaced."""
-    restore(run_path / FOLDER)
-    return (run_path / FOLDER / PROGRESS).is_file()
+    restore(run_path / CHECKPOINT)
+    return (run_path / CHECKPOINT / PROGRESS).is_file()
 
 
 def save(
@@ -44,7 +43,7 @@ def save(
             tensors[f"{moment}/{name}"] = value
     tensors |= {f"best/{name}": value for name, value in best.items()}
     whole = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    with new_folder(run_path / FOLDER) as folder:
+    with new_folder(run_path / CHECKPOINT) as folder:
         save_file(whole, folder / STATE)
         write_json(folder / PROGRESS, dict(progress))
 
@@ -60,9 +59,9 @@ def load(
     Raises:
         RunError: If the checkpoint is damaged, or of another adapter shape.
     """
-    tensors, progress = _tensors(run_path), read_json(run_path / FOLDER / PROGRESS)
+    tensors, progress = _tensors(run_path), read_json(run_path / CHECKPOINT / PROGRESS)
     if progress.keys() != {field.name for field in fields(Progress)}:
-        raise RunError(f"{run_path / FOLDER / PROGRESS}: it is damaged; {_again(run_path)}")
+        raise RunError(f"{run_path / CHECKPOINT / PROGRESS}: it is damaged; {_again(run_path)}")
     shapes = {name: weight.shape for name, weight in tensors.items() if name.startswith("weight/")}
     if shapes != {f"weight/{name}": parameter.shape for name, parameter in parameters.items()}:
         raise RunError(
@@ -89,7 +88,7 @@ def load(
 
 
 def _tensors(run_path: Path) -> dict[str, Tensor]:
-    path = run_path / FOLDER / STATE
+    path = run_path / CHECKPOINT / STATE
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -97,7 +96,7 @@ def _tensors(run_path: Path) -> dict[str, Tensor]:
 
 
 def _again(run_path: Path) -> str:
-    return f"remove {run_path / FOLDER}, and --resume starts the run from its beginning"
+    return f"remove {run_path / CHECKPOINT}, and --resume starts the run from its beginning"
 
 
 def moments(run_path: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -3,7 +3,6 @@
 base, rows, adapter -> train -> folder with adapter, manifest, card and marker of completion.
 """
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -262,7 +261,6 @@ def _finish(manifest: Manifest, phase: Phase) -> None:
     origin = {**manifest.provenance, "device": device, "data": rows.sources, "inputs": inputs}
     write_json(run.path / "provenance.json", origin)
     run.finish({"kind": manifest.kind, "cost": manifest.cost})
-    shutil.rmtree(run.path / checkpoint.FOLDER, ignore_errors=True)
 
 
 def _manifest(phase: Phase, saved: InitializedAdapter, trained: Trained) -> Manifest:
