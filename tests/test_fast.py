@@ -129,6 +129,22 @@ def test_choices_scored_together_are_the_choices_scored_apart(tiny_base: str) ->
     assert in_chunks[3] == pytest.approx(apart[0], abs=1e-4)
 
 
+def test_choices_of_a_token_each_share_their_prompt_whichever_order_they_have(
+    tiny_base: str,
+) -> None:
+    base = load_base(BaseSettings(base=tiny_base, device="cpu"))
+    scorer = TokenScorer(base.model).eval()
+    letters = Question((1, 9, 8, 7), ((10,), (11,), (12,)))
+    mixed = Question((1, 20), ((21, 22, 23, 24), (10,)))
+    for rows in ([letters], [mixed], [letters, mixed]):
+        apart = _apart(scorer, rows, base.pad_id)
+        with fast.enabled(base.model, when=True) as used:
+            scores = continuation_scores(scorer, rows, base.pad_id)
+        assert "shared prompts" in used.names
+        for one, other in zip(scores, apart, strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+
+
 def test_a_model_that_ignores_the_mask_scores_each_choice_by_itself(
     tiny_base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,18 +25,19 @@ def continuation_scores(
     """Return the summed log-probability of every continuation, question by question.
 
     On the fast path the prompt is computed once. Models that do not support such a mask are
-    detected on the shortest and the longest question.
+    detected on the shortest and the longest question, and on that with the longest ending.
     """
     scorer.eval()
     order = sorted(range(len(questions)), key=lambda index: -questions[index].length)
-    ends = [questions[order[place]] for place in (0, -1)] if order else []
+    probes = [questions[order[place]] for place in (0, -1)] if order else []
+    probes += sorted(questions, key=lambda question: max(map(len, question.endings)))[-1:]
     farthest = max((question.reach for question in questions), default=0)
     if (
         not scorer.used.allowed
         or farthest > shared_reach(scorer.model)
         or not all(
             can_share(scorer, question, pad_id, partial(_equal, scorer, question, pad_id))
-            for question in ends
+            for question in probes
         )
     ):
         return _apart(scorer, questions, pad_id)

@@ -2,7 +2,8 @@
 
 Numbers alone do not tell it in 16 bits: what a window of attention, a recurrent state or positions
 of the model's own change may be no more than rounding in the sum over an ending's tokens. So it is
-asked first what the last ending depends on. Shapes: B rows, T tokens, P scored positions.
+asked first what the longest ending depends on, placed behind the others. Shapes: B rows, T tokens,
+P scored positions.
 """
 
 import sys
@@ -57,15 +58,15 @@ def can_share(
 
 
 def _is_apart(scorer: TokenScorer, question: Question, pad_id: int) -> bool:
-    """Say whether the last ending depends on its own positions and on no other ending."""
-    *others, last = question.endings
-    if not others:
+    """Say whether the longest ending depends on its own positions and on no other ending."""
+    *others, last = sorted(question.endings, key=len)
+    if not others or len(last) < 2:  # the first token hangs on the prompt alone
         return True
     n_tokens = n_embedded(scorer.model)
-    changed = tuple(tuple((token + 1) % n_tokens for token in ending) for ending in others)
-    known_P = _of_last(scorer, question, pad_id)
-    beside_P = _of_last(scorer, Question(question.prompt, (*changed, last)), pad_id)
-    moved_P = _of_last(scorer, question, pad_id, shift=-1)
+    changed = [tuple((token + 1) % n_tokens for token in ending) for ending in others]
+    known, beside = (Question(question.prompt, (*endings, last)) for endings in (others, changed))
+    known_P, beside_P = (_of_last(scorer, each, pad_id) for each in (known, beside))
+    moved_P = _of_last(scorer, known, pad_id, shift=-1)
     # Which experts other tokens go to changes how a product is cut up, so the last bits may differ.
     least = max(1e-4, 2 * torch.finfo(causal_model(scorer.model).dtype).eps)
     blind = float((beside_P - known_P).abs().mean()) <= least
