@@ -59,11 +59,17 @@ def disk_errors() -> tuple[type[Exception], ...]:
     return tuple(kinds)
 
 
+def system_error(error: BaseException) -> int | None:
+    """Return the system's number of an error, be it in the words of a library in Rust."""
+    if (number := getattr(error, "errno", None)) is not None:
+        return number
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
 def disk_fault(error: BaseException) -> str | None:
     """Return what to tell a user whose disk is full or fails; None for other errors."""
-    number, name = getattr(error, "errno", None), getattr(error, "filename", None)
-    if number is None and (found := re.search(r"os error (\d+)", str(error))):
-        number = int(found[1])  # of a library in Rust
+    number, name = system_error(error), getattr(error, "filename", None)
     if number not in _OF_DISK:
         return None
     what = "a file cannot be written" if name is None else f"{name} cannot be written"

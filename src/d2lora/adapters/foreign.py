@@ -3,14 +3,13 @@
 import base64
 import json
 import os
-import re
 import struct
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from d2lora.errors import D2LoraError, ModelError, disk_fault, first_line
+from d2lora.errors import D2LoraError, ModelError, disk_fault, first_line, system_error
 
 _MOST_GROWTH = 1000
 """Characters that a tokenizer may make of one."""
@@ -51,10 +50,10 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:
-        if found := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
-        raise
+    except Exception as error:  # what is not of the system is raised as it is
+        if (number := system_error(error)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(folder)) from None
 
 
 def is_panic(error: BaseException) -> bool:
