@@ -48,6 +48,7 @@ IDLE = {
     "seed_dropout": f"{ADAPT} --seed-dropout 1",
     "track_project": f"{ADAPT} --track-project d2lora",
     "meta_rows": f"{WARMUP} --meta-rows 16",
+    "shots": f"{WARMUP} --objective orpo --shots 2",
     "for_task": f"{WARMUP} --for t.jsonl",
     "for_card": f"{WARMUP} --select random --for-card titles",
     "for_card, of a selection": f"{SELECT} --for-card titles",
@@ -188,6 +189,12 @@ IDLE_IN_PLANS = {
     ),
     "a mixture of a warm-up in tokens": (
         "arms: [fresh, mixed]\nwarm_up: {max_tokens: 500}", "cannot be mixed with a task's rows",
+    ),
+    "small tasks of a mixture": (
+        "arms: [fresh, mixed]\nwarm_up: {meta_steps: 8}", "(meta_steps) cannot be mixed",
+    ),
+    "shots of a mixture": (
+        "arms: [fresh, mixed]\nwarm_up: {shots: 2}", "(shots) cannot be mixed",
     ),
     "two lengths": (
         "epochs: {16: 3}\nadapt: {max_steps: 5}", "`max_steps` and the plan's `epochs` both set",

@@ -16,6 +16,7 @@ from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import Prompts, encode_all, encode_pairs, encode_prompts, every
 from d2lora.data.options import Per
 from d2lora.data.rows import Example, Message
+from d2lora.data.shots import with_shots
 from d2lora.data.tasks import Task
 from d2lora.errors import DataError, listed
 from d2lora.evaluation.closed import choose_labels, longest_answer
@@ -25,7 +26,6 @@ from d2lora.evaluation.decoding import Decoder, check_room
 from d2lora.evaluation.generate import adapted, decode, encoder_of
 from d2lora.evaluation.metrics import preference
 from d2lora.evaluation.outputs import columns_of_outputs, records_of, with_scores
-from d2lora.evaluation.shots import with_shots
 from d2lora.evaluation.test_sets import TestSets
 from d2lora.runtime.console import Reporter
 from d2lora.scoring.multiple_choice import continuation_scores

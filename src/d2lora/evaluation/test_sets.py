@@ -8,11 +8,11 @@ from d2lora.adapters.manifest import Manifest, has_manifest
 from d2lora.data.choices import ChoiceData, ChoiceQuestion, read_choice_questions
 from d2lora.data.reading import Say, TaskData, labels_of, read_task, with_references
 from d2lora.data.rows import Example, Fault
+from d2lora.data.shots import chosen_shots, unasked
 from d2lora.data.trained_rows import TestRow
 from d2lora.errors import DataError, SettingsError, counted
 from d2lora.evaluation.harness import HarnessTask, read_harness_tasks, split_names
 from d2lora.evaluation.outputs import columns_of_outputs
-from d2lora.evaluation.shots import chosen_shots, unasked
 from d2lora.settings import EvaluateSettings
 
 

@@ -8,9 +8,9 @@ from d2lora.adapters.base import Base
 from d2lora.data.encoded_sets import encode_all
 from d2lora.data.reading import TaskData
 from d2lora.data.rows import Example
+from d2lora.data.shots import with_shots
 from d2lora.evaluation.generate import adapted, encoder_of
 from d2lora.evaluation.measure import BASE, measure
-from d2lora.evaluation.shots import with_shots
 from d2lora.evaluation.test_sets import TestSets
 from d2lora.runtime.console import Reporter
 from d2lora.scoring.scorer import TokenScorer, log_probabilities

@@ -141,6 +141,10 @@ class WarmupSettings(PhaseSettings):
     """Rows of such a task."""
     meta_rate: float = Field(default=1.0, gt=0, le=1)
     """Share of the way that the weights move after the first of them; it falls to zero."""
+    shots: int = Field(default=0, ge=0)
+    """Task-shaped warm-up (as MetaICL): up to so many other training rows of the same source (field
+    `source`, else the file) stand as worked examples before a row's prompt, the number drawn for
+    each row. 0: none."""
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of the rows held out: the manifest reports the loss on them before and after."""
 
@@ -173,6 +177,11 @@ class WarmupSettings(PhaseSettings):
             ("meta_rows", "meta_rate"),
             lambda s: s.meta_steps is not None,
             "is a setting of a meta warm-up: give meta_steps, too",
+        ),
+        Effect(
+            ("shots",),
+            lambda s: s.objective == "sft",
+            "shows rows of --objective sft, not of preferences",
         ),
         Effect(
             ("for_task",),

@@ -287,7 +287,7 @@ def _manifest_values(adapter: Path) -> dict[str, Any]:
 def _shots(training: AdaptSettings) -> Any:
     """Return worked examples, in the order that `adapt` would choose them."""
     from d2lora.data.reading import read_task
-    from d2lora.evaluation.shots import chosen_shots
+    from d2lora.data.shots import chosen_shots
     from d2lora.settings.seeds import seed_of
 
     examples = read_task(training.data, training.task).examples

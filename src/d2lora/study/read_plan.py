@@ -31,6 +31,12 @@ _FIXED_ADAPT = _FIXED | {
     "stop_step", "eval_every", "measure_start", "learning_rate", "keep_best",
 }  # fmt: skip
 _LENGTHS = {"steps", "epochs"}
+_NOT_MIXED = {
+    "max_tokens": "ends by max_tokens",
+    "meta_steps": "learns small tasks (meta_steps)",
+    "shots": "shows rows before others (shots)",
+}
+"""Settings of a warm-up whose rows, mixed with a task's, would not be shown as it shows them."""
 
 
 def shipped() -> list[str]:
@@ -176,6 +182,12 @@ def _faults_of_settings(plan: StudyPlan) -> list[str]:
     return faults
 
 
+def _sets(plan: StudyPlan, arm: ArmPlan, setting: str) -> bool:
+    """Say whether a warm-up of an arm has a setting."""
+    warm_ups = [plan.warm_ups.get(name, {}) for name in _warm_ups(plan, arm)]
+    return any({**plan.warm_up, **own}.get(setting) for own in warm_ups)
+
+
 def _faults_of_path(name: str, values: Mapping[str, Any]) -> list[str]:
     faults = [
         f"warm_ups.{name}: leave out `{other}`, as `path` names a finished warm start"
@@ -220,14 +232,12 @@ def _faults_of_names(plan: StudyPlan) -> list[str]:
                 f"arm {arm.name or arm.kind}: rows cannot be mixed with those of a warm start that "
                 "was made before; name a warm-up with its data"
             )
-        if arm.kind == "mixed" and any(
-            "max_tokens" in {**plan.warm_up, **plan.warm_ups.get(name, {})}
-            for name in _warm_ups(plan, arm)
-        ):
-            faults.append(
-                f"arm {arm.name or arm.kind}: a warm-up that ends by max_tokens cannot be mixed "
-                "with a task's rows; give it epochs or max_steps"
-            )
+        faults += [
+            f"arm {arm.name or arm.kind}: a warm-up that {what} cannot be mixed with a task's "
+            "rows; give it epochs or max_steps"
+            for name, what in _NOT_MIXED.items()
+            if arm.kind == "mixed" and _sets(plan, arm, name)
+        ]
         if (arm.kind == "init") != bool(arm.init):
             faults.append(f"arm {arm.name or arm.kind}: kind `init`, and it alone, needs `init`")
         if arm.average_of > 1 and arm.kind in UNTRAINED:

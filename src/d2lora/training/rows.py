@@ -1,6 +1,7 @@
 """The rows of a phase: read, decontaminated, subsampled, encoded and split."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from d2lora.errors import DataError, counted
 from d2lora.runtime.console import Reporter
 from d2lora.settings import PhaseSettings, WarmupSettings
 from d2lora.settings.seeds import seed_of
+from d2lora.training.task_shaped import Shaper
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Rows:
     labels: tuple[str, ...] = ()
     """The labels of closed answers, those of all rows read."""
     origins: Sequence[str] = ()
-    """Of a meta warm-up: the source of each training row, a name or its file."""
+    """The source of each training row, a name or its file, where a warm-up looks at it."""
     replay: Sequence[Encoded] = ()
     """General rows that are learnt beside them."""
 
@@ -76,13 +78,7 @@ def prepare_rows(
     items = encoded.items
     valid: Sequence[Any] = Lazy(items.__getitem__, valid_rows)
     if settings.validation_data:
-        task = data.task.name if settings.task == AUTO else settings.task
-        held_out = read_pool(
-            settings.validation_data, task, skip_bad=False, say=reporter.say, check=encoder.check
-        )
-        more = _encoded(settings, encoder, held_out.examples)
-        _report(more.report(settings.max_length), reporter)
-        valid = more.items
+        valid = _validation_rows(settings, data, encoder, reporter)
     total = len(data.examples)
     selection = "all rows" if len(chosen) == total else f"a seeded subset of {total:,}"
     origins = [origin for name in settings.data if (origin := selection_behind(name))]
@@ -95,16 +91,26 @@ def prepare_rows(
         examples.__getitem__, (encoded.kept[index] for index in train_rows)
     )
     train_items: Sequence[Any] = Lazy(items.__getitem__, train_rows)
+    looks_at_sources = isinstance(settings, WarmupSettings) and (
+        settings.meta_steps is not None or settings.shots > 0
+    )
+    origins = _origins(data, chosen, encoded, train_rows) if looks_at_sources else []
     if data.task.card.turns == "every":
-        learnt = Spool(one for example in learnt for one in answers_of(data.task, example)).all()
+        n_answers = array("q")
+        learnt = Spool(_answers(data, learnt, n_answers)).all()
+        origins = [one for one, n in zip(origins, n_answers, strict=False) for _ in range(n)]
         train_items = _encoded(settings, encoder, learnt).items
         reporter.say(f"{counted(len(train_items), 'answer')} of these rows are learnt")
     trained = TrainedRows.of(learnt)
     labels = labels_of(data)
-    origins: list[str] = []
-    if isinstance(settings, WarmupSettings) and settings.meta_steps is not None:
-        places = [chosen[encoded.kept[index]] for index in train_rows]
-        origins = [data.examples[place].source or data.rows[place].file for place in places]
+    if isinstance(settings, WarmupSettings) and settings.shots:
+        shaper = Shaper(encoder, learnt, origins, settings)
+        train_items = _encoded(settings, encoder, shaper.every(learnt, origins, 0)).items
+        if valid_rows:
+            held_out = Lazy(examples.__getitem__, (encoded.kept[index] for index in valid_rows))
+            beside = _origins(data, chosen, encoded, valid_rows)
+            valid = _encoded(settings, encoder, shaper.every(held_out, beside, 1)).items
+        reporter.say(shaper.report())
     sources, faults = data.sources, data.faults
     general: Sequence[Encoded] = ()
     if replay is not None:
@@ -114,6 +120,19 @@ def prepare_rows(
         train_items, valid, sources, selection, faults, kept_out, trained, labels, origins,
         general,
     )  # fmt: skip
+
+
+def _validation_rows(
+    settings: PhaseSettings, data: TaskData, encoder: Encoder, reporter: Reporter
+) -> Sequence[Any]:
+    """Read and encode the rows of --validation-data, as those of a task."""
+    task = data.task.name if settings.task == AUTO else settings.task
+    held_out = read_pool(
+        settings.validation_data, task, skip_bad=False, say=reporter.say, check=encoder.check
+    )
+    encoded = _encoded(settings, encoder, held_out.examples)
+    _report(encoded.report(settings.max_length), reporter)
+    return encoded.items
 
 
 def _replayed(settings: PhaseSettings, encoder: Encoder, reporter: Reporter) -> Rows:
@@ -187,6 +206,22 @@ def _without_leaks(
         faults=[*data.faults, *faults],
     )
     return left, record
+
+
+def _answers(data: TaskData, rows: Sequence[Example], counts: "array[int]") -> Iterator[Example]:
+    """Yield every answer of conversations as an example; note how many each has."""
+    for row in rows:
+        answers = answers_of(data.task, row)
+        counts.append(len(answers))
+        yield from answers
+
+
+def _origins(
+    data: TaskData, chosen: Sequence[int], encoded: EncodedSet[Any], rows: Sequence[int]
+) -> list[str]:
+    """Return the source of some of the encoded rows: the one they name, else their file."""
+    places = [chosen[encoded.kept[index]] for index in rows]
+    return [data.examples[place].source or data.rows[place].file for place in places]
 
 
 def _encoded(

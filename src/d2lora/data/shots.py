@@ -50,15 +50,15 @@ def with_shots(
         room: Tokens that an answer needs.
     """
     limit = encoder.n_positions - room
-    prompted = [_with(encoder, example, shots, limit) for example in examples]
+    prompted = [showing(encoder, example, shots, limit) for example in examples]
     n_fewer = sum(n_shown < len(shots) for _, n_shown in prompted)
     return Prompted([example for example, _ in prompted], n_fewer)
 
 
-def _with(
+def showing(
     encoder: Encoder, example: Example, shots: Sequence[Example], limit: int
 ) -> tuple[Example, int]:
-    """Return an example with as many shots as fit, and how many these are."""
+    """Return an example with as many shots as fit into `limit` tokens, and how many these are."""
     for n in range(len(shots), 0, -1):
         system = [turn for turn in example.prompt if turn.role == "system"]
         asked = [turn for turn in example.prompt if turn.role != "system"]
