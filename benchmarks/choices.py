@@ -15,13 +15,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import SHARED, base_of, head, medians, parser_of, row, taking_turns
+from common import base_of, head, medians, parser_of, row, taking_turns
 from d2lora import fast
 from d2lora.adapters.base import Base, load_base
 from d2lora.data.batches import Question
@@ -38,7 +37,7 @@ LARGEST_DIFFERENCE = 0.01
 
 def main() -> None:
     """Measure every size and print a Markdown table."""
-    parser = parser_of(__doc__, data=SHARED / "forgetting" / "test.jsonl")
+    parser = parser_of(__doc__, data="forgetting/test.jsonl")
     parser.add_argument("--sizes", nargs="+", default=["embedded", "40M"])
     parser.add_argument("--questions", type=int, default=100)
     args = parser.parse_args()
@@ -52,7 +51,7 @@ def main() -> None:
         for size in args.sizes:
             name = base_of(size, Path(folder), args.data)
             base = load_base(BaseSettings(base=name, device="cpu", threads=args.threads))
-            asked = list(islice(read_choice_questions([str(args.data)]), args.questions))
+            asked = read_choice_questions([str(args.data)]).questions[: args.questions]
             questions = questions_of(Encoder.of(base, None), asked)
             compare(size, base, questions, args.rounds)
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rows import data_folder
+
 R = TypeVar("R")
-SHARED = Path("../shared/data")
-GSM8K = SHARED / "gsm8k" / "train.jsonl"
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
         "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -36,10 +36,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Shapes of bases with random weights: SmolLM-135M's and Llama-3.2-1B's among them."""
 
 
-def parser_of(doc: str | None, *, rounds: int = 3, data: Path = GSM8K) -> argparse.ArgumentParser:
+def parser_of(
+    doc: str | None, *, rounds: int = 3, data: str = "gsm8k/train.jsonl"
+) -> argparse.ArgumentParser:
     """Return a parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("--data", type=Path, default=data)
+    parser.add_argument("--data", type=Path, default=data_folder() / data)
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=2)
     return parser

@@ -30,6 +30,7 @@ from d2lora.data.encode import Encoder
 from d2lora.data.reading import read_task
 from d2lora.evaluation.decoding import Decoder
 from d2lora.settings import BaseSettings, GenerationSettings
+from rows import data_folder
 
 BATCH_SIZES = (16, 32, 64, 128)
 PAGE_TOKENS = 256
@@ -38,7 +39,7 @@ PAGE_TOKENS = 256
 def main() -> None:
     """Measure every size and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/gsm8k/test.jsonl"))
+    parser.add_argument("--data", type=Path, default=data_folder() / "gsm8k/test.jsonl")
     parser.add_argument("--sizes", nargs="+", default=["embedded"])
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=100)

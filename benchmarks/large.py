@@ -16,7 +16,7 @@ import time
 from itertools import cycle, islice
 from pathlib import Path
 
-from common import SHARED, environment, head, parser_of, row
+from common import environment, head, parser_of, row
 
 PROMPT, RESPONSE = 240, 80
 """Characters of each at most."""
@@ -24,7 +24,7 @@ PROMPT, RESPONSE = 240, 80
 
 def main() -> None:
     """Run a warm-up for each count of rows and print the table."""
-    parser = parser_of(__doc__, data=SHARED / "general" / "train.jsonl")
+    parser = parser_of(__doc__, data="general/train.jsonl")
     parser.add_argument("--rows", nargs="+", type=int, default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--keep-out", nargs="*", default=[])
     parser.add_argument("--base", default="embedded")

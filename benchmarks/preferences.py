@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common import SHARED, head, medians, parser_of, row, taking_turns, worker
+from common import head, medians, parser_of, row, taking_turns, worker
 
 BATCH, RANK, LEARNING_RATE = 8, 16, 1e-4
 SIDES = ("d2lora", "d2lora, prompts twice", "trl")
@@ -25,7 +25,7 @@ SIDES = ("d2lora", "d2lora, prompts twice", "trl")
 
 def main() -> None:
     """Measure each side and print the table."""
-    parser = parser_of(__doc__, data=SHARED / "preferences" / "train.jsonl")
+    parser = parser_of(__doc__, data="preferences/train.jsonl")
     parser.add_argument("--base", default="embedded")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
@@ -105,7 +105,7 @@ def ours(base: Any, model: Any, pairs: Any, settings: Any, *, share: bool) -> di
     from d2lora.training.reference import ReferencePolicy, log_probabilities_of
 
     if not share:
-        pair_scores._equal = lambda *_: False
+        pair_scores._can_share = lambda *_: False
     policy = ReferencePolicy("base", model, switched_off=True, fingerprint="")
     with fast.enabled(model, when=settings.fast):
         scored = log_probabilities_of(policy, pairs, base.pad_id)

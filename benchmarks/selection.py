@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rows import data_folder
+
 METHODS = (("dsir", "base"), ("similar", "words"), ("similar", "base"))
 REPLACED = 0.1
 
@@ -26,7 +28,7 @@ REPLACED = 0.1
 def main() -> None:
     """Measure every size and method, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, default=data_folder())
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--methods", nargs="+", default=[f"{m}/{e}" for m, e in METHODS])
     parser.add_argument("--limit-s", type=float, default=1800)

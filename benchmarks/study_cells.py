@@ -20,14 +20,14 @@ from pathlib import Path
 import yaml
 
 import runs
-from common import SHARED, console_script, head, parser_of, ran, row
+from common import console_script, head, parser_of, ran, row
 
 TASKS, SIZES, SEEDS, EPOCHS, N_TEST = ("gsm8k", "titles"), (16, 32), 6, 3, 4
 
 
 def main() -> None:
     """Run the study, then the cells, and print the table."""
-    parser = parser_of(__doc__, data=SHARED)
+    parser = parser_of(__doc__, data="")
     n_cells = len(TASKS) * len(SIZES) * SEEDS
     parser.add_argument("--trl-runs", type=int, default=n_cells)
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -64,10 +65,21 @@ PROGRAMS = [
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
-def test_what_programs_beside_the_package_import_of_it_is_there(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+def test_what_programs_beside_the_package_use_of_it_is_there(path: Path) -> None:
+    tree, modules = ast.parse(path.read_text("utf-8")), {}
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("d2lora"):
             module = importlib.import_module(str(node.module))
             for alias in node.names:
                 if not hasattr(module, alias.name):
                     importlib.import_module(f"{node.module}.{alias.name}")
+                modules[alias.asname or alias.name] = getattr(module, alias.name)
+    # What a module is seen to lack would also be set there, and then changes nothing.
+    used = [
+        (node.value.id, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    ]
+    for name, attribute in used:
+        if inspect.ismodule(modules.get(name)):
+            assert hasattr(modules[name], attribute), f"{name}.{attribute}"
