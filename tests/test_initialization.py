@@ -10,22 +10,25 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from adapters import PROBE, assert_untouched, logits, losses, run, state, weights
 from d2lora import SettingsError, TrainingError, WarmStart, WarmStartError, WarmupSettings, warm_up
 from d2lora.adapters.base import Base, load_base
+from d2lora.adapters.lora import attach
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.settings import BaseSettings
 from d2lora.study.read_plan import read_plan
 from d2lora.training import phase
 from d2lora.training.data_initialization import DATA_DRIVEN
 from d2lora.training.initialization import InitializedAdapter
+from d2lora.training.minor_components import take_minor_components
 from support import dies_at_step, read_rows, write_rows
 
-CHANGING = ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"]
-KEEPING = ["gaussian", "orthogonal", "eva"]
+CHANGING = ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "milora"]
+KEEPING = ["gaussian", "orthogonal", "eva", "mica"]
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def test_every_initialization_computes_what_the_base_does(
     torch.testing.assert_close(logits(tiny_base, untrained.path), logits(tiny_base))
 
 
-@pytest.mark.parametrize("init", [*CHANGING, "eva", "gaussian"])
+@pytest.mark.parametrize("init", [*CHANGING, "eva", "gaussian", "mica"])
 def test_initializations_differ_and_repeat(
     tmp_path: Path, tiny_base: str, problems: str, init: str
 ) -> None:
@@ -90,7 +93,31 @@ def test_initializations_differ_and_repeat(
     assert losses(fresh)[-1] != losses(first)[-1]
 
 
-@pytest.mark.parametrize("init", ["pissa", "corda", "lora_ga", "eva"])
+def test_milora_takes_the_smallest_singular_components_of_a_weight(loaded: Base) -> None:
+    before = {name: value.clone() for name, value in loaded.model.named_parameters()}
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["down_proj"])
+    model = attach(loaded.model, config, seed=0)
+    take_minor_components(model)
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    assert layers
+    whole = [value for name, value in before.items() if "down_proj" in name]
+    for layer, weight in zip(layers, whole, strict=True):
+        values = torch.linalg.svdvals(weight)
+        taken = layer.get_delta_weight("default")
+        torch.testing.assert_close(torch.linalg.svdvals(taken)[:3], values[-3:])
+        rest = layer.get_base_layer().weight
+        torch.testing.assert_close(torch.linalg.svdvals(rest)[:-3], values[:-3])
+        torch.testing.assert_close(rest + taken, weight)
+
+
+def test_mica_trains_a_alone(tmp_path: Path, tiny_base: str, problems: str) -> None:
+    untrained = weights(run(tmp_path / "u", tiny_base, problems, init="mica", max_steps=0))
+    trained = weights(run(tmp_path / "t", tiny_base, problems, init="mica"))
+    for name, value in untrained.items():
+        assert torch.equal(value, trained[name]) == ("lora_B" in name)
+
+
+@pytest.mark.parametrize("init", ["pissa", "corda", "lora_ga", "eva", "mica", "milora"])
 def test_a_killed_run_resumes_to_the_same_adapter(
     tmp_path: Path, tiny_base: str, problems: str, init: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

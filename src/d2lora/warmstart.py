@@ -24,7 +24,7 @@ from d2lora.adapters.manifest import Adapter, Manifest, differences, has_manifes
 from d2lora.adapters.targets import ALL_LINEAR
 from d2lora.errors import ModelError, WarmStartError, did_you_mean
 from d2lora.runtime.run_folder import DONE
-from d2lora.settings import FRESH, PEFT_INITS, LoraSettings
+from d2lora.settings import FRESH, NAMED_INITS, LoraSettings
 
 
 class WarmStart(Adapter):
@@ -41,7 +41,7 @@ class WarmStart(Adapter):
         if not folder.is_dir():
             raise WarmStartError(
                 f"{folder}: no such folder; make a warm start with d2lora warmup."
-                f"{did_you_mean(str(path), (FRESH, *PEFT_INITS))}"
+                f"{did_you_mean(str(path), (FRESH, *NAMED_INITS))}"
             )
         if not has_manifest(folder):
             if (folder / "settings.yaml").is_file() and not (folder / DONE).is_file():

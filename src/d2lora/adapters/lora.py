@@ -17,7 +17,7 @@ from d2lora.adapters.attach import check_computes, peft_warnings_ignored
 from d2lora.adapters.files import some
 from d2lora.adapters.targets import ALL_LINEAR, Wanted, check_targets, target_layers, targets_of
 from d2lora.errors import SettingsError, first_line
-from d2lora.settings import FRESH, LoraSettings, TrainSettings
+from d2lora.settings import FRESH, MILORA, LoraSettings, TrainSettings
 
 DEFAULT_RANK = 16
 PARTIAL = ("exclude_targets", "layers", "rank_pattern", "alpha_pattern")
@@ -153,7 +153,7 @@ def lora_config(model: PreTrainedModel, shape: LoraShape, init: str) -> LoraConf
         alpha_pattern=cast("Any", _numbers(shape.alpha_pattern)),
         use_rslora=shape.rslora,
         use_dora=shape.dora,
-        init_lora_weights=True if init == FRESH else cast("Any", init),
+        init_lora_weights=True if init in {FRESH, MILORA} else cast("Any", init),
         task_type="CAUSAL_LM",
         loftq_config=LoftQConfig() if init == "loftq" else {},
         # rho 1: every layer keeps the rank asked for.

@@ -11,9 +11,10 @@ Shapes: B rows, T tokens, V vocabulary.
 """
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from d2lora.adapters.base import n_positions
 from d2lora.runtime.attempts import succeeds
-from d2lora.runtime.rounding import agree, tolerance
+from d2lora.runtime.rounding import agree, distance, tolerance
+
+_LONGER = 16
+"""Tokens that a row is made longer by, to see how the model rounds."""
+_OWN = 2
+"""How far decoding may be from the model's own logits, in terms of the model's own rounding."""
 
 
 class Steps(Protocol):
@@ -131,13 +137,19 @@ class Recomputed:
         return torch.cat([alone(self._causal, row) for row in self._rows])
 
 
-def alone(causal: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """Return the logits behind one row as the model computes it, without padding or cache."""
+def alone(causal: PreTrainedModel, ids: Sequence[int], n_behind: int = 0) -> Tensor:
+    """Return the logits behind one row as the model computes it, without padding or cache.
+
+    Args:
+        causal: The model.
+        ids: The row.
+        n_behind: How many of its last tokens are left out of what the logits look at.
+    """
     ids_1T = torch.tensor([list(ids)], device=causal.device)
     # The logits of every position of a long prompt may be gigabytes.
     known = "logits_to_keep" in inspect.signature(causal.forward).parameters
-    last: dict[str, Any] = {"logits_to_keep": 1} if known else {}
-    return causal(input_ids=ids_1T, use_cache=False, **last).logits[:, -1]
+    last: dict[str, Any] = {"logits_to_keep": n_behind + 1} if known else {}
+    return causal(input_ids=ids_1T, use_cache=False, **last).logits[:, -1 - n_behind]
 
 
 def steps_of(
@@ -158,10 +170,30 @@ def steps_of(
     """
     most = max(1, min(n_positions(causal), limit) - 2)  # two tokens follow
     fitting = [end[-most:] for end in ends]
+    room = min(n_positions(causal), limit) - max(map(len, fitting))
+    rounds = cache(partial(_own_rounding, causal, fitting, token, min(room, _LONGER)))
     for kind in (PaddedSteps, EqualSteps):
-        if succeeds(partial(_says_the_same, kind, causal, pad_id, fitting, token)):
+        if succeeds(partial(_says_the_same, kind, causal, pad_id, fitting, token, rounds)):
             return partial(kind, causal, pad_id)
     return partial(Recomputed, causal, pad_id)
+
+
+def _own_rounding(
+    causal: PreTrainedModel, ends: Sequence[Sequence[int]], token: int, n_longer: int
+) -> float:
+    """Return how far a model's own logits are from themselves in a pass of another length.
+
+    Tokens that follow do not change what is before them, but for rounding, as kernels cut longer
+    rows up in another way.
+    """
+    if causal.dtype == torch.float32:
+        return 0.0  # its rounding is far below what is allowed
+    rows = [*ends, *([*end, token] for end in ends)]
+    found = [
+        distance(alone(causal, [*row, *[token] * n_longer], n_longer)[0], alone(causal, row)[0])
+        for row in rows
+    ]
+    return math.sqrt(sum(value**2 for value in found) / len(found))
 
 
 def _says_the_same(
@@ -170,8 +202,12 @@ def _says_the_same(
     pad_id: int,
     ends: Sequence[Sequence[int]],
     token: int,
+    own_rounding: Callable[[], float],
 ) -> bool:
-    """Say whether rows side by side, of which one leaves, get the logits that they get alone."""
+    """Say whether rows side by side, of which one leaves, get the logits that they get alone.
+
+    That is number by number, or as a whole within twice the model's own rounding.
+    """
     groups = [ends] if kind.pads else [[end, end] for end in ends]
     for group in groups:
         steps, last = kind(causal, pad_id), len(group) - 1
@@ -185,7 +221,9 @@ def _says_the_same(
             known_V = alone(causal, ids)[0]
             largest = float(known_V.abs().max())
             least = max(1e-3, tolerance(causal.dtype) * largest)
-            if not agree(own_V, known_V, causal.dtype, least):
+            if agree(own_V, known_V, causal.dtype, least):
+                continue
+            if not distance(own_V, known_V) <= _OWN * own_rounding():
                 return False
     return True
 

@@ -11,7 +11,8 @@ from d2lora.settings.phases import AdaptSettings, PhaseSettings, WarmupSettings
 from d2lora.settings.sections import (
     DATA_INITS,
     FRESH,
-    PEFT_INITS,
+    MILORA,
+    NAMED_INITS,
     BaseSettings,
     Epochs,
     GenerationSettings,
@@ -41,7 +42,8 @@ from d2lora.settings.tools import (
 __all__ = [
     "DATA_INITS",
     "FRESH",
-    "PEFT_INITS",
+    "MILORA",
+    "NAMED_INITS",
     "AdaptSettings",
     "BaseSettings",
     "ConvertSettings",

@@ -10,7 +10,7 @@ from d2lora.errors import did_you_mean
 from d2lora.settings.core import Effect
 from d2lora.settings.sections import (
     FRESH,
-    PEFT_INITS,
+    NAMED_INITS,
     BaseSettings,
     FormatSettings,
     LearningRate,
@@ -100,8 +100,8 @@ class FitSettings(BaseSettings, FormatSettings, ReplaySettings):
         for init in inits:
             if not is_named_init(init):
                 raise ValueError(
-                    f"expected fresh, {', '.join(PEFT_INITS)} or pissa_niter_N; a warm start is "
-                    f"given as --warm-starts.{did_you_mean(init, (FRESH, *PEFT_INITS))}"
+                    f"expected fresh, {', '.join(NAMED_INITS)} or pissa_niter_N; a warm start is "
+                    f"given as --warm-starts.{did_you_mean(init, (FRESH, *NAMED_INITS))}"
                 )
         return inits
 

@@ -10,7 +10,7 @@ from d2lora.settings.core import Effect
 from d2lora.settings.sections import (
     DATA_INITS,
     FRESH,
-    PEFT_INITS,
+    NAMED_INITS,
     BaseSettings,
     FormatSettings,
     KeepOutSettings,
@@ -42,9 +42,9 @@ class PhaseSettings(
     out: Path
     """Run folder to write."""
     init: str = FRESH
-    """Initialization of the adapter: `fresh` (random A, zero B) or one of PEFT's: gaussian,
-    orthogonal, pissa, pissa_niter_N, olora, eva, corda, loftq, lora_ga. Those that change the base
-    are converted when saved, to an ordinary adapter of twice the rank."""
+    """Initialization of the adapter: `fresh` (random A, zero B), one of PEFT's (gaussian,
+    orthogonal, pissa, pissa_niter_N, olora, eva, corda, loftq, lora_ga, mica) or milora. Those that
+    change the base are converted when saved, to an ordinary adapter of twice the rank."""
     init_samples: int = Field(default=64, ge=1)
     """Maximum number of training rows that eva, corda and lora_ga use."""
     validation_data: tuple[str, ...] = ()
@@ -152,9 +152,9 @@ class WarmupSettings(PhaseSettings):
     @classmethod
     def _new(cls, init: str) -> str:
         if not is_named_init(init):
-            hint = did_you_mean(init, (FRESH, *PEFT_INITS))
+            hint = did_you_mean(init, (FRESH, *NAMED_INITS))
             raise ValueError(
-                f"a warm-up starts from a new adapter: expected fresh, {', '.join(PEFT_INITS)} or "
+                f"a warm-up starts from a new adapter: expected fresh, {', '.join(NAMED_INITS)} or "
                 f"pissa_niter_N.{hint}"
             )
         return init
@@ -208,9 +208,9 @@ class AdaptSettings(PhaseSettings):
 
     init: str = FRESH
     """Initialization of the adapter: the folder of a warm start or of any LoRA adapter in PEFT's
-    format, `fresh` (random A, zero B) or one of PEFT's: gaussian, orthogonal, pissa,
-    pissa_niter_N, olora, eva, corda, loftq, lora_ga. Those that change the base are converted when
-    saved, to an ordinary adapter of twice the rank."""
+    format, `fresh` (random A, zero B), one of PEFT's (gaussian, orthogonal, pissa, pissa_niter_N,
+    olora, eva, corda, loftq, lora_ga, mica) or milora. Those that change the base are converted
+    when saved, to an ordinary adapter of twice the rank."""
     init_scale: float = Field(default=1.0, ge=0, le=1)
     """Strength of the warm start: its B is multiplied by this. 0: its A with zero B."""
     n: int | None = Field(default=None, ge=1)

@@ -29,19 +29,25 @@ LearningRate = Annotated[float, Field(gt=0, le=1e30)]
 Epochs = Annotated[float, Field(gt=0, lt=1e9)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 FRESH = "fresh"
-PEFT_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq", "lora_ga")
+MILORA = "milora"
+NAMED_INITS = (
+    "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq", "lora_ga", "mica", MILORA,
+)  # fmt: skip
+"""Other initializations than fresh: all are PEFT's but `milora`."""
 DATA_INITS = ("eva", "corda", "lora_ga")
 """Those that look at training rows."""
 
 
 def is_named_init(name: str) -> bool:
-    """Say whether an initialization makes a new adapter: fresh, or one of PEFT's."""
-    return name == FRESH or name in PEFT_INITS or re.fullmatch(r"pissa_niter_\d+", name) is not None
+    """Say whether an initialization makes a new adapter, instead of taking one."""
+    return (
+        name == FRESH or name in NAMED_INITS or re.fullmatch(r"pissa_niter_\d+", name) is not None
+    )
 
 
 def changes_base(name: str) -> bool:
     """Say whether an initialization folds a part of the base's weights into the adapter."""
-    return name.startswith("pissa") or name in {"olora", "corda", "lora_ga", "loftq"}
+    return name.startswith("pissa") or name in {"olora", "corda", "lora_ga", "loftq", MILORA}
 
 
 class BaseSettings(Settings):

@@ -27,7 +27,7 @@ KINDS: dict[str, str] = {
     "norms": "random A and B with the warm start's norms, layer by layer",
     "warm_only": "the warm start as it is, no task rows",
     "few_shot": "the base, prompted with some of the n rows",
-    "init": "one of PEFT's initializations",
+    "init": "one of PEFT's initializations, or MiLoRA",
 }
 NEEDS_WARM_UP = frozenset({"warm", "longer", "mixed", "merged", "warm_a", "norms", "warm_only"})
 FROM_WARM_START = frozenset({"warm", "warm_a", "norms", "warm_only"})

@@ -1,10 +1,10 @@
-"""Initialization of an adapter: fresh, by one of PEFT's methods, or from a warm start.
+"""Initialization of an adapter: fresh, by one of PEFT's methods or MiLoRA, or from a warm start.
 
-PEFT's own code makes every initialization. Some fold a part of the base's weights into the adapter
-(PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); while such a run lasts the base is changed, afterwards its
-weights are what they were, bit for bit, and the adapter that is saved is the difference to its
-initial weights, an ordinary adapter of twice the rank on the base as it was (PEFT's
-`path_initial_model_for_weight_conversion`). EVA, CorDA and LoRA-GA use training rows.
+PEFT's own code makes every initialization but MiLoRA. Some fold a part of the base's weights into
+the adapter (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ, MiLoRA); while such a run lasts the base is
+changed, afterwards its weights are what they were, bit for bit, and the adapter that is saved is
+the difference to its initial weights, an ordinary adapter of twice the rank on the base as it was
+(PEFT's `path_initial_model_for_weight_conversion`). EVA, CorDA and LoRA-GA use training rows.
 """
 
 import time
@@ -34,8 +34,9 @@ from d2lora.runtime.console import Reporter
 from d2lora.runtime.extras import need_extra
 from d2lora.runtime.rounding import tolerance
 from d2lora.scoring.scorer import pass_tokens
-from d2lora.settings import FRESH, PhaseSettings, changes_base
+from d2lora.settings import FRESH, MILORA, PhaseSettings, changes_base
 from d2lora.training.data_initialization import DATA_DRIVEN
+from d2lora.training.minor_components import take_minor_components
 
 _INITIAL = "initial"
 _INEXACT = "loftq"
@@ -239,7 +240,10 @@ def _attach(
     name, model = settings.init, base.model
     config = lora_config(model, shape, name)
     if name not in DATA_DRIVEN:
-        return attach(model, config, seed), Initialization(name)
+        attached = attach(model, config, seed)
+        if name == MILORA:
+            take_minor_components(attached)
+        return attached, Initialization(name)
     chosen = [_supervised(item) for item in rows[: settings.init_samples]]
     limit = pass_tokens(model.device, settings.micro_batch_tokens)
     # PEFT's CorDA takes one row, without padding, at a time.
