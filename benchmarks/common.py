@@ -48,8 +48,8 @@ def parser_of(
 
 
 def base_of(size: str, folder: Path, data: Path, dtype: str = "float32") -> str:
-    """Return a base of a size: the embedded one, or random weights with its own tokenizer."""
-    if size == "embedded":
+    """Return a base of a size: one that has weights, or random ones with its own tokenizer."""
+    if size in {"embedded", "smollm2"}:
         return size
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=data_folder() / "gsm8k/test.jsonl")
     parser.add_argument("--sizes", nargs="+", default=["embedded"])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=100)
     parser.add_argument("--step-tokens", nargs="+", type=int, default=[32, 64, 128])
@@ -54,8 +55,8 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         for size in args.sizes:
-            name = base_of(size, Path(folder), args.data)
-            base = load_base(BaseSettings(base=name, threads=args.threads))
+            name = base_of(size, Path(folder), args.data, args.dtype)
+            base = load_base(BaseSettings(base=name, dtype=args.dtype, threads=args.threads))
             print(f"| {size} | {' | '.join(compared(base, args))} |", flush=True)
 
 

@@ -1,5 +1,6 @@
 """What is found out about a model is found out on short and on long inputs."""
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from d2lora import fast
 from d2lora.adapters.base import Base, load_base
 from d2lora.data.batches import Batch, Encoded, PreferencePair, Question, collate
 from d2lora.evaluation.decoding import Decoder
+from d2lora.evaluation.steps import PaddedSteps
 from d2lora.fast.llama import LlamaSteps
+from d2lora.runtime.rounding import distance
 from d2lora.scoring.multiple_choice import continuation_scores
 from d2lora.scoring.pairs import PairScorer
 from d2lora.scoring.scorer import TokenScorer
@@ -114,3 +117,25 @@ def test_faster_decoding_is_compared_on_the_shortest_and_the_longest_prompt(
     with fast.enabled(base.model, when=True) as used:
         assert dict(Decoder(base.model, base, 6, 1).complete(prompts)) == expected
     assert "Llama decoding" not in used.names
+
+
+def test_a_cache_that_says_other_things_is_not_used_which_is_said(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [list(row_of(length).ids) for length in (9, 5)]
+    said: list[str] = []
+    expected = dict(Decoder(base.model, base, 6, 2, say=said.append).complete(prompts))
+    assert not said
+    own = PaddedSteps.step
+    monkeypatch.setattr(PaddedSteps, "step", lambda steps, next_B: own(steps, next_B).flip(1))
+    decoder = Decoder(base.model, base, 6, 2, say=said.append)
+    assert dict(decoder.complete(prompts)) == expected
+    (message,) = said
+    assert "computed anew at every token" in message
+
+
+def test_what_all_logits_share_is_no_distance() -> None:
+    logits_V = torch.tensor([1.0, 5.0, -3.0, 2.0])
+    assert distance(logits_V + 7, logits_V) == pytest.approx(0, abs=1e-6)
+    assert distance(2 * logits_V, logits_V) == pytest.approx(1)
+    assert distance(torch.full((4,), math.nan), logits_V) != 0

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from d2lora import fast
 from d2lora.adapters.base import Base, causal_model, n_positions, short_factor_limit
 from d2lora.errors import DataError, listed
-from d2lora.evaluation.steps import Steps, alone, steps_of
+from d2lora.evaluation.steps import Recomputed, Steps, alone, steps_of
 from d2lora.fast.llama import Llama, LlamaSteps
 from d2lora.runtime.attempts import succeeds
 from d2lora.runtime.rounding import agree
@@ -79,6 +79,8 @@ class Decoder:
     max_new_tokens: int
     batch_size: int
     sampling: Sampling = Sampling()
+    say: Callable[[str], None] | None = None
+    """Gets a message where decoding is slow. None: there is none."""
 
     def complete(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
         """Yield (index of the prompt, ids of its completion without EOS), as batches end.
@@ -169,7 +171,13 @@ class Decoder:
         if llama and succeeds(partial(_equal, llama, causal, ends, token)):
             used.take("Llama decoding")
             return True, partial(LlamaSteps, llama)
-        return False, steps_of(causal, self.base.pad_id, ends, token, limit)
+        steps = steps_of(causal, self.base.pad_id, ends, token, limit)
+        if steps.func is Recomputed and self.say:
+            self.say(
+                "warning: with its cache the model gives other numbers than alone, so each answer "
+                "is computed anew at every token, which is slow"
+            )
+        return False, steps
 
     @property
     def stop_ids(self) -> set[int]:

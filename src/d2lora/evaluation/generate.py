@@ -114,7 +114,8 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
         if message is not None:
             Reporter().say(message)
     with adapted(base, adapter, fast_when=settings.fast) as (model, _):
-        decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
+        limits = settings.max_new_tokens, settings.batch_size
+        decoder = Decoder(model, base, *limits, sampling, Reporter().say)
         outputs = dict(decoder.complete(prompts))
     return [
         {"prompt": example.prompt[-1].content, "output": decode(base, outputs[index])}

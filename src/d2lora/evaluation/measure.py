@@ -131,7 +131,7 @@ def _score_task(
         return _score_preferences(model, base, encoder, name, examples, settings, reporter)
     if data.task.answers == "closed":
         return _score_closed(model, base, encoder, name, sets, settings, reporter)
-    decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size)
+    decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, say=reporter.say)
     prompts = prompts_of(encoder, sets, settings)
     _say(prompts.report(settings.max_length), reporter)
     places = [example.place for example in examples]

@@ -158,8 +158,8 @@ def steps_of(
     ends: Sequence[Sequence[int]],
     token: int,
     limit: int = sys.maxsize,
-) -> Callable[[], Steps]:
-    """Return the first way to decode that gives a model's own logits.
+) -> "partial[Steps]":
+    """Return what makes the steps of a batch: the first way that gives a model's own logits.
 
     Args:
         causal: The model.

@@ -177,7 +177,8 @@ def _sampled(
         adapted(base, folder, fast_when=settings.fast) as (model, used),
         reporter.bar("sampling", len(repeated)) as bar,
     ):
-        decoder = Decoder(model, base, settings.max_new_tokens, settings.batch_size, sampling)
+        limits = settings.max_new_tokens, settings.batch_size
+        decoder = Decoder(model, base, *limits, sampling, reporter.say)
         for done, (index, ids) in enumerate(decoder.complete(repeated), 1):
             texts[index // settings.samples][decode(base, ids, score.marks)] = None
             bar.update(done)
