@@ -1,9 +1,11 @@
 """Files of others get nothing in: no code, no endless work, no command to a terminal."""
 
 import csv
+import gzip
 import io
 import json
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from transformers import AutoTokenizer
 from d2lora.adapters.base import load_base, load_tokenizer
 from d2lora.adapters.files import AdapterFiles
 from d2lora.cli import main
+from d2lora.data import opening
 from d2lora.data.encode import Encoder
+from d2lora.data.opening import LONGEST_LINE
 from d2lora.data.reading import read_task
 from d2lora.data.rows import TOO_DEEP, Example, user
 from d2lora.data.sources import read_source
@@ -262,3 +266,21 @@ def test_no_cell_of_a_table_is_a_formula() -> None:
 def test_names_are_no_markdown() -> None:
     assert inline("a | <b>\n# `c` exact_match") == "a \\| &lt;b> # \\`c\\` exact_match"
     assert code("a`|\n\x1bb") == "`a'¦ \\x1bb`"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.tsv", "rows.json"])
+def test_a_line_without_end_is_read_no_further_than_any_row_goes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "MOST_AT_ONCE", LONGEST_LINE)
+    path = tmp_path / f"{name}.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b'{"prompt": "' if "json" in name else b"prompt,completion\n")
+        for _ in range(LONGEST_LINE // 2**20 + 4):
+            file.write(b"a" * 2**20)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="characters"):
+        read_task([str(path)])
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 8 * LONGEST_LINE

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from d2lora.data.json_rows import read_json, read_json_lines
-from d2lora.data.opening import opened, opened_bytes
+from d2lora.data.opening import LONGEST_LINE, lines_of, opened, opened_bytes
 from d2lora.data.rows import GZIP, Fault, Row, kind_of, readable, repeated, with_nulls
 from d2lora.errors import DataError
 
 _PARQUET_ROWS = 4096
 _LFS = b"version https://git-lfs.github.com/spec/"
 
-csv.field_size_limit(2**31 - 1)  # a field may be a whole document; a C long of Windows ends here
+csv.field_size_limit(LONGEST_LINE)  # a field may be a whole document
 
 
 def file_items(path: Path, header: Sequence[str] = ()) -> Iterator[Row | Fault]:
@@ -50,7 +50,7 @@ def text_lines(path: Path) -> Iterator[str]:
     """
     with _readable(path), opened(path, "\n") as file:
         _refuse_pointer(path)
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(lines_of(file, path), 1):
             text = line.removesuffix("\n").removesuffix("\r")
             if number == 1 and "\r" in text:
                 raise DataError(
@@ -82,7 +82,7 @@ def _not_utf8(path: Path) -> str:
     """Return a message on where a file stops being UTF-8."""
     before = 0
     with _readable(path), opened_bytes(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
             try:
                 line.decode()
             except UnicodeDecodeError as error:
@@ -103,7 +103,7 @@ Record = tuple[int, list[str] | str]
 
 def _csv(path: Path, header: Sequence[str] = ()) -> Iterator[Row | Fault]:
     with opened(path, "") as file:
-        yield from _table(path, _csv_records(file), header)
+        yield from _table(path, _csv_records(lines_of(file, path)), header)
 
 
 def _csv_records(lines: Iterable[str]) -> Iterator[Record]:

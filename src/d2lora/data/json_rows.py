@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from d2lora.data.opening import opened
+from d2lora.data.opening import lines_of, opened, whole_text
 from d2lora.data.rows import TOO_DEEP, Fault, Row, repeated, too_deep
 from d2lora.errors import DataError
 
@@ -20,7 +20,7 @@ _ROWS = "data"
 def read_json_lines(path: Path) -> Iterator[Row | Fault]:
     """Read one object a line."""
     with opened(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(lines_of(file, path), 1):
             text = line.strip()
             if text:
                 yield _parsed(str(path), number, text)
@@ -98,7 +98,7 @@ def read_json(path: Path) -> Iterator[Row | Fault]:
         DataError: If it is anything else.
     """
     with opened(path) as file:
-        text = file.read()
+        text = whole_text(file, path)
     try:
         value = _LENIENT.decode(text)
     except json.JSONDecodeError as error:
