@@ -198,7 +198,7 @@ def test_every_shipped_plan_is_whole(name: str) -> None:
     assert read_plan(name).question
 
 
-ON_THE_REAL_BASE = {"demo", "gemma", "intents", "slots", "smollm2"}
+ON_THE_REAL_BASE = {"demo", "few_rows", "gemma", "intents", "lengths", "slots", "smollm2"}
 """Plans whose estimate takes minutes, as it measures some steps of everything."""
 
 
