@@ -498,16 +498,17 @@ def test_embeddings_saved_whole_beside_an_adapter_are_used_and_taken_off_again(
     check_says_the_same_and_leaves_no_trace(tiny_base, adapter)
 
 
-def test_an_adapter_of_more_than_lora_weights_is_no_warm_start(
-    tmp_path: Path, tiny_base: str, problems: str, warm_start: WarmStart
+def test_an_adapter_that_cannot_be_switched_off_is_no_warm_start(
+    tmp_path: Path, gpt2_base: str, problems: str
 ) -> None:
-    folder = make_adapter(tiny_base, tmp_path / "a", **LLAMA_ADAPTERS["a whole head"])
-    with pytest.raises(ModelError, match=r"more than LoRA weights: base_model\.model\.lm_head"):
-        inspect(InspectSettings(adapter=str(folder), base=tiny_base, data=(problems,)))
-    manifest = json.loads((warm_start.path / "warm_start.json").read_text())
-    (folder / "warm_start.json").write_text(json.dumps(manifest))
-    with pytest.raises(ModelError, match="more than LoRA weights"):
-        WarmStart(folder, warm_start.manifest).apply_to(loaded(tiny_base).model)
+    folder = make_adapter(gpt2_base, tmp_path / "a", **GPT2_ADAPTERS["all biases"])
+    with pytest.raises(ModelError, match=r"replaces weights of the base: biases"):
+        inspect(InspectSettings(adapter=str(folder), base=gpt2_base, data=(problems,)))
+    base = loaded(gpt2_base)
+    before = state(base)
+    with pytest.raises(ModelError, match="not trained further"):
+        WarmStart.load(folder).apply_to(base.model)
+    assert_untouched(base, before)
 
 
 @pytest.mark.parametrize(

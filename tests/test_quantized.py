@@ -313,3 +313,21 @@ def test_loftq_does_not_quantize_a_quantized_base(
 def test_eva_looks_at_a_quantized_base(tmp_path: Path, wide_base: str, problems: str) -> None:
     adapter = adapted(tmp_path / "a", wide_base, problems, quantization="nf4", init="eva", rank=4)
     assert adapter.manifest.lora.rank == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_quantized_can_be_trained_whole_and_what_is_cannot(
+    tmp_path: Path, wide_base: str, problems: str, kind: str
+) -> None:
+    common: dict[str, Any] = {
+        "base": wide_base, "quantization": kind, "data": (problems,), "n": 8, "max_steps": 2,
+        "rank": 4, "quiet": True,
+    }  # fmt: skip
+    with pytest.raises(SettingsError, match="`down_proj` is quantized in this base"):
+        adapt(AdaptSettings(**common, out=tmp_path / "no", modules_to_save=("down_proj",)))
+    names = ("lm_head", "norm")
+    adapter = adapt(AdaptSettings(**common, out=tmp_path / "a", modules_to_save=names))
+    before = AutoModelForCausalLM.from_pretrained(wide_base, dtype=torch.float32).state_dict()
+    saved = load_file(adapter.path / "adapter_model.safetensors")
+    for name in ("lm_head.weight", "model.norm.weight"):
+        assert not torch.equal(saved[f"base_model.model.{name}"], before[name])

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from d2lora.adapters.attach import attach_adapter
+from d2lora.adapters.attach import attach_adapter, originals
 from d2lora.adapters.base import identity_of_model
 from d2lora.adapters.files import ADAPTER_CONFIG, read_adapter_config
 from d2lora.adapters.lora import LoraShape
@@ -63,13 +63,14 @@ class WarmStart(Adapter):
     ) -> PeftModel:
         """Put the warm start on a model, ready to train.
 
-        The model's own weights stay as they are and frozen; the LoRA weights, and nothing else,
-        require a gradient (PEFT loads an adapter frozen by default, peft#282).
+        The model's own weights stay as they are and frozen; the LoRA weights and whole modules,
+        and nothing else, require a gradient (PEFT loads an adapter frozen by default, peft#282).
 
         Args:
             model: The warm start's base, loaded in any dtype.
             dropout: Dropout on the adapter's input. None: the warm start's own.
-            scale: Strength of the warm start; B is multiplied by it. 0 leaves A alone.
+            scale: Strength of the warm start; B is multiplied by it, and what is trained whole goes
+                so far from the base. 0 leaves A alone.
 
         Raises:
             WarmStartError: If the model was loaded from other weights than the warm start's base.
@@ -84,10 +85,7 @@ class WarmStart(Adapter):
             self.manifest.check_base(found, str(model.config.name_or_path), self.path)
         attached = attach_adapter(model, self.path, trainable=True, dropout=dropout)
         if scale != 1:
-            with torch.no_grad():
-                for name, parameter in attached.named_parameters():
-                    if "lora_B" in name:
-                        parameter.mul_(scale)
+            _weaken(attached, scale)
         return attached
 
     def inherited_shape(self, settings: LoraSettings) -> LoraShape:
@@ -107,10 +105,10 @@ class WarmStart(Adapter):
         clashes = differences(wanted, shape)
         if clashes:
             contradictions = "; ".join(
-                f"--{name} {_shown(asked)}, but it has {_shown(have)}"
+                f"--{name.replace('_', '-')} {_shown(asked)}, but it has {_shown(have)}"
                 for name, (asked, have) in clashes.items()
             )
-            options = " ".join(f"--{name}" for name in clashes)
+            options = " ".join(f"--{name.replace('_', '-')}" for name in clashes)
             raise WarmStartError(
                 f"the settings contradict the warm start {self.path}: {contradictions}. Leave out "
                 f"{options} to inherit, or warm up again with these values"
@@ -124,7 +122,19 @@ class WarmStart(Adapter):
         return shape if settings.dropout is None else replace(shape, dropout=settings.dropout)
 
 
+@torch.no_grad()
+def _weaken(model: PeftModel, scale: float) -> None:
+    """Multiply the difference to the base that an adapter makes."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.mul_(scale)
+    for parameter, own in originals(model).items():
+        parameter.lerp_(own.to(parameter), 1 - scale)
+
+
 def _shown(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return f"{value:g}"

@@ -8,12 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
-from torch import nn
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -48,12 +55,12 @@ def attach_adapter(
 ) -> PeftModel:
     """Put a saved adapter on a model, with another dropout where one is given.
 
-    A trainable one has its LoRA weights, and nothing else, open to gradients: PEFT loads
-    adapters frozen by default (peft#282).
+    A trainable one has its LoRA weights and whole modules, and nothing else, open to gradients:
+    PEFT loads adapters frozen by default (peft#282).
 
     Raises:
         ModelError: If it is not a LoRA adapter or does not fit the model, then unchanged; or a
-            trainable one holds more than LoRA weights.
+            trainable one holds what PEFT cannot switch off.
     """
     files = AdapterFiles.read(folder)
     if dropout is not None:
@@ -62,7 +69,7 @@ def attach_adapter(
     try:
         on_base = _put_on(model, files, trainable=trainable)
         if trainable:
-            files.check_lora_only()
+            check_switchable(on_base, files)
     except ModelError:
         before.restore()
         raise
@@ -89,8 +96,48 @@ def attached(model: PreTrainedModel, folder: Path) -> Generator[PeftModel]:
 
 
 def detach_adapter(model: PeftModel) -> PreTrainedModel:
-    """Take an adapter of LoRA weights alone off; the base is as it was before, bit for bit."""
+    """Take an adapter that can be switched off from a base, which is as before, bit for bit."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.set_adapter([])  # else PEFT leaves the copy that was trained
     return model.unload()
+
+
+def originals(model: PeftModel) -> dict[nn.Parameter, Tensor]:
+    """Return each weight of a module that is trained whole, and the base's own for it."""
+    pairs: dict[nn.Parameter, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            (name,) = module.active_adapters
+            copies = module.modules_to_save[name].parameters()
+            pairs |= zip(copies, module.original_module.parameters(), strict=True)
+    return pairs
+
+
+def check_switchable(model: PeftModel, files: AdapterFiles) -> None:
+    """Check that all of an adapter can be switched off: LoRA weights, whole modules, tokens.
+
+    Raises:
+        ModelError: If biases or embeddings of the base were replaced.
+    """
+    places = get_peft_model_state_dict(model, save_embedding_layers=False)
+    replaced = sorted(files.weights.keys() - places.keys())
+    if files.config.bias != "none" or replaced:
+        held = some(replaced) or f"biases (bias: {files.config.bias})"
+        raise ModelError(
+            f"{files.folder}: it replaces weights of the base: {held}. It can be evaluated and "
+            "merged, but not trained further or compared with its base row by row"
+        )
+
+
+def put(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Put the layers of a configuration on a model; it is left as it is."""
+    whole = list(config.modules_to_save or ())
+    on_base = get_peft_model(model, config)
+    assert isinstance(on_base, PeftModel)
+    # Of a tied pair PEFT writes the embedding, which of some bases it does not know for one again.
+    config.modules_to_save = whole or None
+    return on_base
 
 
 def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> PeftModel:
@@ -99,7 +146,7 @@ def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> 
     files.config.base_model_name_or_path = None  # else PEFT warns of each base that was moved
     try:
         with peft_warnings_ignored():
-            on_base = get_peft_model(model, files.config)
+            on_base = put(model, files.config)
             _check_names(on_base, files)
             set_peft_model_state_dict(on_base, files.weights)
             _fill(on_base, files)
@@ -109,7 +156,6 @@ def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> 
             raise
         reason = first_line(error)
         raise ModelError(f"{files.folder}: the adapter does not fit the base: {reason}") from None
-    assert isinstance(on_base, PeftModel)
     if not trainable:
         on_base.requires_grad_(False)
     return on_base.eval()
@@ -196,8 +242,8 @@ class _Before:
         self._children = [(module, dict(module.named_children())) for module in model.modules()]
         brought = {n.removeprefix(PREFIX).replace(".base_layer.", ".") for n in files.weights}
         named = model.named_parameters(remove_duplicate=False)
-        self._weights = {p: p.data for name, p in named if name in brought}
-        for parameter, weight in self._weights.items():
+        self._weights = {p: (p.data, p.requires_grad) for name, p in named if name in brought}
+        for parameter, (weight, _) in self._weights.items():
             parameter.data = weight.clone()
 
     def restore(self) -> None:
@@ -206,8 +252,8 @@ class _Before:
             for name, child in children.items():
                 if module.get_submodule(name) is not child:
                     setattr(module, name, child)
-        for parameter, weight in self._weights.items():
-            parameter.data = weight
+        for parameter, (weight, is_open) in self._weights.items():
+            parameter.data, parameter.requires_grad = weight, is_open
         vars(self._model).pop("peft_config", None)
 
 

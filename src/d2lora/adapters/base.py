@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -299,6 +299,17 @@ def n_embedded(model: nn.Module) -> int:
         else:
             embedding = embedding.original_module
     return len(embedding.weight)
+
+
+def head_weights(model: nn.Module) -> list[Tensor]:
+    """Return the matrices that a model's head multiplies with, be they trained beside an adapter.
+
+    Their rows are the words.
+    """
+    head: Any = causal_model(model).get_output_embeddings()
+    if isinstance(head, AuxiliaryTrainingWrapper):
+        return [head.weight]
+    return [p for p in head.parameters(recurse=False) if p.ndim > 1]
 
 
 def unknown_token(token: int, tokenizer: PreTrainedTokenizerBase, n_rows: int) -> str:

@@ -92,6 +92,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "base quantization": inline(base.quantization or ""),
         "rank, alpha": f"{lora.rank}, {lora.alpha:g}",
         "targets": inline(", ".join(lora.targets)),
+        "trained whole": inline(", ".join(lora.modules_to_save)),
     }
     if cost:  # an adapter of d2lora's own, here and in the title
         facts |= {

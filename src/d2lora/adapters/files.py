@@ -87,24 +87,6 @@ class AdapterFiles:
         factors = {name + end for name in self.layers for end in (LORA_A, LORA_B)}
         return sorted(self.weights.keys() - factors)
 
-    @property
-    def beyond_lora(self) -> list[str]:
-        """Names of weights that are not LoRA factors: whole modules, biases, embeddings."""
-        return sorted(name for name in self.weights if ".lora_" not in name)
-
-    def check_lora_only(self) -> None:
-        """Check that nothing but LoRA weights comes with the adapter.
-
-        Raises:
-            ModelError: If something does: it could not be switched off, or trained further.
-        """
-        if self.config.bias != "none" or self.beyond_lora:
-            held = some(self.beyond_lora) or f"biases (bias: {self.config.bias})"
-            raise ModelError(
-                f"{self.folder}: it holds more than LoRA weights: {held}. It can be evaluated and "
-                "merged, but not trained further or compared with its base row by row"
-            )
-
 
 def some(names: list[str], shown: int = 3) -> str:
     """Return the first of many names, and how many more there are."""

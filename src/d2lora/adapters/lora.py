@@ -6,22 +6,25 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft import EvaConfig, LoftQConfig, LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoftQConfig, LoraConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from torch import nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from d2lora.adapters.attach import check_computes, peft_warnings_ignored
+from d2lora.adapters.attach import check_computes, peft_warnings_ignored, put
 from d2lora.adapters.files import some
 from d2lora.adapters.targets import ALL_LINEAR, Wanted, check_targets, target_layers, targets_of
+from d2lora.adapters.whole import check_whole, whole_of
 from d2lora.errors import SettingsError, first_line
 from d2lora.settings import FRESH, MILORA, LoraSettings, TrainSettings
 
 DEFAULT_RANK = 16
 PARTIAL = ("exclude_targets", "layers", "rank_pattern", "alpha_pattern")
 """Settings by which layers differ."""
+BESIDE = ("modules_to_save",)
+"""Settings of what is trained beside LoRA's factors."""
 PLAIN = (FRESH, "gaussian")
 """Initializations that PEFT has for parameters, too."""
 
@@ -44,6 +47,8 @@ class LoraShape:
     rank_pattern: tuple[str, ...] = ()
     """Ranks of some targets, `name=rank`."""
     alpha_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole."""
 
     @property
     def wanted(self) -> Wanted:
@@ -61,7 +66,7 @@ class LoraShape:
             targets=settings.targets or (ALL_LINEAR,),
             rslora=settings.rslora,
             dora=settings.dora,
-            **{name: getattr(settings, name) or () for name in PARTIAL},
+            **{name: getattr(settings, name) or () for name in (*PARTIAL, *BESIDE)},
         )
 
     @classmethod
@@ -81,6 +86,7 @@ class LoraShape:
             tuple([layers] if isinstance(layers, int) else layers),
             _as_texts(config.rank_pattern),
             _as_texts(config.alpha_pattern),
+            tuple(sorted(config.modules_to_save or ())),
         )
 
 
@@ -106,6 +112,7 @@ def check_shape(model: PreTrainedModel, shape: LoraShape) -> None:
         SettingsError: If not, with what there is.
     """
     check_targets(model, shape.wanted)
+    check_whole(model, shape.modules_to_save, shape.wanted)
     names = [name for name, _ in target_layers(model, shape.wanted)]
     for option, pattern in (("rank", shape.rank_pattern), ("alpha", shape.alpha_pattern)):
         for key in _numbers(pattern):
@@ -143,6 +150,7 @@ def lora_config(model: PreTrainedModel, shape: LoraShape, init: str) -> LoraConf
             f"PEFT adapts {some(targets.parameters)} as parameters, which it does not do with "
             f"{clashes}: leave that out, or these out of --targets"
         )
+    whole = whole_of(model, shape.modules_to_save)
     return LoraConfig(
         r=shape.rank,
         lora_alpha=shape.alpha,  # pyright: ignore[reportArgumentType]  # PEFT scales by floats too
@@ -153,6 +161,8 @@ def lora_config(model: PreTrainedModel, shape: LoraShape, init: str) -> LoraConf
         alpha_pattern=cast("Any", _numbers(shape.alpha_pattern)),
         use_rslora=shape.rslora,
         use_dora=shape.dora,
+        modules_to_save=whole.names or None,
+        ensure_weight_tying=whole.tied,
         init_lora_weights=True if init in {FRESH, MILORA} else cast("Any", init),
         task_type="CAUSAL_LM",
         loftq_config=LoftQConfig() if init == "loftq" else {},
@@ -174,10 +184,9 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
         torch.manual_seed(seed)
         try:
-            attached = get_peft_model(model, config)
-            assert isinstance(attached, PeftModel)
+            attached = put(model, config)
             check_computes(attached)
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, AttributeError) as error:
             raise SettingsError(f"PEFT puts no adapter on this base: {first_line(error)}") from None
     return attached
 

@@ -18,7 +18,7 @@ from d2lora.adapters.base import Base
 from d2lora.adapters.base_files import EMBEDDED, SMOLLM2, SMOLLM2_HUB_ID
 from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from d2lora.adapters.fingerprints import Identity, fingerprint_of
-from d2lora.adapters.lora import PARTIAL, LoraShape
+from d2lora.adapters.lora import BESIDE, PARTIAL, LoraShape
 from d2lora.errors import ModelError, WarmStartError
 from d2lora.runtime.run_folder import read_json, sha256_of
 
@@ -81,6 +81,7 @@ class LoraRecord(_Part):
     layers: tuple[int, ...] = ()
     rank_pattern: tuple[str, ...] = ()
     alpha_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, shape: LoraShape) -> Self:
@@ -290,7 +291,7 @@ def fingerprint_of_adapter(folder: Path) -> str:
 
 
 def save_adapter(model: PeftModel, folder: Path, *, initial: Path | None = None) -> None:
-    """Write an adapter in PEFT's format. Only the LoRA weights are written.
+    """Write an adapter in PEFT's format. Only what it trains is written.
 
     What is written is an ordinary adapter, so nothing of its initialization is left in it.
 
@@ -337,7 +338,7 @@ def hub_id_of(base: str) -> str:
 
 def differences(wanted: Mapping[str, Any], present: LoraShape) -> dict[str, tuple[Any, Any]]:
     """Return the settings that contradict an adapter's shape: name -> (wanted, present)."""
-    names = ("rank", "alpha", "targets", *PARTIAL)
+    names = ("rank", "alpha", "targets", *PARTIAL, *BESIDE)
     have = {name: getattr(present, name) for name in names}
     flags = {"rslora": present.rslora, "dora": present.dora}
     clashes = {

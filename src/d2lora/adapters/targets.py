@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -74,7 +75,7 @@ def targets_of(model: PreTrainedModel, wanted: Wanted) -> Targets:
         elif target == EXPERTS:
             every = (name for name, _ in model.named_parameters())
             parameters += _short(stacks(model), every, least=2)  # not `down_proj`, as a layer is
-        elif any(_is_named(name, target) for name in known):
+        elif any(is_named(name, target) for name in known):
             modules.append(target)
         else:
             parameters.append(target)
@@ -90,7 +91,7 @@ def _left(model: PreTrainedModel, modules: list[str], wanted: Wanted) -> list[st
     return [
         name
         for name, _ in model.named_modules()
-        if any(_is_named(name, module) for module in modules)
+        if any(is_named(name, module) for module in modules)
         and not any(_means(target, name) for target in wanted.exclude)
         and (not wanted.layers or _number_of(name) in wanted.layers)
     ]
@@ -109,7 +110,7 @@ def _means(target: str, name: str) -> bool:
     """Say whether a target, a name or a pattern, means a module."""
     if _is_pattern(target):
         return re.fullmatch(target, name) is not None
-    return _is_named(name, target)
+    return is_named(name, target)
 
 
 def _is_taken_for_experts(model: PreTrainedModel, name: str) -> bool:
@@ -181,14 +182,24 @@ def _is_router(model: PreTrainedModel, name: str) -> bool:
 
 
 def coverage(model: PeftModel) -> str:
-    """Return which layers have an adapter, and which linear layers and experts have none."""
+    """Return which layers have an adapter or are trained whole, and which have none.
+
+    The rest are linear layers and experts.
+    """
     adapted: Counter[str] = Counter()
     left: Counter[str] = Counter()
+    whole: Counter[str] = Counter()
     base = model.get_base_model()
     experts = stacks(base)
+    inside = set[str]()
     for name, layer in base.named_modules():
         plain, last = _plain(name), _ends(name)[0]
-        if isinstance(layer, ParamWrapper):
+        if isinstance(layer, ModulesToSaveWrapper):
+            whole[last] += 1
+            inside.add(f"{name}.")
+        elif name.startswith(tuple(inside)):
+            continue
+        elif isinstance(layer, ParamWrapper):
             stack = f"{plain}.{layer.parameter_name}"
             adapted[_label(stack) if experts.pop(stack, None) is not None else _ends(plain)[0]] += 1
         elif isinstance(layer, BaseTunerLayer):
@@ -196,8 +207,9 @@ def coverage(model: PeftModel) -> str:
         elif _is_linear(layer) and plain == name and ".lora_" not in name:
             left[last] += 1
     left.update(map(_label, experts))
+    beside = f"; whole: {_listed(whole)}" if whole else ""
     without = f"; none on {_listed(left)}" if left else ""
-    return f"LoRA on {_listed(adapted)}{without}"
+    return f"LoRA on {_listed(adapted)}{beside}{without}"
 
 
 def _label(stack: str) -> str:
@@ -259,11 +271,11 @@ def target_layers(model: PreTrainedModel, wanted: Wanted) -> Iterator[tuple[str,
     found = targets_of(model, wanted)
     names = [*found.modules, *(name.removesuffix(".weight") for name in found.parameters)]
     for name, layer in model.named_modules():
-        if _is_linear(layer) and any(_is_named(name, target) for target in names):
+        if _is_linear(layer) and any(is_named(name, target) for target in names):
             yield name, layer
 
 
-def _is_named(name: str, target: str) -> bool:
+def is_named(name: str, target: str) -> bool:
     """Say whether a target, a last name or a longer end of it, means a module, as in PEFT."""
     return name == target or name.endswith(f".{target}")
 
@@ -323,13 +335,13 @@ def _fault(model: PreTrainedModel, target: str) -> str | None:
         return error
     if target == EXPERTS:
         return None if stacks(model) else f"`{EXPERTS}`: the base has no experts in one tensor"
-    found = [layer for name, layer in model.named_modules() if _is_named(name, target)]
+    found = [layer for name, layer in model.named_modules() if is_named(name, target)]
     odd = [layer for layer in found if not (_is_linear(layer) or type(layer) is nn.Embedding)]
     if odd:
         own = [name for name, p in odd[0].named_parameters(recurse=False) if p.ndim > 1]
         hint = f"; give its parameter, `{target}.{own[0]}`" if own else ""
         return f"`{target}` is a {type(odd[0]).__name__}, not a linear layer{hint}"
-    named = [p for name, p in model.named_parameters() if _is_named(name, target)]
+    named = [p for name, p in model.named_parameters() if is_named(name, target)]
     if found or (named and all(parameter.ndim in {2, 3} for parameter in named)):
         return None
     hint = did_you_mean(target, linear_names(model))

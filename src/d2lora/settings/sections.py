@@ -167,6 +167,9 @@ class LoraSettings(Settings):
     dora: bool = False
     """Learn the weights' magnitudes apart from their directions (DoRA); slower. A warm start
     sets its own."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Modules of the base that are trained whole beside the adapter and saved with it, by name, as
+    in `lm_head norm`, in the base's dtype. Default: none."""
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -184,6 +187,11 @@ class LoraSettings(Settings):
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"`{twice[0]}` is given twice")
         return values
+
+    @field_validator("modules_to_save")
+    @classmethod
+    def _sorted(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if names is None else tuple(sorted(set(names)))
 
 
 class TrainSettings(Settings):

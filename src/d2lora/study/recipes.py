@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from d2lora.adapters.lora import PARTIAL
+from d2lora.adapters.lora import BESIDE, PARTIAL
 from d2lora.settings import (
     FRESH,
     AdaptSettings,
@@ -18,7 +18,11 @@ from d2lora.study.plan import FROM_WARM_START, ArmPlan, StudyPlan
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _WARM_START = "a warm start"
 """In place of its folder, which is not known before it is made."""
-INHERITED = dict.fromkeys(("rank", "alpha", "targets", *PARTIAL)) | {"rslora": False, "dora": False}
+INHERITED = {
+    **dict.fromkeys(("rank", "alpha", "targets", *PARTIAL, *BESIDE)),
+    "rslora": False,
+    "dora": False,
+}
 """What an arm takes over from a warm start, whatever the plan says of fresh ones."""
 
 
@@ -107,6 +111,7 @@ def listed_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings in which one text stands for a list of one, as in settings files."""
     lists = (
         "data", "validation_data", "targets", "replay", "exclude_targets", "layers", *_PATTERNS,
+        *BESIDE,
     )  # fmt: skip
     return {
         name: (value,) if name in lists and isinstance(value, str) else value

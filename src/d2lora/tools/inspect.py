@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 
 from d2lora import fast
-from d2lora.adapters.attach import attach_adapter
+from d2lora.adapters.attach import attach_adapter, check_switchable
 from d2lora.adapters.base import load_base
 from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.factors import (
@@ -133,8 +133,8 @@ def _on_task(settings: InspectSettings, folder: Path, manifest: Manifest | None)
     data = read_task(settings.data, settings.task, say=Reporter().say)
     examples = data.examples[:MOST_ROWS]
     items = encode_all(encoder, examples, LONGEST, "truncate").items
-    AdapterFiles.read(folder).check_lora_only()
     model = attach_adapter(base.model, folder, trainable=False)
+    check_switchable(model, AdapterFiles.read(folder))
     with fast.enabled(model, when=settings.fast):
         return losses_at_start(model, items, base.pad_id)
 
@@ -255,6 +255,8 @@ def _origin(found: Inspection) -> list[str]:
         f"{manifest.objective}, {manifest.n_examples:,} rows, rank {manifest.lora.rank}, alpha "
         f"{manifest.lora.alpha:g}, targets {' '.join(manifest.lora.targets)}"
     ]
+    if manifest.lora.modules_to_save:
+        lines.append(f"trained whole: {' '.join(manifest.lora.modules_to_save)}")
     if manifest.before_training is not None:
         start = {k: v for k, v in manifest.before_training.items() if k != "warning"}
         lines.append(str(Start(**start)))

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from d2lora.adapters.base import causal_model, n_embedded
+from d2lora.adapters.base import causal_model, head_weights, n_embedded
 from d2lora.fast.probing import without_passes
 from d2lora.runtime.attempts import succeeds
 from d2lora.runtime.modes import in_evaluation
@@ -100,8 +100,8 @@ class TrainingFlops:
     the adapter (2 forward, 4 backward); b is 12 W, with W the sum over layers of heads x head size
     (scores and values: 4 forward, 8 backward; what a causal mask or a window hides is counted, as
     in Kaplan et al. 2020 and torch's FlopCounterMode); h is 4 H, with H the weights of the output
-    head, used at supervised positions only. Padding, norms, activations and the optimizer are not
-    counted.
+    head, used at supervised positions only, and 6 H where it is trained. Padding, norms,
+    activations and the optimizer are not counted.
 
     a and b are measured, with torch's counter on three short rows, so that they are those of any
     architecture: experts of which a token meets some, layers that text does not reach, heads
@@ -139,8 +139,10 @@ class TrainingFlops:
         left = one - per_token * _STEP - per_square * _STEP**2
         if per_square < 0 or abs(left) > _NEGLIGIBLE * one:
             return None
-        head: Any = causal_model(model).get_output_embeddings()
-        per_supervised = 4 * sum(p.numel() for p in head.parameters(recurse=False) if p.ndim > 1)
+        # One more product where it is trained: for the gradient of the weight itself.
+        per_supervised = sum(
+            (6 if weight.requires_grad else 4) * weight.numel() for weight in head_weights(model)
+        )
         return cls(per_token - per_supervised, per_square, per_supervised)
 
     def of_rows(self, n_rows: int, n_tokens: int, n_supervised: int) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from d2lora.adapters.attach import detach_adapter
-from d2lora.adapters.base import Base, causal_model
+from d2lora.adapters.base import Base, causal_model, n_embedded
 from d2lora.adapters.files import read_adapter_config
 from d2lora.adapters.lora import LoraShape, attach, check_shape, lora_config
 from d2lora.adapters.manifest import Ancestor, save_adapter
@@ -109,10 +109,9 @@ class InitializedAdapter:
     @torch.no_grad()
     def _difference(self, folder: Path, weights: Mapping[str, Tensor]) -> float:
         """Compare the trained model with the converted adapter on the base's own weights."""
-        embeddings = causal_model(self.model).get_input_embeddings()
-        vocabulary = len(embeddings.get_parameter("weight"))
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (2, 48), generator=generator).to(self.model.device)
+        ids = torch.randint(n_embedded(self.model), (2, 48), generator=generator)
+        ids = ids.to(self.model.device)
         trained = self.model(input_ids=ids).logits.float()
         self.model.load_adapter(str(folder), adapter_name="converted")
         self.model.set_adapter("converted")
@@ -193,6 +192,11 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
         raise SettingsError(
             f"--init {name} changes the base, and a DoRA adapter cannot be converted back; use "
             "--init fresh, gaussian, orthogonal or eva with --dora"
+        )
+    if shape.modules_to_save and changes_base(name):
+        raise SettingsError(
+            f"--init {name} changes the base, and PEFT drops whole modules as it converts the "
+            "adapter back; use --init fresh, gaussian, orthogonal or eva with --modules-to-save"
         )
     quantized = is_quantized(model)
     if changes_base(name) and quantized:

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -130,9 +131,14 @@ def _layer_bytes(
 
 
 def _head_bytes(model: nn.Module, n_predicted: int) -> int:
-    """Return what logits and their gradients take, of as many positions as are held at once."""
+    """Return what logits and their gradients take, of as many positions as are held at once.
+
+    Of a head that is trained beside the adapter those of all are.
+    """
     head = causal_model(model).get_output_embeddings()
     n_words = n_embedded(model) if head is None else getattr(head, "out_features", 0)
+    if isinstance(head, AuxiliaryTrainingWrapper):
+        return 3 * 4 * n_embedded(model) * n_predicted
     on_cpu = next(model.parameters()).device.type == "cpu"
     return 3 * 4 * n_words * min(n_predicted, ROWS if on_cpu else GPU_ROWS)
 
