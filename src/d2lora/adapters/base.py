@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -308,7 +308,7 @@ def head_weights(model: nn.Module) -> list[Tensor]:
     """
     head: Any = causal_model(model).get_output_embeddings()
     if isinstance(head, AuxiliaryTrainingWrapper):
-        return [head.weight]
+        return [cast("Tensor", head.weight)]
     return [p for p in head.parameters(recurse=False) if p.ndim > 1]
 
 
