@@ -93,6 +93,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "rank, alpha": f"{lora.rank}, {lora.alpha:g}",
         "targets": inline(", ".join(lora.targets)),
         "trained whole": inline(", ".join(lora.modules_to_save)),
+        "new tokens": " ".join(map(code, lora.add_tokens)),
     }
     if cost:  # an adapter of d2lora's own, here and in the title
         facts |= {
