@@ -24,8 +24,9 @@ from d2lora import (
 )
 from d2lora.adapters.base import Base, load_base
 from d2lora.evaluation.generate import generate
-from d2lora.settings import BaseSettings, InspectSettings
+from d2lora.settings import BaseSettings, InspectSettings, PublishSettings
 from d2lora.tools.inspect import inspect
+from d2lora.tools.publish import publish
 from support import dies_at_step, write_rows
 
 TOKENS = ("<thought>", "</thought>")
@@ -216,8 +217,35 @@ def test_the_merged_model_has_the_tokens_and_needs_no_adapter(
         rtol=1e-4,
         atol=1e-4,
     )
-    with pytest.raises(ModelError, match="trainable_tokens_delta"):
-        convert(ConvertSettings(adapter=str(adapter.path), rank=8, out=tmp_path / "rank"))
+
+
+def test_at_another_rank_it_keeps_them_and_is_mixed_with_its_like_alone(
+    tmp_path: Path, base_name: str, thoughts: str, adapter: Adapter
+) -> None:
+    ids = probe(adapter)
+    convert(ConvertSettings(adapter=str(adapter.path), rank=8, out=tmp_path / "rank"))
+    torch.testing.assert_close(
+        logits_by_peft(base_name, tmp_path / "rank", ids),
+        logits_by_peft(base_name, adapter.path, ids),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    assert Adapter.load(tmp_path / "rank").manifest.lora.add_tokens == TOKENS
+    other = run(tmp_path / "o", base_name, thoughts, add_tokens=("<one>", "<two>"))
+    with pytest.raises(ModelError, match="other new tokens"):
+        convert(
+            ConvertSettings(adapter=str(adapter.path), mix=(str(other.path),), out=tmp_path / "m")
+        )
+
+
+def test_the_hub_gets_the_tokenizer_and_a_card_that_says_how(
+    tmp_path: Path, tiny_base: str, thoughts: str
+) -> None:
+    adapter = run(tmp_path / "a", tiny_base, thoughts, add_tokens=("/think",), max_steps=1)
+    found = publish(PublishSettings(folder=adapter.path, to="me/it", dry_run=True))
+    assert {"tokenizer.json", "tokenizer_config.json"} <= found.files.keys()
+    assert "model.resize_token_embeddings(len(tokenizer))" in found.card
+    assert "`/think`" in found.card
 
 
 def test_it_is_inspected(base_name: str, thoughts: str, adapter: Adapter) -> None:

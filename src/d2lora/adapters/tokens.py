@@ -6,8 +6,10 @@ alone (`trainable_token_indices`) and saves them with the adapter.
 """
 
 import copy
+import shutil
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,12 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 from d2lora.adapters.foreign import foreign
 from d2lora.errors import ModelError, SettingsError, listed
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+"""What a tokenizer may be saved in, beside its configuration."""
 _SEED = 0
 """Of the little by which new rows differ from the mean."""
 
@@ -40,6 +48,13 @@ def with_tokens(
     other = copy.deepcopy(tokenizer)
     other.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
     return other
+
+
+def copy_tokenizer(folder: Path, out: Path) -> None:
+    """Copy the tokenizer that lies beside an adapter, if any."""
+    for name in (TOKENIZER_CONFIG, *TOKENIZER_FILES):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
 
 
 def _is_one(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
