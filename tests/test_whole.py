@@ -197,8 +197,31 @@ def test_it_is_measured_inspected_and_merged(
     torch.testing.assert_close(
         logits(str(out)), logits(tiny_base, whole.path), rtol=1e-4, atol=1e-4
     )
-    with pytest.raises(ModelError, match=r"lm_head\.weight"):
-        convert(ConvertSettings(adapter=str(whole.path), rank=8, out=tmp_path / "rank"))
+
+
+def test_at_another_rank_and_in_mixtures_it_keeps_them(
+    tmp_path: Path, tiny_base: str, problems: str, whole: Adapter
+) -> None:
+    name = "base_model.model.lm_head.weight"
+    one = {"adapter": str(whole.path)}
+    convert(ConvertSettings(**one, rank=8, out=tmp_path / "rank"))
+    torch.testing.assert_close(
+        logits(tiny_base, tmp_path / "rank"), logits(tiny_base, whole.path), rtol=1e-4, atol=1e-4
+    )
+    other = run(tmp_path / "o", tiny_base, problems, **HEAD, seed_order=1)
+    for method in ("cat", "average"):
+        out = tmp_path / method
+        mixed: dict[str, Any] = {"mix": (str(other.path),), "mix_method": method}
+        convert(ConvertSettings(**one, **mixed, out=out))
+        found = weights(Adapter.load(out))[name]
+        torch.testing.assert_close(found, (weights(whole)[name] + weights(other)[name]) / 2)
+    with pytest.raises(ModelError, match="add up to 1, not to 2"):
+        convert(ConvertSettings(**one, **mixed, mix_weights=(1.0, 1.0), out=tmp_path / "n"))
+    plain = run(tmp_path / "p", tiny_base, problems)
+    with pytest.raises(ModelError, match="different whole modules"):
+        convert(ConvertSettings(**one, mix=(str(plain.path),), out=tmp_path / "n"))
+    with pytest.raises(SettingsError, match="--scale scales LoRA's update"):
+        convert(ConvertSettings(**one, scale=0.5, out=tmp_path / "n"))
 
 
 @pytest.mark.parametrize(

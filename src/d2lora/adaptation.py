@@ -11,6 +11,7 @@ from d2lora.adapters.base import Base, load_base, load_tokenizer
 from d2lora.adapters.chat_template import own_template
 from d2lora.adapters.lora import LoraShape
 from d2lora.adapters.manifest import Adapter, ancestor_of, check_fit
+from d2lora.adapters.tokens import grown
 from d2lora.data.batches import Item
 from d2lora.data.encode import Encoder
 from d2lora.data.trained_rows import TrainedRows
@@ -69,12 +70,23 @@ def _prepared(settings: AdaptSettings, base: Base | None, act: Callable[[Phase],
     warm_start = None if is_named_init(settings.init) else WarmStart.load(settings.init)
     chat_format = _inherited_format(settings, warm_start)
     with RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume) as run:
-        base = base or load_base(settings)
+        shape = _shape(settings, warm_start)
+        base = (base or load_base(settings)).with_tokens(shape.add_tokens)
         template = _inherited_template(settings, base, warm_start)
         encoder = Encoder.of(base, chat_format, template)
         rows = prepare_rows(settings, settings.n, encoder, reporter)
-        with _initialized(settings, warm_start, base, rows.train, reporter) as adapter:
+        with (
+            grown(base.model, base.n_rows),
+            _initialized(settings, warm_start, base, shape, rows.train, reporter) as adapter,
+        ):
             return act(Phase(settings, base, adapter, rows, encoder, run, reporter))
+
+
+def _shape(settings: AdaptSettings, warm_start: WarmStart | None) -> LoraShape:
+    """Return the shape that the adapter gets: the warm start's, or that of the settings."""
+    if warm_start is None:
+        return LoraShape.fresh(settings)
+    return warm_start.inherited_shape(settings)
 
 
 @contextmanager
@@ -82,15 +94,15 @@ def _initialized(
     settings: AdaptSettings,
     warm_start: WarmStart | None,
     base: Base,
+    shape: LoraShape,
     rows: Sequence[Item],
     reporter: Reporter,
 ) -> Generator[InitializedAdapter]:
     if warm_start is None:
-        shape, seed = LoraShape.fresh(settings), seed_of(settings, "init")
+        seed = seed_of(settings, "init")
         with initialized(settings, base, shape, seed, rows, reporter) as adapter:
             yield adapter
         return
-    shape = warm_start.inherited_shape(settings)
     if warning := check_fit(warm_start.path, base):
         reporter.say(warning)
     model = warm_start.apply_to(base.model, dropout=settings.dropout, scale=settings.init_scale)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.lora import LoraShape
+from d2lora.adapters.tokens import grown
 from d2lora.data.encode import Encoder
 from d2lora.data.sources import SELECTED
 from d2lora.errors import SettingsError
@@ -61,12 +62,15 @@ def _prepared(settings: WarmupSettings, base: Base | None, act: Callable[[Phase]
     reporter = Reporter(quiet=settings.quiet)
     with RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume) as run:
         chosen = _chosen(settings, run)
-        base = base or load_base(settings)
+        shape = LoraShape.fresh(settings)
+        base = (base or load_base(settings)).with_tokens(shape.add_tokens)
         encoder = Encoder.of(base, settings.chat_format)
         rows = prepare_rows(chosen, chosen.m, encoder, reporter)
-        shape = LoraShape.fresh(settings)
         seed = seed_of(settings, "init")
-        with initialized(settings, base, shape, seed, rows.train, reporter) as adapter:
+        with (
+            grown(base.model, base.n_rows),
+            initialized(settings, base, shape, seed, rows.train, reporter) as adapter,
+        ):
             return act(Phase(settings, base, adapter, rows, encoder, run, reporter))
 
 

@@ -19,14 +19,17 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from d2lora.adapters.base import n_embedded
 from d2lora.adapters.files import PREFIX, AdapterFiles, check_patterns, some
 from d2lora.adapters.foreign import OF_PASSES
 from d2lora.adapters.quantization import is_quantized, keep_layout
+from d2lora.adapters.tokens import grow, grown
 from d2lora.errors import ModelError, first_line, listed
 from d2lora.runtime.modes import in_evaluation
 
@@ -55,6 +58,8 @@ def attach_adapter(
 ) -> PeftModel:
     """Put a saved adapter on a model, with another dropout where one is given.
 
+    The embedding grows by the rows of new tokens.
+
     A trainable one has its LoRA weights and whole modules, and nothing else, open to gradients:
     PEFT loads adapters frozen by default (peft#282).
 
@@ -65,6 +70,7 @@ def attach_adapter(
     files = AdapterFiles.read(folder)
     if dropout is not None:
         files.config.lora_dropout = dropout
+    undo = grow(model, files.n_rows(n_embedded(model)))
     before = _Before(model, files)
     try:
         on_base = _put_on(model, files, trainable=trainable)
@@ -72,6 +78,7 @@ def attach_adapter(
             check_switchable(on_base, files)
     except ModelError:
         before.restore()
+        undo()
         raise
     return on_base
 
@@ -81,17 +88,19 @@ def attached(model: PreTrainedModel, folder: Path) -> Generator[PeftModel]:
     """Put a saved adapter on a model inside the block, for inference.
 
     Afterwards the model's modules and weights are what they were, bit for bit, whatever came with
-    the adapter: whole modules (`modules_to_save`), biases, embeddings.
+    the adapter: whole modules (`modules_to_save`), biases, embeddings, new tokens.
 
     Raises:
         ModelError: If it is not a LoRA adapter or does not fit the model.
     """
     files = AdapterFiles.read(folder)
-    before, digest = _Before(model, files), fingerprint_in_memory(model)
-    try:
-        yield _put_on(model, files, trainable=False)
-    finally:
-        before.restore()
+    digest = fingerprint_in_memory(model)
+    with grown(model, files.n_rows(n_embedded(model))):
+        before = _Before(model, files)
+        try:
+            yield _put_on(model, files, trainable=False)
+        finally:
+            before.restore()
     assert fingerprint_in_memory(model) == digest, f"{folder}: the base was changed"
 
 
@@ -104,13 +113,17 @@ def detach_adapter(model: PeftModel) -> PreTrainedModel:
 
 
 def originals(model: PeftModel) -> dict[nn.Parameter, Tensor]:
-    """Return each weight of a module that is trained whole, and the base's own for it."""
+    """Return each weight that is trained whole, rows of tokens too, and the base's own for it."""
     pairs: dict[nn.Parameter, Tensor] = {}
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             (name,) = module.active_adapters
             copies = module.modules_to_save[name].parameters()
             pairs |= zip(copies, module.original_module.parameters(), strict=True)
+        elif isinstance(module, TrainableTokensLayer):
+            for name in module.active_adapters:
+                rows = module.trainable_tokens_original[name]
+                pairs[module.trainable_tokens_delta[name]] = rows
     return pairs
 
 
@@ -151,7 +164,7 @@ def _put_on(model: PreTrainedModel, files: AdapterFiles, *, trainable: bool) -> 
             set_peft_model_state_dict(on_base, files.weights)
             _fill(on_base, files)
             check_computes(on_base)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:
         if isinstance(error, ModelError):
             raise
         reason = first_line(error)
@@ -276,7 +289,7 @@ def merged(model: PeftModel) -> Generator[None]:
     Only layers for which that says the same are folded (see `_foldable`); the others compute the
     update beside the base's product. Afterwards the layers have the base's own weights.
     """
-    layers = list(_foldable(model))
+    layers = [*_foldable(model), *_with_rows(model)]
     weights = [_weight(layer) for layer in layers]
     kept = [weight.data for weight in weights]
     for layer, weight in zip(layers, weights, strict=True):
@@ -319,7 +332,12 @@ def _foldable(model: nn.Module) -> Iterator[LoraLinear | ParamWrapper]:
             yield layer
 
 
-def _weight(layer: LoraLinear | ParamWrapper) -> nn.Parameter:
+def _with_rows(model: PeftModel) -> list[TrainableTokensLayer]:
+    """Return the embedding and the head whose rows are replaced, one matrix or not."""
+    return [layer for layer in model.modules() if isinstance(layer, TrainableTokensLayer)]
+
+
+def _weight(layer: LoraLinear | ParamWrapper | TrainableTokensLayer) -> nn.Parameter:
     name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
     return layer.get_base_layer().get_parameter(name)
 

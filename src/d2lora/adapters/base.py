@@ -6,7 +6,8 @@ Weights come from safetensors only and no code of a model repository is ever run
 import math
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ from d2lora.adapters.files import ADAPTER_CONFIG, some
 from d2lora.adapters.fingerprints import Identity, fingerprint_of, identity_of
 from d2lora.adapters.foreign import OF_PASSES, check_config, check_growth, foreign
 from d2lora.adapters.gguf import quantization_of
+from d2lora.adapters.tokens import with_tokens
 from d2lora.errors import ModelError, counted, first_line
 from d2lora.runtime.rounding import tolerance
 from d2lora.settings import BaseSettings
@@ -54,6 +56,31 @@ class Base:
     """How the weights are quantized, or were where they come from, such as GGUF; None: not."""
     chat_template: str | None = None
     """The chat template, where the settings give another than the tokenizer's own."""
+    new_tokens: tuple[str, ...] = ()
+    """Those that were added to the tokenizer, `with_tokens`."""
+
+    def with_tokens(self, tokens: Sequence[str]) -> "Base":
+        """Return the base with a tokenizer that knows more tokens.
+
+        The model gets rows for them where an adapter that has them is put on it.
+
+        Raises:
+            SettingsError: If it has one of them already.
+        """
+        if tuple(tokens) == self.new_tokens:
+            return self
+        tokenizer = with_tokens(self.tokenizer, tokens)
+        return replace(self, tokenizer=tokenizer, new_tokens=tuple(tokens))
+
+    @property
+    def new_ids(self) -> tuple[int, ...]:
+        """The ids of the new tokens."""
+        return tuple(_token_id(self.tokenizer.convert_tokens_to_ids(t)) for t in self.new_tokens)
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows the embedding has, or is to get for new tokens."""
+        return max(n_embedded(self.model), *(token + 1 for token in self.new_ids), 0)
 
     @property
     def identity(self) -> Identity:
@@ -275,12 +302,11 @@ def weight_of(layer: nn.Module) -> Any:
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Say whether a model computes with plain weights alone: without adapters, or all merged."""
-    return all(
-        isinstance(module, LoraLayer) and module.merged
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    )
+    """Say whether a model computes with plain weights alone: without adapters, or all merged.
+
+    Modules that are trained whole, and rows of tokens, are in the weights that they show.
+    """
+    return all(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer))
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:

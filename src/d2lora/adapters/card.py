@@ -62,7 +62,7 @@ def card(manifest: Manifest, form: Form = "adapter", published: Published | None
         f"| | |\n|---|---|\n{table}",
         _data(manifest),
         _scores(published.scores),
-        _usage(form, published),
+        _usage(form, published, new_tokens=bool(manifest.lora.add_tokens)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -93,6 +93,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "rank, alpha": f"{lora.rank}, {lora.alpha:g}",
         "targets": inline(", ".join(lora.targets)),
         "trained whole": inline(", ".join(lora.modules_to_save)),
+        "new tokens": " ".join(map(code, lora.add_tokens)),
     }
     if cost:  # an adapter of d2lora's own, here and in the title
         facts |= {
@@ -128,10 +129,11 @@ def _scores(scores: tuple[EvalResult, ...]) -> str:
     return "\n".join(["Scores:", "", *head, *rows]) if rows else ""
 
 
-def _usage(form: Form, published: Published) -> str:
+def _usage(form: Form, published: Published, *, new_tokens: bool) -> str:
     if form == "merged":
         return MERGED_USAGE.format(repo=published.repo)
-    return USAGE.format(base=published.base_id or "the base named above", repo=published.repo)
+    usage = USAGE_WITH_TOKENS if new_tokens else USAGE
+    return usage.format(base=published.base_id or "the base named above", repo=published.repo)
 
 
 def _objective(manifest: Manifest) -> str:
@@ -163,6 +165,18 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "{repo}")
+```"""
+USAGE_WITH_TOKENS = """It loads with PEFT alone, on the base above with rows for the new tokens:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = AutoModelForCausalLM.from_pretrained("{base}")
+if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    model.resize_token_embeddings(len(tokenizer))
 model = PeftModel.from_pretrained(model, "{repo}")
 ```"""
 MERGED_USAGE = """It loads with transformers alone:

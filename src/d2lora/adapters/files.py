@@ -81,6 +81,25 @@ class AdapterFiles:
             if name + LORA_B in self.weights
         }
 
+    def n_rows(self, n_embedded: int) -> int:
+        """Return how many rows the adapter's base has, as the rows of new tokens say.
+
+        Args:
+            n_embedded: Rows that there are without new tokens.
+
+        Raises:
+            ModelError: If there are to be rows that do not come with the adapter.
+        """
+        given: Any = self.config.trainable_token_indices or []
+        ids = {i for own in (given.values() if isinstance(given, dict) else [given]) for i in own}
+        n_rows = max(n_embedded, *(i + 1 for i in ids), 0)
+        if n_rows - n_embedded > len(ids - set(range(n_embedded))):
+            raise ModelError(
+                f"{self.folder}: it has rows of tokens up to {n_rows - 1:,}, but not of all beyond "
+                f"{n_embedded - 1:,}, where the base's embedding ends: it was made on another base"
+            )
+        return n_rows
+
     @property
     def beyond_factors(self) -> list[str]:
         """Names of weights that are not factors of `layers`."""
@@ -186,6 +205,7 @@ def _faults_of_types(values: dict[str, Any]) -> list[str]:
         ("alpha_pattern", "an object of names and numbers", lambda v: _is_pattern(v, None)),
         ("lora_dropout", "a number", _is_number),
         ("layers_to_transform", "layer numbers", _are_numbers),
+        ("trainable_token_indices", "token ids", _are_ids),
         ("bias", "none, all or lora_only", lambda v: v in ("none", "all", "lora_only")),
         *((name, "a text", lambda v: isinstance(v, str)) for name in _TEXTS),
         *((name, "true or false", lambda v: isinstance(v, bool)) for name in _FLAGS),
@@ -247,6 +267,11 @@ def _is_number(value: Any) -> bool:
 def _are_numbers(value: Any) -> bool:
     numbers = value if isinstance(value, list) else [value]
     return all(type(number) is int for number in numbers)
+
+
+def _are_ids(value: Any) -> bool:
+    ids = [*value.values()] if isinstance(value, dict) else [value]
+    return all(isinstance(own, list) and all(type(i) is int and i >= 0 for i in own) for own in ids)
 
 
 def _are_names(value: Any) -> bool:

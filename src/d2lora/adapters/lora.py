@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,14 +17,14 @@ from transformers import PreTrainedModel
 from d2lora.adapters.attach import check_computes, peft_warnings_ignored, put
 from d2lora.adapters.files import some
 from d2lora.adapters.targets import ALL_LINEAR, Wanted, check_targets, target_layers, targets_of
-from d2lora.adapters.whole import check_whole, whole_of
+from d2lora.adapters.whole import check_alike, check_rows, check_whole, rows_of, whole_of
 from d2lora.errors import SettingsError, first_line
 from d2lora.settings import FRESH, MILORA, LoraSettings, TrainSettings
 
 DEFAULT_RANK = 16
 PARTIAL = ("exclude_targets", "layers", "rank_pattern", "alpha_pattern")
 """Settings by which layers differ."""
-BESIDE = ("modules_to_save",)
+BESIDE = ("modules_to_save", "add_tokens")
 """Settings of what is trained beside LoRA's factors."""
 PLAIN = (FRESH, "gaussian")
 """Initializations that PEFT has for parameters, too."""
@@ -49,6 +50,8 @@ class LoraShape:
     alpha_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained whole."""
+    add_tokens: tuple[str, ...] = ()
+    """Tokens whose rows are trained."""
 
     @property
     def wanted(self) -> Wanted:
@@ -113,6 +116,8 @@ def check_shape(model: PreTrainedModel, shape: LoraShape) -> None:
     """
     check_targets(model, shape.wanted)
     check_whole(model, shape.modules_to_save, shape.wanted)
+    if shape.add_tokens:
+        check_rows(model, shape.modules_to_save, shape.wanted)
     names = [name for name, _ in target_layers(model, shape.wanted)]
     for option, pattern in (("rank", shape.rank_pattern), ("alpha", shape.alpha_pattern)):
         for key in _numbers(pattern):
@@ -134,8 +139,16 @@ def _as_texts(numbers: dict[str, Any] | None) -> tuple[str, ...]:
     return tuple(f"{name}={number:g}" for name, number in (numbers or {}).items())
 
 
-def lora_config(model: PreTrainedModel, shape: LoraShape, init: str) -> LoraConfig:
+def lora_config(
+    model: PreTrainedModel, shape: LoraShape, init: str, new_ids: Sequence[int] = ()
+) -> LoraConfig:
     """Return PEFT's configuration of an adapter and of its initialization.
+
+    Args:
+        model: The base, with rows for new tokens.
+        shape: The adapter's.
+        init: The initialization.
+        new_ids: Ids of the new tokens.
 
     Raises:
         SettingsError: If it names parameters and a setting that PEFT has for layers alone.
@@ -163,6 +176,7 @@ def lora_config(model: PreTrainedModel, shape: LoraShape, init: str) -> LoraConf
         use_dora=shape.dora,
         modules_to_save=whole.names or None,
         ensure_weight_tying=whole.tied,
+        trainable_token_indices=rows_of(model, new_ids),
         init_lora_weights=True if init in {FRESH, MILORA} else cast("Any", init),
         task_type="CAUSAL_LM",
         loftq_config=LoftQConfig() if init == "loftq" else {},
@@ -186,6 +200,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
         try:
             attached = put(model, config)
             check_computes(attached)
+            check_alike(attached)
         except (ValueError, NotImplementedError, AttributeError) as error:
             raise SettingsError(f"PEFT puts no adapter on this base: {first_line(error)}") from None
     return attached

@@ -82,6 +82,7 @@ class LoraRecord(_Part):
     rank_pattern: tuple[str, ...] = ()
     alpha_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
+    add_tokens: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, shape: LoraShape) -> Self:
@@ -240,6 +241,17 @@ class Adapter:
 def has_manifest(folder: Path) -> bool:
     """Say whether a folder holds an adapter made by d2lora."""
     return any((folder / name).is_file() for name in MANIFESTS.values())
+
+
+def base_for(base: Base, folder: Path | None) -> Base:
+    """Return a base with the new tokens of an adapter in its tokenizer; None: the base as it is.
+
+    Raises:
+        SettingsError: If the tokenizer has one of them already.
+    """
+    if folder is None or not has_manifest(folder):
+        return base
+    return base.with_tokens(Manifest.read(folder).lora.add_tokens)
 
 
 def check_fit(folder: Path, base: Base) -> str | None:

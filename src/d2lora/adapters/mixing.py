@@ -6,7 +6,7 @@ keeps the rank; its product is not the mixture of the products (PEFT's `linear` 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from d2lora.adapters.factors import Factors, extend
 from d2lora.adapters.files import LORA_A, LORA_B, AdapterFiles, some
 from d2lora.errors import ModelError
 
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -27,6 +29,8 @@ class Plain:
     folder: Path
     config: LoraConfig
     layers: dict[str, Factors]
+    beside: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """What is trained whole: modules, and rows of new tokens."""
 
     @classmethod
     def read(cls, folder: Path) -> "Plain":
@@ -43,23 +47,38 @@ class Plain:
                 f"{folder}: it adapts experts in one tensor (`target_parameters`); only plain LoRA "
                 "of layers can be converted. `d2lora convert --merge` writes it into its base"
             )
-        whole = 2 * len(layers) == len(files.weights)
+        beside = {name: files.weights[name] for name in files.beyond_factors if _is_whole(name)}
+        others = sorted({*files.beyond_factors} - beside.keys())
         patterns = config.rank_pattern or config.alpha_pattern
-        if config.use_dora or not whole or (ranks != {config.r} and not patterns):
-            others = some(files.beyond_factors)
-            held = f" (beside the factors it holds {others})" if others else ""
+        odd = config.use_dora or config.bias != "none" or others
+        if odd or (ranks != {config.r} and not patterns):
+            held = f" (beside the factors it holds {some(others)})" if others else ""
             raise ModelError(
-                f"{folder}: DoRA, biases, whole modules, or layers of ranks that its configuration "
-                f"does not name{held}; only plain LoRA can be converted"
+                f"{folder}: DoRA, biases, or layers of ranks that its configuration does not name"
+                f"{held}; only plain LoRA can be converted"
             )
-        return cls._even(folder, config, layers) if patterns else cls(folder, config, layers)
+        plain = cls(folder, config, layers, beside)
+        return plain._even() if patterns else plain
 
-    @classmethod
-    def _even(cls, folder: Path, config: LoraConfig, layers: Mapping[str, Factors]) -> "Plain":
+    def check_factors_alone(self) -> None:
+        """Check that nothing is trained whole.
+
+        Raises:
+            ModelError: If something is.
+        """
+        if self.beside:
+            raise ModelError(
+                f"{self.folder}: it holds more than LoRA's factors ({some(sorted(self.beside))}); "
+                "only plain LoRA can be converted so. `d2lora convert --merge` writes it into its "
+                "base"
+            )
+
+    def _even(self) -> "Plain":
         """Return an adapter whose layers differ in rank and scale with the same of both.
 
         New directions have B zero, so every layer's update is what it was.
         """
+        config, layers = self.config, self.layers
         rank = max(len(pair.a) for pair in layers.values())
         scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
         generator = torch.Generator().manual_seed(0)
@@ -69,13 +88,17 @@ class Plain:
         }
         alpha = scale * (rank**0.5 if config.use_rslora else rank)
         one: Any = {"r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}}
-        return cls(folder, replace(config, **one), even)
+        return replace(self, config=replace(config, **one), layers=even)
 
     @property
     def scale(self) -> float:
         """What the product of the factors is multiplied by."""
         config = self.config
         return config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+
+
+def _is_whole(name: str) -> bool:
+    return ".lora_" not in name
 
 
 def scale_of(config: LoraConfig, layer: str, rank: int) -> float:
@@ -141,6 +164,35 @@ def averaged(adapters: Sequence[Plain], weights: Sequence[float]) -> dict[str, F
             torch.stack([a.layers[name].b * w for a, w in both]).sum(0),
         )
         for name in first.layers
+    }
+
+
+def averaged_beside(adapters: Sequence[Plain], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Return the weighted mean of what is trained whole.
+
+    It is that of the differences to the base, as the weights add up to 1.
+
+    Raises:
+        ModelError: If they do not, or adapters have different modules.
+    """
+    first = adapters[0]
+    shapes = {name: weight.shape for name, weight in first.beside.items()}
+    for other in adapters[1:]:
+        if {name: weight.shape for name, weight in other.beside.items()} != shapes:
+            odd = sorted(first.beside.keys() ^ other.beside.keys()) or sorted(shapes)
+            raise ModelError(
+                f"{first.folder} and {other.folder} have different whole modules or new tokens, "
+                f"such as {odd[0]}"
+            )
+    if shapes and abs(sum(weights) - 1) > _ROUNDING:
+        raise ModelError(
+            f"{first.folder} holds whole modules, of which a mean can be taken: --mix-weights must "
+            f"add up to 1, not to {sum(weights):g}"
+        )
+    both = list(zip(adapters, weights, strict=True))
+    return {
+        name: torch.stack([a.beside[name].double() * w for a, w in both]).sum(0).to(own.dtype)
+        for name, own in first.beside.items()
     }
 
 

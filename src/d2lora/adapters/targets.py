@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -189,13 +189,14 @@ def coverage(model: PeftModel) -> str:
     adapted: Counter[str] = Counter()
     left: Counter[str] = Counter()
     whole: Counter[str] = Counter()
+    rows: Counter[str] = Counter()
     base = model.get_base_model()
     experts = stacks(base)
     inside = set[str]()
     for name, layer in base.named_modules():
         plain, last = _plain(name), _ends(name)[0]
-        if isinstance(layer, ModulesToSaveWrapper):
-            whole[last] += 1
+        if isinstance(layer, AuxiliaryTrainingWrapper):
+            (whole if isinstance(layer, ModulesToSaveWrapper) else rows)[last] += 1
             inside.add(f"{name}.")
         elif name.startswith(tuple(inside)):
             continue
@@ -208,6 +209,7 @@ def coverage(model: PeftModel) -> str:
             left[last] += 1
     left.update(map(_label, experts))
     beside = f"; whole: {_listed(whole)}" if whole else ""
+    beside += f"; rows of new tokens in {_listed(rows)}" if rows else ""
     without = f"; none on {_listed(left)}" if left else ""
     return f"LoRA on {_listed(adapted)}{beside}{without}"
 

@@ -1,7 +1,8 @@
-"""Modules of a base that are trained whole beside the adapter, PEFT's `modules_to_save`.
+"""What of a base is trained beside the adapter: whole modules, and rows of new tokens.
 
-PEFT trains a copy of each, in the dtype of the base, and saves it with the adapter. An embedding
-and a head that are one matrix are trained, and stay, one (`ensure_weight_tying`).
+PEFT trains a copy of each module (`modules_to_save`), in the dtype of the base, and saves it with
+the adapter. An embedding and a head that are one matrix are trained, and stay, one
+(`ensure_weight_tying`). Of rows it trains copies, too (`trainable_token_indices`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -140,6 +142,76 @@ def _shared(model: PreTrainedModel, own: set[str]) -> tuple[str, str] | None:
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def rows_of(
+    model: PreTrainedModel, new_ids: Sequence[int]
+) -> list[int] | dict[str, list[int]] | None:
+    """Return what PEFT is to be told of rows of the embedding and the head; None of no rows.
+
+    Of the two as one matrix it finds the head by itself.
+
+    Raises:
+        SettingsError: If the head has no rows for them.
+    """
+    if not new_ids:
+        return None
+    if tied_pair(model):
+        return list(new_ids)
+    pair: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if pair[1] is not None and len(pair[1].weight) <= max(new_ids):
+        raise SettingsError(
+            f"--add-tokens: the base's head has {len(pair[1].weight):,} rows, fewer than its "
+            "embedding, and none for new tokens"
+        )
+    own = [name for name, module in model.named_modules() if any(module is one for one in pair)]
+    return {name: list(new_ids) for name in own}
+
+
+def check_rows(model: PreTrainedModel, whole: Sequence[str], wanted: Wanted) -> None:
+    """Check that rows of the embedding and the head can be trained, and no adapter is on them.
+
+    Raises:
+        SettingsError: If not.
+    """
+    pair: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [name for name, module in model.named_modules() if any(module is one for one in pair)]
+    targets = targets_of(model, wanted)
+    for name in names:
+        if any(is_named(name, one) for one in whole):
+            raise SettingsError(
+                f"--add-tokens trains the rows of new tokens alone, and `{name}` is to be trained "
+                "whole: leave it out of --modules-to-save, or leave out --add-tokens"
+            )
+        if any(is_named(name, one) for one in targets.modules) or any(
+            is_named(f"{name}.weight", one) for one in targets.parameters
+        ):
+            raise SettingsError(
+                f"--add-tokens trains rows of `{name}`, which --targets adapts: leave it out there"
+            )
+
+
+@torch.no_grad()
+def check_alike(model: nn.Module) -> None:
+    """Check that an embedding and a head of which rows are trained compute what they did.
+
+    PEFT computes them by itself, and knows of no bias.
+
+    Raises:
+        ValueError: If they do not; before training.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, TrainableTokensWrapper):
+            continue
+        layer: Any = module.original_module
+        x = torch.arange(8, device=layer.weight.device)
+        if not isinstance(layer, nn.Embedding):
+            shape = (1, layer.weight.shape[1])
+            x = torch.linspace(-1, 2, shape[1]).to(layer.weight).view(shape)
+        if not torch.allclose(module(x), layer(x)):
+            raise ValueError(
+                f"it trains no rows of {name} alone, which has a bias or a pass of its own"
+            )
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from d2lora.adapters.base import Base, n_embedded, n_positions, tokenizer_of, unknown_token
+from d2lora.adapters.base import Base, n_positions, tokenizer_of, unknown_token
 from d2lora.adapters.chat_template import with_template
 from d2lora.adapters.foreign import is_panic
 from d2lora.data.batches import Encoded, PreferencePair
@@ -68,7 +68,7 @@ class Encoder:
             tokenizer = with_template(tokenizer, template)
         form = resolve_format(tokenizer, chat_format)
         _check_used(form, template_given=base.chat_template is not None)
-        return cls(tokenizer, form, n_positions(base.model), n_embedded(base.model))
+        return cls(tokenizer, form, n_positions(base.model), base.n_rows)
 
     @classmethod
     def of_tokenizer(cls, settings: BaseSettings, chat_format: str | None) -> "Encoder":

@@ -12,7 +12,7 @@ from torch import nn
 from d2lora import fast
 from d2lora.adapters.attach import attached, is_folded, merged
 from d2lora.adapters.base import Base, load_base
-from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
+from d2lora.adapters.manifest import Manifest, base_for, check_fit, has_manifest
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_prompts
 from d2lora.data.files import text_lines
@@ -70,7 +70,13 @@ def chat_format_of(adapter: Path | None, wanted: str | None) -> str | None:
 
 
 def encoder_of(adapter: Path | None, base: Base, wanted: str | None) -> Encoder:
-    """Return the encoder for an adapter's prompts: in the chat format and template it learnt."""
+    """Return the encoder for an adapter's prompts: in the chat format and template it learnt.
+
+    Args:
+        adapter: The adapter's folder. None: the base alone.
+        base: The base, for this adapter where it has new tokens (`base_for`).
+        wanted: The chat format that the settings give.
+    """
     known = adapter is not None and has_manifest(adapter)
     template = Manifest.read(adapter).chat_template if adapter and known else None
     return Encoder.of(base, chat_format_of(adapter, wanted), template)
@@ -104,7 +110,7 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
         )
     examples = _examples(settings)
     adapter = None if settings.adapter is None else Path(settings.adapter)
-    base = load_base(settings)
+    base = base_for(load_base(settings), adapter)
     encoder = encoder_of(adapter, base, settings.chat_format)
     sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
     prompts = encode_prompts(encoder, examples, *lengths_of(adapter), settings.max_new_tokens).ids

@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from d2lora.adapters.base import Base
+from d2lora.adapters.manifest import base_for
 from d2lora.data.batches import Question
 from d2lora.data.chat_text import Format
 from d2lora.data.choices import ChoiceQuestion
@@ -73,6 +74,7 @@ def measure(
     It is prompted in its own chat format, or in that of the adapter `prompted_as`.
     """
     path, own = (None if n == BASE else Path(n) for n in (name, prompted_as or name))
+    base = base_for(base, path)
     with adapted(base, path, fast_when=settings.fast) as (model, used):
         encoder = encoder_of(own, base, settings.chat_format)
         measured = Measured(
@@ -196,10 +198,15 @@ def prompts_of(encoder: Encoder, sets: TestSets, settings: EvaluateSettings) -> 
 
 
 def encoders_of(names: Iterable[str], base: Base, settings: EvaluateSettings) -> list[Encoder]:
-    """Return an encoder for each way in which adapters are prompted."""
+    """Return an encoder for each way in which adapters are prompted, new tokens among it."""
     folders = [None if name == BASE else Path(name) for name in names]
-    encoders = [encoder_of(folder, base, settings.chat_format) for folder in folders]
-    return list({_way(encoder): encoder for encoder in encoders}.values())
+    bases = [base_for(base, folder) for folder in folders]
+    encoders = {
+        (_way(encoder), own.new_tokens): encoder
+        for folder, own in zip(folders, bases, strict=True)
+        for encoder in (encoder_of(folder, own, settings.chat_format),)
+    }
+    return list(encoders.values())
 
 
 def check_rows(

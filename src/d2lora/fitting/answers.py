@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.adapters.base import Base
+from d2lora.adapters.manifest import base_for
 from d2lora.data.encoded_sets import encode_all
 from d2lora.data.reading import TaskData
 from d2lora.data.rows import Example
@@ -45,6 +46,7 @@ def answers_of(
         name = BASE if adapter is None else str(adapter)
         records = measure(name, base, sets, tests, Reporter(quiet=True)).task.records
         outputs = [record["output"] for record in records]
+    base = base_for(base, adapter)
     with adapted(base, adapter, fast_when=tests.fast) as (model, _):
         encoder = encoder_of(adapter, base, tests.chat_format)
         examples = data.examples

@@ -170,6 +170,9 @@ class LoraSettings(Settings):
     modules_to_save: tuple[str, ...] | None = None
     """Modules of the base that are trained whole beside the adapter and saved with it, by name, as
     in `lm_head norm`, in the base's dtype. Default: none."""
+    add_tokens: tuple[str, ...] | None = None
+    """Tokens to add to the tokenizer, found wherever they stand in a text; the embedding gets a row
+    for each, and the head, and these rows alone are trained, beside the adapter. Default: none."""
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -192,6 +195,16 @@ class LoraSettings(Settings):
     @classmethod
     def _sorted(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return None if names is None else tuple(sorted(set(names)))
+
+    @field_validator("add_tokens")
+    @classmethod
+    def _different(cls, tokens: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for token in tokens or ():
+            if not token.strip():
+                raise ValueError("a token must hold more than space")
+            if (tokens or ()).count(token) > 1:
+                raise ValueError(f"`{token}` is given twice")
+        return tokens
 
 
 class TrainSettings(Settings):

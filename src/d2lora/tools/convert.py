@@ -9,7 +9,8 @@
 
 A higher rank leaves the function as it is, and the new directions train; a lower one is the best
 approximation, and the share of each layer's energy that it keeps is reported. Alpha moves with the
-rank, so that the factor alpha / rank stays.
+rank, so that the factor alpha / rank stays. Whole modules and new tokens stay as they are; of mixed
+adapters they are the mean.
 """
 
 import json
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoConfig
 
 from d2lora.adapters.base import dtype_of
@@ -38,7 +40,8 @@ from d2lora.adapters.manifest import (
     fingerprint_of_adapter,
     has_manifest,
 )
-from d2lora.adapters.mixing import Plain, averaged, concatenated, tensors_of
+from d2lora.adapters.mixing import Plain, averaged, averaged_beside, concatenated, tensors_of
+from d2lora.adapters.tokens import copy_tokenizer
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError, RunError, SettingsError, counted
 from d2lora.runtime.claims import claimed
@@ -144,22 +147,25 @@ def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:
             f"{counted(len(weights), 'weight')}"
         )
     _check_same_base(adapters)
-    layers = adapters[0].layers
+    layers, beside = adapters[0].layers, adapters[0].beside
     if settings.mix:
         mixed = concatenated if settings.mix_method == "cat" else averaged
-        layers = mixed(adapters, weights)
+        layers, beside = mixed(adapters, weights), averaged_beside(adapters, weights)
+    beside = _cast(beside, settings)
     new = _reshaped(layers, settings)
     config = adapters[0].config
     ratio = math.sqrt(new.rank / config.r) if config.use_rslora else new.rank / config.r
     alpha = config.lora_alpha * ratio
     with new_folder(settings.out.resolve()) as out:  # behind a symbolic link, which stays
-        save_file(tensors_of(new.layers), out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        every = {**tensors_of(new.layers), **beside}
+        save_file(every, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         raw = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         raw |= {"r": new.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
         raw |= {"rank_pattern": {}, "alpha_pattern": {}}
         write_text(out / ADAPTER_CONFIG, json.dumps(raw, indent=2))
         done: dict[str, Any] = {"kind": "adapter"}
         if has_manifest(folder):
+            copy_tokenizer(folder, out)
             about = {
                 "from_rank": config.r,
                 "scale": _strength(settings),
@@ -175,6 +181,23 @@ def _reshape(settings: ConvertSettings, folder: Path) -> Conversion:
             done = {"kind": manifest.kind, "cost": manifest.cost}
         write_json(out / DONE, done)
     return Conversion(settings.out, new.energy_kept, None)
+
+
+def _cast(beside: Mapping[str, Tensor], settings: ConvertSettings) -> dict[str, Tensor]:
+    """Return what is trained whole in the dtype that is asked for."""
+    if beside and _strength(settings) != 1:
+        raise SettingsError(
+            "--scale scales LoRA's update, and the adapter holds whole modules or new tokens, of "
+            "which it is not known here how far they are from the base: leave it out, or give it "
+            "as --init-scale to `d2lora adapt`"
+        )
+    if settings.dtype == "auto":
+        return dict(beside)
+    dtype = dtype_of(settings.dtype, _CPU)
+    cast = {name: weight.to(dtype) for name, weight in beside.items()}
+    if endless := [name for name, weight in cast.items() if not torch.isfinite(weight).all()]:
+        raise SettingsError(f"{endless[0]} would hold numbers beyond {dtype}; use --dtype float32")
+    return cast
 
 
 def _strength(settings: ConvertSettings) -> float:
@@ -231,7 +254,7 @@ def randomise(folder: Path, out: Path, seed: int) -> None:
     that separates what a warm start learnt from its size.
     """
     generator = torch.Generator().manual_seed(seed)
-    Plain.read(folder)  # no other kind
+    Plain.read(folder).check_factors_alone()
     converted = tensors_of(AdapterFiles.read(folder).layers)
     for name, old in sorted(converted.items()):
         new = torch.randn(old.shape, generator=generator)
@@ -266,6 +289,10 @@ def _check_same_base(adapters: Sequence[Plain]) -> None:
             raise ModelError(
                 f"{folder} was made with chat format {manifest.chat_format}, {known[0]} with "
                 f"{manifests[0].chat_format}; they cannot be mixed"
+            )
+        if manifest.lora.add_tokens != manifests[0].lora.add_tokens:
+            raise ModelError(
+                f"{folder} was made with other new tokens than {known[0]}; they cannot be mixed"
             )
         if manifest.chat_template != manifests[0].chat_template:
             raise ModelError(

@@ -138,6 +138,7 @@ def write_adapter(
         ModelError: If the adapter is not plain LoRA of one rank, or llama.cpp has no place for it.
     """
     adapter, shape = Plain.read(folder), GgufShape.of(config)
+    adapter.check_factors_alone()
     ratio = adapter.scale / (adapter.config.lora_alpha / adapter.config.r)
     weights: list[_Weight] = []
     for layer, (a, b) in adapter.layers.items():

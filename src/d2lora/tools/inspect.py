@@ -25,7 +25,7 @@ from d2lora.adapters.factors import (
 )
 from d2lora.adapters.files import PREFIX, AdapterFiles, some
 from d2lora.adapters.fingerprints import identity_of
-from d2lora.adapters.manifest import Manifest, check_fit, has_manifest
+from d2lora.adapters.manifest import Manifest, base_for, check_fit, has_manifest
 from d2lora.adapters.mixing import scale_of
 from d2lora.data.encoded_sets import encode_all
 from d2lora.data.reading import read_task
@@ -129,6 +129,7 @@ def _on_task(settings: InspectSettings, folder: Path, manifest: Manifest | None)
     )
     if warning := check_fit(folder, base):
         Reporter().say(warning)
+    base = base_for(base, folder)
     encoder = encoder_of(folder, base, settings.chat_format)
     data = read_task(settings.data, settings.task, say=Reporter().say)
     examples = data.examples[:MOST_ROWS]
@@ -255,6 +256,8 @@ def _origin(found: Inspection) -> list[str]:
         f"{manifest.objective}, {manifest.n_examples:,} rows, rank {manifest.lora.rank}, alpha "
         f"{manifest.lora.alpha:g}, targets {' '.join(manifest.lora.targets)}"
     ]
+    if manifest.lora.add_tokens:
+        lines.append(f"new tokens: {' '.join(manifest.lora.add_tokens)}")
     if manifest.lora.modules_to_save:
         lines.append(f"trained whole: {' '.join(manifest.lora.modules_to_save)}")
     if manifest.before_training is not None:

@@ -15,8 +15,9 @@ from d2lora.adapters.base import Base, load_base, n_embedded
 from d2lora.adapters.base_files import gguf_of
 from d2lora.adapters.card import write_merged
 from d2lora.adapters.foreign import save_tokenizer
-from d2lora.adapters.manifest import Manifest, base_record, check_fit, has_manifest
+from d2lora.adapters.manifest import Manifest, base_for, base_record, check_fit, has_manifest
 from d2lora.adapters.quantization import is_quantized
+from d2lora.adapters.tokens import grow
 from d2lora.data.encode import Encoder
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError, first_line
@@ -67,7 +68,8 @@ def merge_into_gguf(settings: ConvertSettings, folder: Path, path: Path) -> floa
 
 
 def _base_of(settings: ConvertSettings, folder: Path) -> Base:
-    base = load_base(settings)
+    base = base_for(load_base(settings), folder)
+    grow(base.model, base.n_rows)
     if warning := check_fit(folder, base):
         Reporter().say(warning)
     return base

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.adapters.base import Base, load_base
-from d2lora.adapters.manifest import base_record
+from d2lora.adapters.manifest import base_for, base_record
 from d2lora.data.encoded_sets import encode_prompts
 from d2lora.data.reading import TaskData, read_task
 from d2lora.data.rows import Example
@@ -161,6 +161,7 @@ def _sampled(
 ) -> tuple[list[list[_Sample]], list[str]]:
     """Return the distinct samples of every prompt, scored, and the fast paths used."""
     folder = None if settings.adapter is None else Path(settings.adapter)
+    base = base_for(base, folder)
     encoder = encoder_of(folder, base, settings.chat_format)
     prompts = encode_prompts(
         encoder, examples, settings.max_length, settings.overlong, settings.max_new_tokens

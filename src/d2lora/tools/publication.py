@@ -1,6 +1,7 @@
 """What is sent to the hub: the files that belong, free of paths of this machine.
 
-adapter or warm start   weights, PEFT's configuration, manifest, digests of its training rows
+adapter or warm start   weights, PEFT's configuration, manifest, digests of its training rows, a
+                        tokenizer with new tokens
 merged model            weights, configuration, tokenizer, manifest of what was merged, digests
 both                    the card, made anew, and GGUF files that lie beside
 """
@@ -19,20 +20,19 @@ from d2lora.adapters.card import CARD_FILE, MERGED, Form, Published, card
 from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles
 from d2lora.adapters.fingerprints import fingerprint_of
 from d2lora.adapters.manifest import MANIFESTS, Manifest, has_manifest
+from d2lora.adapters.tokens import TOKENIZER_CONFIG, TOKENIZER_FILES
 from d2lora.data.trained_rows import FILE as TRAINED_ROWS
 from d2lora.errors import ModelError, RunError, SettingsError
 from d2lora.runtime.run_folder import DONE, SETTINGS, read_json
 
 _OF_ADAPTERS = (ADAPTER_WEIGHTS, TRAINED_ROWS, "*.gguf")
 _OF_MODELS = (
-    "model*.safetensors", "model.safetensors.index.json", "generation_config.json",
-    "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", TRAINED_ROWS, "*.gguf",
+    "model*.safetensors", "model.safetensors.index.json", "generation_config.json", TRAINED_ROWS,
+    "*.gguf", *TOKENIZER_FILES,
 )  # fmt: skip
 _NAMES_OF_BASES = {ADAPTER_CONFIG: "base_model_name_or_path", "config.json": "_name_or_path"}
 """Configurations that name a base, or where the model was, and under which key."""
-_TOKENIZER = "tokenizer_config.json"
-_NOT_FILES = ("chat_template", "labels")
+_NOT_FILES = ("chat_template", "labels", "lora")
 """Parts of a manifest that may look like paths."""
 Content = Path | bytes
 
@@ -79,6 +79,7 @@ class Finished:
         """Return the files to send, by name: texts as they will be, other files by their path."""
         manifest = without_paths(self.manifest, self.folder)
         patterns = _OF_ADAPTERS if self.form == "adapter" else _OF_MODELS
+        patterns += TOKENIZER_FILES if manifest.lora.add_tokens else ()
         files: dict[str, Content] = {
             path.name: path
             for pattern in patterns
@@ -89,8 +90,8 @@ class Finished:
             if (path := self.folder / name).is_file():
                 named = published.base_id if self.form == "adapter" else None
                 files[name] = _bytes(_with(path, key, named))
-        if (path := self.folder / _TOKENIZER).is_file():
-            files[_TOKENIZER] = _bytes(_with(path, "name_or_path", None))
+        if (path := self.folder / TOKENIZER_CONFIG).is_file():
+            files[TOKENIZER_CONFIG] = _bytes(_with(path, "name_or_path", None))
         if self.form == "merged":
             files[MERGED] = _bytes(manifest.model_dump(mode="json"))
         elif has_manifest(self.folder):
@@ -124,7 +125,7 @@ def without_paths(manifest: Manifest, folder: Path) -> Manifest:
     kept = {name: values.pop(name) for name in _NOT_FILES}
     around = (folder.resolve(), Path.cwd(), Path.home())
     alone = {name: value for name, value in values.items() if name != "warnings"}
-    known = {text for text in _texts(alone) if _is_absolute(text)}
+    known = {text for text in _texts(alone) if _is_absolute(text)} - {*manifest.lora.add_tokens}
     known |= {str(place) for place in around if place != Path(place.anchor)}
     longest_first = "|".join(re.escape(path) for path in sorted(known, key=len, reverse=True))
     paths = re.compile(rf"(?:{longest_first})(?:[\\/][^\s`'\",;:]*)?")

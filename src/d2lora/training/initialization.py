@@ -193,10 +193,11 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
             f"--init {name} changes the base, and a DoRA adapter cannot be converted back; use "
             "--init fresh, gaussian, orthogonal or eva with --dora"
         )
-    if shape.modules_to_save and changes_base(name):
+    if (shape.modules_to_save or shape.add_tokens) and changes_base(name):
         raise SettingsError(
-            f"--init {name} changes the base, and PEFT drops whole modules as it converts the "
-            "adapter back; use --init fresh, gaussian, orthogonal or eva with --modules-to-save"
+            f"--init {name} changes the base, and PEFT drops whole modules and new tokens as it "
+            "converts the adapter back; use --init fresh, gaussian, orthogonal or eva with "
+            "--modules-to-save and --add-tokens"
         )
     quantized = is_quantized(model)
     if changes_base(name) and quantized:
@@ -242,7 +243,7 @@ def _attach(
     settings: PhaseSettings, base: Base, shape: LoraShape, seed: int, rows: Sequence[Item]
 ) -> tuple[PeftModel, Initialization]:
     name, model = settings.init, base.model
-    config = lora_config(model, shape, name)
+    config = lora_config(model, shape, name, base.new_ids)
     if name not in DATA_DRIVEN:
         attached = attach(model, config, seed)
         if name == MILORA:

@@ -15,6 +15,7 @@ from d2lora import fast
 from d2lora.adapters.base import Base
 from d2lora.adapters.card import write_manifest
 from d2lora.adapters.chat_template import own_template
+from d2lora.adapters.foreign import save_tokenizer
 from d2lora.adapters.manifest import (
     FORMAT_VERSION,
     LoraRecord,
@@ -99,7 +100,7 @@ def run_phase(phase: Phase) -> None:
     if isinstance(settings, WarmupSettings):
         warnings += _warned((_overfitting(trained, settings),), phase.reporter)
     if is_main_process():
-        manifest = _manifest(phase, _save_weights(phase.adapter, run), trained)
+        manifest = _manifest(phase, _save_weights(phase), trained)
         found = {
             "before_training": None if start is None else start.to_json(),
             "warnings": warnings,
@@ -241,10 +242,13 @@ def _overfitting(trained: Trained, settings: WarmupSettings) -> str | None:
     )
 
 
-def _save_weights(adapter: InitializedAdapter, run: RunFolder) -> InitializedAdapter:
-    """Write the adapter's files into the run folder, each whole."""
+def _save_weights(phase: Phase) -> InitializedAdapter:
+    """Write the adapter into the run folder, and a tokenizer with new tokens, each file whole."""
+    run = phase.run
     with new_folder(run.path / "adapter") as folder:
-        saved = adapter.save(folder)
+        saved = phase.adapter.save(folder)
+        if saved.shape.add_tokens:
+            save_tokenizer(phase.encoder.tokenizer, folder)
     for file in (run.path / "adapter").iterdir():
         file.replace(run.path / file.name)
     (run.path / "adapter").rmdir()
