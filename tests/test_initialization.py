@@ -23,8 +23,8 @@ from d2lora.settings import BaseSettings
 from d2lora.study.read_plan import read_plan
 from d2lora.training import phase
 from d2lora.training.data_initialization import DATA_DRIVEN
-from d2lora.training.initialization import InitializedAdapter
 from d2lora.training.minor_components import take_minor_components
+from d2lora.training.phase import Phase
 from support import dies_at_step, read_rows, write_rows
 
 CHANGING = ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "milora"]
@@ -45,10 +45,10 @@ def test_an_adapter_says_on_a_fresh_base_what_was_trained_and_the_shared_base_is
     trained: list[torch.Tensor] = []
     save = phase._save_weights
 
-    def listening(adapter: InitializedAdapter, *args: Any) -> Any:
+    def listening(whole: Phase, *args: Any) -> Any:
         with torch.no_grad():
-            trained.append(adapter.model(input_ids=PROBE).logits)
-        return save(adapter, *args)
+            trained.append(whole.adapter.model(input_ids=PROBE).logits)
+        return save(whole, *args)
 
     monkeypatch.setattr(phase, "_save_weights", listening)
     adapter = run(tmp_path / "a", tiny_base, problems, loaded, init=init)
