@@ -334,7 +334,8 @@ def head_weights(model: nn.Module) -> list[Tensor]:
     """
     head: Any = causal_model(model).get_output_embeddings()
     if isinstance(head, AuxiliaryTrainingWrapper):
-        return [head.weight]
+        weight: Any = head.weight
+        return [weight]
     return [p for p in head.parameters(recurse=False) if p.ndim > 1]
 
 
