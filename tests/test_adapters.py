@@ -737,3 +737,23 @@ def test_names_in_an_adapters_settings_have_one_order_in_every_process(
     config = json.loads((warm_start.path / "adapter_config.json").read_text())
     assert len(config["target_modules"]) > 3
     assert config["target_modules"] == sorted(config["target_modules"])
+
+
+def test_an_embedding_that_peft_does_not_know_by_name_is_trained_whole_with_its_head(
+    tmp_path: Path, gpt2_base: str, problems: str
+) -> None:
+    adapter = adapt(
+        AdaptSettings(
+            base=gpt2_base, data=(problems,), n=8, rank=4, max_steps=2, learning_rate=1e-2,
+            max_length=200, overlong="truncate", modules_to_save=("wte",), out=tmp_path / "a",
+            quiet=True,
+        )
+    )  # fmt: skip
+    check_says_the_same_and_leaves_no_trace(gpt2_base, adapter.path)
+    whole = [
+        w
+        for name, w in load_file(adapter.path / "adapter_model.safetensors").items()
+        if ".lora_" not in name
+    ]
+    assert len(whole) == 2
+    assert torch.equal(*whole)

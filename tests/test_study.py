@@ -935,3 +935,31 @@ def test_a_dry_run_estimates_from_what_has_run(
     present, missing, minutes = estimated(capsys.readouterr().out, "cells")
     assert (present, missing) == ("9", "4")
     assert 0 <= float(minutes) < 5
+
+
+def test_arms_share_new_tokens_and_are_averaged_with_them(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    plan["warm_up"]["add_tokens"] = ["<new>"]
+    plan["adapt"] |= {"add_tokens": "<new>", "modules_to_save": "norm"}
+    plan["arms"] = ["fresh", {"kind": "warm", "average_of": 2}]
+    plan |= {"sizes": [4], "seeds": 1, "learning_rates": [0.003]}
+    study = run_study(settings(tmp_path, plan, keep_adapters=True))
+    assert not study.failures
+    for result in study.results[1:]:
+        made = Manifest.read(Path(result["adapter"])).lora
+        assert made.add_tokens == ("<new>",)
+        assert made.modules_to_save == (("norm",) if result["arm"] == "fresh" else ())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("norms", "the warm-up trains more"), ("merged", "has `<new>` from the")]
+)
+def test_controls_of_new_tokens_that_cannot_be_are_named_before_anything_runs(
+    tmp_path: Path, plan: dict[str, Any], kind: str, message: str
+) -> None:
+    plan["warm_up"]["add_tokens"] = ["<new>"]
+    plan["adapt"]["add_tokens"] = ["<new>"]
+    plan["arms"] = ["fresh", kind]
+    with pytest.raises(DataError, match=message):
+        run_study(settings(tmp_path, plan))

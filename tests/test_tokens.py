@@ -1,5 +1,7 @@
 """New tokens are learnt beside the adapter, and go with it wherever it is used."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from d2lora import (
     convert,
     evaluate,
 )
+from d2lora.adapters.attach import attached
 from d2lora.adapters.base import Base, load_base
 from d2lora.evaluation.generate import generate
 from d2lora.settings import BaseSettings, InspectSettings, PublishSettings
@@ -270,3 +273,101 @@ def test_tokens_that_cannot_be_added_are_an_error(
 ) -> None:
     with pytest.raises(SettingsError, match=message):
         run(tmp_path / "a", tiny_base, thoughts, **settings)
+
+
+def test_a_base_with_rows_to_spare_gives_those(
+    tmp_path: Path, tiny_base: str, thoughts: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    model.resize_token_embeddings(len(tokenizer) + 8)
+    base = str(tmp_path / "base")
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    adapter = run(tmp_path / "a", base, thoughts, add_tokens=TOKENS)
+    ids = probe(adapter)
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), str(adapter.path)
+    ).eval()
+    with torch.no_grad(), attached(loaded(base).model, adapter.path) as own:
+        found, expected = own(input_ids=ids).logits, plain(input_ids=ids).logits
+    assert found.shape[-1] == len(tokenizer) + 8
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_half_the_strength_is_half_the_way_from_the_mean(
+    tmp_path: Path, base_name: str, thoughts: str, adapter: Adapter
+) -> None:
+    own = AutoModelForCausalLM.from_pretrained(base_name).model.embed_tokens.weight.mean(0)
+    init = {"init": str(adapter.path), "rank": None, "init_scale": 0.5, "max_steps": 0}
+    found = weights(run(tmp_path / "h", base_name, thoughts, **init))[DELTA]
+    torch.testing.assert_close(found, (own + weights(adapter)[DELTA]) / 2, rtol=0, atol=1e-4)
+
+
+def test_tokens_of_an_adapter_that_are_not_known_are_an_error(
+    tmp_path: Path, base_name: str, thoughts: str, adapter: Adapter
+) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter.path / name, foreign)
+    given = {"base": base_name, "quiet": True, "data": (thoughts,)}
+    with pytest.raises(ModelError, match=r"tokens that the tokenizer of .* does not have"):
+        evaluate(EvaluateSettings(**given, adapters=(str(foreign),), out=tmp_path / "e"))
+    with pytest.raises(ModelError, match=r"tokens that the tokenizer of .* does not have"):
+        run(tmp_path / "m", base_name, thoughts, init=str(foreign), rank=None)
+    config = json.loads((foreign / "adapter_config.json").read_text())
+    for indices, message in (("abc", "must be token ids"), ([10**9], "made on another base")):
+        config["trainable_token_indices"] = indices
+        (foreign / "adapter_config.json").write_text(json.dumps(config))
+        base = loaded(base_name)
+        before = state(base)
+        with pytest.raises(ModelError, match=message):
+            WarmStart.load(foreign).apply_to(base.model)
+        assert_untouched(base, before)
+
+
+def test_another_tokenizer_than_that_of_its_making_is_an_error(
+    tmp_path: Path, base_name: str, adapter: Adapter
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base_name, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(ModelError, match="another than that of its making"):
+        generate(GenerateSettings(base=str(other), adapter=str(adapter.path), prompt="What?"))
+
+
+@pytest.mark.parametrize("beside", [{"add_tokens": TOKENS}, {"modules_to_save": ("lm_head",)}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"micro_batch_size": 1}, {"checkpointing": "on"}, {"micro_batch_tokens": 64, "fast": False}],
+)
+def test_the_result_does_not_depend_on_how_batches_are_cut(
+    tmp_path: Path, tied_base: str, thoughts: str, beside: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    one, other = (
+        run(tmp_path / str(number), tied_base, thoughts, **beside, **own)
+        for number, own in enumerate(({}, changes))
+    )
+    assert losses(one) == pytest.approx(losses(other), rel=1e-4)
+
+
+@pytest.mark.parametrize("beside", [{"add_tokens": TOKENS}, {"modules_to_save": ("lm_head",)}])
+@pytest.mark.parametrize(
+    "changes", [{"dora": True}, {"init": "eva"}, {"lora_plus_ratio": 4.0}, {"dropout": 0.1}, "kl"]
+)
+def test_other_settings_go_with_them(
+    tmp_path: Path, tiny_base: str, thoughts: str, general: str, beside: dict[str, Any],
+    changes: dict[str, Any] | str,
+) -> None:  # fmt: skip
+    base = loaded(tiny_base)
+    before = state(base)
+    own = {"replay": (general,), "replay_loss": "kl"} if isinstance(changes, str) else changes
+    one, other = (
+        run(tmp_path / str(on), tiny_base, thoughts, base, **beside, **own, fast=on)
+        for on in (True, False)
+    )
+    assert losses(one) == pytest.approx(losses(other), rel=1e-4)
+    assert_untouched(base, before)

@@ -189,6 +189,8 @@ def test_it_is_measured_inspected_and_merged(
     ]  # fmt: skip
     one, other = (s.forgetting[str(whole.path)].general_loss for s in scores)
     assert one == pytest.approx(other, rel=1e-5)
+    first, second = (s.records["output"].tolist() for s in scores)
+    assert first == second
     found = inspect(InspectSettings(adapter=str(whole.path), base=tiny_base, data=(problems,)))
     assert found.start is not None
     assert found.start.loss_warm_start < found.start.loss_base

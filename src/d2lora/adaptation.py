@@ -10,7 +10,7 @@ from d2lora.adapters.attach import detach_adapter
 from d2lora.adapters.base import Base, load_base, load_tokenizer
 from d2lora.adapters.chat_template import own_template
 from d2lora.adapters.lora import LoraShape
-from d2lora.adapters.manifest import Adapter, ancestor_of, check_fit
+from d2lora.adapters.manifest import Adapter, ancestor_of, base_for, check_fit
 from d2lora.adapters.tokens import grown
 from d2lora.data.batches import Item
 from d2lora.data.encode import Encoder
@@ -71,7 +71,11 @@ def _prepared(settings: AdaptSettings, base: Base | None, act: Callable[[Phase],
     chat_format = _inherited_format(settings, warm_start)
     with RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume) as run:
         shape = _shape(settings, warm_start)
-        base = (base or load_base(settings)).with_tokens(shape.add_tokens)
+        base = base or load_base(settings)
+        if warm_start is None:
+            base = base.with_tokens(shape.add_tokens)
+        else:
+            base = base_for(base, warm_start.path)
         template = _inherited_template(settings, base, warm_start)
         encoder = Encoder.of(base, chat_format, template)
         rows = prepare_rows(settings, settings.n, encoder, reporter)

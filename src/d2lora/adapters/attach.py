@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 from peft import (
@@ -123,7 +123,7 @@ def originals(model: PeftModel) -> dict[nn.Parameter, Tensor]:
             pairs |= zip(copies, module.original_module.parameters(), strict=True)
         elif isinstance(module, TrainableTokensLayer):
             for name in module.active_adapters:
-                rows = cast("Tensor", module.trainable_tokens_original[name])
+                rows: Any = module.trainable_tokens_original[name]
                 pairs[module.trainable_tokens_delta[name]] = rows
     return pairs
 

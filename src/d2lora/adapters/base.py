@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -334,7 +334,8 @@ def head_weights(model: nn.Module) -> list[Tensor]:
     """
     head: Any = causal_model(model).get_output_embeddings()
     if isinstance(head, AuxiliaryTrainingWrapper):
-        return [cast("Tensor", head.weight)]
+        weight: Any = head.weight
+        return [weight]
     return [p for p in head.parameters(recurse=False) if p.ndim > 1]
 
 

@@ -90,8 +90,7 @@ class AdapterFiles:
         Raises:
             ModelError: If there are to be rows that do not come with the adapter.
         """
-        given: Any = self.config.trainable_token_indices or []
-        ids = {i for own in (given.values() if isinstance(given, dict) else [given]) for i in own}
+        ids = token_ids(self.config)
         n_rows = max(n_embedded, *(i + 1 for i in ids), 0)
         if n_rows - n_embedded > len(ids - set(range(n_embedded))):
             raise ModelError(
@@ -105,6 +104,12 @@ class AdapterFiles:
         """Names of weights that are not factors of `layers`."""
         factors = {name + end for name in self.layers for end in (LORA_A, LORA_B)}
         return sorted(self.weights.keys() - factors)
+
+
+def token_ids(config: LoraConfig) -> set[int]:
+    """Return the ids of tokens whose rows an adapter brings."""
+    given: Any = config.trainable_token_indices or []
+    return {i for own in (given.values() if isinstance(given, dict) else [given]) for i in own}
 
 
 def some(names: list[str], shown: int = 3) -> str:

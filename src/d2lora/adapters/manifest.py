@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from d2lora.adapters.base import Base
 from d2lora.adapters.base_files import EMBEDDED, SMOLLM2, SMOLLM2_HUB_ID
-from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config, token_ids
 from d2lora.adapters.fingerprints import Identity, fingerprint_of
 from d2lora.adapters.lora import BESIDE, PARTIAL, LoraShape
 from d2lora.errors import ModelError, WarmStartError
@@ -247,11 +247,26 @@ def base_for(base: Base, folder: Path | None) -> Base:
     """Return a base with the new tokens of an adapter in its tokenizer; None: the base as it is.
 
     Raises:
+        ModelError: If they are not known, or the tokenizer is another than that of its making.
         SettingsError: If the tokenizer has one of them already.
     """
-    if folder is None or not has_manifest(folder):
+    if folder is None:
         return base
-    return base.with_tokens(Manifest.read(folder).lora.add_tokens)
+    known = Manifest.read(folder).lora.add_tokens if has_manifest(folder) else ()
+    own, ids = base.with_tokens(known), token_ids(read_adapter_config(folder))
+    if unknown := sorted(i for i in ids if i >= len(own.tokenizer)):
+        raise ModelError(
+            f"{folder}: it was trained with tokens that the tokenizer of {base.name} does not have "
+            f"(ids from {unknown[0]:,}): give --base a folder with the tokenizer of its making, "
+            "and a row for each of its tokens (resize_token_embeddings of transformers)"
+        )
+    if known and ids != {*own.new_ids}:
+        raise ModelError(
+            f"{folder}: its new tokens have the ids {sorted(ids)}, and would get "
+            f"{sorted(own.new_ids)} in the tokenizer of {base.name}, which is another than that of "
+            "its making"
+        )
+    return own
 
 
 def check_fit(folder: Path, base: Base) -> str | None:

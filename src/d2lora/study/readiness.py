@@ -8,6 +8,7 @@ from typing import Any
 from d2lora.adapters.base import tokenizer_of
 from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.fingerprints import identity_of
+from d2lora.adapters.lora import BESIDE
 from d2lora.data.encode import Encoder, resolve_format
 from d2lora.data.encoded_sets import answers_beyond, encode_prompts, every
 from d2lora.data.reading import Say, labels_of, read_task
@@ -72,7 +73,7 @@ def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> Non
             base_folder(plan.base, plan.revision, plan.gguf_file)
         except D2LoraError as error:
             faults.append(str(error))
-    faults += _faults_of_warm_starts(plan, fetch=fetch)
+    faults += _faults_of_warm_starts(plan, fetch=fetch) or _faults_of_arms(plan)
     if fetch and not faults:
         faults += _faults_of_formats(plan)
     for name, task in plan.tasks.items():
@@ -93,6 +94,34 @@ def check(plan: StudyPlan, say: Say | None = None, *, fetch: bool = True) -> Non
     faults += [*_faults_of_single_rows(plan), *_faults_of_choices(plan)]
     if faults:
         raise DataError(f"the study cannot run:\n{listed(faults)}")
+
+
+def _faults_of_arms(plan: StudyPlan) -> list[str]:
+    """Look for controls of warm-ups that train more than LoRA's factors."""
+    faults: list[str] = []
+    for arm in plan.arms:
+        if arm.kind not in {"norms", "merged"} or arm.warm_up is None:
+            continue
+        ready = plan.ready(arm.warm_up)
+        own = {**plan.warm_up, **plan.warm_ups[arm.warm_up]}
+        made = dict(WarmStart.load(ready).manifest.lora) if ready else own
+        if arm.kind == "norms" and any(made.get(name) for name in BESIDE):
+            faults.append(
+                f"arm {arm.name}: random weights have the norms of LoRA's factors, and the warm-up "
+                f"trains more ({' or '.join(BESIDE)}): leave the arm out"
+            )
+        tokens = [
+            token
+            for task in plan.tasks.values()
+            for token in {**plan.adapt, **task.adapt, **arm.adapt}.get("add_tokens") or ()
+            if token in (made.get("add_tokens") or ())
+        ]
+        if arm.kind == "merged" and tokens:
+            faults.append(
+                f"arm {arm.name}: the merged base has `{tokens[0]}` from the warm-up already; give "
+                "the arm `adapt: {add_tokens: []}`"
+            )
+    return faults
 
 
 def _faults_of_single_rows(plan: StudyPlan) -> list[str]:
