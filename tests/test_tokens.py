@@ -205,6 +205,13 @@ def test_answers_show_new_tokens(tmp_path: Path, tied_base: str, thoughts: str) 
         )
     )
     assert "<thought>" in found["output"]
+    scores = evaluate(
+        EvaluateSettings(
+            base=tied_base, adapters=(str(learnt.path),), data=(thoughts,), limit=1,
+            max_new_tokens=16, out=tmp_path / "e", quiet=True,
+        )
+    )  # fmt: skip
+    assert scores.records["output"].tolist() == [found["output"]]
 
 
 def test_the_merged_model_has_the_tokens_and_needs_no_adapter(
@@ -266,6 +273,7 @@ def test_it_is_inspected(base_name: str, thoughts: str, adapter: Adapter) -> Non
         ({"add_tokens": ("<n>",), "modules_to_save": ("lm_head",)}, "leave it out of --modules"),
         ({"add_tokens": ("<n>",), "targets": ("embed_tokens",)}, "which --targets adapts"),
         ({"add_tokens": ("<n>",), "init": "pissa"}, "PEFT drops whole modules and new tokens"),
+        ({"add_tokens": ("<n>",), "init": "eva"}, "takes rows of new tokens for a layer"),
     ],
 )
 def test_tokens_that_cannot_be_added_are_an_error(
@@ -356,7 +364,7 @@ def test_the_result_does_not_depend_on_how_batches_are_cut(
 
 @pytest.mark.parametrize("beside", [{"add_tokens": TOKENS}, {"modules_to_save": ("lm_head",)}])
 @pytest.mark.parametrize(
-    "changes", [{"dora": True}, {"init": "eva"}, {"lora_plus_ratio": 4.0}, {"dropout": 0.1}, "kl"]
+    "changes", [{"dora": True}, {"init": "orthogonal"}, {"lora_plus_ratio": 4.0}, "kl"]
 )
 def test_other_settings_go_with_them(
     tmp_path: Path, tiny_base: str, thoughts: str, general: str, beside: dict[str, Any],

@@ -196,8 +196,13 @@ def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:
     if (shape.modules_to_save or shape.add_tokens) and changes_base(name):
         raise SettingsError(
             f"--init {name} changes the base, and PEFT drops whole modules and new tokens as it "
-            "converts the adapter back; use --init fresh, gaussian, orthogonal or eva with "
+            "converts the adapter back; use --init fresh, gaussian or orthogonal with "
             "--modules-to-save and --add-tokens"
+        )
+    if shape.add_tokens and name == "eva":
+        raise SettingsError(
+            "PEFT's eva takes rows of new tokens for a layer of the adapter; use --init fresh, "
+            "gaussian or orthogonal with --add-tokens"
         )
     quantized = is_quantized(model)
     if changes_base(name) and quantized:
