@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from d2lora import fast
 from d2lora.adapters.base import Base, load_base
 from d2lora.data.batches import Batch, Encoded, PreferencePair, Question, collate
+from d2lora.evaluation import steps
 from d2lora.evaluation.decoding import Decoder
 from d2lora.evaluation.steps import PaddedSteps
 from d2lora.fast.llama import LlamaSteps
@@ -139,3 +141,17 @@ def test_what_all_logits_share_is_no_distance() -> None:
     assert distance(logits_V + 7, logits_V) == pytest.approx(0, abs=1e-6)
     assert distance(2 * logits_V, logits_V) == pytest.approx(1)
     assert distance(torch.full((4,), math.nan), logits_V) != 0
+
+
+@pytest.mark.parametrize("n_left", [1, 2, 3, 12])
+def test_in_16_bits_a_prompt_near_the_base_s_limit_is_decoded_with_the_cache(
+    n_left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=128, n_positions=64)
+    model = GPT2LMHeadModel(config).to(torch.bfloat16).eval()
+    long = list(row_of(64 - n_left).ids)
+    # Where single logits do not agree the model's own rounding is looked at, within its positions.
+    monkeypatch.setattr(steps, "agree", lambda *_: False)
+    monkeypatch.setattr(steps, "distance", lambda *_: 1e-3)
+    with torch.inference_mode():
+        assert steps.steps_of(model, 0, [long[:5], long], 1)().pads

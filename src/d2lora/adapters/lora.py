@@ -201,7 +201,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
             attached = put(model, config)
             check_computes(attached)
             check_alike(attached)
-        except (ValueError, NotImplementedError, AttributeError) as error:
+        except (ValueError, NotImplementedError, AttributeError) as error:  # of heads it lacks
             raise SettingsError(f"PEFT puts no adapter on this base: {first_line(error)}") from None
     return attached
 

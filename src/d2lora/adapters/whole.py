@@ -51,9 +51,19 @@ def whole_of(model: PreTrainedModel, names: Sequence[str]) -> Whole:
 
 def tied_pair(model: PreTrainedModel) -> list[str]:
     """Return the names of the embedding and the head where they are one matrix; else nothing."""
-    pair: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if pair[1] is None or getattr(pair[0], "weight", None) is not getattr(pair[1], "weight", 0):
+    embedding, head = _pair(model)
+    if head is None or getattr(embedding, "weight", None) is not getattr(head, "weight", 0):
         return []
+    return _names_of_pair(model)
+
+
+def _pair(model: PreTrainedModel) -> tuple[Any, Any]:
+    """Return the embedding and the head; None where there is none."""
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+def _names_of_pair(model: PreTrainedModel) -> list[str]:
+    pair = _pair(model)
     return [name for name, module in model.named_modules() if any(module is one for one in pair)]
 
 
@@ -158,14 +168,13 @@ def rows_of(
         return None
     if tied_pair(model):
         return list(new_ids)
-    pair: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if pair[1] is not None and len(pair[1].weight) <= max(new_ids):
+    _, head = _pair(model)
+    if head is not None and len(head.weight) <= max(new_ids):
         raise SettingsError(
-            f"--add-tokens: the base's head has {len(pair[1].weight):,} rows, fewer than its "
+            f"--add-tokens: the base's head has {len(head.weight):,} rows, fewer than its "
             "embedding, and none for new tokens"
         )
-    own = [name for name, module in model.named_modules() if any(module is one for one in pair)]
-    return {name: list(new_ids) for name in own}
+    return {name: list(new_ids) for name in _names_of_pair(model)}
 
 
 def check_rows(model: PreTrainedModel, whole: Sequence[str], wanted: Wanted) -> None:
@@ -174,10 +183,8 @@ def check_rows(model: PreTrainedModel, whole: Sequence[str], wanted: Wanted) -> 
     Raises:
         SettingsError: If not.
     """
-    pair: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    names = [name for name, module in model.named_modules() if any(module is one for one in pair)]
     targets = targets_of(model, wanted)
-    for name in names:
+    for name in _names_of_pair(model):
         if any(is_named(name, one) for one in whole):
             raise SettingsError(
                 f"--add-tokens trains the rows of new tokens alone, and `{name}` is to be trained "

@@ -1,4 +1,4 @@
-"""Few-shot prompts: worked examples before each test row, as many as the base has room for."""
+"""Few-shot prompts: worked examples before a row's prompt, as many as there is room for."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -170,7 +170,7 @@ def steps_of(
     """
     most = max(1, min(n_positions(causal), limit) - 2)  # two tokens follow
     fitting = [end[-most:] for end in ends]
-    room = min(n_positions(causal), limit) - max(map(len, fitting))
+    room = min(n_positions(causal), limit) - max(map(len, fitting)) - 1  # behind one token
     rounds = cache(partial(_own_rounding, causal, fitting, token, min(room, _LONGER)))
     for kind in (PaddedSteps, EqualSteps):
         if succeeds(partial(_says_the_same, kind, causal, pad_id, fitting, token, rounds)):
