@@ -294,15 +294,15 @@ def test_a_study_killed_inside_of_its_warm_up_can_be_estimated_and_resumed(
     assert outcome(run_study(asked)) == whole
 
 
-def dies_after(n_jobs: int) -> Callable[[Job], dict[str, Any]]:
+def dies_after(n_jobs: int) -> Callable[..., dict[str, Any]]:
     left = n_jobs
 
-    def run(job: Job) -> dict[str, Any]:
+    def run(job: Job, *, patient: bool) -> dict[str, Any]:
         nonlocal left  # the job after the last allowed one is where the user loses patience
         if left == 0:
             raise KeyboardInterrupt
         left -= 1
-        return perform(job)
+        return perform(job, patient=patient)
 
     return run
 

@@ -2,12 +2,15 @@
 
     python tests/proof/endings.py --times 10
 
-SIGTERM or SIGINT goes to the command alone, as a batch system sends it, at a random time; every
-process that it started has to be gone within five seconds, the exit code is 128 and the signal's
-number, and the second try ends as a run that was left alone.
+SIGTERM, SIGINT or SIGKILL goes to the command alone, as a batch system sends it, at a random time;
+every process that it started has to be gone within five seconds, the exit code is 128 and the
+signal's number, and the second try ends as a run that was left alone.
+
+Workers: SIGKILL goes to random workers of a study at random times, until it ends, which it has to
+do as one that was left alone.
 
 At once: two studies of one plan on one store, two that share half of their runs, two runs in one
-folder, and reports while a study writes. Each cell is trained once, and nothing is torn.
+folder, and reports while a study writes. Each leaves what it leaves alone.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,6 +112,53 @@ def ended(command: Command, number: int, n_times: int, folder: Path, seed: int) 
     return record
 
 
+def bereft(study: Command, n_times: int, folder: Path, seed: int) -> tuple[Record, int]:
+    """Run a study of which random workers are killed; return what came of it, and how many."""
+    place, record, chance, n_killed = folder / "run", Record(), random.Random(seed), 0
+    _fresh(place)
+    began = time.monotonic()
+    code, said = again(study, place)
+    whole_s = time.monotonic() - began
+    assert code == 0, f"{study.name}: {said}"
+    expected = contents(place)
+    while record.n_tried < n_times:
+        _fresh(place)
+        process, n_before = started(study.words, place), n_killed
+        at_s = time.monotonic()
+        while process.poll() is None and time.monotonic() - at_s < _HANGS_S:
+            time.sleep(chance.expovariate(2 / whole_s))
+            if workers := _workers(process.pid):
+                with suppress(psutil.NoSuchProcess):  # it has ended by itself
+                    chance.choice(workers).kill()
+                    n_killed += 1
+        if n_killed == n_before and process.poll() == 0:
+            continue  # it was done before
+        said = (folder / "said").read_text("utf-8", "replace")
+        record.n_tried += 1
+        record.longest_s = max(record.longest_s, time.monotonic() - at_s)
+        code = process.poll()
+        wrong = f"exit code {code}: {said.strip()[-300:]}" if code != 0 else ""
+        if wrong := wrong or differing(contents(place), expected):
+            record.faults.append(f"{study.name}, workers killed: {wrong}")
+            sys.stderr.write(f"{record.faults[-1]}\n")
+            process.kill()
+        else:
+            record.n_clean += 1
+    return record, n_killed
+
+
+def _workers(pid: int) -> list[psutil.Process]:
+    """Return the processes in which jobs of a study run, or will."""
+    try:
+        family = psutil.Process(pid).children(recursive=True)
+        lines = [" ".join(one.cmdline()) for one in family]
+    except psutil.NoSuchProcess:
+        return []
+    marks = ("spawn_main", "ray::")
+    pairs = zip(family, lines, strict=True)
+    return [one for one, line in pairs if any(mark in line for mark in marks)]
+
+
 def _fresh(place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
@@ -125,6 +176,8 @@ def commands(inputs: Path) -> Iterator[Command]:
     plan = small_plan(inputs, base, general, titles)
     path = inputs / "plan.json"
     path.write_text(json.dumps(plan), encoding="utf-8")
+    half = inputs / "half.json"
+    half.write_text(json.dumps({**plan, "sizes": [plan["sizes"][-1], 12]}), encoding="utf-8")
     run = ("--base", base, "--rank", "4", "--batch-size", "4", "--checkpoint-every", "2")
     yield Command("adapt", ("adapt", *run, "--data", titles, "--max-steps", "300", "--out", "out"))
     for executor in ("inline", "processes", "ray"):
@@ -152,6 +205,18 @@ def at_once(study: Command, folder: Path) -> Iterator[tuple[str, str]]:
     wrong = wrong or differing(mine, expected)
     yield "two studies on one store", wrong
 
+    half = [word.replace("plan.json", "half.json") for word in other]
+    _fresh(place)
+    for words in (study.words, ("study", *half)):
+        code, said = again(Command("", tuple(words)), place)
+        assert code == 0, said
+    both_alone = contents(place)
+    _fresh(place)
+    both = [started(study.words, place), started(("study", *half), place, "said-2")]
+    codes = [one.wait(_HANGS_S) for one in both]
+    wrong = "" if codes == [0, 0] else f"exit codes {codes}"
+    yield "two that share half of their runs", wrong or differing(contents(place), both_alone)
+
     _fresh(place)
     both = [started(study.words, place), started(study.words, place, "said-2")]
     codes = sorted(one.wait(_HANGS_S) for one in both)
@@ -174,7 +239,12 @@ def main() -> None:
     """Print the tables, then every fault."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=10, help="ends by each signal")
-    parser.add_argument("--only", nargs="*", help="names of commands, and `at once`")
+    parser.add_argument("--only", nargs="*", help="of commands, `workers`, `at once`")
+    known_signals = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
+    parser.add_argument(
+        "--signals", nargs="*", default=known_signals, choices=known_signals,
+        type=signal.Signals.__getitem__,
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     # Where this runs in a shell's background, commands would be started to ignore an interrupt.
@@ -191,7 +261,7 @@ def main() -> None:
         for command in known:
             if given.only and command.name not in given.only:
                 continue
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in given.signals:
                 record = ended(command, number, given.times, folder, given.seed)
                 faults += record.faults
                 say(
@@ -199,6 +269,18 @@ def main() -> None:
                     f"{record.longest_s:.1f} |\n"
                 )
                 sys.stdout.flush()
+        if not given.only or "workers" in given.only:
+            say("\n| workers killed in | tried | killed | as if left alone | longest, s |\n")
+            say("|---|---|---|---|---|\n")
+            for study in known:
+                if study.name in {"study, processes", "study, ray"}:
+                    record, n_killed = bereft(study, given.times, folder, given.seed)
+                    faults += record.faults
+                    say(
+                        f"| {study.name} | {record.n_tried} | {n_killed} | {record.n_clean} | "
+                        f"{record.longest_s:.1f} |\n"
+                    )
+                    sys.stdout.flush()
         if not given.only or "at once" in given.only:
             say("\n| at once | as alone |\n|---|---|\n")
             study = next(one for one in known if one.name == "study, processes")

@@ -12,7 +12,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import BrokenExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +41,10 @@ from d2lora.runtime.run_folder import (
 from d2lora.settings import FitSettings
 from d2lora.settings.seeds import stream_seed
 from d2lora.study.decontamination import FOLDER, contamination_lines, decontaminated
-from d2lora.study.executors import N_TRIES, Submit, executor, layout, reason_of
+from d2lora.study.executors import executor, layout
 from d2lora.study.needs import Needs
 from d2lora.study.plan import StudyPlan
+from d2lora.study.queue import Queue
 from d2lora.study.readiness import check, cut_short
 from d2lora.study.steps import Missing, Steps, T, reached
 from d2lora.study.store import Job
@@ -105,7 +105,7 @@ def _fit(settings: FitSettings, reporter: Reporter) -> Fit:
     _check_number(n)
     plan = plan_of(settings, starts, rank, n)
     lines: list[str] = []
-    with executor(settings.executor, settings.workers, settings.address) as submit:
+    with executor(settings.executor, settings.workers, settings.address) as queue:
         with _as_of_a_fit():
             _check(plan, settings, reporter)
             # Without --n what is left is used.
@@ -130,7 +130,7 @@ def _fit(settings: FitSettings, reporter: Reporter) -> Fit:
         chosen = nested_order(len(rows.examples), stream_seed(settings.seed, "subset"))[:n]
         _say_twice([rows.examples[index].question for index in chosen], reporter)
         search = Search(settings, needs, n, n_workers)
-        found = _reached(search.fitted, needs, submit, reporter)
+        found = _reached(search.fitted, needs, queue, reporter)
     _write(settings, plan, found, lines)
     return Fit(out, found)
 
@@ -207,12 +207,15 @@ def _check(plan: StudyPlan, settings: FitSettings, reporter: Reporter) -> None:
         reporter.say("no --test: scores are those of cross-validation")
 
 
-def _reached(make: Callable[[], Steps[T]], needs: Needs, submit: Submit, reporter: Reporter) -> T:
+def _reached(make: Callable[[], Steps[T]], needs: Needs, queue: Queue, reporter: Reporter) -> T:
     """Run what steps are missing until they reach their end."""
     n_done = 0
     with reporter.bar("runs", 1) as bar:
         while isinstance(step := reached(make()), Missing):
-            _perform(step.jobs, needs, submit)
+            for job in step.jobs:
+                queue.add(job)
+            for job, outcome in queue.ended():
+                needs.note(job, outcome)
             n_done += len(step.jobs)
             bar.update(0, f"{counted(n_done, 'run')} done")
             reporter.say(_progress(step.jobs, n_done))
@@ -227,25 +230,6 @@ def _progress(jobs: Sequence[Job], n_done: int) -> str:
     }  # fmt: skip
     what = ", ".join(dict.fromkeys(kinds[type(job).__name__] for job in jobs))
     return f"{what}: {counted(len(jobs), 'run')} ({n_done} in all)"
-
-
-def _perform(jobs: Sequence[Job], needs: Needs, submit: Submit) -> None:
-    """Run independent jobs; what fails is noted, and one whose worker died is tried again."""
-    left = list(jobs)
-    for attempt in range(N_TRIES):
-        futures = {submit(job): job for job in left}
-        wait(futures)
-        left = []
-        for future, job in futures.items():
-            error = future.exception()
-            if error is None:
-                needs.done[job.key] = future.result()
-            elif not isinstance(error, Exception):
-                raise error  # an interrupt is not a failure of a run
-            elif isinstance(error, BrokenExecutor) and attempt + 1 < N_TRIES:
-                left.append(job)
-            else:
-                needs.failed[job.key] = reason_of(error)
 
 
 def _write(

@@ -1,12 +1,12 @@
 """Where jobs run: in this process, in a pool of processes, or on a Ray cluster.
 
-Each executor is a `submit` that returns a future; the study knows nothing else about it.
+Each executor is a queue of jobs; the study knows nothing else about it.
 """
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import (
     BrokenExecutor,
     Future,
@@ -16,25 +16,17 @@ from concurrent.futures import (
 )
 from contextlib import contextmanager
 from importlib import import_module
-from multiprocessing import Queue, active_children, get_context, parent_process
+from multiprocessing import Queue as ProcessQueue
+from multiprocessing import active_children, get_context, parent_process
 from typing import Any, cast
 
-from d2lora.errors import D2LoraError, SettingsError
+from d2lora.errors import SettingsError
 from d2lora.runtime.console import quiet_libraries
 from d2lora.runtime.extras import need_extra
 from d2lora.runtime.loading import loading
 from d2lora.runtime.signals import kept
+from d2lora.study.queue import N_TRIES, Queue, Submit
 from d2lora.study.store import Job, perform
-
-Submit = Callable[[Job], "Future[dict[str, Any]]"]
-N_TRIES = 2
-"""How often a job is tried whose worker died."""
-
-
-def reason_of(error: Exception) -> str:
-    """Return why a job failed; what is no error of a user's with its kind."""
-    kind = "" if isinstance(error, D2LoraError) else f"{type(error).__name__}: "
-    return f"{kind}{error}"
 
 
 def n_cores() -> int:
@@ -57,8 +49,8 @@ def layout(kind: str, n_workers: int) -> tuple[int, int | None]:
 
 
 @contextmanager
-def executor(kind: str, n_workers: int, address: str | None) -> Generator[Submit]:
-    """Yield the `submit` of an executor: `inline`, `processes` or `ray`.
+def executor(kind: str, n_workers: int, address: str | None) -> Generator[Queue]:
+    """Yield the queue of an executor: `inline`, `processes` or `ray`.
 
     Args:
         kind: Which.
@@ -70,19 +62,20 @@ def executor(kind: str, n_workers: int, address: str | None) -> Generator[Submit
     """
     if kind == "ray":
         with _ray(n_workers, address) as submit:
-            yield submit
+            yield Queue(submit, None)
     elif kind == "inline":
         inline = ThreadPoolExecutor(1)
         try:
-            yield lambda job: inline.submit(perform, job)
+            yield Queue(lambda job, *, patient: inline.submit(perform, job, patient=patient), 1)
         finally:
             # Where the command is interrupted, the run in the thread is not waited for.
             inline.shutdown(wait=False, cancel_futures=True)
     else:
-        pool = _Processes(*layout(kind, n_workers))
+        n_at_once, n_threads = layout(kind, n_workers)
+        pool = _Processes(n_at_once, n_threads)
         done = False
         try:
-            yield pool.submit
+            yield Queue(pool.submit, n_at_once)
             pool.started()
             done = True
         finally:
@@ -113,13 +106,13 @@ class _Processes:
         """Wait until the workers are there: one that starts without its parent complains."""
         wait(self._starting)
 
-    def submit(self, job: Job) -> "Future[dict[str, Any]]":
+    def submit(self, job: Job, *, patient: bool) -> "Future[dict[str, Any]]":
         try:
-            return self._pool.submit(perform, job)
+            return self._pool.submit(perform, job, patient=patient)
         except BrokenExecutor:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = self._new()
-            return self._pool.submit(perform, job)
+            return self._pool.submit(perform, job, patient=patient)
 
     def close(self, *, at_once: bool) -> None:
         """Let the workers end; at once: in the middle of their runs."""
@@ -139,7 +132,7 @@ def _gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _start_worker(gpus: "Queue[str]") -> None:
+def _start_worker(gpus: "ProcessQueue[str]") -> None:
     """Set up a worker: its GPU, quiet libraries, and an end with its parent."""
     from tqdm import tqdm
 
@@ -182,14 +175,14 @@ def _ray(n_workers: int, address: str | None) -> Generator[Submit]:
             raise SettingsError(f"--address {address}: no Ray cluster there: {error}") from None
     n_gpus = 1 if ray.cluster_resources().get("GPU") else 0
     # A worker or a machine that is lost costs its job one of its retries, not the study.
-    remote = ray.remote(num_cpus=1, num_gpus=n_gpus, max_retries=3)(_perform_quietly)
+    remote = ray.remote(num_cpus=1, num_gpus=n_gpus, max_retries=N_TRIES - 1)(_perform_quietly)
     try:
-        yield lambda job: cast("Any", remote.remote(job)).future()
+        yield lambda job, *, patient: cast("Any", remote.remote(job, patient)).future()
     finally:
         if started:
             ray.shutdown()
 
 
-def _perform_quietly(job: Job) -> dict[str, Any]:
+def _perform_quietly(job: Job, patient: bool) -> dict[str, Any]:  # noqa: FBT001  # Ray's types
     quiet_libraries()
-    return perform(job)
+    return perform(job, patient=patient)

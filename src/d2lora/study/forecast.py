@@ -78,8 +78,8 @@ def forecast(
     for cell in cells:
         last = reached(needs.last_job(cell))
         assert not isinstance(last, Missing), "every missing job is assumed to be done"
-        done[cell] = last.result() is not None
         needs.look_for([last])
+        done[cell] = last.key in needs.present
     calibration = Calibration(plan, n_threads)
     runs, note = _runs(needs, _Seconds(_times(store), calibration), n_workers)
     return [_cells(cells, done), runs], note

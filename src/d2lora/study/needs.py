@@ -56,6 +56,13 @@ class Needs:
         """The job that scores a cell, once it is known."""
         self._warm_ups: dict[tuple[str, int], WarmUp | Ready] = {}
 
+    def note(self, job: Job, outcome: dict[str, Any] | str) -> None:
+        """Note the result of a job, or the reason why it failed."""
+        if isinstance(outcome, str):
+            self.failed[job.key] = outcome
+        else:
+            self.done[job.key] = outcome
+
     def result(self, cell: Cell) -> Steps[dict[str, Any]]:
         """Lead to a cell's result."""
         if cell not in self.last:

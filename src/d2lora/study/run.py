@@ -12,7 +12,6 @@ only what is new.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,12 @@ from d2lora.runtime.run_folder import DONE, provenance, write_json, write_text
 from d2lora.settings import StudySettings
 from d2lora.study.cells import BASE, Cell, cells_of
 from d2lora.study.decontamination import Check, contamination_lines, decontaminated
-from d2lora.study.executors import N_TRIES, Submit, executor, layout, reason_of
+from d2lora.study.executors import executor, layout
 from d2lora.study.forecast import forecast
 from d2lora.study.jobs import WarmUp
 from d2lora.study.needs import Needs
 from d2lora.study.plan import StudyPlan
+from d2lora.study.queue import Queue
 from d2lora.study.readiness import check, check_folder, cut_short, place
 from d2lora.study.steps import CellFailedError, Missing, Steps, T, reached
 from d2lora.study.store import Job
@@ -83,13 +83,13 @@ def _run_study(
     for message in cut_short(plan):
         reporter.say(f"warning: {message}")
     # Workers load their libraries while the rows are checked.
-    with executor(settings.executor, settings.workers, settings.address) as submit:
+    with executor(settings.executor, settings.workers, settings.address) as queue:
         plan, checks = decontaminated(plan, store, store / "world", reporter.say)
         for line in contamination_lines(c.to_json() for c in checks if c.removed):
             reporter.say(f"contamination: {line}")
         needs, cells = Needs(plan, store, keep_adapters=settings.keep_adapters), cells_of(plan)
         with reporter.bar("cells", len(cells)) as bar:
-            run = _Run(needs, submit, bar, reporter)
+            run = _Run(needs, queue, bar, reporter)
             run.all(cells)
     results = [_row(needs, cell, run.finished[cell]) for cell in cells if cell in run.finished]
     failures = {str(cell): reason for cell, reason in run.failures.items()}
@@ -98,26 +98,21 @@ def _run_study(
 
 
 class _Run:
-    """The loop: ask each cell what it needs, submit that, wait, ask again."""
+    """The loop: ask each cell what it needs, queue that, wait, ask again."""
 
-    def __init__(self, needs: Needs, submit: Submit, bar: Bar, reporter: Reporter) -> None:
+    def __init__(self, needs: Needs, queue: Queue, bar: Bar, reporter: Reporter) -> None:
         self.finished: dict[Cell, dict[str, Any]] = {}
         self.failures: dict[Cell, str] = {}
-        self._needs, self._submit, self._bar, self._reporter = needs, submit, bar, reporter
-        self._running: dict[Future[dict[str, Any]], Job] = {}
+        self._needs, self._queue, self._bar, self._reporter = needs, queue, bar, reporter
         self._blocked: dict[Cell, set[str]] = {}
-        self._tries: dict[str, int] = {}
 
     def all(self, cells: Sequence[Cell]) -> None:
         self._ask(cells)
-        while self._running:
-            ended, _ = wait(self._running, return_when=FIRST_COMPLETED)
-            for future in ended:
-                self._take(future, self._running.pop(future))
+        for job, outcome in self._queue.ended():
+            self._take(job, outcome)
 
     def _ask(self, cells: Iterable[Cell]) -> None:
-        queued = {job.key for job in self._running.values()}
-        new: list[Job] = []
+        new: dict[str, Job] = {}
         for cell in cells:
             try:
                 step = reached(self._needs.result(cell))
@@ -130,31 +125,16 @@ class _Run:
                 continue
             self._blocked[cell] = {job.key for job in step.jobs}
             for job in step.jobs:
-                if job.key not in queued:
-                    queued.add(job.key)
-                    new.append(job)
+                new.setdefault(job.key, job)
         # What others wait for first, then the longest, so that no core is idle at the end.
-        for job in sorted(new, key=lambda job: (not isinstance(job, WarmUp), -job.about[1])):
-            self._start(job)
+        for job in sorted(new.values(), key=lambda j: (not isinstance(j, WarmUp), -j.about[1])):
+            self._queue.add(job)
         failed = f", {len(self.failures)} failed" if self.failures else ""
         done = len(self.finished) + len(self.failures)
-        self._bar.update(done, f"{counted(len(self._running), 'job')} running or queued{failed}")
+        self._bar.update(done, f"{counted(len(self._queue), 'job')} running or queued{failed}")
 
-    def _start(self, job: Job) -> None:
-        self._tries[job.key] = self._tries.get(job.key, 0) + 1
-        self._running[self._submit(job)] = job
-
-    def _take(self, future: "Future[dict[str, Any]]", job: Job) -> None:
-        error = future.exception()
-        if isinstance(error, BrokenExecutor) and self._tries[job.key] < N_TRIES:
-            self._start(job)
-            return
-        if error is not None and not isinstance(error, Exception):
-            raise error  # an interrupt is not a failure of a job
-        if error is None:
-            self._needs.done[job.key] = future.result()
-        else:
-            self._needs.failed[job.key] = reason_of(error)
+    def _take(self, job: Job, outcome: dict[str, Any] | str) -> None:
+        self._needs.note(job, outcome)
         free: list[Cell] = []
         for cell, keys in self._blocked.items():
             keys.discard(job.key)

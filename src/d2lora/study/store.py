@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from d2lora.data.sets import folder_of
 from d2lora.errors import ModelError
@@ -78,10 +78,27 @@ class Job(ABC):
         return read_json(path) if path.is_file() else None
 
 
-def perform(job: Job) -> dict[str, Any]:
-    """Run a job unless it is done; two processes never run the same one at once."""
+class TakenError(Exception):
+    """Another process is running the job."""
+
+
+def perform(job: Job, *, patient: bool = False) -> dict[str, Any]:
+    """Run a job unless it is done; two processes never run the same one at once.
+
+    Args:
+        job: What to run.
+        patient: Wait for another process that runs it.
+
+    Raises:
+        TakenError: If another process runs it, and is not waited for.
+    """
     job.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(job.folder / LOCK):
+    lock = FileLock(job.folder / LOCK)
+    try:
+        lock.acquire(timeout=-1 if patient else 0)
+    except Timeout:
+        raise TakenError(job.key) from None
+    try:
         done = job.result()
         if done is not None:
             return done
@@ -90,6 +107,8 @@ def perform(job: Job) -> dict[str, Any]:
         result["job_s"] = round(time.perf_counter() - started, 3)
         write_json(job.folder / RESULT, result)
         return result
+    finally:
+        lock.release()
 
 
 def shared_base(settings: BaseSettings) -> Any:
