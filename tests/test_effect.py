@@ -196,6 +196,9 @@ IDLE_IN_PLANS = {
     "shots of a mixture": (
         "arms: [fresh, mixed]\nwarm_up: {shots: 2}", "(shots) cannot be mixed",
     ),
+    "a mixture of a warm-up at a higher rank": (
+        "arms: [fresh, mixed]\nwarm_up: {train_rank: 64}", "(train_rank) cannot be mixed",
+    ),
     "two lengths": (
         "epochs: {16: 3}\nadapt: {max_steps: 5}", "`max_steps` and the plan's `epochs` both set",
     ),

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -19,6 +20,7 @@ from d2lora.selection.select import select
 from d2lora.settings import SelectSettings, WarmupSettings
 from d2lora.settings.seeds import seed_of
 from d2lora.training.forecast import Forecast, forecast, show
+from d2lora.training.high_rank import alpha_ratio, check_can_be_cut
 from d2lora.training.initialization import initialized
 from d2lora.training.phase import Phase, run_phase
 from d2lora.training.rows import prepare_rows
@@ -62,7 +64,7 @@ def _prepared(settings: WarmupSettings, base: Base | None, act: Callable[[Phase]
     reporter = Reporter(quiet=settings.quiet)
     with RunFolder.open(settings.out, settings.to_yaml(), resume=settings.resume) as run:
         chosen = _chosen(settings, run)
-        shape = LoraShape.fresh(settings)
+        shape = _trained_shape(settings)
         base = (base or load_base(settings)).with_tokens(shape.add_tokens)
         encoder = Encoder.of(base, settings.chat_format)
         rows = prepare_rows(chosen, chosen.m, encoder, reporter)
@@ -71,7 +73,18 @@ def _prepared(settings: WarmupSettings, base: Base | None, act: Callable[[Phase]
             grown(base.model, base.n_rows),
             initialized(settings, base, shape, seed, rows.train, reporter) as adapter,
         ):
+            if settings.train_rank is not None:
+                check_can_be_cut(adapter.model)
             return act(Phase(settings, base, adapter, rows, encoder, run, reporter))
+
+
+def _trained_shape(settings: WarmupSettings) -> LoraShape:
+    """Return the shape that is trained: the warm start's, at a higher rank where one is set."""
+    shape = LoraShape.fresh(settings)
+    if settings.train_rank is None:
+        return shape
+    ratio = alpha_ratio(shape.rank, settings.train_rank, rslora=shape.rslora)
+    return replace(shape, rank=settings.train_rank, alpha=shape.alpha * ratio)
 
 
 def _chosen(settings: WarmupSettings, run: RunFolder) -> WarmupSettings:

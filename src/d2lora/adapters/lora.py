@@ -19,9 +19,8 @@ from d2lora.adapters.files import some
 from d2lora.adapters.targets import ALL_LINEAR, Wanted, check_targets, target_layers, targets_of
 from d2lora.adapters.whole import check_alike, check_rows, check_whole, rows_of, whole_of
 from d2lora.errors import SettingsError, first_line
-from d2lora.settings import FRESH, MILORA, LoraSettings, TrainSettings
+from d2lora.settings import DEFAULT_RANK, FRESH, MILORA, LoraSettings, TrainSettings
 
-DEFAULT_RANK = 16
 PARTIAL = ("exclude_targets", "layers", "rank_pattern", "alpha_pattern")
 """Settings by which layers differ."""
 BESIDE = ("modules_to_save", "add_tokens")

@@ -9,12 +9,11 @@ from d2lora.adapters.fingerprints import Identity, identity_of
 from d2lora.adapters.manifest import MANIFESTS, Manifest
 from d2lora.errors import ModelError, SettingsError, listed
 from d2lora.runtime.run_folder import DONE
-from d2lora.settings import ConvertSettings, FitSettings
+from d2lora.settings import DEFAULT_RANK, ConvertSettings, FitSettings
 from d2lora.tools.convert import convert
 from d2lora.warmstart import WarmStart
 
 NONE = "none"
-DEFAULT_RANK = 16
 
 
 def warm_starts_of(settings: FitSettings) -> list[Path]:

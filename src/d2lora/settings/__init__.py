@@ -10,6 +10,7 @@ from d2lora.settings.fitting import FitSettings
 from d2lora.settings.phases import AdaptSettings, PhaseSettings, WarmupSettings
 from d2lora.settings.sections import (
     DATA_INITS,
+    DEFAULT_RANK,
     FRESH,
     MILORA,
     NAMED_INITS,
@@ -41,6 +42,7 @@ from d2lora.settings.tools import (
 
 __all__ = [
     "DATA_INITS",
+    "DEFAULT_RANK",
     "FRESH",
     "MILORA",
     "NAMED_INITS",

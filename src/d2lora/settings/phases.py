@@ -9,6 +9,7 @@ from d2lora.errors import did_you_mean
 from d2lora.settings.core import Effect
 from d2lora.settings.sections import (
     DATA_INITS,
+    DEFAULT_RANK,
     FRESH,
     NAMED_INITS,
     BaseSettings,
@@ -145,6 +146,9 @@ class WarmupSettings(PhaseSettings):
     """Task-shaped warm-up (as MetaICL): up to so many other training rows of the same source (field
     `source`, else the file) stand as worked examples before a row's prompt, the number drawn for
     each row. 0: none."""
+    train_rank: int | None = Field(default=None, ge=2)
+    """Train at this rank, higher than --rank, and keep the best approximation of --rank of what was
+    learnt (after High-Rank Preheating). None: train at --rank."""
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of the rows held out: the manifest reports the loss on them before and after."""
 
@@ -164,6 +168,26 @@ class WarmupSettings(PhaseSettings):
         for name in ("epochs", "max_steps"):
             if self.max_tokens is not None and getattr(self, name) is not None:
                 raise ValueError(f"{name} and max_tokens both set the length of training: give one")
+        return self
+
+    @model_validator(mode="after")
+    def _plain_when_cut(self) -> Self:
+        if self.train_rank is None:
+            return self
+        rank = self.rank or DEFAULT_RANK
+        if self.train_rank <= rank:
+            raise ValueError(f"train_rank {self.train_rank} is not higher than the rank, {rank}")
+        odd = {
+            "dora": self.dora,
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+            f"init {self.init}, which changes the base": changes_base(self.init),
+        }
+        if given := [name for name, value in odd.items() if value]:
+            raise ValueError(
+                f"train_rank cuts plain LoRA of one rank, which {' and '.join(given)} "
+                f"{'is' if len(given) == 1 else 'are'} not: leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

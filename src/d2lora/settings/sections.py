@@ -34,6 +34,7 @@ NAMED_INITS = (
     "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq", "lora_ga", "mica", MILORA,
 )  # fmt: skip
 """Other initializations than fresh: all are PEFT's but `milora`."""
+DEFAULT_RANK = 16
 DATA_INITS = ("eva", "corda", "lora_ga")
 """Those that look at training rows."""
 

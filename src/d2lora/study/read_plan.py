@@ -35,8 +35,9 @@ _NOT_MIXED = {
     "max_tokens": "ends by max_tokens",
     "meta_steps": "learns small tasks (meta_steps)",
     "shots": "shows rows before others (shots)",
+    "train_rank": "trains at a higher rank (train_rank)",
 }
-"""Settings of a warm-up whose rows, mixed with a task's, would not be shown as it shows them."""
+"""Settings of a warm-up whose rows, mixed with a task's, would not be learnt as in the warm-up."""
 
 
 def shipped() -> list[str]:

@@ -36,6 +36,7 @@ from d2lora.runtime.rounding import tolerance
 from d2lora.scoring.scorer import pass_tokens
 from d2lora.settings import FRESH, MILORA, PhaseSettings, changes_base
 from d2lora.training.data_initialization import DATA_DRIVEN
+from d2lora.training.high_rank import save_cut
 from d2lora.training.minor_components import take_minor_components
 
 _INITIAL = "initial"
@@ -56,6 +57,8 @@ class Initialization:
     elapsed_s: float = 0.0
     converted_from_rank: int | None = None
     """The rank that was trained, where the adapter was converted when saved."""
+    energy_kept: float | None = None
+    """Share of the energy of what was trained that is left, where it was cut to a lower rank."""
     largest_logit_difference: float | None = None
     """Of the converted adapter on the base as it was from what was trained, on probe tokens."""
 
@@ -84,8 +87,15 @@ class InitializedAdapter:
         """Whether a part of the base's weights is in the adapter while it trains."""
         return self.weights is not None
 
-    def save(self, folder: Path) -> "InitializedAdapter":
+    def save(
+        self, folder: Path, rank: int | None = None, energy_kept: float | None = None
+    ) -> "InitializedAdapter":
         """Write the trained adapter, converted where the base was changed.
+
+        Args:
+            folder: Where to.
+            rank: That it was cut to; None: it was not.
+            energy_kept: What was left then.
 
         Returns:
             It with the shape that was written, and what the conversion changed.
@@ -94,15 +104,19 @@ class InitializedAdapter:
             ModelError: If a conversion that should be exact changes the model's outputs.
         """
         save_adapter(self.model, folder, initial=self.initial)
-        if self.weights is None:
+        if rank is not None:
+            save_cut(folder, rank)
+        if rank is None and self.weights is None:
             return self
         config = read_adapter_config(folder)
         shape = replace(self.shape, rank=config.r, alpha=float(config.lora_alpha))
-        difference = self._difference(folder, self.weights)
         about = replace(
             self.about,
             converted_from_rank=self.shape.rank,
-            largest_logit_difference=difference,
+            energy_kept=energy_kept,
+            largest_logit_difference=(
+                None if self.weights is None else self._difference(folder, self.weights)
+            ),
         )
         return replace(self, shape=shape, about=about)
 

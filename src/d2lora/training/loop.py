@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -30,6 +31,7 @@ from d2lora.settings.seeds import seed_of
 from d2lora.training import checkpoint, loss_scale
 from d2lora.training.cost import Cost, TrainingFlops, peak_memory_bytes
 from d2lora.training.episodes import EpisodeSchedule
+from d2lora.training.high_rank import cut_to_rank
 from d2lora.training.lesson import Lesson
 from d2lora.training.objectives import Objective
 from d2lora.training.passes import Passes, undoing
@@ -50,6 +52,8 @@ class Trained:
     """Optimizer step whose weights the model ends with."""
     validation_after: float | None
     """Held-out loss of these weights."""
+    energy_kept: float | None = None
+    """Share of the updates' energy that is left where they were cut to a lower rank."""
 
 
 @dataclass
@@ -144,6 +148,7 @@ def train(
     reporter: Reporter,
     *,
     resume: bool = False,
+    rank: int | None = None,
 ) -> Trained:
     """Train the parameters of `model` that require a gradient.
 
@@ -154,6 +159,7 @@ def train(
         run: Where metrics and checkpoints go.
         reporter: Where progress is shown.
         resume: Continue from the folder's checkpoint where it has one.
+        rank: Cut what was learnt to this rank at the end. None: leave it.
 
     Raises:
         TrainingError: If nothing is trainable, or the loss or its gradient is not finite.
@@ -195,7 +201,7 @@ def train(
                     checkpoint.save(
                         run.path, asdict(progress), parameters, loop.optimizer, best.weights
                     )
-    return _trained(loop)
+    return _trained(loop, rank)
 
 
 def _begin(loop: _Loop[T], run: RunFolder, reporter: Reporter, *, resume: bool) -> None:
@@ -372,13 +378,18 @@ _NO_GRADIENT = ("inplace operation", "does not require grad")
 """What torch says of models that overwrite what they computed, or leave no trace of it."""
 
 
-def _trained(loop: _Loop[T]) -> Trained:
-    """Put the best weights back, where they are kept; return the outcome."""
+def _trained(loop: _Loop[T], rank: int | None) -> Trained:
+    """Put the best weights back, where they are kept, and cut them; return the outcome."""
     loop.model.eval()
     progress = loop.progress
     kept, loss = progress.step, progress.validation_last
     if loop.best.put_back(loop.parameters) and progress.best_step is not None:
         kept, loss = progress.best_step, progress.best_validation
+    energy = None
+    if rank is not None:
+        assert isinstance(loop.model, PeftModel)
+        energy = cut_to_rank(loop.model, rank)
+        loss = loop.validate()["loss"] if loop.lesson.valid else None
     cost = Cost(
         n_steps=progress.step,
         n_tokens=progress.n_tokens,
@@ -389,4 +400,4 @@ def _trained(loop: _Loop[T]) -> Trained:
         n_trainable_parameters=sum(p.numel() for p in loop.parameters.values()),
         n_skipped=progress.n_skipped,
     )
-    return Trained(progress, cost, kept, loss)
+    return Trained(progress, cost, kept, loss, energy)

@@ -32,7 +32,13 @@ from d2lora.errors import RunError, counted
 from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import RunFolder, new_folder, provenance, read_json, write_json
-from d2lora.settings import AdaptSettings, PhaseSettings, Reference, WarmupSettings
+from d2lora.settings import (
+    DEFAULT_RANK,
+    AdaptSettings,
+    PhaseSettings,
+    Reference,
+    WarmupSettings,
+)
 from d2lora.training import checkpoint
 from d2lora.training.cost import reset_peak_memory
 from d2lora.training.diagnosis import Start, losses_at_start, overfitting, too_short
@@ -94,13 +100,20 @@ def run_phase(phase: Phase) -> None:
         warnings += _warned(
             warnings_before(lesson.schedule(settings).n_steps, settings, rows), phase.reporter
         )
-        trained = train(phase.adapter.model, lesson, settings, run, phase.reporter, resume=resumes)
+        rank = cut_to(settings)
+        trained = train(
+            phase.adapter.model, lesson, settings, run, phase.reporter, resume=resumes, rank=rank
+        )
     n_before = n_scored_tokens + phase.adapter.about.n_tokens
     trained = replace(trained, cost=replace(trained.cost, n_prepass_tokens=n_before))
+    if trained.energy_kept is not None:
+        phase.reporter.say(
+            f"cut to rank {rank}: {trained.energy_kept:.1%} of what was learnt is kept"
+        )
     if isinstance(settings, WarmupSettings):
         warnings += _warned((_overfitting(trained, settings),), phase.reporter)
     if is_main_process():
-        manifest = _manifest(phase, _save_weights(phase), trained)
+        manifest = _manifest(phase, _save_weights(phase, trained), trained)
         found = {
             "before_training": None if start is None else start.to_json(),
             "warnings": warnings,
@@ -242,11 +255,18 @@ def _overfitting(trained: Trained, settings: WarmupSettings) -> str | None:
     )
 
 
-def _save_weights(phase: Phase) -> InitializedAdapter:
+def cut_to(settings: WarmupSettings | AdaptSettings) -> int | None:
+    """Return the rank that a warm-up at a higher one is cut to at its end; None: it is not."""
+    if isinstance(settings, AdaptSettings) or settings.train_rank is None:
+        return None
+    return settings.rank or DEFAULT_RANK
+
+
+def _save_weights(phase: Phase, trained: Trained) -> InitializedAdapter:
     """Write the adapter into the run folder, and a tokenizer with new tokens, each file whole."""
     run = phase.run
     with new_folder(run.path / "adapter") as folder:
-        saved = phase.adapter.save(folder)
+        saved = phase.adapter.save(folder, cut_to(phase.settings), trained.energy_kept)
         if saved.shape.add_tokens:
             save_tokenizer(phase.encoder.tokenizer, folder)
     for file in (run.path / "adapter").iterdir():
