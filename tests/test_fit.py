@@ -9,22 +9,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from d2lora import WarmStart
+from d2lora import WarmStart, adapt
 from d2lora.cli import main
 from d2lora.data.reading import read_task
 from d2lora.errors import DataError, RunError, SettingsError
 from d2lora.fitting.compare import Answers, LearningCurve, of_folds
 from d2lora.fitting.fit import Fit, fit
-from d2lora.fitting.found import Contender, Longer
+from d2lora.fitting.found import Contender, Interpolation, Longer
 from d2lora.fitting.jobs import Split
 from d2lora.fitting.ledger import Ledger
 from d2lora.fitting.words import verdict
 from d2lora.runtime.run_folder import read_json
 from d2lora.settings import AdaptSettings, FitSettings
+from d2lora.study.averages import interpolate
 from d2lora.study.tuning import Tuned
 from support import read_rows, write_rows
 
@@ -202,6 +204,68 @@ def test_the_whole_schedule_is_kept_only_where_the_score_shows_that_it_answers_b
     )
     assert Longer(better, stopped).kept
     assert not Longer(worse, stopped).kept
+
+
+def test_a_point_on_the_way_is_kept_only_where_it_beats_the_end() -> None:
+    scores = {"rougeL": np.tile([0.0, 1.0], 4)}
+    end = Answers(np.full(8, 1.0), scores)
+    half, most = Answers(np.full(8, 0.9), scores), Answers(np.full(8, 0.95), scores)
+    better = Interpolation({0.5: half, 0.75: most}, end)
+    assert (better.best, better.kept) == (0.5, True)
+    assert not Interpolation({0.5: Answers(np.full(8, 1.1), scores)}, end).kept
+    clearly_worse = Answers(np.full(8, 0.9), {"rougeL": np.zeros(8)})
+    assert not Interpolation({0.5: clearly_worse}, Answers(end.losses, {"rougeL": np.ones(8)})).kept
+
+
+@pytest.mark.parametrize("init", ["fresh", "warm start"])
+def test_a_point_on_the_way_lies_between_the_initialization_and_the_end(
+    init: str, tmp_path: Path, tiny_base: str, rows: str, warm_start: WarmStart
+) -> None:
+    name = "fresh" if init == "fresh" else str(warm_start.path)
+    rank = warm_start.manifest.lora.rank
+    given: dict[str, Any] = {"max_steps": 2, "learning_rate": 0.03, "quiet": True}
+    if init == "fresh":
+        given["rank"] = rank
+    asked = AdaptSettings(base=tiny_base, data=(rows,), init=name, out=tmp_path / "end", **given)
+    adapt(asked)
+    interpolate(name, tmp_path / "end", 0.25, tmp_path / "between")
+    interpolate(name, tmp_path / "end", 1.0, tmp_path / "again")
+    end, between, again = (
+        load_file(tmp_path / one / WEIGHTS) for one in ("end", "between", "again")
+    )
+    start = None if init == "fresh" else load_file(warm_start.path / WEIGHTS)
+    for key, weight in end.items():
+        assert torch.equal(again[key], weight)
+        if start is not None:
+            expected = 0.75 * start[key] + 0.25 * weight
+        else:
+            expected = 0.25 * weight if "lora_B" in key else weight
+        torch.testing.assert_close(between[key], expected)
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_kept_point_on_the_way_is_handed_back_with_the_commands_that_make_it(
+    runs: int, tmp_path: Path, tiny_base: str, rows: str, warm_start: WarmStart,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    values: dict[str, Any] = {
+        "warm_starts": (str(warm_start.path),), "inits": (), "rank": None, "shots": 0,
+        "runs": runs, "interpolate": (0.1,),
+    }  # fmt: skip
+    monkeypatch.setattr(Interpolation, "kept", property(lambda _: True))
+    done = fit(settings(tiny_base, rows, tmp_path / "best", n=8, **values))
+    assert done.found.share == 0.1
+    text = "\n".join(verdict(done.found))
+    assert "0.1 of the way from the initialization" in text
+    monkeypatch.chdir(tmp_path)
+    again = ""
+    for line in (done.path / "commands.sh").read_text().splitlines():
+        _, *words = shlex.split(line)
+        assert main([*words, *(["--quiet"] if words[0] == "adapt" else [])]) == 0
+        again = words[words.index("--out") + 1]
+    own, made = (load_file(Path(folder) / WEIGHTS) for folder in (done.adapter, again))
+    assert own.keys() == made.keys()
+    assert all((own[name] == made[name]).all() for name in own)
 
 
 def test_answers_of_folds_are_put_in_the_order_of_the_rows(rows: str) -> None:

@@ -225,7 +225,8 @@ def _reached(make: Callable[[], Steps[T]], needs: Needs, queue: Queue, reporter:
 def _progress(jobs: Sequence[Job], n_done: int) -> str:
     kinds = {
         "Trial": "trials", "HeldOut": "answers to rows held out", "Prompted": "answers of the base",
-        "Averaged": "averages", "Trained": "final runs", "AveragedWhole": "the final average",
+        "Averaged": "averages", "Interpolated": "points on the way", "Trained": "final runs",
+        "AveragedWhole": "the final average", "InterpolatedWhole": "the final point on the way",
         "Scored": "test rows", "Ready": "warm starts",
     }  # fmt: skip
     what = ", ".join(dict.fromkeys(kinds[type(job).__name__] for job in jobs))

@@ -14,7 +14,7 @@ from d2lora.data.rows import Example, Message
 from d2lora.data.sources import nested_order, split_validation
 from d2lora.settings import AdaptSettings, EvaluateSettings
 from d2lora.settings.seeds import seed_of
-from d2lora.study.averages import average
+from d2lora.study.averages import average, interpolate
 from d2lora.study.jobs import adapted
 from d2lora.study.store import Job, identity_of, shared_base
 
@@ -106,14 +106,37 @@ class Averaged(Tuning):
 
     runs: tuple[HeldOut, ...] = ()
 
+    @property
+    def path(self) -> Path:
+        """The adapter."""
+        return self.folder / "adapter"
+
     def identity(self) -> dict[str, Any]:
         """Return the keys of the runs."""
         return {**super().identity(), "runs": [run.key for run in self.runs]}
 
     def run(self) -> dict[str, Any]:
         """Average the adapters, and answer the rows that none of them saw."""
+        average([run.path for run in self.runs], self.path)
+        return self._answered(self.path)
+
+
+@dataclass(frozen=True)
+class Interpolated(Tuning):
+    """A point on the way from an initialization to what was trained without some of the rows."""
+
+    end: HeldOut | Averaged
+    share: float
+    """Of the way; 1 is its end."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the key of the end, and the share."""
+        return {**super().identity(), "end": self.end.key, "share": self.share}
+
+    def run(self) -> dict[str, Any]:
+        """Interpolate, and answer the rows left out."""
         path = self.folder / "adapter"
-        average([run.path for run in self.runs], path)
+        interpolate(self.training.init, self.end.path, self.share, path)
         return self._answered(path)
 
 
@@ -170,4 +193,27 @@ class AveragedWhole(Job):
     def run(self) -> dict[str, Any]:
         """Average the adapters."""
         average([run.path for run in self.runs], self.path)
+        return {}
+
+
+@dataclass(frozen=True)
+class InterpolatedWhole(Job):
+    """A point on the way from an initialization to what was trained on all n rows."""
+
+    end: Trained | AveragedWhole
+    init: str
+    share: float
+
+    @property
+    def path(self) -> Path:
+        """The adapter."""
+        return self.folder / "adapter"
+
+    def identity(self) -> dict[str, Any]:
+        """Return the key of the end, and the share."""
+        return {"end": self.end.key, "share": self.share}
+
+    def run(self) -> dict[str, Any]:
+        """Interpolate."""
+        interpolate(self.init, self.end.path, self.share, self.path)
         return {}

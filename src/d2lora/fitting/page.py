@@ -40,6 +40,11 @@ def candidates(found: Fitted) -> Grid:
     if found.soup is not None:
         title = f"{found.winner.name}, average of {found.soup.n_runs}"
         rows.append((title, NONE, NONE, *_scores(found.soup.average)))
+    if found.interpolation is not None:
+        rows += [
+            (f"{found.winner.name}, {share:g} of the way", NONE, NONE, *_scores(answers))
+            for share, answers in found.interpolation.tried.items()
+        ]
     rows += [(name, NONE, NONE, *_scores(answers)) for name, answers in found.prompted.items()]
     columns = ("what", "learning rate", "steps", score, "nats per token")
     return Grid("Rows answered without having been trained on", columns, rows)
@@ -65,9 +70,7 @@ def trials(found: Fitted) -> Grid:
 
 def examples(found: Fitted) -> Grid:
     """Return the table of the first rows, and what was answered to them."""
-    kept = found.soup is not None and found.soup.kept
-    own = found.soup.average if found.soup and kept else found.winner.answers
-    asked = {"the winner": own, **found.prompted}
+    asked = {"the winner": found.answers, **found.prompted}
     shown = {name: one.outputs for name, one in asked.items() if one is not None and one.outputs}
     rows = [
         (
@@ -118,6 +121,13 @@ def to_json(found: Fitted) -> dict[str, Any]:
             "kept": found.soup.kept,
             "average": _numbers(found.soup.average),
             "one_run": _numbers(found.soup.single),
+        },
+        "interpolation": None
+        if found.interpolation is None
+        else {
+            "kept": found.interpolation.kept,
+            "tried": {f"{s:g}": _numbers(a) for s, a in found.interpolation.tried.items()},
+            "end": _numbers(found.interpolation.end),
         },
         "learning_curve": None
         if curve is None

@@ -7,24 +7,29 @@ from typing import Any
 
 from d2lora.fitting.found import Fitted
 from d2lora.settings import Settings
-from d2lora.study.averages import averaging
+from d2lora.study.averages import averaging, interpolating
 
 _UNSEEN = {"quiet", "measure_start"}
 """Settings of a run in the store that change nothing of the adapter."""
 
 
 def commands_of(found: Fitted, out: Path) -> str:
-    """Return shell commands, one a line: the final runs, and their average where it is kept."""
-    many = len(found.runs) > 1
-    paths = [out.with_name(f"{out.name}-run-{i}") for i in range(len(found.runs))]
-    if not many:
-        paths = [out.with_name(f"{out.name}-again")]
+    """Return shell commands, one a line: the final runs, and what is made of them."""
+    many, between = len(found.runs) > 1, found.share < 1
+    last = out.with_name(f"{out.name}-again")
+    end = out.with_name(f"{out.name}-end") if between else last
+    paths = (
+        [out.with_name(f"{out.name}-run-{i}") for i in range(len(found.runs))] if many else [end]
+    )
     lines = [
         command_line("adapt", run.changed(out=path))
         for run, path in zip(found.runs, paths, strict=True)
     ]
     if many:
-        lines.append(command_line("convert", averaging(paths, out.with_name(f"{out.name}-again"))))
+        lines.append(command_line("convert", averaging(paths, end)))
+    if between:
+        asked = interpolating(found.runs[0].init, end, found.share, last)
+        lines.append(command_line("convert", asked))
     return "".join(f"{line}\n" for line in lines)
 
 

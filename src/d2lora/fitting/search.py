@@ -8,8 +8,9 @@
 3. Whether the winner answers better where it is trained to the end of its schedule and not to its
    lowest loss: the loss may rise while answers still get better.
 4. Whether the average of several runs of the winner loses to one of them.
-5. The winner, trained on all rows.
-6. What half and a quarter of the rows would have brought.
+5. Whether a point on the way from the initialization to there beats its end.
+6. The winner, trained on all rows.
+7. What half and a quarter of the rows would have brought.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,17 @@ from typing import Any
 from d2lora.data.reading import TaskData
 from d2lora.errors import RunError, counted
 from d2lora.fitting.compare import Answers, LearningCurve, mean_of, of_folds
-from d2lora.fitting.found import Contender, Fitted, Longer, Soup
-from d2lora.fitting.jobs import Averaged, AveragedWhole, HeldOut, Prompted, Split, Trained
+from d2lora.fitting.found import Contender, Fitted, Interpolation, Longer, Soup
+from d2lora.fitting.jobs import (
+    Averaged,
+    AveragedWhole,
+    HeldOut,
+    Interpolated,
+    InterpolatedWhole,
+    Prompted,
+    Split,
+    Trained,
+)
 from d2lora.fitting.ledger import Ledger
 from d2lora.fitting.plan import TASK
 from d2lora.fitting.trials import Trials
@@ -64,22 +74,28 @@ class Search:
         reserve_s = self._ledger.training_s(whole)
         soup = yield from self._soup(winner, split.data, reserve_s)
         n_runs = soup.n_runs if soup is not None and soup.kept else 1
+        between = yield from self._interpolated(winner, n_runs, split.data, reserve_s)
         jobs = [
             Trained(f"{winner.name}, final run {run}", (TASK, self._n), self._needs.store, own)
             for run in range(n_runs)
             if (own := whole.changed(seed_order=run))
         ]
         yield from self._run(jobs)
-        adapter: Trained | AveragedWhole = jobs[0]
+        end: Trained | AveragedWhole = jobs[0]
         if n_runs > 1:
             place = ("average of the final runs", (TASK, 0), self._needs.store)
-            adapter = AveragedWhole(*place, tuple(jobs))
+            end = AveragedWhole(*place, tuple(jobs))
+            yield from self._run([end])
+        adapter: Trained | AveragedWhole | InterpolatedWhole = end
+        if between is not None and between.kept:
+            place = ("point on the way", (TASK, 0), self._needs.store)
+            adapter = InterpolatedWhole(*place, end, whole.init, between.best)
             yield from self._run([adapter])
         curve = yield from self._curve(winner, split.data)
         tests = yield from self._tests(adapter)
         return Fitted(
-            split.data, found, winner, prompted, longer, soup, [job.training for job in jobs],
-            adapter, curve, tests, self._ledger,
+            split.data, found, winner, prompted, longer, soup, between,
+            [job.training for job in jobs], adapter, curve, tests, self._ledger,
         )  # fmt: skip
 
     def _run(self, jobs: Sequence[Job]) -> Steps[list[dict[str, Any]]]:
@@ -255,17 +271,54 @@ class Search:
         singles = [
             of_folds(data, results[i : i + n_folds]) for i in range(0, len(results), n_folds)
         ]
-        averages = [
-            Averaged(
-                *self._place(f"{winner.name}, average of {n_runs}", fold),
-                jobs[0][fold].training, *self._asked(), tuple(own[fold] for own in jobs),
-            )
-            for fold in range(n_folds)
-        ]  # fmt: skip
-        averaged = yield from self._run(averages)
+        averaged = yield from self._run(self._averages(winner, jobs))
         return Soup(n_runs, of_folds(data, averaged), mean_of(singles))
 
-    # 6. The learning curve
+    def _averages(self, winner: Contender, jobs: Sequence[Sequence[HeldOut]]) -> list[Averaged]:
+        """Return the averages of runs, `jobs[order][fold]`, over orders."""
+        return [
+            Averaged(
+                *self._place(f"{winner.name}, average of {len(jobs)}", fold),
+                runs[0].training, *self._asked(), runs,
+            )
+            for fold, runs in enumerate(zip(*jobs, strict=True))
+        ]  # fmt: skip
+
+    # 5. Between the initialization and the trained adapter
+
+    def _interpolated(
+        self, winner: Contender, n_runs: int, data: TaskData, reserve_s: float
+    ) -> Steps[Interpolation | None]:
+        """Lead to answers of points on the way to what was trained: to the average, if it stays."""
+        shares = [share for share in self._settings.interpolate if share < 1]
+        if not shares or winner.answers is None or winner.tuned.step == 0:
+            return None
+        orders: list[list[HeldOut]] = []
+        for order in range(n_runs):
+            own = yield from self._held_out(winner, order=order)
+            orders.append(own)
+        ends = self._averages(winner, orders) if n_runs > 1 else orders[0]
+        jobs = {
+            share: [
+                Interpolated(
+                    *self._place(f"{winner.name}, {share:g} of the way", fold),
+                    end.training, *self._asked(), end, share,
+                )
+                for fold, end in enumerate(ends)
+            ]
+            for share in shares
+        }  # fmt: skip
+        every = [job for own in jobs.values() for job in own]
+        needed_s = self._ledger.answering_s(every, trains=False)
+        if not self._ledger.affords("points between", needed_s, n_runs * reserve_s):
+            return None
+        end = of_folds(data, (yield from self._run(ends)))
+        yield from self._run(every)
+        done = self._needs.done
+        tried = {s: of_folds(data, [done[job.key] for job in own]) for s, own in jobs.items()}
+        return Interpolation(tried, end)
+
+    # 7. The learning curve
 
     def _curve(self, winner: Contender, data: TaskData) -> Steps[LearningCurve | None]:
         """Lead to the winner's scores after training on a quarter and a half of the rows."""
@@ -289,7 +342,9 @@ class Search:
 
     # The test, once
 
-    def _tests(self, adapter: Trained | AveragedWhole) -> Steps[dict[str, dict[str, Any]]]:
+    def _tests(
+        self, adapter: Trained | AveragedWhole | InterpolatedWhole
+    ) -> Steps[dict[str, dict[str, Any]]]:
         """Lead to what is measured on test rows, general text and multiple choice."""
         tests = self._needs.tests(TASK)
         if not (tests.data or tests.general_text or tests.choices):

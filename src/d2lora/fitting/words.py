@@ -11,7 +11,7 @@ from d2lora.evaluation.crossed import Array
 from d2lora.evaluation.metrics import main_column, title_of
 from d2lora.evaluation.stats import Interval, mean_interval, paired_difference
 from d2lora.fitting.compare import Answers, LearningCurve
-from d2lora.fitting.found import Contender, Fitted, Longer, Soup
+from d2lora.fitting.found import Contender, Fitted, Interpolation, Longer, Soup
 
 _POWER = (1.96 + 0.84) ** 2
 """Of a two-sided test at 5 % with a power of 80 %, squared (Cohen 1988, section 2.4)."""
@@ -42,6 +42,8 @@ def verdict(found: Fitted) -> list[str]:
         lines.append(_longer(found.longer))
     if found.soup is not None:
         lines.append(_soup(found.soup))
+    if found.interpolation is not None:
+        lines.append(_interpolation(found.interpolation))
     if found.curve is not None:
         lines.append(_more_rows(found.curve, found))
     lines += _tests(found)
@@ -84,11 +86,11 @@ def _best(found: Fitted, won: Contender) -> str:
         f"Best: {won.name}, learning rate {won.tuned.learning_rate:g}, "
         f"{counted(_steps(found), 'step')}"
         + (f", the average of {len(found.runs)} runs" if len(found.runs) > 1 else "")
+        + (f", {found.share:g} of the way from the initialization" if found.share < 1 else "")
     )
-    if won.answers is None:
+    answers = found.answers
+    if answers is None:
         return f"{text}."
-    kept = found.soup is not None and found.soup.kept
-    answers = found.soup.average if found.soup is not None and kept else won.answers
     rows = counted(len(found.data.examples), "row")
     held = "each answered without having been trained on"
     if answers.score is None:
@@ -175,6 +177,14 @@ def _soup(soup: Soup) -> str:
     return (
         f"The average of {soup.n_runs} runs against one of them: "
         f"{_change(soup.average, soup.single)} It is {fate}."
+    )
+
+
+def _interpolation(between: Interpolation) -> str:
+    fate = "kept" if between.kept else "not kept"
+    return (
+        f"{between.best:g} of the way from the initialization against all of it: "
+        f"{_change(between.tried[between.best], between.end)} It is {fate}."
     )
 
 

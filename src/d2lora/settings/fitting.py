@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -20,6 +20,7 @@ from d2lora.settings.sections import (
 )
 from d2lora.settings.studies import OF_EXECUTORS
 
+Share = Annotated[float, Field(gt=0, le=1)]
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -63,6 +64,9 @@ class FitSettings(BaseSettings, FormatSettings, ReplaySettings):
     runs: int = Field(default=4, ge=1)
     """Runs of the winner, each in an order of its own, to average the weights of. 1: no
     averaging."""
+    interpolate: tuple[Share, ...] = (0.5, 0.75)
+    """Points to try on the way from the winner's initialization (0) to what was trained (1), as
+    WiSE-FT does. 1: the end alone, so none."""
     shots: int = Field(default=8, ge=0)
     """Rows to show in the prompt of the base alone, as many as it has room for. 0: no few-shot
     prompt is tried."""
@@ -112,7 +116,7 @@ class FitSettings(BaseSettings, FormatSettings, ReplaySettings):
             raise ValueError("expected a number and a unit, as in 90s, 30m or 2h")
         return budget
 
-    @field_validator("learning_rates", "warm_starts", "inits")
+    @field_validator("learning_rates", "warm_starts", "inits", "interpolate")
     @classmethod
     def _different(cls, values: tuple[object, ...] | None) -> tuple[object, ...] | None:
         if values is not None and len(set(values)) < len(values):
