@@ -45,8 +45,7 @@ def test_workers_that_die_cost_no_job_that_only_waited(tmp_path: Path) -> None:
     mortal = [note(f"mortal-{i}", tmp_path, N_TRIES - 1) for i in range(2)]
     jobs = [*mortal, *(note(f"job-{i}", tmp_path) for i in range(4))]
     with executor("processes", 1, None) as queue:
-        for job in jobs:
-            queue.add(job)
+        queue.add(jobs)
         outcomes = {job.label: outcome for job, outcome in queue.ended()}
     failed = {name: what for name, what in outcomes.items() if isinstance(what, str)}
     assert failed == {}, "the pool broke more often than any job may die"
@@ -56,8 +55,7 @@ def test_workers_that_die_cost_no_job_that_only_waited(tmp_path: Path) -> None:
 
 def test_a_job_whose_worker_always_dies_fails_and_the_others_are_done(tmp_path: Path) -> None:
     with executor("processes", 1, None) as queue:
-        for job in (note("deadly", tmp_path, 99), note("job", tmp_path)):
-            queue.add(job)
+        queue.add([note("deadly", tmp_path, 99), note("job", tmp_path)])
         outcomes = {job.label: outcome for job, outcome in queue.ended()}
     assert "BrokenProcessPool" in str(outcomes["deadly"])
     assert isinstance(outcomes["job"], dict)
@@ -71,8 +69,7 @@ def test_a_job_that_another_study_runs_is_waited_for_behind_all_others(tmp_path:
     elsewhere.acquire()
     ended: list[str] = []
     with executor("inline", 0, None) as queue:
-        for job in jobs:
-            queue.add(job)
+        queue.add(jobs)
         for job, _ in queue.ended():
             ended.append(job.label)
             if job.label == "second":  # the other study ends while this one has nothing else to do
@@ -84,7 +81,17 @@ def test_a_job_that_another_study_runs_is_waited_for_behind_all_others(tmp_path:
 def test_a_job_is_queued_once_however_many_cells_need_it(tmp_path: Path) -> None:
     with executor("inline", 0, None) as queue:
         for _ in range(3):
-            queue.add(note("shared", tmp_path))
+            queue.add([note("shared", tmp_path)] * 2)
         assert len(queue) == 1
         assert [job.label for job, _ in queue.ended()] == ["shared"]
         assert len(queue) == 0
+
+
+def test_what_continues_a_cell_goes_ahead_of_what_begins_others(tmp_path: Path) -> None:
+    with executor("inline", 0, None) as queue:
+        queue.add([note(f"trial-{i}", tmp_path) for i in range(3)])
+        for job, _ in queue.ended():
+            if job.label == "trial-0":
+                queue.add([note(name, tmp_path) for name in ("cell-0", "other-0")], ahead=True)
+    first, *rest = Note.begun(tmp_path)
+    assert (first, rest) == ("trial-0", ["cell-0", "other-0", "trial-1", "trial-2"])

@@ -22,6 +22,7 @@ from d2lora.cli import main
 from d2lora.embedded.__main__ import write_world
 from d2lora.errors import DataError, RunError, SettingsError
 from d2lora.report.analysis import read_findings
+from d2lora.report.words import cautions
 from d2lora.report.write import write_report
 from d2lora.settings import StudySettings
 from d2lora.study.calibration import Calibration
@@ -279,6 +280,47 @@ def test_a_killed_study_goes_on_to_the_results_of_an_uninterrupted_one(
     assert len(before) >= 11
     assert before < runs_in(tmp_path / "b" / "store")
     assert outcome(resumed) == outcome(whole)
+
+
+def test_a_study_that_is_not_finished_can_be_looked_at(
+    tmp_path: Path, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without trials: a warm-up, two arms of two seeds, and the base, in this order.
+    asked = settings(tmp_path, {**plan, "sizes": [4], "learning_rates": [0.01]})
+    out, shown = tmp_path / "study", list[set[tuple[str, int]]]()
+    monkeypatch.setattr("d2lora.study.run._LEAST_BETWEEN_S", 0.0)
+    for n_jobs in (2, 1, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr("d2lora.study.executors.perform", dies_after(n_jobs))
+            with pytest.raises(KeyboardInterrupt):
+                run_study(asked)
+        findings = read_findings(out)
+        assert findings.n_unfinished == 5 - len(read_rows(out / "results.jsonl"))
+        assert any("is not finished" in caution for caution in cautions(findings))
+        shown.append({(v.arm, seed) for v in findings.levels for seed in v.seeds})
+    both = {("fresh", 0), ("warm", 0)}
+    assert shown[1:] == [both, both], "arms are compared at seeds that each has finished"
+    write_report(findings)
+    run_study(asked)
+    whole = read_findings(out)
+    assert whole.n_unfinished == 0
+    assert not any("is not finished" in caution for caution in cautions(whole))
+
+
+def test_cells_are_finished_one_after_the_other(
+    tmp_path: Path, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[Job] = []
+
+    def noted(job: Job, *, patient: bool) -> dict[str, Any]:
+        order.append(job)
+        return perform(job, patient=patient)
+
+    monkeypatch.setattr("d2lora.study.executors.perform", noted)
+    run_study(settings(tmp_path, {**plan, "sizes": [4]}))
+    kinds = [type(job).__name__ for job in order]
+    first_cell = next(i for i, job in enumerate(order) if isinstance(job, Scored) and job.training)
+    assert "Trial" in kinds[first_cell:], "every trial comes before the first cell"
 
 
 def test_a_study_killed_inside_of_its_warm_up_can_be_estimated_and_resumed(

@@ -212,8 +212,7 @@ def _reached(make: Callable[[], Steps[T]], needs: Needs, queue: Queue, reporter:
     n_done = 0
     with reporter.bar("runs", 1) as bar:
         while isinstance(step := reached(make()), Missing):
-            for job in step.jobs:
-                queue.add(job)
+            queue.add(step.jobs)
             for job, outcome in queue.ended():
                 needs.note(job, outcome)
             n_done += len(step.jobs)

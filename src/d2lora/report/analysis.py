@@ -55,6 +55,9 @@ def read_findings(path: Path) -> Findings:
     rows = _lines(path / "results.jsonl")
     if not rows:
         raise RunError(f"{path}: no cell of the study is finished")
+    n_unfinished = int(study.get("n_cells", 0)) - len(rows) - len(study["failures"])
+    if n_unfinished > 0:
+        rows = _shared_seeds(rows)
     trials = _lines(path / "trials.jsonl")
     score_of = {task: _main_score(rows, task) for task in plan.tasks}
     levels = _levels(rows, plan, score_of)
@@ -78,8 +81,18 @@ def read_findings(path: Path) -> Findings:
         contamination=study.get("contamination", []),
         provenance=study["provenance"],
         store=Path(study["store"]),
+        n_unfinished=max(0, n_unfinished),
         cells=rows,
     )
+
+
+def _shared_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the cells of seeds that every arm begun at their task and n has finished."""
+    seeds: dict[tuple[str, int], dict[str, set[int]]] = {}
+    for row in rows:
+        seeds.setdefault((row["task"], row["n"]), {}).setdefault(row["arm"], set()).add(row["seed"])
+    shared = {place: set.intersection(*own.values()) for place, own in seeds.items()}
+    return [row for row in rows if row["seed"] in shared[row["task"], row["n"]]]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -248,6 +248,8 @@ class Findings:
     """Of each warm-up and task: training rows checked and removed, as `Check.to_json`."""
     provenance: dict[str, Any]
     store: Path
+    n_unfinished: int
+    """Cells that are still to be run; those of failed ones not counted."""
     cells: list[dict[str, Any]]
     """Finished cells as in results.jsonl; `key` names the folder of one in the store."""
 

@@ -108,6 +108,12 @@ def power_line(comparisons: Sequence[Comparison]) -> str:
 def cautions(findings: Findings) -> list[str]:
     """Return what a reader should know before believing a number."""
     found_cautions: list[str] = []
+    if findings.n_unfinished:
+        found_cautions.append(
+            f"The study is not finished, {counted(findings.n_unfinished, 'cell')} to go: here are "
+            "the seeds that every arm has finished. Verdicts that are looked at again and again "
+            "find differences by chance; that of the whole study counts."
+        )
     if findings.failures:
         found_cautions.append(
             f"{counted(len(findings.failures), 'cell')} failed and is missing here."

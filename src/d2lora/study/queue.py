@@ -1,7 +1,7 @@
 """Jobs on their way: which wait, which run, and which are tried again."""
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ class Submit(Protocol):
 
 
 class Queue:
-    """Jobs in the order in which they were added.
+    """Jobs, in the order in which they were added.
 
     No more are started than run at a time, so that a worker that dies costs the jobs that ran a
     try, and not those that waited; those that ran are tried again first. A job that another study
@@ -45,11 +45,14 @@ class Queue:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def add(self, job: Job) -> None:
-        """Put a job behind those that wait, unless it is on its way."""
-        if job.key not in self._keys:
-            self._keys.add(job.key)
-            self._waiting.append(job)
+    def add(self, jobs: Iterable[Job], *, ahead: bool = False) -> None:
+        """Put jobs behind those that wait, or ahead of them, but for those on their way."""
+        new = list({job.key: job for job in jobs if job.key not in self._keys}.values())
+        self._keys.update(job.key for job in new)
+        if ahead:
+            self._waiting.extendleft(reversed(new))
+        else:
+            self._waiting.extend(new)
 
     def ended(self) -> Iterator[tuple[Job, dict[str, Any] | str]]:
         """Yield each job with its result, or the reason why it failed, until none is left.

@@ -6,12 +6,14 @@ trials.jsonl        one line per trial of a learning rate
 removed_rows.jsonl  training rows that overlap with an evaluation row, and why
 done.json           the marker of completion: every cell is finished, and none has failed
 
-What is run lies in the store, so a killed study continues where it was, and a changed plan runs
+While the study runs these files hold what is finished so far, so that `d2lora report` can look at
+it. What is run lies in the store, so a killed study continues where it was, and a changed plan runs
 only what is new.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,11 @@ from d2lora.study.queue import Queue
 from d2lora.study.readiness import check, check_folder, cut_short, place
 from d2lora.study.steps import CellFailedError, Missing, Steps, T, reached
 from d2lora.study.store import Job
+
+_LEAST_BETWEEN_S = 30.0
+"""Between two times at which a running study writes what is finished."""
+_SHARE = 20
+"""So many times as long as the writing takes lies between, too."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +97,12 @@ def _run_study(
         needs, cells = Needs(plan, store, keep_adapters=settings.keep_adapters), cells_of(plan)
         with reporter.bar("cells", len(cells)) as bar:
             run = _Run(needs, queue, bar, reporter)
-            run.all(cells)
-    results = [_row(needs, cell, run.finished[cell]) for cell in cells if cell in run.finished]
+            for _ in run.all(cells):
+                _write(out, needs, cells, run, checks)
+    results = _write(out, needs, cells, run, checks)
     failures = {str(cell): reason for cell, reason in run.failures.items()}
-    _write(out, plan, needs, cells, results, failures, checks)
+    if not failures:
+        write_json(out / DONE, {"kind": "study", "n_cells": len(cells)})
     return Study(out, plan, results, failures)
 
 
@@ -106,13 +115,21 @@ class _Run:
         self._needs, self._queue, self._bar, self._reporter = needs, queue, bar, reporter
         self._blocked: dict[Cell, set[str]] = {}
 
-    def all(self, cells: Sequence[Cell]) -> None:
-        self._ask(cells)
+    def all(self, cells: Sequence[Cell]) -> Iterator[None]:
+        """Run all cells; yield now and then, where more of them are finished than before."""
+        # By seed, so that what is finished first can be compared.
+        self._ask(sorted(cells, key=lambda cell: cell.seed))
+        n_seen, due_s = len(self.finished), 0.0
         for job, outcome in self._queue.ended():
             self._take(job, outcome)
+            if len(self.finished) > n_seen and time.monotonic() > due_s:
+                n_seen, began_s = len(self.finished), time.monotonic()
+                yield
+                took_s = time.monotonic() - began_s
+                due_s = time.monotonic() + max(_LEAST_BETWEEN_S, _SHARE * took_s)
 
-    def _ask(self, cells: Iterable[Cell]) -> None:
-        new: dict[str, Job] = {}
+    def _ask(self, cells: Iterable[Cell], *, ahead: bool = False) -> None:
+        new: list[Job] = []
         for cell in cells:
             try:
                 step = reached(self._needs.result(cell))
@@ -124,11 +141,10 @@ class _Run:
                 self.finished[cell] = step
                 continue
             self._blocked[cell] = {job.key for job in step.jobs}
-            for job in step.jobs:
-                new.setdefault(job.key, job)
+            new += step.jobs
         # What others wait for first, then the longest, so that no core is idle at the end.
-        for job in sorted(new.values(), key=lambda j: (not isinstance(j, WarmUp), -j.about[1])):
-            self._queue.add(job)
+        new.sort(key=lambda job: (not isinstance(job, WarmUp), -job.about[1]))
+        self._queue.add(new, ahead=ahead)
         failed = f", {len(self.failures)} failed" if self.failures else ""
         done = len(self.finished) + len(self.failures)
         self._bar.update(done, f"{counted(len(self._queue), 'job')} running or queued{failed}")
@@ -142,7 +158,8 @@ class _Run:
                 free.append(cell)
         for cell in free:
             del self._blocked[cell]
-        self._ask(free)
+        # A cell that was begun is finished before others are begun.
+        self._ask(free, ahead=True)
 
 
 def _row(needs: Needs, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
@@ -156,28 +173,27 @@ def _measured(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(
-    out: Path, plan: StudyPlan, needs: Needs, cells: Sequence[Cell],
-    results: Sequence[dict[str, Any]], failures: dict[str, str], checks: Sequence[Check],
-) -> None:  # fmt: skip
-    """Write what the report reads."""
+    out: Path, needs: Needs, cells: Sequence[Cell], run: _Run, checks: Sequence[Check]
+) -> list[dict[str, Any]]:
+    """Write what the report reads, of the cells that are finished; return their rows."""
+    results = [_row(needs, cell, run.finished[cell]) for cell in cells if cell in run.finished]
     lines = "".join(json.dumps(row) + "\n" for row in results)
     write_text(out / "results.jsonl", lines)
     trials, choices = _chosen(needs, cells)
     write_text(out / "trials.jsonl", "".join(json.dumps(row) + "\n" for row in trials))
     _write_removed(out / "removed_rows.jsonl", checks)
     study = {
-        "plan": plan.model_dump(mode="json"),
+        "plan": needs.plan.model_dump(mode="json"),
         "contamination": [check.to_json() for check in checks],
         "n_cells": len(cells),
-        "failures": failures,
+        "failures": {str(cell): reason for cell, reason in run.failures.items()},
         "chosen": choices,
         "warm_ups": _warm_ups(needs),
         "store": str(needs.store),
         "provenance": provenance(),
     }
     write_json(out / "study.json", study)
-    if not failures:
-        write_json(out / DONE, {"kind": "study", "n_cells": len(cells)})
+    return results
 
 
 def _write_removed(path: Path, checks: Sequence[Check]) -> None:
