@@ -267,6 +267,7 @@ def commands(inputs: Path) -> Iterator[Command]:
     path = inputs / "plan.json"
     path.write_text(json.dumps(plan), encoding="utf-8")
     study = ("study", str(path), "--executor", "inline", "--store", "store", "--out", "study")
+    study = (*study, "--no-report")  # a command of its own
     yield Command("warmup", (*warm, *saved, "--out", "out"))
     yield Command("adapt", (*adapter, *saved, "--init", warm_start, "--out", "out"))
     yield Command(
