@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from d2lora.study.executors import executor
 from d2lora.study.queue import N_TRIES
-from d2lora.study.store import LOCK, Job
+from d2lora.study.store import LOCK, Job, perform
 
 
 @dataclass(frozen=True)
@@ -95,3 +95,11 @@ def test_what_continues_a_cell_goes_ahead_of_what_begins_others(tmp_path: Path) 
                 queue.add([note(name, tmp_path) for name in ("cell-0", "other-0")], ahead=True)
     first, *rest = Note.begun(tmp_path)
     assert (first, rest) == ("trial-0", ["cell-0", "other-0", "trial-1", "trial-2"])
+
+
+def test_what_a_killed_job_had_half_written_is_cleared_away(tmp_path: Path) -> None:
+    job = note("job", tmp_path)
+    job.folder.mkdir()
+    (job.folder / ".records.parquet.tmp-12345678").write_bytes(b"half")
+    perform(job)
+    assert sorted(path.name for path in job.folder.iterdir()) == [".lock", "result.json"]

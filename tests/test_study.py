@@ -528,6 +528,40 @@ def test_a_warm_start_that_cannot_be_used_stops_a_study_before_it_runs(
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("arm", ["fresh", "warm"])
+def test_an_interpolated_arm_lies_between_its_initialization_and_what_was_trained(
+    arm: str, tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    plan |= {"learning_rates": [0.01], "sizes": [8], "seeds": 1}
+    plan["arms"] = [arm, {"kind": arm, "interpolate": 0.25, "against": arm}]
+    if arm == "warm":
+        del plan["adapt"]["rank"]
+    study = run_study(settings(tmp_path, plan))
+    assert not study.failures
+    whole, quarter = study.results[1:]
+    assert quarter["arm"] == f"{arm} (0.25 of the way)"
+    end, between = (
+        load_file(Path(one["adapter"]) / "adapter_model.safetensors") for one in (whole, quarter)
+    )
+    made = yaml.safe_load((Path(whole["adapter"]) / "settings.yaml").read_text())
+    start = load_file(Path(made["init"]) / "adapter_model.safetensors") if arm == "warm" else {}
+    for name, weight in end.items():
+        if start:
+            expected = torch.lerp(start[name], weight, 0.25)
+        else:
+            expected = 0.25 * weight if "lora_B" in name else weight
+        torch.testing.assert_close(between[name], expected)
+    assert quarter["cost"]["n_tokens"] == whole["cost"]["n_tokens"]
+    assert quarter["general_loss"] != whole["general_loss"]
+
+
+def test_what_has_no_way_to_go_is_not_interpolated(tmp_path: Path, plan: dict[str, Any]) -> None:
+    for arm in ("warm_only", "warm_a"):
+        plan["arms"] = ["fresh", {"kind": arm, "interpolate": 0.5}]
+        with pytest.raises(SettingsError, match=f"arm {arm}: `interpolate` is of arms that are"):
+            read_plan(*settings(tmp_path, plan).plan)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_an_averaged_arm_is_the_mean_of_runs_in_other_orders_and_costs_as_much(
     tmp_path: Path, plan: dict[str, Any], keep: bool

@@ -67,9 +67,9 @@ def claimed(out: Path | None, kind: Kind, option: str = "--out") -> Generator[No
             if is_native:  # the other kind's file names its process by itself
                 with suppress(OSError):  # Windows lets nobody write a locked file
                     file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
-            _clear_leftovers(place.parent, glob.escape(place.name))
+            clear_leftovers(place.parent, glob.escape(place.name))
             if kind == "folder":
-                _clear_leftovers(place, "*")
+                clear_leftovers(place)
             yield
         finally:
             if is_native:
@@ -82,8 +82,8 @@ def claimed(out: Path | None, kind: Kind, option: str = "--out") -> Generator[No
                 folder.rmdir()
 
 
-def _clear_leftovers(folder: Path, names: str) -> None:
-    """Remove what a process left that died while it wrote; what it wrote is claimed."""
+def clear_leftovers(folder: Path, names: str = "*") -> None:
+    """Remove what a process left that died while it wrote; what it wrote is this process's now."""
     for left in folder.glob(f".{names}.tmp-*"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)

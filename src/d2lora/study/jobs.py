@@ -19,7 +19,7 @@ from d2lora.settings import (
     PairsSettings,
     WarmupSettings,
 )
-from d2lora.study.averages import average, total_cost
+from d2lora.study.averages import average, interpolate, total_cost
 from d2lora.study.store import Job, adapter_content, identity_of, shared_base
 
 
@@ -201,6 +201,8 @@ class Scored(Job):
     """Where the base is prompted with examples: which rows, as `adapt` would choose them."""
     average_of: int = 1
     """Runs that are trained, each in an order of its own, and averaged in A and B."""
+    share: float = 1.0
+    """Of the way from the initialization to what was trained."""
     keep: bool = True
     """Keep the trained adapter."""
 
@@ -210,6 +212,7 @@ class Scored(Job):
             "tests": identity_of(self.tests),
             "training": None if self.training is None else identity_of(self.training),
             **({"average_of": self.average_of} if self.average_of > 1 else {}),
+            **({"share": self.share} if self.share < 1 else {}),
             "adapter": None if self.adapter is None else adapter_content(self.adapter),
             "shots": None if self.shots is None else identity_of(self.shots),
         }
@@ -224,6 +227,9 @@ class Scored(Job):
 
         path = self.folder / "adapter" if self.training else self.adapter
         values = self._trained(self.training, self.folder / "adapter") if self.training else {}
+        if self.training and path and self.share < 1:
+            end, path = path, self.folder / "between"
+            interpolate(self.training.init, end, self.share, path)
         started = time.perf_counter()
         sets = TestSets.read(self.tests)
         if self.shots is not None:

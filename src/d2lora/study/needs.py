@@ -85,7 +85,10 @@ class Needs:
             return Scored(*place, tests, shots=shots)
         tuned = yield from self.tuned(cell)
         training = yield from self.trained_as(cell, tuned)
-        return Scored(*place, tests, training, average_of=arm.average_of, keep=self.keep_adapters)
+        return Scored(
+            *place, tests, training, average_of=arm.average_of, share=arm.interpolate,
+            keep=self.keep_adapters,
+        )  # fmt: skip
 
     def trained_as(self, cell: Cell, tuned: Tuned, **values: Any) -> Steps[AdaptSettings]:
         """Lead to the settings of a cell's training at a learning rate and length."""

@@ -75,6 +75,9 @@ class ArmPlan(Settings):
     average_of: int = Field(default=1, ge=1)
     """Runs of every cell, each in an order of its own, that are averaged in A and B; they share
     initialization, rows, learning rate and length. 1: no averaging."""
+    interpolate: float = Field(default=1.0, gt=0, le=1)
+    """How much of the way from its initialization to what was trained an adapter goes (WiSE-FT);
+    the initialization, learning rate and length are those of the whole way. 1: all of it."""
     against: str | None = None
     """Name of the arm that it is compared with. None: the first arm."""
 

@@ -243,6 +243,13 @@ def _faults_of_names(plan: StudyPlan) -> list[str]:
             faults.append(f"arm {arm.name or arm.kind}: kind `init`, and it alone, needs `init`")
         if arm.average_of > 1 and arm.kind in UNTRAINED:
             faults.append(f"arm {arm.name or arm.kind}: `average_of` is of arms that are trained")
+        given = (arm.adapt, plan.adapt, *(task.adapt for task in plan.tasks.values()))
+        weakened = arm.kind == "warm_a" or any("init_scale" in values for values in given)
+        if arm.interpolate < 1 and (arm.kind in UNTRAINED or weakened):
+            faults.append(
+                f"arm {arm.name or arm.kind}: `interpolate` is of arms that are trained, from a "
+                "warm start of full strength (no init_scale)"
+            )
         if arm.against is not None and arm.against not in names:
             faults.append(
                 f"arm {arm.name or arm.kind}: no arm `{arm.against}`."
@@ -286,7 +293,8 @@ def _named(plan: StudyPlan) -> tuple[ArmPlan, ...]:
 
 def _default_name(arm: ArmPlan) -> str:
     averaged = f" (average of {arm.average_of})" if arm.average_of > 1 else ""
-    return f"{arm.init or arm.kind}{averaged}"
+    between = f" ({arm.interpolate:g} of the way)" if arm.interpolate < 1 else ""
+    return f"{arm.init or arm.kind}{averaged}{between}"
 
 
 def _warm_ups(plan: StudyPlan, arm: ArmPlan) -> list[str]:

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from d2lora.data.sets import folder_of
 from d2lora.errors import ModelError
+from d2lora.runtime.claims import clear_leftovers
 from d2lora.runtime.run_folder import Stamp, provenance, read_json, sha256_of, stamp_of, write_json
 from d2lora.settings import BaseSettings, Settings
 
@@ -102,6 +103,7 @@ def perform(job: Job, *, patient: bool = False) -> dict[str, Any]:
         done = job.result()
         if done is not None:
             return done
+        clear_leftovers(job.folder)
         started = time.perf_counter()
         result = {"label": job.label, "about": [type(job).__name__, *job.about], **job.run()}
         result["job_s"] = round(time.perf_counter() - started, 3)
