@@ -1,6 +1,7 @@
 """GGUF bases: the model's own numbers, converted once; damaged files are errors."""
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,17 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_changes(
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert base_folder(str(gguf_file.parent), None, gguf_file.name) == folder
     assert converted_gguf(write_gguf(other_base, tmp_path / gguf_file.name)) != folder
+
+
+def test_what_a_killed_conversion_left_is_cleared_away(other_base: str, tmp_path: Path) -> None:
+    file = write_gguf(other_base, tmp_path / "killed.gguf")
+    folder = converted_gguf(file)
+    shutil.rmtree(folder)
+    left = folder.with_name(f".{folder.name}.tmp-12345678")
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    assert converted_gguf(file) == folder
+    assert not left.exists()
 
 
 def test_an_adapter_on_a_gguf_base_says_how_its_weights_were_quantized(

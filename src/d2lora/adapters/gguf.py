@@ -4,6 +4,7 @@ transformers reads the file (its list of architectures is
 https://huggingface.co/docs/transformers/gguf); what is kept are plain bfloat16 safetensors.
 """
 
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from filelock import FileLock
 from d2lora.adapters.foreign import save_tokenizer
 from d2lora.adapters.gguf_header import GgufHeader, read_header
 from d2lora.errors import ModelError, first_line
+from d2lora.runtime.claims import clear_leftovers
 from d2lora.runtime.extras import need_extra
 from d2lora.runtime.run_folder import cache_folder, new_folder, read_json, write_json
 
@@ -37,6 +39,7 @@ def converted_gguf(path: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not (folder / RECORD).is_file():
+            clear_leftovers(folder.parent, glob.escape(folder.name))
             with new_folder(folder) as unfinished:
                 _convert(path, header, unfinished)
     return folder
