@@ -216,6 +216,7 @@ def tried(command: Command, kind: str, n_points: int, folder: Path, seed: int) -
         record.n_tried += 1
         if wrong := _fault(kind, ended, second, expected, place):
             record.faults.append(f"{command.name}, {kind} at {point} of {record.n_points}: {wrong}")
+            sys.stderr.write(f"{record.faults[-1]}\n")
         else:
             record.n_as_before += 1
     return record
