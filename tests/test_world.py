@@ -1,5 +1,6 @@
 """The small world: its splits, its arithmetic, its tokenizer, its base."""
 
+import json
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from d2lora.embedded import (
     title_rows,
     word_problem_rows,
 )
+from d2lora.embedded.__main__ import write_world
 from d2lora.embedded.skills import NUMBERS, SKILLS, WORDS, with_wrong_answers
 
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -185,3 +187,20 @@ def test_the_card_states_what_was_measured() -> None:
         "minutes",
     ):
         assert words in card
+
+
+def test_a_second_study_leaves_the_files_alone_that_a_first_one_reads(tmp_path: Path) -> None:
+    paths = write_world(tmp_path / "world", n_general=8, n_task=8, n_test=4)
+    before = {name: path.stat().st_mtime_ns for name, path in paths.items()}
+    inodes = {name: path.stat().st_ino for name, path in paths.items()}
+    changed = paths["choices"]
+    changed.write_text("not what it was")
+    left = changed.with_name(f".{changed.name}.tmp-12345678")
+    left.write_text("half")
+    write_world(tmp_path / "world", n_general=8, n_task=8, n_test=4)
+    assert not left.exists()
+    for name, path in paths.items():
+        if path != changed:
+            assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before[name], inodes[name])
+    assert changed.stat().st_ino != inodes["choices"], "written beside, then renamed"
+    assert json.loads(changed.read_text().splitlines()[0])

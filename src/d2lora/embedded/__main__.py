@@ -7,6 +7,7 @@ from pathlib import Path
 
 from d2lora.embedded import choice_rows, general_rows, text_rows, title_rows, word_problem_rows
 from d2lora.embedded.skills import NUMBERS, WORDS, gist, with_wrong_answers
+from d2lora.runtime.run_folder import write_shared
 
 
 def write_world(
@@ -28,11 +29,10 @@ def write_world(
         rows[f"{name}-valid"] = make("valid", 200)
         rows[f"{name}-few"] = make("valid", 16)
         rows[f"{name}-test"] = make("test", n_test)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.jsonl" for name in rows}
     for name, values in rows.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in values)
-        paths[name].write_text(lines, encoding="utf-8")
+        write_shared(paths[name], lines)
     return paths
 
 

@@ -36,6 +36,7 @@ from d2lora.runtime.run_folder import (
     present,
     provenance,
     write_json,
+    write_shared,
     write_text,
 )
 from d2lora.settings import FitSettings
@@ -171,7 +172,7 @@ def _good_rows(data: TaskData, store: Path) -> str:
     lines = [json.dumps(row.values, ensure_ascii=False, default=str) for row in data.rows]
     text = "".join(f"{line}\n" for line in lines)
     path = store / FOLDER / f"good-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
-    write_text(path, text)
+    write_shared(path, text)
     return str(path)
 
 

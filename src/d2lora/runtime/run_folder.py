@@ -7,6 +7,7 @@ checkpoint/        only while training; a killed run resumes from it
 done.json          the marker of completion, written last, with the run's summary
 """
 
+import glob
 import hashlib
 import json
 import math
@@ -23,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
 from d2lora.errors import RunError
-from d2lora.runtime.claims import claimed, is_main_process, target_of
+from d2lora.runtime.claims import claimed, clear_leftovers, is_main_process, target_of
 from d2lora.settings.yaml_text import parse_yaml
 
 DONE = "done.json"
@@ -52,6 +54,15 @@ def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_shared(path: Path, text: str) -> None:
+    """Write a text that several processes write alike and others read, unless it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / ".lock"):
+        clear_leftovers(path.parent, glob.escape(path.name))
+        if not path.is_file() or path.read_bytes() != text.encode():
+            write_text(path, text)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -20,7 +20,7 @@ from d2lora.data.sources import Row, is_remote, read_source
 from d2lora.data.tasks import AUTO, layout_of
 from d2lora.errors import DataError, listed
 from d2lora.evaluation.harness import split_names
-from d2lora.runtime.run_folder import write_text
+from d2lora.runtime.run_folder import write_shared
 from d2lora.study.plan import StudyPlan
 from d2lora.study.recipes import listed_values, warm_up_settings
 
@@ -192,7 +192,7 @@ class _Cleaner:
         text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         path = self._folder / f"{Path(name).stem}-{digest}.jsonl"
-        write_text(path, text)
+        write_shared(path, text)
         return str(path), len(data.rows), removed
 
     def _guards(self, name: str) -> list[Guard]:
