@@ -23,6 +23,7 @@ from d2lora.embedded import (
 )
 from d2lora.embedded.__main__ import write_world
 from d2lora.embedded.skills import NUMBERS, SKILLS, WORDS, with_wrong_answers
+from d2lora.runtime.run_folder import write_shared
 
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 MAKERS = {
@@ -190,14 +191,14 @@ def test_the_card_states_what_was_measured() -> None:
 
 
 def test_a_second_study_leaves_the_files_alone_that_a_first_one_reads(tmp_path: Path) -> None:
-    paths = write_world(tmp_path / "world", n_general=8, n_task=8, n_test=4)
+    paths = write_world(tmp_path / "world", write_shared, n_general=8, n_task=8, n_test=4)
     before = {name: path.stat().st_mtime_ns for name, path in paths.items()}
     inodes = {name: path.stat().st_ino for name, path in paths.items()}
     changed = paths["choices"]
     changed.write_text("not what it was")
     left = changed.with_name(f".{changed.name}.tmp-12345678")
     left.write_text("half")
-    write_world(tmp_path / "world", n_general=8, n_task=8, n_test=4)
+    write_world(tmp_path / "world", write_shared, n_general=8, n_task=8, n_test=4)
     assert not left.exists()
     for name, path in paths.items():
         if path != changed:

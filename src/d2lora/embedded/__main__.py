@@ -2,18 +2,26 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from d2lora.embedded import choice_rows, general_rows, text_rows, title_rows, word_problem_rows
 from d2lora.embedded.skills import NUMBERS, WORDS, gist, with_wrong_answers
-from d2lora.runtime.run_folder import write_shared
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def write_world(
-    folder: Path, *, n_general: int = 4000, n_task: int = 1024, n_test: int = 500
+    folder: Path,
+    write: Callable[[Path, str], None] = _write,
+    *,
+    n_general: int = 4000,
+    n_task: int = 1024,
+    n_test: int = 500,
 ) -> dict[str, Path]:
-    """Write every data set into a folder; return their paths by name."""
+    """Write every data set into a folder, as `write` writes a file; return their paths by name."""
     rows: dict[str, Iterable[Mapping[str, object]]] = {
         "general-train": general_rows("train", n_general),
         "general-valid": general_rows("valid", 400),
@@ -29,10 +37,11 @@ def write_world(
         rows[f"{name}-valid"] = make("valid", 200)
         rows[f"{name}-few"] = make("valid", 16)
         rows[f"{name}-test"] = make("test", n_test)
+    folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.jsonl" for name in rows}
     for name, values in rows.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in values)
-        write_shared(paths[name], lines)
+        write(paths[name], lines)
     return paths
 
 

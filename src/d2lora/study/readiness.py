@@ -19,7 +19,7 @@ from d2lora.errors import D2LoraError, DataError, ModelError, RunError, Settings
 from d2lora.evaluation.harness import read_harness_tasks, split_names
 from d2lora.evaluation.test_sets import never_chosen
 from d2lora.runtime.claims import check_writable
-from d2lora.runtime.run_folder import present
+from d2lora.runtime.run_folder import present, write_shared
 from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
 from d2lora.study.plan import FROM_WARM_START, SHIPPED, UNTRAINED, WORLD, StudyPlan
 from d2lora.study.read_plan import read_plan
@@ -240,7 +240,7 @@ def _placed(plan: StudyPlan, world: Path) -> StudyPlan:
     The small world's rows are written where the plan names some.
     """
     values = plan.model_dump(mode="json")
-    paths = write_world(world) if WORLD in json.dumps(values) else {}
+    paths = write_world(world, write_shared) if WORLD in json.dumps(values) else {}
 
     def placed(value: Any) -> Any:
         if isinstance(value, dict):
