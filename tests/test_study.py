@@ -307,20 +307,35 @@ def test_a_study_that_is_not_finished_can_be_looked_at(
     assert not any("is not finished" in caution for caution in cautions(whole))
 
 
-def test_cells_are_finished_one_after_the_other(
-    tmp_path: Path, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order: list[Job] = []
+def kinds_of_jobs(asked: StudySettings, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Run a study; return the kinds of its jobs in their order, those that train marked."""
+    order: list[str] = []
 
     def noted(job: Job, *, patient: bool) -> dict[str, Any]:
-        order.append(job)
+        trains = isinstance(job, Scored) and job.training is not None
+        order.append("cell" if trains else type(job).__name__)
         return perform(job, patient=patient)
 
     monkeypatch.setattr("d2lora.study.executors.perform", noted)
-    run_study(settings(tmp_path, {**plan, "sizes": [4]}))
-    kinds = [type(job).__name__ for job in order]
-    first_cell = next(i for i, job in enumerate(order) if isinstance(job, Scored) and job.training)
+    run_study(asked)
+    return order
+
+
+def test_cells_are_finished_one_after_the_other(
+    tmp_path: Path, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = kinds_of_jobs(settings(tmp_path, {**plan, "sizes": [4]}), monkeypatch)
+    first_cell = kinds.index("cell")
     assert "Trial" in kinds[first_cell:], "every trial comes before the first cell"
+
+
+def test_what_cells_wait_for_comes_before_them(
+    tmp_path: Path, plan: dict[str, Any], warm_start: WarmStart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready: dict[str, Any] = {"mine": {"path": str(warm_start.path)}}
+    plan |= {"sizes": [4], "learning_rates": [0.01], "warm_ups": ready, "warm_up": {}, "adapt": {}}
+    kinds = kinds_of_jobs(settings(tmp_path, plan), monkeypatch)
+    assert kinds == ["Ready", "cell", "cell", "cell", "cell", "Scored"]
 
 
 def test_a_study_killed_inside_of_its_warm_up_can_be_estimated_and_resumed(

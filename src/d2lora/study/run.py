@@ -29,7 +29,7 @@ from d2lora.study.cells import BASE, Cell, cells_of
 from d2lora.study.decontamination import Check, contamination_lines, decontaminated
 from d2lora.study.executors import executor, layout
 from d2lora.study.forecast import forecast
-from d2lora.study.jobs import WarmUp
+from d2lora.study.jobs import Scored, Trial
 from d2lora.study.needs import Needs
 from d2lora.study.plan import StudyPlan
 from d2lora.study.queue import Queue
@@ -143,7 +143,7 @@ class _Run:
             self._blocked[cell] = {job.key for job in step.jobs}
             new += step.jobs
         # What others wait for first, then the longest, so that no core is idle at the end.
-        new.sort(key=lambda job: (not isinstance(job, WarmUp), -job.about[1]))
+        new.sort(key=lambda job: (isinstance(job, Scored | Trial), -job.about[1]))
         self._queue.add(new, ahead=ahead)
         failed = f", {len(self.failures)} failed" if self.failures else ""
         done = len(self.finished) + len(self.failures)
