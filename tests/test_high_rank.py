@@ -62,6 +62,8 @@ def test_what_is_kept_is_the_best_approximation_of_a_warm_up_at_the_higher_rank(
     assert about["converted_from_rank"] == 12
     assert about["energy_kept"] == pytest.approx(kept, rel=1e-5)
     assert 0.5 < kept < 1
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert f"fresh LoRA of rank 12, cut at the end: {kept:.1%} of what was learnt is kept" in card
 
 
 def test_the_held_out_loss_is_that_of_what_is_kept(

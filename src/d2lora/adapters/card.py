@@ -10,6 +10,7 @@ from d2lora.adapters.base_files import hub_id
 from d2lora.adapters.manifest import MANIFESTS, Manifest
 from d2lora.runtime.grids import code, inline
 from d2lora.runtime.run_folder import write_json, write_text
+from d2lora.settings import FRESH
 
 CARD_FILE, MERGED = "README.md", "merged.json"
 """The card, and beside a merged model the manifest of the adapter that was merged."""
@@ -146,8 +147,13 @@ def _objective(manifest: Manifest) -> str:
 
 def _initialized_from(manifest: Manifest) -> str:
     if not manifest.lineage:
-        about = manifest.initialization
-        return f"{inline(str(about['name'])) if about else 'fresh'} LoRA"
+        about = manifest.initialization or {"name": FRESH}
+        made = f"{inline(str(about['name']))} LoRA"
+        kept = about.get("energy_kept")
+        if kept is None:
+            return made
+        rank = about["converted_from_rank"]
+        return f"{made} of rank {rank}, cut at the end: {kept:.1%} of what was learnt is kept"
     return f"warm start {code(manifest.lineage[-1].path)}"
 
 
