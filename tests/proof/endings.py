@@ -68,15 +68,19 @@ def again(command: Command, folder: Path) -> tuple[int, str]:
     return code, said.read_text("utf-8", "replace")
 
 
-def ended(command: Command, number: int, n_times: int, folder: Path, seed: int) -> Record:
-    """End a command by a signal at random times."""
-    place, record, chance = folder / "run", Record(), random.Random(seed)
+def left_alone(command: Command, place: Path) -> tuple[dict[str, str], float]:
+    """Run a command undisturbed; return what it leaves, and how long it took."""
     _fresh(place)
     began = time.monotonic()
     code, said = again(command, place)
-    whole_s = time.monotonic() - began
     assert code == 0, f"{command.name}: {said}"
-    expected = contents(place)
+    return contents(place), time.monotonic() - began
+
+
+def ended(command: Command, number: int, n_times: int, folder: Path, seed: int) -> Record:
+    """End a command by a signal at random times."""
+    place, record, chance = folder / "run", Record(), random.Random(seed)
+    expected, whole_s = left_alone(command, place)
     while record.n_tried < n_times:
         _fresh(place)
         process = started(command.words, place)
@@ -117,12 +121,7 @@ def ended(command: Command, number: int, n_times: int, folder: Path, seed: int) 
 def bereft(study: Command, n_times: int, folder: Path, seed: int) -> tuple[Record, int]:
     """Run a study of which random workers are killed; return what came of it, and how many."""
     place, record, chance, n_killed = folder / "run", Record(), random.Random(seed), 0
-    _fresh(place)
-    began = time.monotonic()
-    code, said = again(study, place)
-    whole_s = time.monotonic() - began
-    assert code == 0, f"{study.name}: {said}"
-    expected = contents(place)
+    expected, whole_s = left_alone(study, place)
     while record.n_tried < n_times:
         _fresh(place)
         process, n_before = started(study.words, place), n_killed

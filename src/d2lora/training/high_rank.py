@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors.torch import load_file, save_file
 
-from d2lora.adapters.factors import Factors, truncate
+from d2lora.adapters.factors import Factors, inner_product, truncate
 from d2lora.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA_A, LORA_B
 from d2lora.errors import SettingsError
 from d2lora.runtime.run_folder import write_text
@@ -59,17 +59,11 @@ def cut_to_rank(model: PeftModel, rank: int) -> float:
         b = layer.lora_B["default"].get_parameter("weight")
         factors = Factors(a.detach(), b.detach())
         lower, share = truncate(factors, rank)
-        energy = layer.scaling["default"] ** 2 * _energy(factors)
+        energy = layer.scaling["default"] ** 2 * inner_product(factors, factors)
         kept, total = kept + share * energy, total + energy
         a.zero_()[:rank] = lower.a
         b.zero_()[:, :rank] = lower.b
     return kept / total if total > 0 else 1.0
-
-
-def _energy(factors: Factors) -> float:
-    """Return the squared Frobenius norm of B A, through r x r matrices only."""
-    a, b = factors.a.double(), factors.b.double()
-    return float(((a @ a.T) * (b.T @ b)).sum())
 
 
 def save_cut(folder: Path, rank: int) -> None:
