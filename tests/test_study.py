@@ -301,6 +301,11 @@ def test_a_study_that_is_not_finished_can_be_looked_at(
     both = {("fresh", 0), ("warm", 0)}
     assert shown[1:] == [both, both], "arms are compared at seeds that each has finished"
     write_report(findings)
+    lines = read_rows(out / "results.jsonl")
+    others = [row for row in lines if (row["arm"], row["seed"]) != ("fresh", 0)]
+    write_rows(out / "results.jsonl", others)  # fresh of seed 1 and warm of seed 0
+    with pytest.raises(RunError, match="no seed is finished by every arm yet"):
+        read_findings(out)
     run_study(asked)
     whole = read_findings(out)
     assert whole.n_unfinished == 0

@@ -58,6 +58,8 @@ def read_findings(path: Path) -> Findings:
     n_unfinished = int(study.get("n_cells", 0)) - len(rows) - len(study["failures"])
     if n_unfinished > 0:
         rows = _shared_seeds(rows)
+    if not rows:
+        raise RunError(f"{path}: no seed is finished by every arm yet; look again later")
     trials = _lines(path / "trials.jsonl")
     score_of = {task: _main_score(rows, task) for task in plan.tasks}
     levels = _levels(rows, plan, score_of)
