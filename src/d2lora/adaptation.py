@@ -22,7 +22,12 @@ from d2lora.runtime.run_folder import RunFolder
 from d2lora.settings import AdaptSettings, is_named_init
 from d2lora.settings.seeds import seed_of
 from d2lora.training.forecast import Forecast, forecast, show
-from d2lora.training.initialization import Initialization, InitializedAdapter, initialized
+from d2lora.training.initialization import (
+    Initialization,
+    InitializedAdapter,
+    check_sharded,
+    initialized,
+)
 from d2lora.training.phase import Phase, run_phase
 from d2lora.training.rows import prepare_rows
 from d2lora.warmstart import WarmStart
@@ -107,6 +112,7 @@ def _initialized(
         with initialized(settings, base, shape, seed, rows, reporter) as adapter:
             yield adapter
         return
+    check_sharded(base.model, shape)
     if warning := check_fit(warm_start.path, base):
         reporter.say(warning)
     model = warm_start.apply_to(base.model, dropout=settings.dropout, scale=settings.init_scale)

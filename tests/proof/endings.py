@@ -174,15 +174,16 @@ def commands(inputs: Path) -> Iterator[Command]:
     base = conftest.save_tiny_base(inputs / "base", 0)
     general = write_rows(inputs / "pool.jsonl", general_rows("train", 40))
     titles = write_rows(inputs / "titles.jsonl", title_rows("train", 20))
-    plan = small_plan(inputs, base, general, titles)
+    plan = small_plan(inputs, base, general, titles) | {"sizes": [8], "learning_rates": [0.01]}
     path = inputs / "plan.json"
     path.write_text(json.dumps(plan), encoding="utf-8")
     half = inputs / "half.json"
-    half.write_text(json.dumps({**plan, "sizes": [plan["sizes"][-1], 12]}), encoding="utf-8")
+    half.write_text(json.dumps({**plan, "sizes": [8, 12]}), encoding="utf-8")
     run = ("--base", base, "--rank", "4", "--batch-size", "4", "--checkpoint-every", "2")
     yield Command("adapt", ("adapt", *run, "--data", titles, "--max-steps", "300", "--out", "out"))
     for executor in ("inline", "processes", "ray"):
-        words = ("study", str(path), "--executor", executor, "--workers", "2")
+        workers = () if executor == "inline" else ("--workers", "2")
+        words = ("study", str(path), "--executor", executor, *workers)
         yield Command(f"study, {executor}", (*words, "--store", "store", "--out", "study"))
 
 

@@ -61,7 +61,7 @@ static int fd_below(int fd) {
   char link[64], path[PATH_MAX];
   snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
   ssize_t n = syscall(SYS_readlinkat, AT_FDCWD, link, path, sizeof path - 1);
-  if (n < 0) return 0;
+  if (n < 0 || path[0] != '/') return 0; /* a pipe, a socket, an event: no disk is asked */
   path[n] = 0;
   return below(path);
 }

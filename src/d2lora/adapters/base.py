@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from d2lora.adapters import quantization
+from d2lora.adapters import quantization, sharding
 from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.chat_template import chosen_template, with_template
 from d2lora.adapters.files import ADAPTER_CONFIG, some
@@ -134,6 +134,7 @@ def load_base(settings: BaseSettings) -> Base:
     template = chosen_template(settings, tokenizer)
     dtype = dtype_of(settings.dtype, device)
     loading = quantization.loading(settings, folder, dtype, device)
+    loading |= sharding.loading(settings, folder, device)
     try:
         with foreign("not a causal language model"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -152,6 +153,7 @@ def load_base(settings: BaseSettings) -> Base:
     model.requires_grad_(False)
     remove_hook_from_module(model, recurse=True)  # accelerate's, of a model that is on one device
     quantization.prepare(model, dtype)
+    sharding.prepare(model)
     nn.Module.to(model, device).eval()
     base = Base(
         model,
@@ -167,6 +169,7 @@ def load_base(settings: BaseSettings) -> Base:
         template,
     )
     check_causal(model, settings.base)
+    sharding.check_length(model, settings, short_factor_limit(model))
     if base.eos_id >= (n_rows := n_embedded(model)):
         raise ModelError(f"{settings.base}: {unknown_token(base.eos_id, tokenizer, n_rows)}")
     return base

@@ -7,6 +7,7 @@ checkpoint/        only while training; a killed run resumes from it
 done.json          the marker of completion, written last, with the run's summary
 """
 
+import functools
 import glob
 import hashlib
 import json
@@ -265,6 +266,18 @@ class RunFolder:
 
 def provenance() -> dict[str, Any]:
     """Return what a number must be traced to: versions, platform, date."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        **_loaded(),
+    }
+
+
+@functools.cache
+def _loaded() -> dict[str, Any]:
+    """Return what this process runs; a checkout may change below it while it does."""
     versions: dict[str, str] = {}
     for name in LIBRARIES:
         try:
@@ -274,14 +287,7 @@ def provenance() -> dict[str, Any]:
     for name in IN_EXTRAS:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu_count": os.cpu_count(),
-        "commit": _own_commit(),
-        "versions": versions,
-    }
+    return {"commit": _own_commit(), "versions": versions}
 
 
 def _own_commit() -> str | None:

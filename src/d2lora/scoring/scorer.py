@@ -9,12 +9,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional
 
 from d2lora import fast
 from d2lora.adapters.base import causal_model, n_positions, short_factor_limit
+from d2lora.adapters.sharding import is_sharded
 from d2lora.data.batches import Batch, Branches, Encoded, collate, micro_batches
+from d2lora.errors import ModelError
 from d2lora.fast import cuda_graphs, head
 from d2lora.fast.packing import pack, row_by_row, takes_packed_rows
 from d2lora.fast.probing import Probed
@@ -30,11 +33,11 @@ _NATS = 2.5
 class TokenScorer(nn.Module):
     """Scores the supervised tokens of a batch; the one forward pass of training and scoring.
 
-    It is what gets wrapped for several devices, so gradients are synchronised by its `forward`.
     The fastest way that gives the model's own log-probabilities is found on the first batch, and
     again on longer rows: rows end to end without padding, on the fast path; rows padded on the
     right; the model's whole forward pass, for models that change logits after the head (soft caps,
     scaling) or see padding; or that of each row alone, for models that see it in spite of a mask.
+    A sharded base computes a batch in one whole pass, as all processes take part in each.
     """
 
     def __init__(self, model: nn.Module, *, replays: bool = False) -> None:
@@ -55,6 +58,7 @@ class TokenScorer(nn.Module):
         self._ways: list[Callable[[Batch], Tensor]] = []
         self._is_head_last: bool | None = None
         self._limit = short_factor_limit(model)
+        self._sharded = is_sharded(model)
 
     @property
     def way(self) -> str:
@@ -194,6 +198,8 @@ class TokenScorer(nn.Module):
 
     def _fastest(self, batch: Batch) -> Callable[[Batch], Tensor]:
         """Return the first way that scores rows behind others as the model does alone."""
+        if self._sharded:
+            return self._in_step(batch)
         used = self.used
         if not self._ways or used is not self._used:
             causal = causal_model(self.model)
@@ -212,6 +218,24 @@ class TokenScorer(nn.Module):
         if self._ways[0] == self._packed:
             used.take("rows end to end")
         return self._ways[0]
+
+    def _in_step(self, batch: Batch) -> Callable[[Batch], Tensor]:
+        """Return the way of a sharded base: tried once, on the first batch of every process.
+
+        Raises:
+            ModelError: If it scores rows otherwise than alone.
+        """
+        if not self._ways:
+            self._ways = [self._whole]
+            rows = [batch.row(row(batch)) for row in (_shortest, _longest)]
+            equal = [succeeds(partial(self._is_equal, row)) for row in rows]
+            if not all(gather_object(equal)):
+                kind = type(causal_model(self.model)).__name__
+                raise ModelError(
+                    f"--shard-base: {kind} sees padding in spite of a mask, so that its rows would "
+                    "have to be computed one by one; leave it out"
+                )
+        return self._whole
 
     @torch.no_grad()
     def _is_equal(self, row: Batch) -> bool:

@@ -52,6 +52,9 @@ class PhaseSettings(
     """Held-out rows for validation loss, instead of validation_fraction."""
     measure_start: bool = True
     """Whether to measure the base and the warm start on rows of the task before training."""
+    shard_base: bool = False
+    """Divide the base's weights among the processes of the run (FSDP2), instead of a copy in each.
+    Without the fast paths."""
     resume: bool = False
     """Continue a killed run in `out`."""
     dry_run: bool = False
@@ -67,6 +70,13 @@ class PhaseSettings(
 
     @model_validator(mode="after")
     def _base_is_there(self) -> Self:
+        if self.shard_base and self.quantization:
+            raise ValueError(
+                "--shard-base divides weights of 16 or 32 bits: leave out one of "
+                "--shard-base and --quantization"
+            )
+        if self.shard_base and self.dry_run:
+            raise ValueError("--dry-run measures a base that is whole: leave out --shard-base")
         if self.replay and self.replay_loss == "kl" and changes_base(self.init):
             raise ValueError(
                 f"--replay-loss kl compares with the base, which --init {self.init} changes: use "

@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 from d2lora.adapters.attach import detach_adapter
 from d2lora.adapters.base import Base, causal_model, n_embedded
 from d2lora.adapters.files import read_adapter_config
-from d2lora.adapters.lora import LoraShape, attach, check_shape, lora_config
+from d2lora.adapters.lora import PLAIN, LoraShape, attach, check_shape, lora_config
 from d2lora.adapters.manifest import Ancestor, save_adapter
 from d2lora.adapters.quantization import is_quantized
-from d2lora.adapters.targets import narrowest, target_layers
+from d2lora.adapters.sharding import is_sharded
+from d2lora.adapters.targets import narrowest, target_layers, targets_of
 from d2lora.data.batches import Encoded, Item, PreferencePair, collate, micro_batches
 from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError, SettingsError
@@ -171,6 +172,7 @@ def initialized(
     """
     name, model = settings.init, base.model
     check_shape(model, shape)
+    check_sharded(model, shape, name)
     check_init(name, shape, model)
     kept = _take_weights(model, shape) if changes_base(name) else None
     attached: PeftModel | None = None
@@ -192,6 +194,28 @@ def initialized(
             detach_adapter(attached)
         if kept is not None:
             _swap(model, kept)
+
+
+def check_sharded(model: PreTrainedModel, shape: LoraShape, name: str = FRESH) -> None:
+    """Check that an adapter can be trained on a base, be it sharded.
+
+    Raises:
+        SettingsError: If it, or its initialization, needs whole weights of a sharded base.
+    """
+    if not is_sharded(model):
+        return
+    needs = {
+        f"--init {name}": name not in PLAIN,
+        "--dora": shape.dora,
+        "--modules-to-save": bool(shape.modules_to_save),
+        "--add-tokens": bool(shape.add_tokens),
+        "experts among the --targets": bool(targets_of(model, shape.wanted).parameters),
+    }
+    if found := [what for what, needed in needs.items() if needed]:
+        raise SettingsError(
+            f"--shard-base: {' and '.join(found)} would need whole weights of the base; leave out "
+            "one of the two"
+        )
 
 
 def check_init(name: str, shape: LoraShape, model: PreTrainedModel) -> None:

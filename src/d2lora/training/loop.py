@@ -9,10 +9,10 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -35,6 +35,7 @@ from d2lora.training.high_rank import cut_to_rank
 from d2lora.training.lesson import Lesson
 from d2lora.training.objectives import Objective
 from d2lora.training.passes import Passes, undoing
+from d2lora.training.processes import Processes
 from d2lora.training.progress import Best, Progress, as_logged, held_out, judge
 from d2lora.training.recomputation import can_recompute, recomputed
 from d2lora.training.schedule import StepSchedule
@@ -64,8 +65,8 @@ class _Loop(Generic[T]):
     lesson: Lesson[T]
     settings: TrainSettings
     schedule: StepSchedule
-    accelerator: Accelerator
-    scorer: nn.Module
+    processes: Processes
+    scorer: TokenScorer
     parameters: Mapping[str, nn.Parameter]
     optimizer: AdamW
     passes: Passes[T]
@@ -86,21 +87,21 @@ class _Loop(Generic[T]):
                 "nothing is trainable: the adapter was loaded frozen, as PEFT does by default; "
                 "load it with is_trainable=True"
             )
-        accelerator = Accelerator(cpu=next(iter(parameters.values())).device.type == "cpu")
-        n_processes = accelerator.num_processes
+        processes = Processes.of(model)
+        processes.agree(parameters.values())
         # What is recorded keeps every activation.
-        replays = n_processes == 1 and settings.checkpointing != "on"
+        replays = processes.n == 1 and settings.checkpointing != "on"
         scorer = TokenScorer(model, replays=replays)
         return cls(
             model,
             lesson,
             settings,
             lesson.schedule(settings),
-            accelerator,
-            accelerator.prepare(scorer),
+            processes,
+            scorer,
             parameters,
             adamw(model, settings),
-            Passes.of(model, scorer, settings, reporter, n_processes),
+            Passes.of(model, scorer, settings, reporter, processes.n),
             TrainingFlops.of(model),
         )
 
@@ -122,7 +123,12 @@ class _Loop(Generic[T]):
         return step % length == 0 and step // every > (step - length) // every
 
     def fit_passes(self) -> None:
-        """Take passes that memory has room for, by the longest of the first rows."""
+        """Take passes that memory has room for, by the longest of the first rows.
+
+        Not of a sharded base, whose layers are whole while they compute.
+        """
+        if self.processes.in_step:
+            return
         lesson, scorer = self.lesson, TokenScorer(self.model)
         batch = lesson.longest(self.settings)
         if batch:
@@ -280,10 +286,11 @@ def _gradient(
 
     def attempt() -> dict[str, float]:
         measured = _backward(loop, items, loop.lesson.objective)
-        if replay is None:
-            return measured
-        beside = _backward(loop, general, replay.objective, replay.weight, replay.pass_tokens)
-        return {**measured, "replay_loss": beside["loss"]}
+        if replay is not None:
+            beside = _backward(loop, general, replay.objective, replay.weight, replay.pass_tokens)
+            measured["replay_loss"] = beside["loss"]
+        loop.processes.add_gradients(parameters)
+        return measured
 
     while True:
         measured = loop.passes.within_memory(attempt, undo)
@@ -331,7 +338,7 @@ def _backward(
     weight: float = 1.0,
     max_tokens: int | None = None,
 ) -> dict[str, float]:
-    """Add up a batch's gradient over its micro-batches and all processes.
+    """Add up the gradient of this process's share of a batch over its micro-batches.
 
     Args:
         loop: The run.
@@ -341,37 +348,30 @@ def _backward(
         max_tokens: Padded tokens of one pass, at most; None: the run's.
 
     Returns:
-        The batch's loss and metrics, unweighted.
+        The whole batch's loss and metrics, unweighted.
     """
-    accelerator, scorer, lesson = loop.accelerator, loop.scorer, loop.lesson
-    world = accelerator.num_processes
-    # A process without a share still has to take part in the synchronisation: with weight 0.
-    mine = items[accelerator.process_index :: world] or items[:1]
-    part = world if len(items) > accelerator.process_index else 0
-    groups = loop.passes.cut(mine, max_tokens)
+    scorer, lesson, scale = loop.scorer, loop.lesson, loop.progress.loss_scale or 1
     total: dict[str, Tensor] = {}
-    for number, group in enumerate(groups, 1):
+    for group, part in loop.processes.shares(
+        items, partial(loop.passes.cut, max_tokens=max_tokens)
+    ):
         loop.passes.begin(group)
-        with (
-            accelerator.accumulate(scorer) if number == len(groups) else accelerator.no_sync(scorer)
-        ):
-            share = objective.share(scorer, group, items, lesson.pad_id)
-            try:
-                scale = loop.progress.loss_scale or 1
-                accelerator.backward(share.loss * (part * weight * scale))
-            except RuntimeError as error:
-                if not any(fault in str(error) for fault in _NO_GRADIENT):
-                    raise
-                kind = type(causal_model(loop.model)).__name__
-                raise TrainingError(
-                    f"{kind} cannot be trained: its own forward pass does not keep what its "
-                    f"gradient needs ({first_line(error)})"
-                ) from None
+        share = objective.share(scorer, group, items, lesson.pad_id)
+        loss: Tensor = share.loss * (part * weight * scale)
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if not any(fault in str(error) for fault in _NO_GRADIENT):
+                raise
+            kind = type(causal_model(loop.model)).__name__
+            raise TrainingError(
+                f"{kind} cannot be trained: its own forward pass does not keep what its "
+                f"gradient needs ({first_line(error)})"
+            ) from None
         for name, value in {"loss": share.loss.detach(), **share.metrics}.items():
             total[name] = total[name] + value * part if name in total else value * part
-    reduced = accelerator.reduce(torch.stack([total[name].float() for name in total]), "mean")
-    assert isinstance(reduced, Tensor)
-    return dict(zip(total, reduced.tolist(), strict=True))
+    measured = loop.processes.total(torch.stack([value.float() for value in total.values()]))
+    return dict(zip(total, measured.tolist(), strict=True))
 
 
 _NO_GRADIENT = ("inplace operation", "does not require grad")

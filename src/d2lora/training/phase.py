@@ -23,6 +23,7 @@ from d2lora.adapters.manifest import (
     base_record,
     fingerprint_of_adapter,
 )
+from d2lora.adapters.sharding import is_sharded
 from d2lora.adapters.targets import coverage
 from d2lora.data.batches import digest_of
 from d2lora.data.encode import Encoder
@@ -76,9 +77,10 @@ def run_phase(phase: Phase) -> None:
     adapted = coverage(phase.adapter.model)
     phase.reporter.say(adapted)
     reset_peak_memory(device)
+    sharded = is_sharded(phase.adapter.model)
     with (
         _trackers(phase),
-        fast.enabled(phase.adapter.model, when=settings.fast) as used,
+        fast.enabled(phase.adapter.model, when=settings.fast and not sharded) as used,
     ):
         start = _start(phase)
         if start is not None and not resumes:
@@ -179,6 +181,7 @@ def _scored(phase: Phase, everyone: PartialState) -> tuple[Rows, int]:
         return rows, 0
     # Where a part of the base is in the adapter, the base is the adapter before training.
     off = reference == "base" and not adapter.changes_base
+    mine = everyone.process_index, everyone.num_processes
     policy = ReferencePolicy(reference, adapter.model, off, base.fingerprint)
     pairs, n_tokens = with_reference(
         policy,
@@ -187,7 +190,8 @@ def _scored(phase: Phase, everyone: PartialState) -> tuple[Rows, int]:
         phase.reporter,
         pad_id=base.pad_id,
         max_tokens=phase.settings.micro_batch_tokens,
-        process=(everyone.process_index, everyone.num_processes),
+        # All processes take part in a pass of a sharded base, so each makes all of them.
+        process=(0, 1) if is_sharded(adapter.model) else mine,
     )
     everyone.wait_for_everyone()
     n_train = len(rows.train)

@@ -104,7 +104,8 @@ def with_reference(
         )
         mine = log_probabilities_of(policy, pairs[rank::world], pad_id, max_tokens)
         numbered = list(zip(range(rank, len(pairs), world), mine, strict=True))
-        values = [value for _, value in sorted(gather_object(numbered))]
+        every = gather_object(numbered) if world > 1 else numbered
+        values = [value for _, value in sorted(every)]
         if is_main_process():
             write_json(path, {"key": key, "policy": policy.name, "log_probabilities": values})
     n_tokens = sum(pair.n_tokens for pair in pairs)
