@@ -166,6 +166,9 @@ def left(
         for more in settings:
             out = str(place / f"refused-{len(cases)}")
             cases[f"{base} {more[0]}"] = [*task, "--base", bases[base], *more, "--out", out]
+    by_svd = [*commands["again"], "--init", "pissa", "--out"]
+    assert main([*by_svd, str(place / "pissa-whole")]) == 0
+    cases["pissa"] = [*by_svd, str(place / "pissa-copied")]
     return dict(zip(cases, in_processes(place, "two", 2, [*cases.values()]), strict=True))
 
 
@@ -176,6 +179,14 @@ def test_a_sharded_base_learns_what_a_whole_one_does(
     for name in commands:
         assert [process["code"] for process in left[name]] == [0, 0]
         assert_alike(place / f"{name}-whole", place / f"{name}-sharded")
+
+
+@pytest.mark.slow
+def test_copies_of_a_base_that_an_initialization_changed_learn_the_same(
+    place: Path, left: dict[str, list[dict[str, int]]]
+) -> None:
+    assert [process["code"] for process in left["pissa"]] == [0, 0]
+    assert_alike(place / "pissa-whole", place / "pissa-copied")
 
 
 @pytest.mark.slow

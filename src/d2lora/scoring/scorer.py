@@ -230,7 +230,7 @@ class TokenScorer(nn.Module):
             rows = [batch.row(row(batch)) for row in (_shortest, _longest)]
             equal = [succeeds(partial(self._is_equal, row)) for row in rows]
             if not all(gather_object(equal)):
-                kind = type(causal_model(self.model)).__name__
+                kind = type(causal_model(self.model)).__name__.removeprefix("FSDP")
                 raise ModelError(
                     f"--shard-base: {kind} sees padding in spite of a mask, so that its rows would "
                     "have to be computed one by one; leave it out"

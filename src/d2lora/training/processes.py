@@ -37,8 +37,12 @@ class Processes:
 
     def agree(self, parameters: Iterable[nn.Parameter]) -> None:
         """Give all processes the weights of the first."""
-        if self.n > 1:
-            broadcast([parameter.data for parameter in parameters])
+        if self.n == 1:
+            return
+        for parameter in parameters:
+            sent = parameter.detach().contiguous()
+            broadcast(sent)
+            parameter.data.copy_(sent)
 
     def shares(
         self, items: Sequence[U], cut: Callable[[Sequence[U]], list[list[U]]]
