@@ -266,18 +266,6 @@ class RunFolder:
 
 def provenance() -> dict[str, Any]:
     """Return what a number must be traced to: versions, platform, date."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu_count": os.cpu_count(),
-        **_loaded(),
-    }
-
-
-@functools.cache
-def _loaded() -> dict[str, Any]:
-    """Return what this process runs; a checkout may change below it while it does."""
     versions: dict[str, str] = {}
     for name in LIBRARIES:
         try:
@@ -287,11 +275,22 @@ def _loaded() -> dict[str, Any]:
     for name in IN_EXTRAS:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    return {"commit": _own_commit(), "versions": versions}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "commit": _own_commit(),
+        "versions": versions,
+    }
 
 
+@functools.cache
 def _own_commit() -> str | None:
-    """Return the commit of the checkout that d2lora runs from; None where it is installed."""
+    """Return the commit of the checkout that d2lora runs from; None where it is installed.
+
+    Asked once: a checkout may change below a process that runs for hours.
+    """
     checkout = Path(__file__).parents[3]
     if not (checkout / ".git").exists() or shutil.which("git") is None:
         return None
