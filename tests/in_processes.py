@@ -7,35 +7,18 @@ process holds of a base, and how many of its layers are whole at once, is writte
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from d2lora.adapters.sharding import is_sharded
 from d2lora.cli import main
-from d2lora.training import loop, phase
-
-
-class KilledError(Exception):
-    """A run died."""
-
-
-def dying(step: Callable[..., Any], last: int) -> Callable[..., Any]:
-    """Return a step that dies when it is called for the last time."""
-    taken = 0
-
-    def dies(*args: Any, **kwargs: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        if taken == last:
-            raise KilledError
-        return step(*args, **kwargs)
-
-    return dies
+from d2lora.training import phase
+from support import dies_at_step
 
 
 def watch(model: nn.Module, held: dict[str, int]) -> None:
@@ -64,7 +47,7 @@ def watch(model: nn.Module, held: dict[str, int]) -> None:
 
 def run(cases: Path) -> None:
     """Run the cases; leave each its exit code."""
-    train, step = phase.train, loop._step
+    train = phase.train
     found: dict[str, int] = {}
 
     def looked_at(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -75,11 +58,12 @@ def run(cases: Path) -> None:
     for number, words in enumerate(json.loads(cases.read_text("utf-8"))):
         found.clear()
         dies = isinstance(words[0], int)
-        loop._step = dying(step, words[0]) if dies else step
-        try:
-            code = main(words[1:] if dies else words)
-        except KilledError:
-            code = -9
+        with pytest.MonkeyPatch.context() as patch:
+            killed = dies_at_step(patch, words[0]) if dies else ()
+            try:
+                code = main(words[1:] if dies else words)
+            except killed:
+                code = -9
         place = cases.parent / f"{cases.stem}-{number}-{os.environ.get('RANK', '0')}.json"
         place.write_text(json.dumps({"code": code, **found}), encoding="utf-8")
 

@@ -17,9 +17,7 @@ from conftest import save_tiny_base
 from d2lora import AdaptSettings, SettingsError, adapt
 from d2lora.cli import main
 from d2lora.embedded import word_problem_rows
-from d2lora.training import loop
-from in_processes import KilledError, dying
-from support import read_rows, write_rows
+from support import dies_at_step, read_rows, write_rows
 
 HERE = Path(__file__).parent
 SMALL = [
@@ -155,11 +153,8 @@ def left(
     }
     again = [*commands["again"], "--shard-base", "--out"]
     cases["dies"] = [3, *again, str(place / "dies")]
-    step = loop._step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_step", dying(step, 3))
-        with pytest.raises(KilledError):
-            main([*again, str(place / "goes on")])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(dies_at_step(patch, 3)):
+        main([*again, str(place / "goes on")])
     cases["goes on"] = [*again, str(place / "goes on"), "--resume"]
     task = ["adapt", "--data", problems, "--n", "13", *SMALL, "--shard-base"]
     for base, settings in REFUSED_WITH.items():
