@@ -219,7 +219,15 @@ def tried(command: Command, kind: str, n_points: int, folder: Path, seed: int) -
             sys.stderr.write(f"{record.faults[-1]}\n")
         else:
             record.n_as_before += 1
+        progress(f"{command.name}, {kind}", record.n_as_before, record.n_tried)
     return record
+
+
+def progress(what: str, n_good: int, n_tried: int) -> None:
+    """Say how far it is, so that a stop by hand does not lose the count."""
+    if n_tried % 10 == 0:
+        sys.stderr.write(f"{what}: {n_good} of {n_tried}\n")
+        sys.stderr.flush()
 
 
 def _fault(

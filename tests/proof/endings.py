@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from crashes import Command, contents, differing
+from crashes import Command, contents, differing, progress
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent / "scripts")]
@@ -115,6 +115,8 @@ def ended(command: Command, number: int, n_times: int, folder: Path, seed: int) 
             sys.stderr.write(f"{record.faults[-1]}\n")
         else:
             record.n_clean += 1
+        what = f"{command.name}, {signal.Signals(number).name}, up to {record.longest_s:.1f} s"
+        progress(what, record.n_clean, record.n_tried)
     return record
 
 
@@ -145,6 +147,7 @@ def bereft(study: Command, n_times: int, folder: Path, seed: int) -> tuple[Recor
             process.kill()
         else:
             record.n_clean += 1
+        progress(f"{study.name}, {n_killed} workers killed", record.n_clean, record.n_tried)
     return record, n_killed
 
 
