@@ -299,10 +299,10 @@ def _own_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def stamp_of(path: Path) -> Stamp:
+def stamp_of(path: "Path | os.DirEntry[str]") -> Stamp:
     """Return what changes when a file does: its path, inode, size and time of change."""
     status = path.stat()
-    return str(path), status.st_ino, status.st_size, status.st_mtime_ns
+    return os.fspath(path), status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def sha256_of(path: Path) -> str:

@@ -95,7 +95,10 @@ class Settings(BaseModel):
         Raises:
             SettingsError: With every other fault.
         """
-        idle = cls.unchecked(values).without_effect(values)
+        whole = cls.unchecked(values)
+        idle = whole.without_effect(values)
+        if not idle:
+            return whole
         return cls(**{name: value for name, value in values.items() if name not in idle})
 
     @classmethod

@@ -55,6 +55,7 @@ class Needs:
         self.last: dict[Cell, Scored] = {}
         """The job that scores a cell, once it is known."""
         self._warm_ups: dict[tuple[str, int], WarmUp | Ready] = {}
+        self._tests: dict[str, EvaluateSettings] = {}
 
     def note(self, job: Job, outcome: dict[str, Any] | str) -> None:
         """Note the result of a job, or the reason why it failed."""
@@ -269,6 +270,11 @@ class Needs:
 
     def tests(self, name: str) -> EvaluateSettings:
         """Return how a task's adapters are scored."""
+        if name not in self._tests:
+            self._tests[name] = self._test_settings(name)
+        return self._tests[name]
+
+    def _test_settings(self, name: str) -> EvaluateSettings:
         task = self.plan.tasks[name]
         own = {**self.plan.adapt, **task.adapt}
         values: dict[str, Any] = {
