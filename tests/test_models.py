@@ -9,10 +9,14 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from d2lora import ModelError
-from d2lora.adapters.base import device_of, dtype_of, load_base
+from d2lora.adapters.base import device_of, dtype_of, load_base, slow_dtype
 from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.fingerprints import fingerprint_of, identity_of
+from d2lora.cli import main
 from d2lora.settings import BaseSettings
+from d2lora.study.read_plan import read_plan
+from d2lora.study.readiness import warnings_of
+from support import small_plan, write_rows
 
 EMBEDDED = "8e7dcdb90a70d2828b15ec8cc6278c25d539939df5009a19620c8acd6941ccd7"
 """What stored warm starts on the embedded base say of it."""
@@ -110,6 +114,43 @@ def test_the_number_format_follows_the_device() -> None:
     assert dtype_of("auto", torch.device("cpu")) == torch.float32
     assert dtype_of("auto", torch.device("cuda")) == torch.bfloat16
     assert dtype_of("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_a_dtype_that_the_processor_emulates_is_warned_of_before_anything_is_computed(
+    tmp_path: Path,
+    tiny_base: str,
+    titles: str,
+    general: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def said(words: str, *, has_products: bool) -> str:
+        monkeypatch.setattr("d2lora.adapters.base._multiplies", lambda _: has_products)
+        assert main([*words.split(), "--device", "cpu"]) == 0
+        shown = capsys.readouterr()
+        return shown.out + shown.err
+
+    warning = "warning: this processor has no products in bfloat16, and takes many times as long"
+    for n, words in enumerate((
+        f"adapt --data {titles} --n 4 --max-steps 1 --dry-run",
+        f"evaluate --data {titles} --limit 1 --max-new-tokens 1",
+        "generate --prompt x --max-new-tokens 1",
+    )):  # fmt: skip
+        out = "" if "--prompt" in words else f" --out {tmp_path / str(n)}"
+        again = f"{out}-2" if out else ""
+        whole = f"{words} --base {tiny_base} --dtype bfloat16"
+        assert warning in said(whole + out, has_products=False)
+        assert warning not in said(whole + again, has_products=True)
+    cpu = torch.device("cpu")
+    for dtype in (torch.bfloat16, torch.float16):
+        monkeypatch.setattr("d2lora.adapters.base._multiplies", lambda _: False)
+        assert slow_dtype(dtype, cpu)
+        assert slow_dtype(dtype, torch.device("cuda")) is None
+    assert slow_dtype(torch.float32, cpu) is None
+    values = small_plan(tmp_path, tiny_base, general, titles) | {"dtype": "bfloat16"}
+    path = write_rows(tmp_path / "plan.json", [values])
+    plan = read_plan(path)
+    assert [line for line in warnings_of(plan) if "--dtype float32" in line]
 
 
 def test_each_of_several_processes_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
     python tests/proof/endings.py --times 10
 
 SIGTERM, SIGINT or SIGKILL goes to the command alone, as a batch system sends it, at a random time;
-every process that it started has to be gone within five seconds, the exit code is 128 and the
-signal's number, and the second try ends as a run that was left alone.
+every process that it started has to be gone within five seconds (Ray's own, after SIGKILL, later),
+the exit code is 128 and the signal's number, and the second try ends as a run that was left alone.
 
 Workers: SIGKILL goes to random workers of a study at random times, until it ends, which it has to
 do as one that was left alone.
@@ -91,7 +91,10 @@ def ended(command: Command, number: int, n_times: int, folder: Path, seed: int) 
         at_s = time.monotonic()
         process.send_signal(number)
         code = process.wait(_HANGS_S)
-        _, alive = psutil.wait_procs(family, timeout=_HANGS_S)
+        # Ray's own processes outlive what was killed by a minute. The second try comes at once, as
+        # a user's would: what still runs has to leave it alone.
+        outlived = number == signal.SIGKILL and command.name == "study, ray"
+        _, alive = psutil.wait_procs(family, timeout=0 if outlived else _HANGS_S)
         took_s = time.monotonic() - at_s
         said = (folder / "said").read_text("utf-8", "replace")
         record.n_tried += 1
@@ -103,10 +106,11 @@ def ended(command: Command, number: int, n_times: int, folder: Path, seed: int) 
         leaked = number != signal.SIGKILL and "leaked" in said
         if code not in codes or "Traceback" in said or leaked:
             wrong = f"exit code {code}: {said.strip()[-300:]}"
-        elif alive or took_s > LIMIT_S:
+        elif not outlived and (alive or took_s > LIMIT_S):
             wrong = f"{took_s:.1f} s until all was gone"
         else:
             second, said = again(command, place)
+            psutil.wait_procs(family, timeout=_HANGS_S)
             wrong = differing(contents(place), expected)
             if second != 0 and "holds a finished run" not in said:
                 wrong = f"the second try ends with {second}: {said.strip()[-300:]}"

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from d2lora.adapters.attach import attached
-from d2lora.adapters.base import Base, load_base
+from d2lora.adapters.base import Base, load_base, slow_dtype
 from d2lora.adapters.files import AdapterFiles
 from d2lora.adapters.manifest import check_fit
 from d2lora.data.encoded_sets import answers_beyond
@@ -78,6 +78,8 @@ def _evaluate(settings: EvaluateSettings, base: Base | None, names: Sequence[str
         if name != BASE:  # all of them before the first is measured
             AdapterFiles.read(Path(name))
     base = base or load_base(settings)
+    if slow := slow_dtype(base.model.dtype, base.model.device):
+        reporter.say(f"warning: {slow}")
     folders = [Path(name) for name in names if name != BASE]
     for folder in folders:
         if warning := check_fit(folder, base):

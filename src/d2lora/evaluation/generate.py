@@ -11,7 +11,7 @@ from torch import nn
 
 from d2lora import fast
 from d2lora.adapters.attach import attached, is_folded, merged
-from d2lora.adapters.base import Base, load_base
+from d2lora.adapters.base import Base, load_base, slow_dtype
 from d2lora.adapters.manifest import Manifest, base_for, check_fit, has_manifest
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_prompts
@@ -116,7 +116,8 @@ def generate(settings: GenerateSettings) -> list[dict[str, Any]]:
     prompts = encode_prompts(encoder, examples, *lengths_of(adapter), settings.max_new_tokens).ids
     places = [example.place for example in examples]
     warning = check_room(prompts, places, base.model, settings.max_new_tokens)
-    for message in (warning, check_fit(adapter, base) if adapter else None):
+    slow = slow_dtype(base.model.dtype, base.model.device)
+    for message in (slow and f"warning: {slow}", warning, adapter and check_fit(adapter, base)):
         if message is not None:
             Reporter().say(message)
     with adapted(base, adapter, fast_when=settings.fast) as (model, _):

@@ -46,7 +46,7 @@ from d2lora.study.executors import executor, layout
 from d2lora.study.needs import Needs
 from d2lora.study.plan import StudyPlan
 from d2lora.study.queue import Queue
-from d2lora.study.readiness import check, cut_short
+from d2lora.study.readiness import check, warnings_of
 from d2lora.study.steps import Missing, Steps, T, reached
 from d2lora.study.store import Job
 
@@ -202,7 +202,7 @@ def _check(plan: StudyPlan, settings: FitSettings, reporter: Reporter) -> None:
     task = plan.tasks[TASK]
     # Every row is answered; without test rows their limits are those that count.
     own = plan.changed(tasks={TASK: task.changed(test=task.test or task.data)})
-    for message in cut_short(own):
+    for message in warnings_of(own):
         reporter.say(f"warning: {message.removeprefix(f'tasks.{TASK}: ')}")
     if not settings.test:
         reporter.say("no --test: scores are those of cross-validation")

@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from d2lora.adapters.base import tokenizer_of
+from d2lora.adapters.base import device_of, dtype_of, slow_dtype, tokenizer_of
 from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.fingerprints import identity_of
 from d2lora.adapters.lora import BESIDE
@@ -198,14 +198,16 @@ def _faults_of_warm_starts(plan: StudyPlan, *, fetch: bool) -> list[str]:
     return faults
 
 
-def cut_short(plan: StudyPlan) -> list[str]:
-    """Return messages on the rows that each task's limits cut, and on answers beyond them.
+def warnings_of(plan: StudyPlan) -> list[str]:
+    """Return warnings: a slow dtype, rows that each task's limits cut, answers beyond them.
 
     Raises:
         DataError: If the chat template refuses a row.
     """
     base = BaseSettings(**base_values(plan))
-    messages: list[str] = []
+    device = device_of(base.device)
+    slow = slow_dtype(dtype_of(base.dtype, device), device)
+    messages = [] if slow is None else [slow]
     for name, task in plan.tasks.items():
         own = {key: value for key, value in {**plan.adapt, **task.adapt}.items() if key in LIMITS}
         limits = EvaluateSettings(**dict(base), out=Path(), **own)

@@ -33,7 +33,7 @@ from d2lora.study.jobs import Scored, Trial
 from d2lora.study.needs import Needs
 from d2lora.study.plan import StudyPlan
 from d2lora.study.queue import Queue
-from d2lora.study.readiness import check, check_folder, cut_short, place
+from d2lora.study.readiness import check, check_folder, place, warnings_of
 from d2lora.study.steps import CellFailedError, Missing, Steps, T, reached
 from d2lora.study.store import Job
 
@@ -87,7 +87,7 @@ def _run_study(
 ) -> Study:
     check(plan, reporter.say)
     (out / DONE).unlink(missing_ok=True)  # of an earlier run
-    for message in cut_short(plan):
+    for message in warnings_of(plan):
         reporter.say(f"warning: {message}")
     # Workers load their libraries while the rows are checked.
     with executor(settings.executor, settings.workers, settings.address) as queue:

@@ -132,7 +132,7 @@ def forecast(phase: Phase) -> Forecast:
         free,
         seconds * (n_tokens + n_validated),
         n_measured,
-        warnings_before(schedule.n_steps, settings, phase.rows),
+        warnings_before(schedule.n_steps, settings, phase.rows, phase.base.model),
     )
 
 

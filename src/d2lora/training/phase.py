@@ -10,9 +10,10 @@ from itertools import chain
 from typing import Any
 
 from accelerate import PartialState
+from transformers import PreTrainedModel
 
 from d2lora import fast
-from d2lora.adapters.base import Base
+from d2lora.adapters.base import Base, slow_dtype
 from d2lora.adapters.card import write_manifest
 from d2lora.adapters.chat_template import own_template
 from d2lora.adapters.foreign import save_tokenizer
@@ -100,7 +101,8 @@ def run_phase(phase: Phase) -> None:
         )
         warnings = [] if start is None or start.warning is None else [start.warning]
         warnings += _warned(
-            warnings_before(lesson.schedule(settings).n_steps, settings, rows), phase.reporter
+            warnings_before(lesson.schedule(settings).n_steps, settings, rows, phase.base.model),
+            phase.reporter,
         )
         rank = cut_to(settings)
         trained = train(
@@ -226,9 +228,12 @@ def _warned(warnings: Iterable[str | None], reporter: Reporter) -> list[str]:
     return found
 
 
-def warnings_before(n_steps: int, settings: PhaseSettings, rows: Rows) -> list[str]:
+def warnings_before(
+    n_steps: int, settings: PhaseSettings, rows: Rows, model: PreTrainedModel
+) -> list[str]:
     """Return what is to be warned of before the first of `n_steps` optimizer steps."""
-    found = (too_short(n_steps), _unheeded(settings, rows))
+    slow = slow_dtype(model.dtype, model.device)
+    found = (too_short(n_steps), _unheeded(settings, rows), slow)
     return [warning for warning in found if warning is not None]
 
 
