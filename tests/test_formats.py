@@ -139,8 +139,47 @@ def test_a_context_follows_the_question_after_an_empty_line(
     assert shown(data.examples[0].prompt) == [("user", "Who?\n\nThe town's masons.")]
 
 
+def test_answers_of_weight_0_are_shown_and_not_learnt(tmp_path: Path) -> None:
+    def weighed(*weights: float | None) -> dict[str, Any]:
+        asked = turns(USER, FIRST, NEXT, ("assistant", "July."), NEXT, ("assistant", "August."))
+        answers = iter(weights)
+        return {
+            "messages": [
+                {**turn, "weight": next(answers)} if turn["role"] == "assistant" else turn
+                for turn in asked
+            ]
+        }
+
+    every = tmp_path / "every.yaml"
+    every.write_text("turns: every", encoding="utf-8")
+    for weights, last, learnt in (
+        ((None, None, None), "August.", ["June.", "July.", "August."]),
+        ((0, 1, 1.0), "August.", ["July.", "August."]),
+        ((1, 0, None), "August.", ["June.", "August."]),
+        ((1, None, 0), "July.", ["June.", "July."]),
+        ((1, 0, 0), "June.", ["June."]),
+    ):
+        data, messages = read(tmp_path, weighed(*weights))
+        assert [row.completion for row in data.examples] == [last]
+        assert messages == ["rows by format: 1 messages"]
+        data, _ = read(tmp_path, weighed(*weights), task=str(every))
+        answers = answers_of(data.task, data.examples[0])
+        assert [row.completion for row in answers] == learnt
+        # What is not learnt is still what came before.
+        before = ["".join(turn.content for turn in row.prompt) for row in answers]
+        assert all(FIRST[1] in text for text in before[1:])
+    for weight in (2, 0.5, "0", True):
+        with pytest.raises(DataError, match=r"turn 4 of `messages`: `weight` must be 0"):
+            read(tmp_path, weighed(1, weight, 1))
+    with pytest.raises(DataError, match="every answer of `messages` has `weight` 0"):
+        read(tmp_path, weighed(0, 0, 0))
+    asked = {"messages": [*turns(USER), {**turns(FIRST)[0], "weight": 0}, *turns(NEXT)]}
+    data, _ = read(tmp_path, asked, prompts_only=True)
+    assert shown(data.examples[0].prompt) == [USER, FIRST, NEXT]
+
+
 def test_fields_that_are_not_used_are_named_once_a_source(tmp_path: Path) -> None:
-    weighed = [*turns(USER), {"role": "assistant", "content": "June.", "weight": 0}]
+    weighed = [{**turns(USER)[0], "weight": 0}, *turns(FIRST)]
     rows = [
         {"instruction": "i", "response": "r", "category": "c", "note": None},
         {"instruction": "i", "response": "r", "category": "c", "id": 1},

@@ -12,7 +12,7 @@ from typing import Any
 
 from d2lora.data.paths import column_of
 from d2lora.data.rows import BadRowError, Example, Message, fields_of, from_json, text_field
-from d2lora.data.turns import turns_of, unread_of
+from d2lora.data.turns import WEIGHT, conversation_of, turns_of, unread_of
 
 Fields = Mapping[str, Any]
 Prompt = tuple[Message, ...]
@@ -35,12 +35,18 @@ class Format:
     """Fields that are read where they are there."""
     turned: tuple[str, ...] | None = None
     """Fields that may hold turns. None: all of them."""
+    of_answers: tuple[str, ...] = ()
+    """What is read of an assistant's turn beside the turn itself."""
 
     def unused(self, row: Fields) -> set[str]:
         """Return the fields of a row that are not read; those of turns as `messages[].name`."""
         read = {*self.needs, *self.reads}
         turned = read - {TOOLS} if self.turned is None else self.turned
-        within = {f"{field}[].{name}" for field in turned for name in unread_of(row.get(field))}
+        within = {
+            f"{field}[].{name}"
+            for field in turned
+            for name in unread_of(row.get(field), self.of_answers)
+        }
         return {name for name, value in row.items() if value is not None} - read | within
 
 
@@ -168,8 +174,8 @@ def _answer(row: Fields, field: str) -> Message:
 
 
 def _turns_given(row: Fields, field: str) -> Prompt:
-    """Return the turns before the last answer."""
-    turns = turns_of(row, field)
+    """Return the turns before the last answer that is learnt."""
+    turns = conversation_of(row, field)
     before = turns[:-1] if turns[-1].role == "assistant" else turns
     if not before:
         raise BadRowError("a user's turn must come before the assistant's")
@@ -177,7 +183,7 @@ def _turns_given(row: Fields, field: str) -> Prompt:
 
 
 def _last_answer(row: Fields, field: str) -> Message:
-    last = turns_of(row, field)[-1]
+    last = conversation_of(row, field)[-1]
     if last.role != "assistant":
         raise BadRowError(f"the last turn must be the assistant's, found {last.role!r}")
     return last
@@ -186,7 +192,10 @@ def _last_answer(row: Fields, field: str) -> Message:
 def _turns(name: str, field: str) -> Conversation:
     """Return a format of whole conversations, the last answer of which is learnt."""
     prompt, answer = partial(_turns_given, field=field), partial(_last_answer, field=field)
-    return Conversation(name, (field,), (*SYSTEM, TOOLS, "source"), prompt=prompt, answer=answer)
+    return Conversation(
+        name, (field,), (*SYSTEM, TOOLS, "source"), of_answers=(WEIGHT,), prompt=prompt,
+        answer=answer,
+    )  # fmt: skip
 
 
 def _asked(name: str, question: str, answer: str, *inputs: str) -> Conversation:

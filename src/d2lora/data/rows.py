@@ -27,6 +27,8 @@ class Message:
     fields: tuple[Span, ...] | None = field(default=None, compare=False)
     """Where the content holds what a row brings; the rest is instruction, which no length limit
     cuts. None: all of it."""
+    learnt: bool = field(default=True, compare=False)
+    """False of an answer that a row keeps out of what is learnt."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the turn as a chat template gets it."""

@@ -319,6 +319,6 @@ def answers_of(task: Task, example: Example) -> list[Example]:
     earlier = [
         replace(example, prompt=example.prompt[:place]).answered(turn)
         for place, turn in enumerate(example.prompt)
-        if turn.role == "assistant" and place
+        if turn.role == "assistant" and turn.learnt and place
     ]
     return [*earlier, example]

@@ -4,7 +4,8 @@ A turn has `role` and `content`, or ShareGPT's `from` and `value`. Content is te
 parts that are text. An assistant's turn may call tools, and turns of a tool answer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from d2lora.data.rows import BadRowError, Message, Role, from_json
@@ -21,6 +22,9 @@ ROLES: dict[str, Role] = {
 _CALLING = ("function_call", "tool_call")
 """Roles whose content is a call, written as JSON."""
 _READ = {"role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id"}
+WEIGHT = "weight"
+"""Of an assistant's turn of a conversation: 0 where it is not learnt, else 1 (OpenAI, fine-tuning:
+https://platform.openai.com/docs/api-reference/fine-tuning/chat-input)."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -37,15 +41,44 @@ def turns_of(row: Mapping[str, Any], field: str) -> list[Message]:
     return [_turn(turn, f"turn {number} of `{field}`") for number, turn in enumerate(turns, 1)]
 
 
-def unread_of(turns: Any) -> set[str]:
-    """Return the names that turns hold and that are not read."""
+def conversation_of(row: Mapping[str, Any], field: str) -> list[Message]:
+    """Return a field of turns up to the last answer that is learnt; each knows whether it is.
+
+    Raises:
+        BadRowError: If it is none, or nothing of it is learnt.
+    """
+    turns = turns_of(row, field)
+    weights = [turn.get(WEIGHT) for turn in row[field]]
+    if all(weight is None for weight in weights):
+        return turns
+    for number, (turn, weight) in enumerate(zip(turns, weights, strict=True), 1):
+        if turn.role == "assistant" and (isinstance(weight, bool) or weight not in (None, 0, 1)):
+            raise BadRowError(
+                f"turn {number} of `{field}`: `weight` must be 0, for an answer that is not "
+                f"learnt, or 1, found {weight!r:.60}"
+            )
+    known = [
+        replace(turn, learnt=turn.role != "assistant" or weight != 0)
+        for turn, weight in zip(turns, weights, strict=True)
+    ]
+    if known[-1].role != "assistant":  # a prompt, or the row is at fault for that
+        return known
+    ends = [n for n, turn in enumerate(known, 1) if turn.role == "assistant" and turn.learnt]
+    if not ends:
+        raise BadRowError(f"every answer of `{field}` has `weight` 0: there is nothing to learn")
+    return known[: ends[-1]]
+
+
+def unread_of(turns: Any, read: Collection[str] = ()) -> set[str]:
+    """Return the names that turns hold and that are not read; an assistant's own may be `read`."""
     if not isinstance(turns, list):
         return set()
     names: set[str] = set()
     for turn in turns:
         if isinstance(turn, dict):
             own = {name for name, value in turn.items() if value is not None}
-            named = {"name"} if ROLES.get(str(turn.get("role"))) == "tool" else set[str]()
+            role = ROLES.get(str(turn.get("role", turn.get("from"))))
+            named = {"tool": {"name"}, "assistant": set(read)}.get(role or "", set[str]())
             names |= own - _READ - named
     return names
 
