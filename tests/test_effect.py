@@ -246,5 +246,13 @@ def test_a_plan_may_be_narrowed_to_some_of_its_arms(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", shipped())
+def test_a_resolved_plan_is_taken_back_as_it_is(name: str, tmp_path: Path) -> None:
+    plan = read_plan(name)
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan.to_yaml(), encoding="utf-8")
+    assert read_plan(str(path)) == plan
+
+
+@pytest.mark.parametrize("name", shipped())
 def test_every_shipped_plan_heeds_all_that_it_says(name: str) -> None:
     assert read_plan(name).arms

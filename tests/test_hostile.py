@@ -268,6 +268,15 @@ def test_names_are_no_markdown() -> None:
     assert code("a`|\n\x1bb") == "`a'¦ \\x1bb`"
 
 
+def test_a_json_file_that_there_is_no_memory_for_is_refused() -> None:
+    class Endless(io.StringIO):
+        def read(self, *_: object) -> str:
+            raise MemoryError
+
+    with pytest.raises(DataError, match=r"rows\.json: more than there is memory for, and a JSON"):
+        opening.whole_text(Endless(), Path("rows.json"))
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.tsv", "rows.json"])
 def test_a_line_without_end_is_read_no_further_than_any_row_goes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

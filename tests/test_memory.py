@@ -22,6 +22,7 @@ from d2lora import (
 )
 from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.lora import LoraShape, attach_fresh
+from d2lora.cli import main
 from d2lora.data.batches import Encoded, collate
 from d2lora.runtime.attempts import is_out_of_memory
 from d2lora.runtime.console import Reporter
@@ -183,6 +184,28 @@ def test_a_validation_that_does_not_fit_is_taken_again(
     assert raised
     after = expected.manifest.validation_loss_after
     assert found.manifest.validation_loss_after == pytest.approx(after, rel=1e-4)
+
+
+@pytest.mark.parametrize("error", ERRORS.values(), ids=list(ERRORS))
+def test_a_command_without_enough_memory_says_so(
+    error: Callable[[], Exception],
+    tiny_base: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: object) -> None:
+        raise error()
+
+    monkeypatch.setattr("d2lora.evaluation.generate.load_base", full)
+    assert main(["generate", "--base", tiny_base, "--prompt", "x"]) == 71
+    assert capsys.readouterr().err.startswith("d2lora: there is not enough memory. Nothing that")
+
+    def wrong(*_: object) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr("d2lora.evaluation.generate.load_base", wrong)
+    with pytest.raises(RuntimeError, match="something else"):
+        main(["generate", "--base", tiny_base, "--prompt", "x"])
 
 
 def test_other_errors_are_not_taken_for_a_full_memory() -> None:

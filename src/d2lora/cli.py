@@ -45,8 +45,8 @@ Settings come from a YAML file, from options, or both; options win.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code.
 
-    0: done; 2: a mistake of the user's; 74: a disk that is full or fails; 130: interrupted; 129
-    and 143: ended by SIGHUP and SIGTERM; 141: the output's reader is gone.
+    0: done; 2: a mistake of the user's; 71: not enough memory; 74: a disk that is full or fails;
+    130: interrupted; 129 and 143: ended by SIGHUP and SIGTERM; 141: the output's reader is gone.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -77,16 +77,30 @@ def _exit_code(words: list[str]) -> int:
         asked = isinstance(end, TerminatedError)
         sys.stderr.write(f"d2lora: ended by {end}\n" if asked else "d2lora: interrupted\n")
         return end.code if asked else 130
-    except disk_errors() as error:
-        if getattr(error, "errno", None) in _OF_NAMES:
-            sys.stderr.write(f"d2lora: {printable(str(error)[:_SHOWN])}\n")
-            return 2
-        fault = disk_fault(error)
-        if fault is None:
+    except (*disk_errors(), MemoryError, RuntimeError) as error:
+        code, reason = _of_machine(error)
+        if not code:
             raise
-        sys.stderr.write(f"d2lora: {printable(fault)}\n")
-        return 74
+        sys.stderr.write(f"d2lora: {printable(reason)}\n")
+        return code
     return 0
+
+
+def _of_machine(error: Exception) -> tuple[int, str]:
+    """Return the exit code of what the machine did not do, and why; 0 for other errors."""
+    if getattr(error, "errno", None) in _OF_NAMES:
+        return 2, str(error)[:_SHOWN]
+    if fault := disk_fault(error):
+        return 74, fault
+    if isinstance(error, MemoryError | RuntimeError):
+        from d2lora.runtime.attempts import is_out_of_memory
+
+        if is_out_of_memory(error):
+            return 71, (
+                "there is not enough memory. Nothing that was finished is lost: give smaller "
+                "batches, shorter rows, fewer --workers, --quantization nf4 or another --device"
+            )
+    return 0, ""
 
 
 def help_text() -> str:

@@ -13,7 +13,7 @@ from d2lora.errors import DataError
 
 LONGEST_LINE = 2**26
 """Characters of a line, and of a field of a table, at most."""
-MOST_AT_ONCE = 2**31
+MOST_AT_ONCE = 2**30
 """Characters of a file that is read as a whole, at most."""
 
 
@@ -54,10 +54,15 @@ def whole_text(file: TextIO, path: Path) -> str:
     Raises:
         DataError: If it is larger than what should be read so.
     """
-    text = file.read(MOST_AT_ONCE + 1)
-    if len(text) > MOST_AT_ONCE:
-        raise DataError(
-            f"{path}: more than {MOST_AT_ONCE:,} characters, and a JSON file is read as a whole; "
-            "write its rows one a line in a .jsonl file"
-        )
-    return text
+    try:
+        text = file.read(MOST_AT_ONCE + 1)
+    except MemoryError:
+        much = "more than there is memory for"
+    else:
+        if len(text) <= MOST_AT_ONCE:
+            return text
+        much = f"more than {MOST_AT_ONCE:,} characters"
+    raise DataError(
+        f"{path}: {much}, and a JSON file is read as a whole; write its rows one a line in a "
+        ".jsonl file"
+    )

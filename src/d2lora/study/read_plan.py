@@ -3,7 +3,7 @@
 It is checked whole before anything runs, down to the settings of every warm-up and every arm.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from itertools import combinations
 from pathlib import Path
@@ -67,7 +67,7 @@ def read_plan(*sources: str, changes: Sequence[str] = ()) -> StudyPlan:
     plan = StudyPlan.unchecked(values)
     # A plan may say what the arms of another, or those of --set, have no use for.
     whole = len(read) == 1 and "arms" not in changed
-    idle = plan.without_effect({*changed, *(read[0] if whole else ())}).values()
+    idle = plan.without_effect({*changed, *(_unusual(plan, read[0]) if whole else ())}).values()
     faults = [*idle, *_faults_of_settings(plan), *_faults_of_names(plan)]
     named = plan.changed(arms=_named(plan))
     if not faults:
@@ -75,6 +75,14 @@ def read_plan(*sources: str, changes: Sequence[str] = ()) -> StudyPlan:
     if faults:
         raise SettingsError(f"{' + '.join(sources)}:\n{listed(faults)}")
     return named
+
+
+def _unusual(plan: StudyPlan, names: Iterable[str]) -> list[str]:
+    """Return those names whose values are not the defaults, which a resolved plan gives, too."""
+    fields = StudyPlan.model_fields
+    needed = {name: getattr(plan, name) for name in fields if fields[name].is_required()}
+    usual = StudyPlan.unchecked({**_filled([]), **needed})
+    return [name for name in names if getattr(plan, name) != getattr(usual, name)]
 
 
 def _filled(plans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
