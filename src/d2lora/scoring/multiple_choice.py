@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import nn
 
 from d2lora.adapters.base import causal_model
 from d2lora.data.batches import Encoded, Question, branch
@@ -60,7 +59,7 @@ def _equal(scorer: TokenScorer, question: Question, pad_id: int) -> bool:
     return agree(together, apart, causal_model(scorer.model).dtype)
 
 
-def _apart(scorer: nn.Module, questions: Sequence[Question], pad_id: int) -> list[list[float]]:
+def _apart(scorer: TokenScorer, questions: Sequence[Question], pad_id: int) -> list[list[float]]:
     items = [Encoded((*q.prompt, *c), len(q.prompt)) for q in questions for c in q.endings]
     scores = iter(log_probabilities(scorer, items, pad_id))
     return [[next(scores) for _ in q.endings] for q in questions]

@@ -15,7 +15,7 @@ from d2lora.adapters.base import causal_model
 from d2lora.data.batches import PreferencePair, Question, branch, collate, micro_batches
 from d2lora.fast.probing import Probed
 from d2lora.runtime.rounding import agree
-from d2lora.scoring.scorer import TokenScorer, device_of_scorer, pass_tokens, sum_by_row
+from d2lora.scoring.scorer import TokenScorer, pass_tokens, sum_by_row
 from d2lora.scoring.sharing import can_share, shared_reach
 
 
@@ -27,15 +27,15 @@ class PairScorer:
         self._used: fast.Used | None = None
 
     def __call__(
-        self, scorer: nn.Module, pairs: Sequence[PreferencePair], pad_id: int
+        self, scorer: TokenScorer, pairs: Sequence[PreferencePair], pad_id: int
     ) -> tuple[Tensor, Tensor]:
         """Return the summed log-probabilities of chosen and rejected completions, (B,) each."""
-        used = _inner(scorer).used
+        used = scorer.used
         if used is not self._used:
             self._used, self._probed = used, Probed()
             self._shares = used.allowed
         ordered = sorted(pairs, key=lambda pair: pair.length)
-        if ordered[-1].length > shared_reach(_inner(scorer).model):
+        if ordered[-1].length > shared_reach(scorer.model):
             return _apart(scorer, pairs, pad_id)
         due = self._probed.lacks(ordered[0].length, ordered[-1].length)
         for is_due, pair in zip(due, (ordered[0], ordered[-1]), strict=True):
@@ -49,10 +49,10 @@ class PairScorer:
 
 @torch.no_grad()
 def pair_log_probabilities(
-    scorer: nn.Module, pairs: Sequence[PreferencePair], pad_id: int, max_tokens: int = 0
+    scorer: TokenScorer, pairs: Sequence[PreferencePair], pad_id: int, max_tokens: int = 0
 ) -> list[tuple[float, float]]:
     """Return the summed log-probabilities of both completions of each pair, in the given order."""
-    limit = pass_tokens(device_of_scorer(scorer), max_tokens)
+    limit = pass_tokens(scorer.device, max_tokens)
     score, pairs = PairScorer(), list(pairs)  # from disk once, so that each is one object
     numbers = {id(pair): number for number, pair in enumerate(pairs)}
     found: dict[int, tuple[float, float]] = {}
@@ -64,19 +64,19 @@ def pair_log_probabilities(
 
 
 def _apart(
-    scorer: nn.Module, pairs: Sequence[PreferencePair], pad_id: int
+    scorer: TokenScorer, pairs: Sequence[PreferencePair], pad_id: int
 ) -> tuple[Tensor, Tensor]:
     items = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    batch = collate(items, pad_id).to(device_of_scorer(scorer))
+    batch = collate(items, pad_id).to(scorer.device)
     sums_B = sum_by_row(scorer(batch), batch)
     return sums_B[: len(pairs)], sums_B[len(pairs) :]
 
 
 def _together(
-    scorer: nn.Module, pairs: Sequence[PreferencePair], pad_id: int
+    scorer: TokenScorer, pairs: Sequence[PreferencePair], pad_id: int
 ) -> tuple[Tensor, Tensor]:
     questions = [_question(pair) for pair in pairs]
-    causal = causal_model(_inner(scorer).model)
+    causal = causal_model(scorer.model)
     rows = branch(questions, pad_id, causal.dtype).to(causal.device)
     values_P = scorer(rows)
     sums_B = torch.zeros(2 * len(pairs), dtype=values_P.dtype, device=values_P.device)
@@ -91,26 +91,18 @@ def _question(pair: PreferencePair) -> Question:
     )
 
 
-def _inner(scorer: nn.Module) -> TokenScorer:
-    """Return the scorer inside what wraps it for several devices."""
-    inner = getattr(scorer, "module", scorer)
-    assert isinstance(inner, TokenScorer)
-    return inner
-
-
-def _can_share(scorer: nn.Module, pair: PreferencePair, pad_id: int) -> bool:
+def _can_share(scorer: TokenScorer, pair: PreferencePair, pad_id: int) -> bool:
     """Say whether one row with both completions gives what two rows give."""
-    inner = _inner(scorer)
-    causal = causal_model(inner.model)
+    causal = causal_model(scorer.model)
     # Two rows drop out apart.
-    random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in inner.modules())
+    random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in scorer.modules())
     if random or getattr(causal.config, "attention_dropout", 0):
         return False
     if pair.chosen.n_prompt == 0 or causal.get_output_embeddings() is None:
         return False
 
     def is_equal() -> bool:
-        together, apart = (torch.stack(f(inner, [pair], pad_id)) for f in (_together, _apart))
+        together, apart = (torch.stack(f(scorer, [pair], pad_id)) for f in (_together, _apart))
         return agree(together, apart, causal.dtype)
 
-    return can_share(inner, _question(pair), pad_id, is_equal)
+    return can_share(scorer, _question(pair), pad_id, is_equal)

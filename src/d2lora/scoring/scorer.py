@@ -70,6 +70,11 @@ class TokenScorer(nn.Module):
         return names[self._ways[0].__name__] if self._ways else ""
 
     @property
+    def device(self) -> torch.device:
+        """The device that it computes on."""
+        return next(self.parameters()).device
+
+    @property
     def used(self) -> fast.Used:
         """The record of the fast paths that the model may use now."""
         return fast.used_in(self.model)
@@ -287,11 +292,6 @@ def pass_tokens(device: torch.device, wanted: int = 0) -> int:
     return wanted or (1024 if device.type == "cpu" else 8192)
 
 
-def device_of_scorer(scorer: nn.Module) -> torch.device:
-    """Return the device that a scorer, wrapped or not, computes on."""
-    return next(scorer.parameters()).device
-
-
 def sum_by_row(values_P: Tensor, batch: Batch) -> Tensor:
     """Return the sum of values over each row's positions, shape (B,)."""
     total_B = torch.zeros(len(batch.ids_BT), dtype=values_P.dtype, device=values_P.device)
@@ -300,10 +300,10 @@ def sum_by_row(values_P: Tensor, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def log_probabilities(
-    scorer: nn.Module, items: Sequence[Encoded], pad_id: int, max_tokens: int = 0
+    scorer: TokenScorer, items: Sequence[Encoded], pad_id: int, max_tokens: int = 0
 ) -> list[float]:
     """Return the summed log-probability of each item's supervised tokens, in the given order."""
-    device = device_of_scorer(scorer)
+    device = scorer.device
     order = sorted(range(len(items)), key=lambda index: -len(items[index].ids))
     scores: dict[int, float] = {}
     done = 0
@@ -317,7 +317,7 @@ def log_probabilities(
 
 
 def mean_loss(
-    scorer: nn.Module, items: Sequence[Encoded], pad_id: int, max_tokens: int = 0
+    scorer: TokenScorer, items: Sequence[Encoded], pad_id: int, max_tokens: int = 0
 ) -> float:
     """Return the mean negative log-probability, in nats, over all supervised tokens."""
     total = -sum(log_probabilities(scorer, items, pad_id, max_tokens))

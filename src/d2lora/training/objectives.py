@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from d2lora.data.batches import Encoded, Item, PreferencePair, collate
 from d2lora.scoring.pairs import PairScorer
-from d2lora.scoring.scorer import device_of_scorer
+from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import ObjectiveSettings
 
 T_contra = TypeVar("T_contra", bound=Item, contravariant=True)
@@ -32,7 +32,7 @@ class Objective(Protocol[T_contra]):
     """A loss that is a sum over a batch's parts, so that micro-batches change nothing."""
 
     def share(
-        self, scorer: nn.Module, items: Sequence[T_contra], batch: Sequence[T_contra], pad_id: int
+        self, scorer: TokenScorer, items: Sequence[T_contra], batch: Sequence[T_contra], pad_id: int
     ) -> Share:
         """Return what `items`, a part of `batch`, add to the batch's loss, with gradient."""
         ...
@@ -46,10 +46,10 @@ class SFT:
     """
 
     def share(
-        self, scorer: nn.Module, items: Sequence[Encoded], batch: Sequence[Encoded], pad_id: int
+        self, scorer: TokenScorer, items: Sequence[Encoded], batch: Sequence[Encoded], pad_id: int
     ) -> Share:
         """Return the negative log-probability of the items' tokens over the batch's tokens."""
-        log_probability_P: Tensor = scorer(collate(items, pad_id).to(device_of_scorer(scorer)))
+        log_probability_P: Tensor = scorer(collate(items, pad_id).to(scorer.device))
         return Share(-log_probability_P.sum() / sum(item.n_supervised for item in batch), {})
 
 
@@ -72,7 +72,7 @@ class DPO:
 
     def share(
         self,
-        scorer: nn.Module,
+        scorer: TokenScorer,
         items: Sequence[PreferencePair],
         batch: Sequence[PreferencePair],
         pad_id: int,
@@ -109,7 +109,7 @@ class ORPO:
 
     def share(
         self,
-        scorer: nn.Module,
+        scorer: TokenScorer,
         items: Sequence[PreferencePair],
         batch: Sequence[PreferencePair],
         pad_id: int,

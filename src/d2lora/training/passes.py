@@ -44,7 +44,7 @@ class Passes(Generic[T]):
     """The size of forward passes, which falls where memory runs out."""
 
     model: nn.Module
-    scorer: nn.Module
+    scorer: TokenScorer
     max_tokens: int
     max_size: int | None
     may_recompute: bool
@@ -58,7 +58,7 @@ class Passes(Generic[T]):
     def of(
         cls,
         model: nn.Module,
-        scorer: nn.Module,
+        scorer: TokenScorer,
         settings: TrainSettings,
         reporter: Reporter,
         n_processes: int,
@@ -157,8 +157,7 @@ class Passes(Generic[T]):
 
     def _free(self) -> None:
         """Give back what is held for later passes."""
-        if isinstance(self.scorer, TokenScorer):
-            self.scorer.stop_recording()
+        self.scorer.stop_recording()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

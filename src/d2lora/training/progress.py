@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from d2lora.data.batches import T
 from d2lora.runtime.console import Reporter
 from d2lora.runtime.run_folder import RunFolder
+from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import TrainSettings
 from d2lora.training.objectives import Objective
 from d2lora.training.passes import Passes
@@ -63,7 +64,11 @@ class Best:
 
 @torch.no_grad()
 def held_out(
-    scorer: nn.Module, items: Sequence[T], objective: Objective[T], passes: Passes[T], pad_id: int
+    scorer: TokenScorer,
+    items: Sequence[T],
+    objective: Objective[T],
+    passes: Passes[T],
+    pad_id: int,
 ) -> dict[str, float]:
     """Return the loss and metrics of a set of items, as if it were one batch."""
     items = list(items)  # read from disk once

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from torch import nn
 from torch.nn import functional
 
 from d2lora.data.batches import Encoded, collate
 from d2lora.runtime.modes import in_evaluation
-from d2lora.scoring.scorer import device_of_scorer
+from d2lora.scoring.scorer import TokenScorer
 from d2lora.settings import PhaseSettings
 from d2lora.settings.seeds import seed_of
 from d2lora.training.objectives import SFT, Objective, Share
@@ -37,13 +36,12 @@ class BaseDivergence:
     model: PeftModel
 
     def share(
-        self, scorer: nn.Module, items: Sequence[Encoded], batch: Sequence[Encoded], pad_id: int
+        self, scorer: TokenScorer, items: Sequence[Encoded], batch: Sequence[Encoded], pad_id: int
     ) -> Share:
         """Return the divergence at the items' positions over the batch's number of them."""
-        rows = collate(items, pad_id).to(device_of_scorer(scorer))._replace(every_token=True)
-        inner = getattr(scorer, "module", scorer)
+        rows = collate(items, pad_id).to(scorer.device)._replace(every_token=True)
         with torch.no_grad(), in_evaluation(self.model), self.model.disable_adapter():
-            base_PV = inner(rows)
+            base_PV = scorer(rows)
         divergence = functional.kl_div(scorer(rows), base_PV, reduction="sum", log_target=True)
         return Share(divergence / sum(item.n_supervised for item in batch), {})
 
