@@ -2,8 +2,10 @@
 
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
+import time
 from importlib import resources
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from d2lora.cli import main
 from d2lora.data.contamination import Guard
 from d2lora.data.reading import read_task
 from d2lora.data.trained_rows import TestRow, TrainedRows
+from d2lora.demo import _expected_s
+from d2lora.study.read_plan import read_plan
 from support import read_rows
 
 SHIPPED = Path(str(resources.files("d2lora") / "shipped"))
@@ -74,6 +78,20 @@ def test_the_demo_shows_titles_table_and_verdict(
     assert len(re.findall(r"^  (?:base|fresh|warm) ", shown, flags=re.MULTILINE)) == 6
     assert shown.index("true ") < shown.index("ROUGE-L") < shown.index("Findings:")
     assert (tmp_path / "demo" / "study" / "report" / "index.html").is_file()
+
+
+def test_what_the_demo_takes_is_told_from_a_product_of_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan = read_plan("demo")
+    whole_s = _expected_s(plan, 1)  # at a product of 704 x 576 x 1536 a second
+    assert whole_s == pytest.approx(12 * (5.5e12 + 12 * 3e11) / (2 * 704 * 576 * 1536))
+    assert _expected_s(plan, 2) == pytest.approx(whole_s / 2)
+    narrow = read_plan("demo", changes=("sizes=[16]", "seeds=2"))
+    assert _expected_s(narrow, 1) == pytest.approx(whole_s / 3)
 
 
 def test_without_the_real_base_the_demo_says_both_ways_out(

@@ -29,6 +29,10 @@ MARKER = "demo.json"
 PLANS = {"smollm2": "demo", "embedded": "quick"}
 MOST_WORKERS = 4
 """Processes on SmolLM2, each of which takes some 2.5 GB."""
+_FLOPS = 5.5e12, 3e11
+"""Of a cell on SmolLM2 and of each of its test rows, in products that are as quick as one layer's:
+what a cell took on a processor, by the rate of these. A rough figure."""
+_LONG_S = 600.0
 N_SHOWN = 5
 """Answers of each arm that are printed: those to the first test rows."""
 
@@ -56,6 +60,11 @@ def _demo(settings: DemoSettings, out: Path) -> Findings:
     n_workers = settings.workers
     if settings.base == "smollm2":
         n_workers = n_workers or min(layout("processes", 0)[0], MOST_WORKERS)
+        if (expected_s := _expected_s(plan, n_workers)) > _LONG_S:
+            reporter.say(
+                f"this will take some {expected_s / 60:.0f} minutes on this processor; "
+                "--sizes 16 --seeds 2 takes a third of it, --base embedded some minutes"
+            )
     study = run_study(
         StudySettings(
             plan=(PLANS[settings.base],),
@@ -118,6 +127,28 @@ def _introduction(settings: DemoSettings, plan: StudyPlan, out: Path) -> str:
         f"warm start that comes with d2lora, at {sizes}; as many steps for both, each "
         f"at its own learning rate, chosen before; written to {out}"
     )
+
+
+def _expected_s(plan: StudyPlan, n_workers: int) -> float:
+    """Return about how many seconds the demo takes on SmolLM2, by the rate of a layer's product."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 0.0
+    n_rows, n_in, n_out = 704, 576, 1536
+    one, other = torch.randn(n_rows, n_in), torch.randn(n_in, n_out)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times: list[float] = []
+    for _ in range(5):
+        began = time.perf_counter()
+        torch.mm(one, other)
+        times.append(time.perf_counter() - began)
+    torch.set_num_threads(n_threads)
+    rate = 2 * n_rows * n_in * n_out / min(times)
+    n_cells = len(plan.arms) * len(plan.sizes) * plan.seeds
+    n_test = sum(task.n_test or 0 for task in plan.tasks.values())
+    return n_cells * (_FLOPS[0] + _FLOPS[1] * n_test) / rate / n_workers
 
 
 def command(settings: DemoSettings) -> None:
