@@ -10,10 +10,12 @@ import math
 import struct
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from d2lora.errors import ModelError
+from d2lora.runtime.run_folder import Stamp, stamp_of
 
 _MAGIC = b"GGUF"
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -40,9 +42,15 @@ def read_header(path: Path) -> GgufHeader:
         ModelError: If it is not a GGUF file, of a version that is not known, cut off, or says what
             cannot be.
     """
+    return _header_of(stamp_of(path))
+
+
+@lru_cache(maxsize=16)
+def _header_of(stamp: Stamp) -> GgufHeader:
+    """Read a file once for as long as it stays what it is: a study asks for every run."""
+    path = Path(stamp[0])
     with path.open("rb") as file:
-        reader = _Reader(file, path)
-        return reader.header()
+        return _Reader(file, path).header()
 
 
 class _Reader:
