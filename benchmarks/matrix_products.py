@@ -1,8 +1,9 @@
-"""float32 matrix products on one CPU thread: torch's own (MKL) against oneDNN, interleaved.
+"""Matrix products on one CPU thread: torch's own (MKL) against oneDNN, interleaved; and bfloat16.
 
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/matrix_products.py
 
-Shapes are those of one forward pass through the embedded base and through a 135M-parameter one.
+Shapes are those of one forward pass through the embedded base and through a 135M-parameter one. The
+last lines are a product of the latter in float32 and in bfloat16, which some processors emulate.
 """
 
 import statistics
@@ -20,12 +21,12 @@ SHAPES = ((704, 192, 512), (704, 512, 192), (704, 192, 16), (64, 192, 512), (100
 ROUNDS, REPEATS = 9, 50
 
 
-def seconds(call: Callable[[], Tensor]) -> float:
+def seconds(call: Callable[[], Tensor], repeats: int = REPEATS) -> float:
     """Return the time of one call, a mean of many."""
     started = time.perf_counter()
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         call()
-    return (time.perf_counter() - started) / REPEATS
+    return (time.perf_counter() - started) / repeats
 
 
 def main() -> None:
@@ -42,6 +43,21 @@ def main() -> None:
         rates = [2 * n_rows * n_in * n_out / statistics.median(kept) / 1e9 for kept in times]
         name = f"{n_rows}, {n_in}, {n_out}"
         print(f"| {name} | {rates[0]:.0f} | {rates[1]:.0f} | {rates[1] / rates[0]:.2f} |")
+    n_rows, n_in, n_out = SHAPES[-1]
+    x, weight = torch.randn(n_rows, n_in), torch.randn(n_out, n_in)
+    passes = (
+        ("forward", functional.linear, x),
+        ("backward", torch.mm, torch.randn(n_rows, n_out)),
+    )
+    for what, product, left in passes:
+        kinds = (torch.float32, torch.bfloat16)
+        calls = [partial(product, left.to(kind), weight.to(kind)) for kind in kinds]
+        for call in calls:
+            call()
+        taken = [[seconds(call, 1) for call in calls] for _ in range(ROUNDS)]
+        float32_s, bfloat16_s = (statistics.median(times) for times in zip(*taken, strict=True))
+        name = f"bfloat16, {n_rows}, {n_in}, {n_out}, {what}"
+        print(f"\n{name}: {bfloat16_s / float32_s:.1f} times as long as float32")
 
 
 if __name__ == "__main__":

@@ -297,7 +297,8 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 def slow_dtype(dtype: torch.dtype, device: torch.device) -> str | None:
     """Return a warning where a processor has no products in a dtype, so that torch emulates them.
 
-    On x86 without AVX-512 SmolLM2-135M takes 28 times as long in bfloat16 as in float32.
+    On x86 without AVX-512 products take 6 to 20 times as long in bfloat16 as in float32
+    (benchmarks/matrix_products.py).
     """
     if device.type != "cpu" or dtype == torch.float32 or _multiplies(dtype):
         return None
