@@ -35,9 +35,9 @@ $(VENV)/.dev: $(VENV)/.test
 demo: $(VENV)/.base  ## SmolLM2 titles abstracts from fresh LoRA and from a warm start, compared
 	$(BIN)/d2lora demo
 
-# In CI every test runs; elsewhere the slow ones wait for make test-all.
+# In CI every test runs, and the slowest are named; elsewhere slow ones wait for make test-all.
 test: $(VENV)/.test  ## the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(if $(CI),,-m 'not slow')
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(if $(CI),--durations=20,-m 'not slow')
 
 test-all: $(VENV)/.test  ## the tests, slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
