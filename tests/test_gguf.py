@@ -1,6 +1,7 @@
 """GGUF bases: the model's own numbers, converted once; damaged files are errors."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -201,6 +202,19 @@ def test_a_damaged_gguf_file_is_an_error_that_names_it(
     with pytest.raises(ModelError, match=message) as error:
         base_folder(str(path))
     assert "bad.gguf" in str(error.value)
+
+
+def test_a_header_is_read_once_for_as_long_as_the_file_stays(
+    gguf_file: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(gguf_file, tmp_path / "a.gguf"))
+    first = read_header(path)
+    assert read_header(path) is first
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1  # of a weight
+    path.write_bytes(raw)
+    os.utime(path, ns=(0, 0))
+    assert read_header(path).fingerprint != first.fingerprint
 
 
 def test_every_shortened_header_is_an_error(gguf_file: Path, tmp_path: Path) -> None:
