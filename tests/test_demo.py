@@ -88,7 +88,7 @@ def test_what_the_demo_takes_is_told_from_a_product_of_its_size(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     plan = read_plan("demo")
     whole_s = _expected_s(plan, 1)  # at a product of 704 x 576 x 1536 a second
-    assert whole_s == pytest.approx(12 * (5.5e12 + 12 * 3e11) / (2 * 704 * 576 * 1536))
+    assert whole_s == pytest.approx(12 * (2.6e12 + 12 * 1.2e11) / (2 * 704 * 576 * 1536))
     assert _expected_s(plan, 2) == pytest.approx(whole_s / 2)
     narrow = read_plan("demo", changes=("sizes=[16]", "seeds=2"))
     assert _expected_s(narrow, 1) == pytest.approx(whole_s / 3)

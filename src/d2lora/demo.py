@@ -29,7 +29,7 @@ MARKER = "demo.json"
 PLANS = {"smollm2": "demo", "embedded": "quick"}
 MOST_WORKERS = 4
 """Processes on SmolLM2, each of which takes some 2.5 GB."""
-_FLOPS = 5.5e12, 3e11
+_FLOPS = 2.6e12, 1.2e11
 """Of a cell on SmolLM2 and of each of its test rows, in products that are as quick as one layer's:
 what a cell took on a processor, by the rate of these. A rough figure."""
 _LONG_S = 600.0
