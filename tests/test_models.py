@@ -9,10 +9,11 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from d2lora import ModelError
-from d2lora.adapters.base import device_of, dtype_of, load_base, slow_dtype
+from d2lora.adapters.base import load_base
 from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.fingerprints import fingerprint_of, identity_of
 from d2lora.cli import main
+from d2lora.runtime.devices import device_of, dtype_of, slow_dtype
 from d2lora.settings import BaseSettings
 from d2lora.study.read_plan import read_plan
 from d2lora.study.readiness import warnings_of
@@ -125,7 +126,7 @@ def test_a_dtype_that_the_processor_emulates_is_warned_of_before_anything_is_com
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def said(words: str, *, has_products: bool) -> str:
-        monkeypatch.setattr("d2lora.adapters.base._multiplies", lambda _: has_products)
+        monkeypatch.setattr("d2lora.runtime.devices._multiplies", lambda _: has_products)
         assert main([*words.split(), "--device", "cpu"]) == 0
         shown = capsys.readouterr()
         return shown.out + shown.err
@@ -143,7 +144,7 @@ def test_a_dtype_that_the_processor_emulates_is_warned_of_before_anything_is_com
         assert warning not in said(whole + again, has_products=True)
     cpu = torch.device("cpu")
     for dtype in (torch.bfloat16, torch.float16):
-        monkeypatch.setattr("d2lora.adapters.base._multiplies", lambda _: False)
+        monkeypatch.setattr("d2lora.runtime.devices._multiplies", lambda _: False)
         assert slow_dtype(dtype, cpu)
         assert slow_dtype(dtype, torch.device("cuda")) is None
     assert slow_dtype(torch.float32, cpu) is None

@@ -22,7 +22,7 @@ from d2lora import (
     evaluate,
 )
 from d2lora.adapters.attach import attached
-from d2lora.adapters.base import Base, causal_model, load_base, slow_dtype
+from d2lora.adapters.base import Base, causal_model, load_base
 from d2lora.adapters.base_files import base_folder, smollm2_file
 from d2lora.data.encode import Encoder
 from d2lora.data.reading import read_task
@@ -31,6 +31,7 @@ from d2lora.evaluation import steps
 from d2lora.evaluation.decoding import Decoder
 from d2lora.evaluation.steps import PaddedSteps, steps_of
 from d2lora.fast import enabled
+from d2lora.runtime.devices import slow_dtype
 from d2lora.scoring.scorer import TokenScorer, mean_loss
 from d2lora.settings import BaseSettings
 from support import SHARED, dies_at_step, needs_shared_data, read_rows, write_rows

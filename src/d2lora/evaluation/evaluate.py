@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from d2lora.adapters.attach import attached
-from d2lora.adapters.base import Base, load_base, slow_dtype
+from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.files import AdapterFiles
 from d2lora.adapters.manifest import check_fit
 from d2lora.data.encoded_sets import answers_beyond
@@ -38,6 +38,7 @@ from d2lora.evaluation.stats import (
 )
 from d2lora.evaluation.test_sets import TestSets, labels_known
 from d2lora.runtime.console import Reporter, table_console
+from d2lora.runtime.devices import slow_dtype
 from d2lora.runtime.run_folder import (
     SETTINGS,
     RunFolder,

@@ -11,7 +11,7 @@ from torch import nn
 
 from d2lora import fast
 from d2lora.adapters.attach import attached, is_folded, merged
-from d2lora.adapters.base import Base, load_base, slow_dtype
+from d2lora.adapters.base import Base, load_base
 from d2lora.adapters.manifest import Manifest, base_for, check_fit, has_manifest
 from d2lora.data.encode import Encoder
 from d2lora.data.encoded_sets import encode_prompts
@@ -23,6 +23,7 @@ from d2lora.errors import DataError, SettingsError, printable
 from d2lora.evaluation.decoding import Decoder, Sampling, check_room
 from d2lora.runtime.claims import claimed
 from d2lora.runtime.console import Reporter
+from d2lora.runtime.devices import slow_dtype
 from d2lora.runtime.run_folder import write_text
 from d2lora.settings import GenerateSettings, Overlong
 

@@ -15,13 +15,14 @@ import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from d2lora import fast
-from d2lora.adapters.base import Base, device_of, load_base
+from d2lora.adapters.base import Base, load_base
 from d2lora.data.encode import Encoder
 from d2lora.data.reading import TaskData
 from d2lora.data.rows import Example
 from d2lora.data.sources import nested_order
 from d2lora.data.spool import Lazy
 from d2lora.runtime.console import Reporter
+from d2lora.runtime.devices import device_of
 from d2lora.runtime.run_folder import Stamp, cache_folder, stamp_of
 from d2lora.scoring.scorer import TokenScorer, log_probabilities
 from d2lora.selection.cache import Array, FeatureCache, block_key

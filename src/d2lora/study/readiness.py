@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from d2lora.adapters.base import device_of, dtype_of, slow_dtype, tokenizer_of
+from d2lora.adapters.base import tokenizer_of
 from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.fingerprints import identity_of
 from d2lora.adapters.lora import BESIDE
@@ -19,6 +19,7 @@ from d2lora.errors import D2LoraError, DataError, ModelError, RunError, Settings
 from d2lora.evaluation.harness import read_harness_tasks, split_names
 from d2lora.evaluation.test_sets import never_chosen
 from d2lora.runtime.claims import check_writable
+from d2lora.runtime.devices import device_of, dtype_of, slow_dtype
 from d2lora.runtime.run_folder import present, write_shared
 from d2lora.settings import BaseSettings, EvaluateSettings, StudySettings
 from d2lora.study.plan import FROM_WARM_START, SHIPPED, UNTRAINED, WORLD, StudyPlan

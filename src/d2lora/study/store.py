@@ -216,7 +216,7 @@ def _where(device: str, dtype: str) -> tuple[str, str]:
     if device == "auto" or dtype == "auto":
         import torch
 
-        from d2lora.adapters.base import device_of, dtype_of
+        from d2lora.runtime.devices import device_of, dtype_of
 
         kind = device_of(device).type if device == "auto" else device.partition(":")[0]
         return kind, str(dtype_of(dtype, torch.device(kind))).removeprefix("torch.")

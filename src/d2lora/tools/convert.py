@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from d2lora.adapters.base import dtype_of
 from d2lora.adapters.base_files import base_folder
 from d2lora.adapters.card import write_manifest
 from d2lora.adapters.factors import Factors, extend, truncate
@@ -46,6 +45,7 @@ from d2lora.data.trained_rows import TrainedRows
 from d2lora.errors import ModelError, RunError, SettingsError, counted
 from d2lora.runtime.claims import claimed
 from d2lora.runtime.console import Reporter
+from d2lora.runtime.devices import dtype_of
 from d2lora.runtime.extras import need_extra
 from d2lora.runtime.run_folder import (
     DONE,

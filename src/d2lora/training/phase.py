@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from d2lora import fast
-from d2lora.adapters.base import Base, slow_dtype
+from d2lora.adapters.base import Base
 from d2lora.adapters.card import write_manifest
 from d2lora.adapters.chat_template import own_template
 from d2lora.adapters.foreign import save_tokenizer
@@ -33,6 +33,7 @@ from d2lora.data.sources import BAD_ROWS, write_bad_rows
 from d2lora.errors import RunError, counted
 from d2lora.runtime.claims import is_main_process
 from d2lora.runtime.console import Reporter
+from d2lora.runtime.devices import slow_dtype
 from d2lora.runtime.run_folder import RunFolder, new_folder, provenance, read_json, write_json
 from d2lora.settings import (
     DEFAULT_RANK,
